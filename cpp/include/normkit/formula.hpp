@@ -1,0 +1,94 @@
+// Every formula of the library, once: for scalars, for vectors of every instruction set, on host and device.
+//
+// V is float, double or a vector type with +, -, * and mul_add. Contraction is off on every compiler, so a fused
+// multiply-add happens exactly where mul_add is written, which is what makes the bits agree between instruction sets.
+#pragma once
+
+#include <cmath>
+
+#if defined(__CUDACC__)
+#define NORMKIT_HD __host__ __device__ __forceinline__
+#else
+// always_inline: a shared copy of a formula compiled for AVX-512 must never be the one that an older machine links to.
+#define NORMKIT_HD [[gnu::always_inline]] inline
+#endif
+
+namespace normkit {
+
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__CUDA_ARCH__)
+NORMKIT_HD float mul_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+NORMKIT_HD double mul_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#else
+NORMKIT_HD float mul_add(float a, float b, float c) { return a * b + c; }
+NORMKIT_HD double mul_add(double a, double b, double c) { return a * b + c; }
+#endif
+
+/// Mean and sum of squared deviations from it. RMS keeps the mean at zero, so one merge rule serves both.
+template <class V> struct Moments { V mean, m2; };
+
+/// The moments of the union of two disjoint sets of na and nb members (Chan, Golub and LeVeque, 1979).
+template <class V> NORMKIT_HD Moments<V> merge(Moments<V> a, double na, Moments<V> b, double nb) {
+  const double share = nb / (na + nb);
+  const V delta = b.mean - a.mean;
+  return {mul_add(delta, V(share), a.mean), a.m2 + mul_add(delta * delta, V(na * share), b.m2)};
+}
+
+/// The moments of n members from the sums of their differences d to a pivot, and of the squares of those.
+template <class V> NORMKIT_HD Moments<V> from_pivot(V pivot, V sum, V sum_squares, double n) {
+  const V delta = sum * V(1 / n);
+  return {pivot + delta, mul_add(V(0) - delta, sum, sum_squares)};
+}
+
+/// A mean, held as two numbers of the compute type (float has too few digits for a mean far from zero), and 1/std.
+template <class S> struct Statistic { S mean, mean_low; double rstd; };
+
+/// 1 / sqrt(var + eps); 0 where var + eps is 0, so that a constant normalizes to 0 and never to NaN.
+NORMKIT_HD double rstd_of(double var, double eps) {
+  const double sum = var + eps;
+  return sum == 0 ? 0 : 1 / std::sqrt(sum);
+}
+
+template <class S> NORMKIT_HD Statistic<S> statistic_of(double mean, double rstd) {
+  const S high = static_cast<S>(mean);
+  // An infinite mean has no remainder: inf - inf would turn the Inf of a poisoned instance into another number.
+  return {high, static_cast<S>(mean - static_cast<double>(high)), rstd};
+}
+
+/// y = (x - mean) * scale + shift: a whole normalization, once scale and shift are known.
+template <class V> struct Affine { V scale, shift; };
+
+/// Scale and shift for x_hat * weight + bias; the low part of the mean moves into the shift.
+template <class S> NORMKIT_HD Affine<S> forward_affine(Statistic<S> s, double weight, double bias) {
+  const double scale = s.rstd * weight;
+  return {static_cast<S>(scale), static_cast<S>(bias - static_cast<double>(s.mean_low) * scale)};
+}
+
+template <class V> NORMKIT_HD V forward(V x, V mean, V scale, V shift) { return mul_add(x - mean, scale, shift); }
+
+/// Sums over members: of g, of g * (x - mean) and of x - mean. Parts add.
+template <class V> struct Sums { V g, gx, d; };
+
+template <class V> NORMKIT_HD Sums<V> operator+(Sums<V> a, Sums<V> b) { return {a.g + b.g, a.gx + b.gx, a.d + b.d}; }
+
+/// Moves sums taken about a rounded mean to the true mean of the data, which is d / n away.
+NORMKIT_HD Sums<double> recenter(Sums<double> s, double n) { return {s.g, mul_add(-(s.d / n), s.g, s.gx), s.d}; }
+
+/// dx = g * a + (x - mean) * b + c.
+template <class V> struct Gradient { V a, b, c; };
+
+/// dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)), where g = dy * weight, as coefficients of g and x - mean.
+/// `sums` are taken about the true mean; RMS has no mean(g) term.
+template <class S> NORMKIT_HD Gradient<S> gradient_of(Statistic<S> s, Sums<double> sums, double n, bool centered) {
+  const double b = -(s.rstd * s.rstd) * (s.rstd * sums.gx / n);
+  const double c = centered ? -(s.rstd * sums.g / n) : 0;
+  return {static_cast<S>(s.rstd), static_cast<S>(b), static_cast<S>(c - static_cast<double>(s.mean_low) * b)};
+}
+
+template <class V> NORMKIT_HD V backward(V x, V g, V mean, V a, V b, V c) {
+  return mul_add(g, a, mul_add(x - mean, b, c));
+}
+
+/// r <- (1 - momentum) * r + momentum * s.
+NORMKIT_HD double running(double r, double s, double momentum) { return (1 - momentum) * r + momentum * s; }
+
+}  // namespace normkit

@@ -1,0 +1,78 @@
+// How a normalization lies in memory: outer, steps, lanes, run. Whoever reads this file has read the design.
+//
+//     offset    = ((outer * STEPS + step) * LANES + lane) * RUN + i
+//     statistic = outer * LANES + lane                    members = STEPS * RUN
+//     parameter = outer * params.outer + (offset / params.stride) % params.count
+//
+// `offset` counts elements in the order of memory, as if the array were dense. Where each extent really lies is in
+// Strides, one per array. Host only.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <span>
+
+namespace normkit {
+
+inline constexpr int kMaxAxes = 64;
+using AxisMask = std::uint64_t;
+
+constexpr AxisMask axis_bit(int axis) { return AxisMask{1} << axis; }
+
+/// Which element of weight and bias belongs to an element of x. Without weights: {0, 1, 1}.
+struct ParamMap { std::int64_t outer = 0, stride = 1, count = 1; };
+
+struct Geometry {
+  std::int64_t outer = 1, steps = 1, lanes = 1, run = 1;
+  ParamMap params;
+
+  constexpr std::int64_t members() const { return steps * run; }
+  constexpr std::int64_t statistics() const { return outer * lanes; }
+  constexpr std::int64_t columns() const { return lanes * run; }
+  constexpr std::int64_t size() const { return statistics() * members(); }
+  constexpr std::int64_t offset(std::int64_t o, std::int64_t step, std::int64_t lane, std::int64_t i) const {
+    return ((o * steps + step) * lanes + lane) * run + i;
+  }
+  constexpr std::int64_t parameter(std::int64_t o, std::int64_t at) const {
+    return o * params.outer + (at / params.stride) % params.count;
+  }
+  /// How many parameters there are.
+  constexpr std::int64_t parameters() const { return params.outer ? params.outer * outer : params.count; }
+};
+
+/// Elements between neighbours along outer, steps and lanes; along the run it is 1.
+struct Strides { std::int64_t outer = 0, step = 0, lane = 0; };
+
+/// The arrays that one walk visits together: x, y, dy, dx and a residual at most.
+inline constexpr int kMaxOperands = 6;
+
+struct Layout {
+  Geometry geometry;
+  std::array<Strides, kMaxOperands> strides{};
+};
+
+/// Axes from the slowest to the fastest in memory. Extents of 1 have no place there and are left out.
+struct AxisOrder {
+  std::array<int, kMaxAxes> axis{};
+  int count = 0;
+};
+
+/// The order of the axes of an array with these strides; ties keep their logical order.
+AxisOrder memory_order(std::span<const std::int64_t> shape, std::span<const std::int64_t> strides);
+
+/// Sorts axes by stride, drops extents of 1, merges neighbours of one kind; what remains must fit
+/// kept reduced kept reduced.
+///
+/// shape         extents of x, none of them 0
+/// reduce_axes   the axes that a statistic is taken over
+/// param_axes    the axes that the parameters vary along; 0 for none
+/// operands      strides of each array in elements, the first of them leading the order; at most kMaxOperands
+///
+/// Empty where the geometry cannot hold the arrays (a run with gaps, kept and reduced axes that alternate too often,
+/// parameters along axes that are not neighbours): the caller then packs them into a dense array whose reduced axes
+/// are the fastest. That always fits, whatever the parameters, once those are expanded to all kept or all axes.
+std::optional<Layout> canonicalise(std::span<const std::int64_t> shape, AxisMask reduce_axes, AxisMask param_axes,
+                                   std::span<const std::span<const std::int64_t>> operands);
+
+}  // namespace normkit

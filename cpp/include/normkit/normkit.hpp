@@ -1,0 +1,134 @@
+// normkit: normalization of dense arrays, forward and backward. This header is all that a C++ user reads.
+//
+// Every normalization is one operation: statistics over some axes of x, then a scale and a shift.
+//
+//     const std::int64_t shape[] = {8, 3, 224, 224}, per_channel[] = {3};
+//     normkit::ForwardArgs args;
+//     args.x = normkit::Array::dense(x, normkit::Dtype::float32, shape);
+//     args.y = normkit::Array::dense(y, normkit::Dtype::float32, shape);
+//     args.weight = normkit::Array::dense(weight, normkit::Dtype::float32, per_channel);
+//     normkit::forward(args, normkit::instance_spec(4));
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "normkit/dtype.hpp"
+#include "normkit/geometry.hpp"
+
+namespace normkit {
+
+/// Bad input. The message names the argument, what was given and what would be right. Thrown before anything is written.
+struct Error : std::runtime_error {
+  enum class Kind { type, value, axis };
+  Kind kind;
+  Error(Kind k, const std::string& message) : std::runtime_error(message), kind(k) {}
+};
+
+/// A view of somebody's array on the CPU. Default: absent. Nothing is owned: the shape must outlive the view.
+struct Array {
+  std::byte* data = nullptr;
+  Dtype dtype = Dtype::float32;
+  bool present = false;
+  bool read_only = false;
+  std::span<const std::int64_t> shape;
+  std::span<const std::int64_t> strides;  // in bytes, any sign; empty: dense, the last axis fastest
+  std::string_view other_dtype = {};      // the name of Dtype::other
+
+  /// A dense array in C order.
+  static Array dense(const void* data, Dtype dtype, std::span<const std::int64_t> shape) {
+    return {static_cast<std::byte*>(const_cast<void*>(data)), dtype, true, false, shape, {}, {}};
+  }
+  int ndim() const { return static_cast<int>(shape.size()); }
+  /// Bytes from one index of `axis` to the next.
+  std::int64_t stride(int axis) const {
+    if (!strides.empty()) return strides[axis];
+    std::int64_t bytes = size_of(dtype);
+    for (int a = ndim() - 1; a > axis; --a) bytes *= shape[a];
+    return bytes;
+  }
+};
+
+/// What is normalized and how weight and bias are laid over x.
+struct Spec {
+  AxisMask reduce_axes = 0;  // axes that a statistic is taken over, one bit each
+  bool centered = true;      // false: root mean square, no mean (Zhang and Sennrich, 2019)
+  double eps = 1e-5;         // added to the variance
+  bool use_input_stats = true;  // false: running_mean and running_var (forward), mean and rstd (backward) are constants
+  double momentum = 0.1;        // running <- (1 - momentum) * running + momentum * statistic
+
+  /// Shapes that weight and bias may have, as sets of axes of x; none: any shape that broadcasts against x.
+  std::array<AxisMask, 3> param_axes{};
+  int param_forms = 0;
+  /// What one element of weight belongs to, for messages.
+  const char* param_meaning = "one element per channel of x";
+  int channel_axis = 1;  // the axis that running statistics belong to
+};
+
+/// Instance normalization (Ulyanov, Vedaldi and Lempitsky, 2016): statistics over every axis but the first and the
+/// channels, for each image apart. Weights: (C,), (N, C) or the shape of x.
+Spec instance_spec(int ndim, std::int64_t channel_axis = 1);
+
+/// Any axes: each from -ndim to ndim - 1. Weights: any shape that broadcasts against x.
+Spec normalize_spec(int ndim, std::span<const std::int64_t> axes, bool centered = true);
+
+/// x                        any dtype, any strides that the geometry holds (see below)
+/// y                        like x in shape; of x's dtype or of compute_dtype(x); may be x itself, else memory apart
+/// weight, bias             float32, float64 or the dtype of x; absent means 1 and 0
+/// mean, rstd               absent, or arrays of compute_dtype(x) with one element per statistic, written; shape: the kept
+///                          axes of x
+/// running_mean, running_var  absent, or (C,) of float32 or float64, read and updated (spec.use_input_stats), or only read
+struct ForwardArgs {
+  Array x, y, weight, bias, mean, rstd, running_mean, running_var;
+  Dtype y_dtype = Dtype::other;  // what y is to have; `other`: that of x, or float32 for an integer x
+  bool y_is_apart = false;       // the caller knows that y shares no element with x, though they interleave in memory
+};
+
+/// dy, x, dx                one floating dtype and shape; dx absent: not wanted; dx may be dy or x itself
+/// mean, rstd               what forward wrote, of float32 or float64; mean is absent where spec.centered is false
+/// weight                   as forward had it
+/// dweight, dbias           absent: not wanted; else of weight's shape and any floating dtype, written
+struct BackwardArgs {
+  Array dy, x, dx, mean, rstd, weight, dweight, dbias;
+  bool dx_is_apart = false;  // as y_is_apart, of dx against dy and x
+};
+
+/// Normalizes x over `spec.reduce_axes`, then scales and shifts it.
+///
+///     y = (x - mean) / sqrt(var + eps) * weight + bias        var divides by the number of members
+///
+/// Shapes, dtypes and aliasing are those of ForwardArgs. A constant statistic gives exactly bias. NaN and Inf stay in their
+/// own statistic. The bits of y do not depend on the number of threads, on what else is in the batch, or on alignment, and
+/// are the same on every instruction set that has a fused multiply-add.
+/// Allocates only scratch, on the heap. Throws Error, naming the argument, before any memory is written; also where
+/// the strides of the arrays do not fit the geometry (see canonicalise()): pack such arrays first.
+void forward(const ForwardArgs& args, const Spec& spec);
+
+/// The gradient of forward().
+///
+///     dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat))     g = dy * weight, x_hat = (x - mean) * rstd
+///     dweight = sum(dy * x_hat)    dbias = sum(dy)            over all elements that share the parameter
+///
+/// With spec.use_input_stats false, dx = rstd * g. `mean` is rounded; it is corrected from the data, so that dx is as exact far
+/// from zero as it is near it. Deterministic: sums are taken in an order that depends on the shape alone.
+/// Aliasing, allocation and errors as for forward().
+void backward(const BackwardArgs& args, const Spec& spec);
+
+/// The instruction set in use, all that this build and this machine have (best first), and the choice of one by name;
+/// false where there is no such name. NORMKIT_ISA in the environment makes the first choice.
+std::string isa();
+std::vector<std::string> isas();
+bool use_isa(const std::string& name);
+
+/// Threads that a call may use, the calling one included. Starts at NORMKIT_NUM_THREADS, or at the CPUs of the affinity mask
+/// and the cgroup quota. Results do not depend on it.
+int num_threads();
+void set_num_threads(int n);
+
+}  // namespace normkit

@@ -1,0 +1,170 @@
+// What one instruction set provides: a name and a few functions over a Task. Included by baseline and per-ISA code
+// alike, so it holds data and constexpr arithmetic only.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "normkit/dtype.hpp"
+#include "normkit/geometry.hpp"
+
+namespace normkit {
+
+/// An array as a kernel sees it. Inputs are never written.
+struct Operand {
+  std::byte* data = nullptr;
+  Dtype dtype = Dtype::float32;
+  Strides strides;
+};
+
+/// Weight or bias; nothing stands for 1 or 0. Dense, in the order of Geometry::parameter.
+struct Param {
+  const std::byte* data = nullptr;
+  Dtype dtype = Dtype::float32;
+};
+
+/// Statistics that are not computed but given: element (statistic / stride) % count of `mean` and of `scale`,
+/// which holds variances or 1/std.
+struct Given {
+  const std::byte* mean = nullptr;
+  const std::byte* scale = nullptr;
+  Dtype mean_dtype = Dtype::float32, scale_dtype = Dtype::float32;
+  std::int64_t stride = 1, count = 1;
+  bool is_variance = false;
+};
+
+/// `runs` reduces along the contiguous run; `lanes` reduces across steps, with vectors along the contiguous columns,
+/// and then folds neighbours.
+enum class Traversal : std::uint8_t { runs, lanes };
+
+/// How the parameters meet a statistic, which decides where their gradients are summed.
+enum class ParamKind : std::uint8_t {
+  none,       // no parameters, or no gradients of them
+  statistic,  // one parameter for all members of a statistic
+  piece,      // constant over pieces of a run
+  row,        // one for each element of a run, the same for all statistics (of one `outer`)
+  column,     // lanes: one for each column
+  element,    // one for each element of x
+};
+
+struct Task {
+  Geometry geometry;
+  Traversal traversal = Traversal::runs;
+  ParamKind kind = ParamKind::none;
+  bool centered = true;
+  bool frozen = false;         // statistics are given and take no part in the gradient
+  bool stream_stores = false;  // outputs go past the caches
+  double eps = 0;
+  Operand x, y, dy, dx;
+  Param weight, bias;
+  Given given;
+  std::byte* mean = nullptr;  // of compute_dtype(x), one element per statistic; may be null
+  std::byte* rstd = nullptr;
+  double* moments = nullptr;  // mean and m2 of each statistic; may be null
+  double* dparams = nullptr;  // partial sums of dweight and dbias, see dparam_units(); may be null
+  std::byte* dweight_out = nullptr;  // ParamKind::element: final values of compute_dtype(x), written in place
+  std::byte* dbias_out = nullptr;
+  double* partials = nullptr;  // split schedule: what each span found
+  double* solved = nullptr;    // split schedule: what finish() made of them, solved_doubles() per unit
+};
+
+// The reduction tree. A chunk is summed in the compute type, chunks are merged in order to spans and spans to a
+// statistic in double. All of it is a function of one statistic's geometry: never of the batch, of the thread count or
+// of the addresses. The sizes: 4096 floats and their gradient fit the first-level cache twice over; a span is what one
+// thread takes at a time.
+inline constexpr std::int64_t kChunk = 4096;
+inline constexpr std::int64_t kChunkSteps = 128;
+inline constexpr std::int64_t kSpanChunks = 4;
+
+/// The chunks of one statistic (runs) or of one outer index (lanes).
+struct Chunks {
+  std::int64_t rows;     // steps in a chunk
+  std::int64_t per_run;  // chunks in a run; where it is more than one, rows is one
+  std::int64_t count;
+  std::int64_t spans;
+};
+
+constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+constexpr Chunks chunks_of(const Geometry& g, Traversal traversal) {
+  Chunks c{1, 1, 1, 1};
+  if (traversal == Traversal::lanes) c.rows = kChunkSteps;
+  else if (g.run < kChunk) c.rows = kChunk / g.run;
+  else c.per_run = ceil_div(g.run, kChunk);
+  c.count = ceil_div(g.steps, c.rows) * c.per_run;
+  c.spans = ceil_div(c.count, kSpanChunks);
+  return c;
+}
+
+/// Statistics whose parameter gradients are summed together, in ParamKind::row.
+inline constexpr std::int64_t kRowGroup = 64;
+constexpr std::int64_t row_groups(const Geometry& g) { return ceil_div(g.lanes, kRowGroup); }
+
+/// Pairs (sum of dy * x_hat, sum of dy) that backward leaves in `dparams`: doubles, but for ParamKind::row, where a group
+/// holds run sums of dy * x_hat and then run sums of dy, all in the compute type.
+constexpr std::int64_t dparam_units(const Geometry& g, ParamKind kind) {
+  switch (kind) {
+    case ParamKind::statistic: return g.statistics();
+    case ParamKind::piece: return g.size() / g.params.stride;
+    case ParamKind::row: return g.outer * row_groups(g) * g.run;
+    case ParamKind::column: return g.outer * g.columns();
+    default: return 0;
+  }
+}
+
+/// Doubles of one entry of Task::partials: moments, or the three sums of backward, of a span; of all columns of one, with
+/// their means, in the lanes traversal.
+constexpr std::int64_t partial_doubles(const Geometry& g, Traversal traversal, bool is_backward) {
+  if (traversal == Traversal::lanes) return (is_backward ? 4 : 2) * g.columns();
+  return is_backward ? 3 : 2;
+}
+
+/// Doubles of one entry of Task::solved: a Solved (runs), or the table of the columns of one outer index (lanes).
+constexpr std::int64_t solved_doubles(const Geometry& g, Traversal traversal) {
+  return traversal == Traversal::lanes ? 6 * g.columns() : 6;
+}
+
+/// Doubles of scratch that a thread needs for one outer index of the lanes traversal: sums of all spans and of one, and
+/// the table.
+constexpr std::int64_t scratch_doubles(const Geometry& g, Traversal traversal) {
+  return traversal == Traversal::lanes ? 12 * g.columns() : 0;
+}
+
+/// Units of a fused schedule: statistics (runs), groups of them where weights along the row want their gradients summed,
+/// outer indices (lanes).
+constexpr std::int64_t fused_units(const Geometry& g, Traversal traversal, ParamKind kind) {
+  if (traversal == Traversal::lanes) return g.outer;
+  return kind == ParamKind::row ? g.outer * row_groups(g) : g.statistics();
+}
+
+/// True where all members of a statistic share one parameter.
+constexpr bool constant_in_statistic(const Geometry& g) {
+  const ParamMap& p = g.params;
+  if (p.count == 1) return true;
+  return p.stride % g.run == 0 &&
+         (g.steps == 1 || g.columns() % (p.stride * p.count) == 0 || p.stride % (g.steps * g.columns()) == 0);
+}
+
+/// True where the parameter of a column is the same on every step.
+constexpr bool constant_in_column(const Geometry& g) {
+  const ParamMap& p = g.params;
+  return p.count == 1 || g.columns() % (p.stride * p.count) == 0 || p.stride % (g.steps * g.columns()) == 0;
+}
+
+/// The entry points of one instruction set. Fused: a range counts fused_units(), each read, solved and written while it
+/// is in cache. Split, for few and large statistics: a range counts spans of statistics (runs) or of outer indices (lanes),
+/// in phases: sums fill `partials`, finish() merges them into `solved` (its range counts statistics or outer indices),
+/// apply writes. Both give the same bits. `scratch` is the calling thread's own, scratch_doubles() long.
+struct Isa {
+  const char* name;
+  void (*forward)(const Task&, std::int64_t begin, std::int64_t end, double* scratch);
+  void (*forward_sums)(const Task&, std::int64_t begin, std::int64_t end);
+  void (*forward_finish)(const Task&, std::int64_t begin, std::int64_t end, double* scratch);
+  void (*forward_apply)(const Task&, std::int64_t begin, std::int64_t end);
+  void (*backward)(const Task&, std::int64_t begin, std::int64_t end, double* scratch);
+  void (*backward_sums)(const Task&, std::int64_t begin, std::int64_t end);
+  void (*backward_finish)(const Task&, std::int64_t begin, std::int64_t end, double* scratch);
+  void (*backward_apply)(const Task&, std::int64_t begin, std::int64_t end);
+};
+
+}  // namespace normkit

@@ -1,0 +1,362 @@
+#include "cpu.hpp"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "normkit/formula.hpp"
+#include "normkit/normkit.hpp"
+#include "pool.hpp"
+#include "vec/half.hpp"
+
+namespace normkit {
+
+#define NORMKIT_ISA(name, architecture, header, flags, test) extern const Isa isa_##name;
+#include "isas_built.def"
+#undef NORMKIT_ISA
+
+namespace {
+
+#if defined(__x86_64__)
+#define has(feature) __builtin_cpu_supports(feature)
+#endif
+
+struct Candidate {
+  const Isa* isa;
+  bool runs_here;
+};
+
+const std::vector<Candidate>& candidates() {
+  static const std::vector<Candidate> all = {
+#define NORMKIT_ISA(name, architecture, header, flags, test) {&isa_##name, static_cast<bool>(test)},
+#include "isas_built.def"
+#undef NORMKIT_ISA
+  };
+  return all;
+}
+
+const Isa* find_isa(const char* name) {
+  for (const Candidate& c : candidates())
+    if (c.runs_here && (!name || std::strcmp(name, c.isa->name) == 0)) return c.isa;
+  return nullptr;
+}
+
+const Isa* first_isa() {
+  const char* wanted = std::getenv("NORMKIT_ISA");
+  const Isa* found = wanted && *wanted ? find_isa(wanted) : nullptr;
+  return found ? found : find_isa(nullptr);
+}
+
+std::atomic<const Isa*>& chosen_isa() {
+  static std::atomic<const Isa*> chosen{first_isa()};
+  return chosen;
+}
+
+// ---- schedule ----------------------------------------------------------------------------------------------------
+
+/// Below this many elements a wake costs more than it saves.
+constexpr std::int64_t kParallelElements = 16384;
+/// Working sets above this leave the caches before anybody reads the output: stores go past them.
+constexpr std::int64_t kStreamBytes = std::int64_t{4} << 20;
+/// Ranges that each thread gets to claim, so that one slow thread does not hold up the others.
+constexpr std::int64_t kRangesPerThread = 4;
+
+struct Schedule {
+  int threads = 1;
+  bool split = false;
+  std::int64_t units = 1;       // fused_units()
+  std::int64_t statistics = 1;  // entries of `solved`: statistics (runs) or outer indices (lanes)
+  std::int64_t spans = 1;       // per entry
+};
+
+Schedule schedule_of(const Task& t, int threads) {
+  const Geometry& g = t.geometry;
+  Schedule s;
+  s.units = fused_units(g, t.traversal, t.kind);
+  s.statistics = t.traversal == Traversal::lanes ? g.outer : g.statistics();
+  s.spans = chunks_of(g, t.traversal).spans;
+  s.threads = g.size() < kParallelElements ? 1 : threads;
+  // Too few units to keep all threads busy: each statistic is shared among them. Gradients of pieces are summed along with a
+  // statistic and cannot be shared.
+  s.split = s.threads > 1 && s.units < 3 * s.threads && s.spans > 1 && t.kind != ParamKind::piece;
+  return s;
+}
+
+/// Runs f(begin, end, slot) over [0, units) in ranges.
+template <class F> void over(std::int64_t begin, std::int64_t end, int threads, F f) {
+  const std::int64_t units = end - begin, ranges = units < threads * kRangesPerThread ? units : threads * kRangesPerThread;
+  if (threads == 1 || ranges <= 1) return f(begin, end, 0);
+  parallel_for(ranges, threads, [&](std::int64_t range, int slot) {
+    f(begin + units * range / ranges, begin + units * (range + 1) / ranges, slot);
+  });
+}
+
+/// Carves a workspace into arrays. With a null workspace it only counts.
+struct Carver {
+  double* memory;
+  std::size_t used = 0;
+  double* take(std::int64_t doubles) {
+    double* at = memory ? memory + used : nullptr;
+    used += (static_cast<std::size_t>(doubles) + 7) / 8 * 8;  // whole lines
+    return at;
+  }
+};
+
+struct Common {
+  double* scratch;
+  std::int64_t scratch_stride;
+};
+
+Common carve(Carver& carver, Task& t, const Schedule& s, bool is_backward) {
+  const std::int64_t stride = scratch_doubles(t.geometry, t.traversal);
+  Common common{carver.take(stride * s.threads), stride};
+  if (s.split) {
+    t.partials = carver.take(s.statistics * s.spans * partial_doubles(t.geometry, t.traversal, is_backward));
+    t.solved = carver.take(s.statistics * solved_doubles(t.geometry, t.traversal));
+  }
+  return common;
+}
+
+bool streams(const Task& t, const Operand& out, const Operand* in, int arrays) {
+  for (int k = 0; k < arrays; ++k)
+    if (in[k].data == out.data) return false;
+  const std::int64_t bytes = t.geometry.size() * (arrays * size_of(in[0].dtype) + size_of(out.dtype));
+  return bytes >= kStreamBytes;
+}
+
+double load_scalar(const std::byte* p, Dtype dtype) {
+  return dtype == Dtype::float64 ? *reinterpret_cast<const double*>(p) : *reinterpret_cast<const float*>(p);
+}
+
+void store_scalar(std::byte* p, Dtype dtype, double v) {
+  if (dtype == Dtype::float64) *reinterpret_cast<double*>(p) = v;
+  else *reinterpret_cast<float*>(p) = static_cast<float>(v);
+}
+
+// ---- forward -----------------------------------------------------------------------------------------------------
+
+struct ForwardSpace {
+  Common common;
+  double* given;    // running statistics as dense doubles: means, then variances
+  double* moments;  // of each statistic, for the update of running statistics
+};
+
+ForwardSpace carve(Carver& carver, ForwardJob& job, const Schedule& s) {
+  ForwardSpace space{carve(carver, job.task, s, false), nullptr, nullptr};
+  if (!job.running.mean) return space;
+  if (job.task.frozen) space.given = carver.take(2 * job.running.count);
+  else space.moments = carver.take(2 * job.task.geometry.statistics());
+  return space;
+}
+
+void read_running(Task& t, const Running& r, double* given) {
+  for (std::int64_t c = 0; c < r.count; ++c) {
+    given[c] = load_scalar(r.mean + c * r.mean_stride, r.mean_dtype);
+    given[r.count + c] = load_scalar(r.var + c * r.var_stride, r.var_dtype);
+  }
+  t.given = {reinterpret_cast<std::byte*>(given), reinterpret_cast<std::byte*>(given + r.count), Dtype::float64, Dtype::float64,
+             r.stride, r.count, true};
+}
+
+/// Frozen statistics as the caller asked to see them: one for each statistic.
+void copy_given(const Task& t) {
+  const Dtype dtype = compute_dtype(t.x.dtype);
+  for (std::int64_t k = 0; k < t.geometry.statistics(); ++k) {
+    const std::int64_t c = k / t.given.stride % t.given.count;
+    if (t.mean) store_scalar(t.mean + k * size_of(dtype), dtype, reinterpret_cast<const double*>(t.given.mean)[c]);
+    if (t.rstd) {
+      const double var = reinterpret_cast<const double*>(t.given.scale)[c];
+      store_scalar(t.rstd + k * size_of(dtype), dtype, rstd_of(var, t.eps));
+    }
+  }
+}
+
+/// Running statistics take the average over all statistics of a channel, the variance unbiased.
+void update_running(const Task& t, const Running& r) {
+  const std::int64_t per_channel = t.geometry.statistics() / r.count;
+  const double n = static_cast<double>(t.geometry.members());
+  for (std::int64_t c = 0; c < r.count; ++c) {
+    double mean = 0, var = 0;
+    for (std::int64_t k = 0; k < per_channel; ++k) {
+      const std::int64_t statistic = (k / r.stride * r.count + c) * r.stride + k % r.stride;
+      mean += t.moments[2 * statistic];
+      var += t.moments[2 * statistic + 1] / (n - 1);
+    }
+    const double share = static_cast<double>(per_channel);
+    std::byte *mean_at = r.mean + c * r.mean_stride, *var_at = r.var + c * r.var_stride;
+    store_scalar(mean_at, r.mean_dtype, running(load_scalar(mean_at, r.mean_dtype), mean / share, r.momentum));
+    store_scalar(var_at, r.var_dtype, running(load_scalar(var_at, r.var_dtype), var / share, r.momentum));
+  }
+}
+
+// ---- backward ----------------------------------------------------------------------------------------------------
+
+struct BackwardSpace {
+  Common common;
+  double* totals;      // sums of dweight, then of dbias, one per parameter
+  double* elements[2]; // ParamKind::element: dweight and dbias, where their dtype is not the compute type
+};
+
+BackwardSpace carve(Carver& carver, BackwardJob& job, const Schedule& s) {
+  Task& t = job.task;
+  BackwardSpace space{carve(carver, t, s, true), nullptr, {nullptr, nullptr}};
+  if (t.kind == ParamKind::none) return space;
+  if (t.kind == ParamKind::element) {
+    const ParamGradient* out[2] = {&job.dweight, &job.dbias};
+    for (int k = 0; k < 2; ++k)
+      if (out[k]->data && out[k]->dtype != compute_dtype(t.x.dtype)) space.elements[k] = carver.take(t.geometry.size());
+    return space;
+  }
+  t.dparams = carver.take(2 * dparam_units(t.geometry, t.kind));
+  space.totals = carver.take(2 * t.geometry.parameters());
+  return space;
+}
+
+/// Adds up what the kernels left in `dparams`, in an order that depends on the geometry alone.
+void total_dparams(const Task& t, double* totals) {
+  const Geometry& g = t.geometry;
+  const std::int64_t count = g.parameters(), units = dparam_units(g, t.kind);
+  std::memset(totals, 0, static_cast<std::size_t>(2 * count) * sizeof(double));
+  const auto add = [&](std::int64_t p, double dweight, double dbias) { totals[p] += dweight, totals[count + p] += dbias; };
+  if (t.kind == ParamKind::row) {
+    const bool wide = compute_dtype(t.x.dtype) == Dtype::float64;
+    for (std::int64_t group = 0; group < g.outer * row_groups(g); ++group) {
+      const double* d = t.dparams + 2 * group * g.run;
+      const float* f = reinterpret_cast<const float*>(d);
+      const std::int64_t first = g.parameter(group / row_groups(g), 0);
+      for (std::int64_t i = 0; i < g.run; ++i)
+        wide ? add(first + i, d[i], d[g.run + i])
+             : add(first + i, static_cast<double>(f[i]), static_cast<double>(f[g.run + i]));
+    }
+    return;
+  }
+  for (std::int64_t k = 0; k < units; ++k) {
+    std::int64_t o = k / g.lanes, offset = g.offset(o, 0, k % g.lanes, 0);
+    if (t.kind == ParamKind::piece) offset = k * g.params.stride, o = offset / (g.members() * g.lanes);
+    if (t.kind == ParamKind::column) o = k / g.columns(), offset = g.offset(o, 0, 0, k % g.columns());
+    add(g.parameter(o, offset), t.dparams[2 * k], t.dparams[2 * k + 1]);
+  }
+}
+
+void store_gradient(const ParamGradient& out, std::int64_t p, double v) {
+  std::byte* at = out.data + p * size_of(out.dtype);
+  if (out.dtype == Dtype::float16) *reinterpret_cast<Half*>(at) = narrow(static_cast<Half*>(nullptr), static_cast<float>(v));
+  else if (out.dtype == Dtype::bfloat16) *reinterpret_cast<Bfloat*>(at) = narrow(static_cast<Bfloat*>(nullptr), static_cast<float>(v));
+  else store_scalar(at, out.dtype, v);
+}
+
+}  // namespace
+
+std::string isa() { return chosen_isa().load()->name; }
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Candidate& c : candidates())
+    if (c.runs_here) names.emplace_back(c.isa->name);
+  return names;
+}
+
+bool use_isa(const std::string& name) {
+  const Isa* found = find_isa(name.c_str());
+  if (found) chosen_isa().store(found);
+  return found != nullptr;
+}
+
+int num_threads() {
+  static const bool configured = [] {
+    const char* wanted = std::getenv("NORMKIT_NUM_THREADS");
+    if (wanted && std::atoi(wanted) > 0) set_max_threads(std::atoi(wanted));
+    return true;
+  }();
+  static_cast<void>(configured);
+  return max_threads();
+}
+
+void set_num_threads(int n) {
+  num_threads();
+  set_max_threads(n);
+}
+
+std::size_t workspace_doubles(const ForwardJob& job) {
+  ForwardJob copy = job;
+  Carver carver{nullptr};
+  carve(carver, copy, schedule_of(copy.task, copy.threads));
+  return carver.used;
+}
+
+std::size_t workspace_doubles(const BackwardJob& job) {
+  BackwardJob copy = job;
+  Carver carver{nullptr};
+  carve(carver, copy, schedule_of(copy.task, copy.threads));
+  return carver.used;
+}
+
+void run(ForwardJob& job, double* workspace) {
+  Task& t = job.task;
+  const Isa& isa = *chosen_isa().load(std::memory_order_relaxed);
+  const Schedule s = schedule_of(t, job.threads);
+  Carver carver{workspace};
+  const ForwardSpace space = carve(carver, job, s);
+  t.moments = space.moments;
+  t.stream_stores = streams(t, t.y, &t.x, 1);
+  if (t.frozen) read_running(t, job.running, space.given), copy_given(t);
+  const auto scratch = [&](int slot) { return space.common.scratch + slot * space.common.scratch_stride; };
+  if (!s.split) {
+    over(0, s.units, s.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
+      isa.forward(t, begin, end, scratch(slot));
+    });
+  } else {
+    for (std::int64_t k = 0; k < s.statistics; ++k) {
+      const std::int64_t first = k * s.spans, last = first + s.spans;
+      if (!t.frozen)
+        over(first, last, s.threads,
+             [&](std::int64_t begin, std::int64_t end, int) { isa.forward_sums(t, begin, end); });
+      isa.forward_finish(t, k, k + 1, scratch(0));
+      over(first, last, s.threads, [&](std::int64_t begin, std::int64_t end, int) { isa.forward_apply(t, begin, end); });
+    }
+  }
+  if (t.moments) update_running(t, job.running);
+}
+
+void run(BackwardJob& job, double* workspace) {
+  Task& t = job.task;
+  const Isa& isa = *chosen_isa().load(std::memory_order_relaxed);
+  const Schedule s = schedule_of(t, job.threads);
+  Carver carver{workspace};
+  const BackwardSpace space = carve(carver, job, s);
+  if (t.dparams)
+    std::memset(t.dparams, 0, static_cast<std::size_t>(2 * dparam_units(t.geometry, t.kind)) * sizeof(double));
+  const Operand inputs[] = {t.x, t.dy};
+  t.stream_stores = t.dx.data && streams(t, t.dx, inputs, 2);
+  if (t.kind == ParamKind::element) {
+    t.dweight_out = space.elements[0] ? reinterpret_cast<std::byte*>(space.elements[0]) : job.dweight.data;
+    t.dbias_out = space.elements[1] ? reinterpret_cast<std::byte*>(space.elements[1]) : job.dbias.data;
+  }
+  const auto scratch = [&](int slot) { return space.common.scratch + slot * space.common.scratch_stride; };
+  if (!s.split) {
+    over(0, s.units, s.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
+      isa.backward(t, begin, end, scratch(slot));
+    });
+  } else {
+    over(0, s.statistics * s.spans, s.threads,
+         [&](std::int64_t begin, std::int64_t end, int) { isa.backward_sums(t, begin, end); });
+    isa.backward_finish(t, 0, s.statistics, scratch(0));
+    over(0, s.units * s.spans, s.threads,
+         [&](std::int64_t begin, std::int64_t end, int) { isa.backward_apply(t, begin, end); });
+  }
+  const ParamGradient* out[2] = {&job.dweight, &job.dbias};
+  if (t.dparams) total_dparams(t, space.totals);
+  for (int k = 0; k < 2; ++k) {
+    if (t.dparams && out[k]->data)
+      for (std::int64_t p = 0; p < t.geometry.parameters(); ++p)
+        store_gradient(*out[k], p, space.totals[k * t.geometry.parameters() + p]);
+    if (space.elements[k])
+      for (std::int64_t p = 0; p < t.geometry.size(); ++p) {
+        const bool wide = compute_dtype(t.x.dtype) == Dtype::float64;
+        store_gradient(*out[k], p,
+                       wide ? space.elements[k][p] : static_cast<double>(reinterpret_cast<float*>(space.elements[k])[p]));
+      }
+  }
+}
+
+}  // namespace normkit

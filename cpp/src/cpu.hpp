@@ -1,0 +1,46 @@
+// Runs a validated Task on the CPU: instruction set, schedule, threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "backend.hpp"
+
+namespace normkit {
+
+/// Where gradients of parameters end up: element p of `data`, of any floating dtype.
+struct ParamGradient {
+  std::byte* data = nullptr;
+  Dtype dtype = Dtype::float32;
+};
+
+/// Running statistics, one pair per channel; channel = (statistic / stride) % count.
+struct Running {
+  std::byte* mean = nullptr;
+  std::byte* var = nullptr;
+  Dtype mean_dtype = Dtype::float32, var_dtype = Dtype::float32;
+  std::int64_t mean_stride = 0, var_stride = 0;  // bytes
+  std::int64_t stride = 1, count = 1;
+  double momentum = 0;
+};
+
+/// A validated call. `threads` is fixed when it is planned, so that workspace and run agree on it.
+struct ForwardJob {
+  Task task;
+  int threads = 1;
+  Running running;
+};
+
+struct BackwardJob {
+  Task task;
+  int threads = 1;
+  ParamGradient dweight, dbias;
+};
+
+/// Doubles of workspace that a run wants, and the run. `workspace` is aligned to 64 bytes.
+std::size_t workspace_doubles(const ForwardJob& job);
+std::size_t workspace_doubles(const BackwardJob& job);
+void run(ForwardJob& job, double* workspace);
+void run(BackwardJob& job, double* workspace);
+
+}  // namespace normkit

@@ -1,0 +1,113 @@
+// Both traversals, forward and backward, compiled once for every row of isas.def. Exports one symbol: the Isa.
+#include <cstddef>
+#include <cstdint>
+
+#include "backend.hpp"
+#include "normkit/formula.hpp"
+#include "vec/local.hpp"
+#include "vec/half.hpp"
+#include NORMKIT_VEC  // clang-format keeps this order: the registers, then what is made of them
+#include "vec/pack.hpp"
+#include "kernels/common.hpp"
+#include "kernels/runs.hpp"
+#include "kernels/lanes.hpp"
+
+namespace normkit {
+namespace {
+
+/// The output of forward is like x, or of the compute type.
+template <class F> void visit_output(const Task& t, F f) {
+  visit(t.x.dtype, [&](auto x) {
+    using X = typename decltype(x)::type;
+    if constexpr (sizeof(X) == 2 && !__is_same(X, std::uint16_t) && !__is_same(X, std::int16_t)) {
+      if (t.y.dtype == t.x.dtype) return f(x, x);
+    }
+    return f(x, Type<ScalarOf<X>>{});
+  });
+}
+
+/// The input of backward is floating.
+template <class F> void visit_floating(const Task& t, F f) {
+  visit(t.x.dtype, [&](auto x) {
+    using X = typename decltype(x)::type;
+    if constexpr (sizeof(X) > 1 && !__is_same(X, std::uint16_t) && !__is_same(X, std::int16_t)) f(x);
+  });
+}
+
+void forward(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
+  visit_output(t, [&](auto x, auto y) {
+    using X = typename decltype(x)::type;
+    using Y = typename decltype(y)::type;
+    t.traversal == Traversal::runs ? runs_forward<X, Y>(t, begin, end) : lanes_forward<X, Y>(t, begin, end, scratch);
+  });
+  if (t.stream_stores) stream_fence();
+}
+
+void forward_sums(const Task& t, std::int64_t begin, std::int64_t end) {
+  visit(t.x.dtype, [&](auto x) {
+    using X = typename decltype(x)::type;
+    t.traversal == Traversal::runs ? runs_forward_sums<X>(t, begin, end) : lanes_forward_sums<X>(t, begin, end);
+  });
+}
+
+void forward_finish(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
+  visit(t.x.dtype, [&](auto x) {
+    using X = typename decltype(x)::type;
+    t.traversal == Traversal::runs ? runs_forward_finish<X>(t, begin, end)
+                                   : lanes_forward_finish<X>(t, begin, end, scratch);
+  });
+}
+
+void forward_apply(const Task& t, std::int64_t begin, std::int64_t end) {
+  visit_output(t, [&](auto x, auto y) {
+    using X = typename decltype(x)::type;
+    using Y = typename decltype(y)::type;
+    t.traversal == Traversal::runs ? runs_forward_apply<X, Y>(t, begin, end) : lanes_forward_apply<X, Y>(t, begin, end);
+  });
+  if (t.stream_stores) stream_fence();
+}
+
+void backward(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
+  visit_floating(t, [&](auto x) {
+    using X = typename decltype(x)::type;
+    t.traversal == Traversal::runs ? runs_backward<X>(t, begin, end) : lanes_backward<X>(t, begin, end, scratch);
+  });
+  if (t.stream_stores) stream_fence();
+}
+
+void backward_sums(const Task& t, std::int64_t begin, std::int64_t end) {
+  visit_floating(t, [&](auto x) {
+    using X = typename decltype(x)::type;
+    t.traversal == Traversal::runs ? runs_backward_sums<X>(t, begin, end) : lanes_backward_sums<X>(t, begin, end);
+  });
+}
+
+void backward_finish(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
+  visit_floating(t, [&](auto x) {
+    using X = typename decltype(x)::type;
+    t.traversal == Traversal::runs ? runs_backward_finish<X>(t, begin, end)
+                                   : lanes_backward_finish<X>(t, begin, end, scratch);
+  });
+}
+
+void backward_apply(const Task& t, std::int64_t begin, std::int64_t end) {
+  visit_floating(t, [&](auto x) {
+    using X = typename decltype(x)::type;
+    t.traversal == Traversal::runs ? runs_backward_apply<X>(t, begin, end) : lanes_backward_apply<X>(t, begin, end);
+  });
+  if (t.stream_stores) stream_fence();
+}
+
+}  // namespace
+
+#define NORMKIT_STRING(name) #name
+#define NORMKIT_NAME_OF(name) NORMKIT_STRING(name)
+#define NORMKIT_JOIN(a, b) a##b
+#define NORMKIT_SYMBOL(name) NORMKIT_JOIN(isa_, name)
+
+extern const Isa NORMKIT_SYMBOL(NORMKIT_ISA_NAME);
+const Isa NORMKIT_SYMBOL(NORMKIT_ISA_NAME){
+    NORMKIT_NAME_OF(NORMKIT_ISA_NAME), forward,       forward_sums,    forward_finish, forward_apply,
+    backward,                          backward_sums, backward_finish, backward_apply};
+
+}  // namespace normkit

@@ -1,0 +1,569 @@
+#include "plan.hpp"
+
+#include <cmath>
+#include <memory>
+#include <new>
+#include <sstream>
+
+#include "normkit/formula.hpp"
+
+namespace normkit {
+namespace {
+
+[[noreturn]] void fail(Error::Kind kind, const std::string& message) { throw Error(kind, message); }
+[[noreturn]] void type_error(const std::string& message) { fail(Error::Kind::type, message); }
+[[noreturn]] void value_error(const std::string& message) { fail(Error::Kind::value, message); }
+
+// ---- words -------------------------------------------------------------------------------------------------------
+
+std::string tuple(std::span<const std::int64_t> values) {
+  std::ostringstream text;
+  text << '(';
+  for (std::size_t k = 0; k < values.size(); ++k) text << (k ? ", " : "") << values[k];
+  text << (values.size() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+/// "a", "a or b", "a, b or c".
+std::string alternatives(const std::vector<std::string>& words) {
+  std::string text;
+  for (std::size_t k = 0; k < words.size(); ++k)
+    text += (k == 0 ? "" : k + 1 == words.size() ? " or " : ", ") + words[k];
+  return text;
+}
+
+std::string number(double v) {
+  if (std::isnan(v)) return "nan";
+  if (std::isinf(v)) return v < 0 ? "-inf" : "inf";
+  std::ostringstream text;
+  text << v;
+  return text.str().find_first_of(".e") == std::string::npos ? text.str() + ".0" : text.str();
+}
+
+std::vector<std::int64_t> extents_of(std::span<const std::int64_t> shape, AxisMask axes) {
+  std::vector<std::int64_t> extents;
+  for (std::size_t a = 0; a < shape.size(); ++a)
+    if (axes & axis_bit(static_cast<int>(a))) extents.push_back(shape[a]);
+  return extents;
+}
+
+// ---- one array ---------------------------------------------------------------------------------------------------
+
+std::string dtype_name(const Array& a) {
+  return a.dtype == Dtype::other ? std::string(a.other_dtype) : name_of(a.dtype);
+}
+
+void check_dtype(const char* name, const Array& a, const std::string& expected, bool allowed) {
+  if (allowed) return;
+  const std::string given = dtype_name(a);
+  const bool swapped = !given.empty() && (given[0] == '>' || given[0] == '<');
+  type_error(std::string(name) + " has dtype " + given + ", expected " + (swapped ? "native byte order" : expected));
+}
+
+void check_data_dtype(const char* name, const Array& a, bool integers) {
+  check_dtype(name, a,
+              integers ? "float32, float64, float16, bfloat16, uint8, int8, uint16 or int16"
+                       : "float32, float64, float16 or bfloat16",
+              a.dtype != Dtype::other && (integers || is_floating(a.dtype)));
+}
+
+void check_wide_dtype(const char* name, const Array& a) {
+  check_dtype(name, a, "float32 or float64", a.dtype == Dtype::float32 || a.dtype == Dtype::float64);
+}
+
+void check_param_dtype(const char* name, const Array& a, Dtype x) {
+  const bool narrow = x == Dtype::float16 || x == Dtype::bfloat16;
+  check_dtype(name, a, narrow ? std::string("float32, float64 or ") + name_of(x) + ", the dtype of x" : "float32 or float64",
+              a.dtype == Dtype::float32 || a.dtype == Dtype::float64 || (narrow && a.dtype == x));
+}
+
+bool equal(std::span<const std::int64_t> a, std::span<const std::int64_t> b) {
+  return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
+}
+
+void check_shape(const char* name, const Array& a, std::span<const std::int64_t> expected, const char* because) {
+  if (!equal(a.shape, expected))
+    value_error(std::string(name) + " has shape " + tuple(a.shape) + ", expected " + tuple(expected) + because);
+}
+
+void check_writable(const char* name, const Array& a) {
+  if (a.read_only) value_error(std::string(name) + " is read-only, expected a writable array");
+  for (int axis = 0; axis < a.ndim(); ++axis)
+    if (a.shape[axis] > 1 && a.stride(axis) == 0)
+      value_error(std::string(name) + " has elements that share memory, expected distinct ones");
+}
+
+struct Bounds { const std::byte *first, *last; };
+
+Bounds bounds_of(const Array& a) {
+  Bounds b{a.data, a.data + size_of(a.dtype)};
+  for (int axis = 0; axis < a.ndim(); ++axis) {
+    if (a.shape[axis] == 0) return {nullptr, nullptr};
+    const std::int64_t reach = a.stride(axis) * (a.shape[axis] - 1);
+    (reach < 0 ? b.first : b.last) += reach;
+  }
+  return b;
+}
+
+bool same_view(const Array& a, const Array& b) {
+  if (a.data != b.data || a.dtype != b.dtype || !equal(a.shape, b.shape)) return false;
+  for (int axis = 0; axis < a.ndim(); ++axis)
+    if (a.shape[axis] > 1 && a.stride(axis) != b.stride(axis)) return false;
+  return true;
+}
+
+bool bounds_overlap(const Array& a, const Array& b) {
+  const Bounds p = bounds_of(a), q = bounds_of(b);
+  return p.first && q.first && p.first < q.last && q.first < p.last;
+}
+
+/// An output may be `data` itself, where that is elementwise safe, or lie apart from it.
+void check_apart(const char* name, const Array& out, const char* other_name, const Array& other, bool may_be_same,
+                 bool known_apart) {
+  if (!other.present || other.dtype == Dtype::other || known_apart || !bounds_overlap(out, other)) return;
+  if (may_be_same && same_view(out, other)) return;
+  value_error(std::string(name) + " overlaps " + other_name + ", expected " +
+              (may_be_same ? std::string(other_name) + " itself or memory apart" : "memory apart"));
+}
+
+bool on_elements(const Array& a) {
+  const std::int64_t size = size_of(a.dtype);
+  bool aligned = reinterpret_cast<std::uintptr_t>(a.data) % static_cast<std::uintptr_t>(size) == 0;
+  for (int axis = 0; axis < a.ndim(); ++axis) aligned = aligned && (a.shape[axis] < 2 || a.stride(axis) % size == 0);
+  return aligned;
+}
+
+/// Strides in elements.
+void element_strides(const Array& a, Extents& out) {
+  for (int axis = 0; axis < a.ndim(); ++axis) out[axis] = a.stride(axis) / size_of(a.dtype);
+}
+
+bool has_strides(const Array& a, const Extents& strides) {
+  for (int axis = 0; axis < a.ndim(); ++axis)
+    if (a.shape[axis] > 1 && a.stride(axis) != strides[axis] * size_of(a.dtype)) return false;
+  return reinterpret_cast<std::uintptr_t>(a.data) % static_cast<std::uintptr_t>(size_of(a.dtype)) == 0;
+}
+
+// ---- parameters --------------------------------------------------------------------------------------------------
+
+/// The axes of x that weight or bias varies along; its shape is judged.
+AxisMask match_params(const char* name, const Array& a, std::span<const std::int64_t> x, const Spec& spec) {
+  if (spec.param_forms == 0) {
+    AxisMask axes = 0;
+    const int shift = static_cast<int>(x.size()) - a.ndim();
+    for (int axis = 0; axis < a.ndim(); ++axis) {
+      if (shift < 0 || (a.shape[axis] != 1 && a.shape[axis] != x[shift + axis]))
+        value_error(std::string(name) + " has shape " + tuple(a.shape) +
+                    ", expected a shape that broadcasts against x: " + tuple(x));
+      if (a.shape[axis] != 1) axes |= axis_bit(shift + axis);
+    }
+    return axes;
+  }
+  std::vector<std::string> expected;
+  for (int form = 0; form < spec.param_forms; ++form) {
+    const std::vector<std::int64_t> extents = extents_of(x, spec.param_axes[form]);
+    if (equal(a.shape, extents)) return spec.param_axes[form];
+    const std::string text = tuple(extents);
+    if (expected.empty() || expected.back() != text) expected.push_back(text);
+  }
+  value_error(std::string(name) + " has shape " + tuple(a.shape) + ", expected " + alternatives(expected) + ": " +
+              spec.param_meaning);
+}
+
+/// The axis of x that axis `axis` of a parameter array of `ndim` axes lies along.
+int param_axis(const Spec& spec, AxisMask axes, int x_ndim, int ndim, int axis) {
+  if (spec.param_forms == 0) return x_ndim - ndim + axis;
+  for (int a = 0, seen = 0; a < x_ndim; ++a)
+    if ((axes & axis_bit(a)) && seen++ == axis) return a;
+  return 0;
+}
+
+/// Dense strides over the axes in `axes`, in the order of `order`.
+Extents dense_strides(std::span<const std::int64_t> shape, AxisMask axes, const AxisOrder& order) {
+  Extents strides;
+  for (std::size_t axis = 0; axis < shape.size(); ++axis) strides[axis] = 0;
+  std::int64_t next = 1;
+  for (int at = order.count - 1; at >= 0; --at)
+    if (axes & axis_bit(order.axis[at])) strides[order.axis[at]] = next, next *= shape[order.axis[at]];
+  return strides;
+}
+
+/// What weight, bias and their gradients share: shape, strides, map.
+struct Params {
+  AxisMask axes = 0;
+  bool expand = false;  // weight and bias vary along different axes
+};
+
+Params judge_params(const Array& x, const Array& weight, const Array& bias, const Spec& spec) {
+  Params params;
+  if (weight.present) {
+    check_param_dtype("weight", weight, x.dtype);
+    params.axes = match_params("weight", weight, x.shape, spec);
+  }
+  if (bias.present) {
+    check_param_dtype("bias", bias, x.dtype);
+    const AxisMask axes = match_params("bias", bias, x.shape, spec);
+    if (!weight.present) params.axes = axes;
+    AxisMask differ = axes ^ params.axes;
+    for (int a = 0; a < x.ndim(); ++a)
+      if (x.shape[a] == 1) differ &= ~axis_bit(a);
+    params.expand = differ != 0;
+  }
+  return params;
+}
+
+bool params_in_order(const Array& a, const Shapes& shapes) {
+  return !a.present || has_strides(a, shapes.param_strides);
+}
+
+void describe_params(const Array& x, const Array& like, const Spec& spec, AxisMask axes, const AxisOrder& order,
+                     Shapes& shapes) {
+  const Extents strides = dense_strides(x.shape, axes, order);
+  if (like.present) {
+    shapes.param_ndim = like.ndim();
+    for (int a = 0; a < like.ndim(); ++a) {
+      const int axis = param_axis(spec, axes, x.ndim(), like.ndim(), a);
+      shapes.param_shape[a] = like.shape[a];
+      shapes.param_strides[a] = like.shape[a] == 1 ? 1 : strides[axis];
+    }
+    return;
+  }
+  for (int axis = 0; axis < x.ndim(); ++axis)
+    if (axes & axis_bit(axis)) {
+      shapes.param_shape[shapes.param_ndim] = x.shape[axis];
+      shapes.param_strides[shapes.param_ndim++] = x.shape[axis] == 1 ? 1 : strides[axis];
+    }
+}
+
+// ---- the whole call ----------------------------------------------------------------------------------------------
+
+void check_spec(const Spec& spec) {
+  if (!(spec.eps >= 0) || std::isinf(spec.eps))
+    value_error("eps is " + number(spec.eps) + ", expected a finite number that is at least 0");
+  if (!(spec.momentum >= 0 && spec.momentum <= 1))
+    value_error("momentum is " + number(spec.momentum) + ", expected a number from 0 to 1");
+}
+
+/// Shapes of outputs and statistics, and whether x has elements at all.
+AxisOrder describe(const Array& x, const Spec& spec, Shapes& shapes) {
+  Extents strides;
+  element_strides(x, strides);
+  for (int axis = 0; axis < x.ndim(); ++axis) shapes.empty = shapes.empty || x.shape[axis] == 0;
+  const AxisOrder order = memory_order(x.shape, std::span(strides.data(), x.shape.size()));
+  const AxisMask all = ~AxisMask{0};
+  shapes.out_strides = dense_strides(x.shape, all, order);
+  const Extents kept = dense_strides(x.shape, ~spec.reduce_axes, order);
+  for (int axis = 0; axis < x.ndim(); ++axis) {
+    if (x.shape[axis] == 1) shapes.out_strides[axis] = 1;
+    if (spec.reduce_axes & axis_bit(axis)) continue;
+    shapes.stat_shape[shapes.stat_ndim] = x.shape[axis];
+    shapes.stat_strides[shapes.stat_ndim++] = x.shape[axis] == 1 ? 1 : kept[axis];
+  }
+  return order;
+}
+
+std::span<const std::int64_t> stat_shape(const Shapes& shapes) {
+  return {shapes.stat_shape.data(), static_cast<std::size_t>(shapes.stat_ndim)};
+}
+
+void check_statistic(const char* name, const Array& a, Shapes& shapes, bool wanted) {
+  if (!wanted) return;
+  if (!a.present) value_error(std::string(name) + " is None, expected an array: one element per statistic");
+  check_wide_dtype(name, a);
+  check_shape(name, a, stat_shape(shapes), ": one element per statistic");
+  shapes.repack_stats = shapes.repack_stats || !has_strides(a, shapes.stat_strides);
+}
+
+Operand operand_of(const Array& a, const Strides& strides) { return {a.data, a.dtype, strides}; }
+
+bool narrow_pieces(const Geometry& g) { return g.params.stride > 1 && g.params.stride < 8 && g.run > g.params.stride; }
+
+/// Chooses the traversal; false where neither serves these parameters.
+bool choose_traversal(Task& t, int operands, const Layout& layout) {
+  const Geometry& g = t.geometry;
+  // Short runs leave vectors half empty: reduce across steps instead, where neighbouring columns are contiguous.
+  constexpr std::int64_t kShortRun = 64;
+  bool lanes = g.steps > 1 && g.run < kShortRun && g.lanes > 1;
+  for (int k = 0; k < operands; ++k) lanes = lanes && layout.strides[k].lane == g.run;
+  t.traversal = lanes ? Traversal::lanes : Traversal::runs;
+  if (lanes) return constant_in_column(g) || (g.params.stride == 1 && g.params.count % g.columns() == 0);
+  return !narrow_pieces(g);
+}
+
+/// Where gradients of the parameters are summed; none fits: false.
+bool choose_kind(Task& t) {
+  const Geometry& g = t.geometry;
+  const bool lanes = t.traversal == Traversal::lanes, linear = g.params.stride == 1 && g.params.count > 1;
+  if (lanes && constant_in_column(g)) t.kind = ParamKind::column;
+  else if (!lanes && constant_in_statistic(g)) t.kind = ParamKind::statistic;
+  else if (linear && g.parameters() == g.size()) t.kind = ParamKind::element;
+  else if (!lanes && linear && g.steps == 1 && g.params.count == g.run) t.kind = ParamKind::row;
+  else if (!lanes && !linear && g.steps == 1 && g.run % g.params.stride == 0) t.kind = ParamKind::piece;
+  else return false;
+  return true;
+}
+
+void check_running(const Array& mean, const Array& var, const Array& x, const Spec& spec) {
+  if (mean.present != var.present)
+    value_error(mean.present ? "running_var is None, expected an array like running_mean"
+                             : "running_mean is None, expected an array like running_var");
+  if (!mean.present) {
+    if (!spec.use_input_stats)
+      value_error("use_input_stats is False, expected running_mean and running_var to normalize with");
+    return;
+  }
+  const std::int64_t channels[] = {x.shape[spec.channel_axis]};
+  for (const auto& [name, a] : {std::pair{"running_mean", &mean}, std::pair{"running_var", &var}}) {
+    check_wide_dtype(name, *a);
+    check_shape(name, *a, channels, ": one element per channel of x");
+    if (spec.use_input_stats) check_writable(name, *a);
+  }
+  std::int64_t members = 1;
+  for (int axis = 0; axis < x.ndim(); ++axis)
+    if (spec.reduce_axes & axis_bit(axis)) members *= x.shape[axis];
+  if (spec.use_input_stats && members == 1)
+    value_error("x has 1 member per statistic, expected at least 2: running_var takes an unbiased variance");
+}
+
+/// The strides of all operands, in elements, ready for canonicalise().
+struct Operands {
+  std::array<Extents, 4> strides;
+  std::array<std::span<const std::int64_t>, 4> view;
+  std::size_t count = 0;
+  void add(const Extents& elements, int ndim) {
+    strides[count] = elements;
+    view[count] = std::span(strides[count].data(), static_cast<std::size_t>(ndim));
+    ++count;
+  }
+  void add(const Array& a, const Extents& otherwise) {
+    Extents elements = otherwise;
+    if (a.present) element_strides(a, elements);
+    add(elements, a.present ? a.ndim() : static_cast<int>(view[0].size()));
+  }
+  std::span<const std::span<const std::int64_t>> all() const { return {view.data(), count}; }
+};
+
+}  // namespace
+
+bool may_overlap(const Array& a, const Array& b) { return !same_view(a, b) && bounds_overlap(a, b); }
+
+ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec) {
+  ForwardPlan plan;
+  Shapes& shapes = plan.shapes;
+  const Array& x = args.x;
+  check_data_dtype("x", x, true);
+  check_spec(spec);
+  const Params params = judge_params(x, args.weight, args.bias, spec);
+  check_running(args.running_mean, args.running_var, x, spec);
+  const AxisOrder order = describe(x, spec, shapes);
+  const Dtype like_x = is_floating(x.dtype) ? x.dtype : Dtype::float32;
+  shapes.out_dtype = args.y_dtype == Dtype::other ? like_x : args.y_dtype;
+  if (args.y.present) {
+    check_shape("out", args.y, x.shape, ", the shape of x");
+    check_dtype("out", args.y, name_of(shapes.out_dtype), args.y.dtype == shapes.out_dtype);
+    check_writable("out", args.y);
+    check_apart("out", args.y, "x", x, true, args.y_is_apart);
+    check_apart("out", args.y, "weight", args.weight, false, false);
+    check_apart("out", args.y, "bias", args.bias, false, false);
+    check_apart("out", args.y, "running_mean", args.running_mean, false, false);
+    check_apart("out", args.y, "running_var", args.running_var, false, false);
+  }
+  for (const auto& [name, a] : {std::pair{"mean", &args.mean}, std::pair{"rstd", &args.rstd}})
+    if (a->present) check_shape(name, *a, stat_shape(shapes), ": one element per statistic");
+  if (shapes.empty) return plan;
+
+  describe_params(x, args.weight.present ? args.weight : args.bias, spec, params.axes, order, shapes);
+  shapes.fits = on_elements(x) && (!args.y.present || on_elements(args.y)) && !params.expand &&
+                (shapes.out_dtype == like_x || shapes.out_dtype == compute_dtype(x.dtype));
+  if (!shapes.fits) return plan;
+  Operands operands;
+  Extents x_strides;
+  element_strides(x, x_strides);
+  operands.add(x_strides, x.ndim());
+  operands.add(args.y, shapes.out_strides);
+  const std::optional<Layout> layout = canonicalise(x.shape, spec.reduce_axes, params.axes, operands.all());
+  shapes.fits = layout.has_value();
+  if (!layout) return plan;
+
+  Task& t = plan.job.task;
+  t.geometry = layout->geometry;
+  t.x = operand_of(x, layout->strides[0]);
+  t.y = operand_of(args.y, layout->strides[1]);
+  t.y.dtype = shapes.out_dtype;
+  shapes.fits = choose_traversal(t, 2, *layout);
+  if (!shapes.fits) return plan;
+  shapes.repack_params = !params_in_order(args.weight, shapes) || !params_in_order(args.bias, shapes);
+  shapes.repack_stats = (args.mean.present && !has_strides(args.mean, shapes.stat_strides)) ||
+                        (args.rstd.present && !has_strides(args.rstd, shapes.stat_strides));
+  t.centered = spec.centered, t.eps = spec.eps, t.frozen = !spec.use_input_stats;
+  t.weight = {args.weight.data, args.weight.dtype}, t.bias = {args.bias.data, args.bias.dtype};
+  t.mean = args.mean.data, t.rstd = args.rstd.data;
+  if (args.running_mean.present) {
+    Running& r = plan.job.running;
+    r = {args.running_mean.data, args.running_var.data, args.running_mean.dtype, args.running_var.dtype,
+         args.running_mean.stride(0), args.running_var.stride(0), 1, x.shape[spec.channel_axis], spec.momentum};
+    const Extents kept = dense_strides(x.shape, ~spec.reduce_axes, order);
+    r.stride = r.count == 1 ? 1 : kept[spec.channel_axis];
+  }
+  plan.job.threads = num_threads();
+  return plan;
+}
+
+BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardNeed need) {
+  BackwardPlan plan;
+  Shapes& shapes = plan.shapes;
+  const Array& x = args.x;
+  check_data_dtype("x", x, false);
+  check_spec(spec);
+  check_dtype("dy", args.dy, std::string(name_of(x.dtype)) + ", the dtype of x", args.dy.dtype == x.dtype);
+  check_shape("dy", args.dy, x.shape, ", the shape of x");
+  Params params = judge_params(x, args.weight, {}, spec);
+  const AxisOrder order = describe(x, spec, shapes);
+  check_statistic("mean", args.mean, shapes, spec.centered);
+  check_statistic("rstd", args.rstd, shapes, true);
+  if (args.dx.present) {
+    check_shape("out", args.dx, x.shape, ", the shape of x");
+    check_dtype("out", args.dx, name_of(x.dtype), args.dx.dtype == x.dtype);
+    check_writable("out", args.dx);
+    check_apart("out", args.dx, "x", x, true, args.dx_is_apart);
+    check_apart("out", args.dx, "dy", args.dy, true, args.dx_is_apart);
+    check_apart("out", args.dx, "weight", args.weight, false, false);
+    check_apart("out", args.dx, "mean", args.mean, false, false);
+    check_apart("out", args.dx, "rstd", args.rstd, false, false);
+  }
+  // Without weights, gradients belong to what weights would be: the first form, or the normalized axes.
+  if (!args.weight.present) params.axes = spec.param_forms ? spec.param_axes[0] : spec.reduce_axes;
+  describe_params(x, args.weight, spec, params.axes, order, shapes);
+  if (shapes.empty) return plan;
+
+  shapes.fits = on_elements(x) && on_elements(args.dy) && (!args.dx.present || on_elements(args.dx));
+  if (!shapes.fits) return plan;
+  Operands operands;
+  Extents x_strides;
+  element_strides(x, x_strides);
+  operands.add(x_strides, x.ndim());
+  operands.add(args.dy, shapes.out_strides);
+  operands.add(args.dx, shapes.out_strides);
+  const bool wants_params = need.dweight || need.dbias;
+  const AxisMask param_axes = wants_params || args.weight.present ? params.axes : 0;
+  const std::optional<Layout> layout = canonicalise(x.shape, spec.reduce_axes, param_axes, operands.all());
+  shapes.fits = layout.has_value();
+  if (!layout) return plan;
+
+  Task& t = plan.job.task;
+  t.geometry = layout->geometry;
+  t.x = operand_of(x, layout->strides[0]);
+  t.dy = operand_of(args.dy, layout->strides[1]);
+  t.dx = operand_of(args.dx, layout->strides[2]);
+  t.dx.dtype = x.dtype;
+  shapes.fits = choose_traversal(t, 3, *layout) && (!wants_params || choose_kind(t));
+  if (!shapes.fits) return plan;
+  shapes.repack_params = !params_in_order(args.weight, shapes);
+  t.centered = spec.centered, t.eps = spec.eps, t.frozen = !spec.use_input_stats;
+  t.weight = {args.weight.data, args.weight.dtype};
+  t.given = {args.mean.data, args.rstd.data, args.mean.dtype, args.rstd.dtype, 1, t.geometry.statistics(), false};
+  plan.job.dweight = {args.dweight.data, args.dweight.dtype};
+  plan.job.dbias = {args.dbias.data, args.dbias.dtype};
+  plan.job.threads = num_threads();
+  return plan;
+}
+
+// ---- specs -------------------------------------------------------------------------------------------------------
+
+namespace {
+
+int checked_axis(const char* name, std::int64_t axis, int ndim) {
+  if (axis < -ndim || axis >= ndim)
+    fail(Error::Kind::axis, std::string(name) + " is " + std::to_string(axis) + ", expected " + std::to_string(-ndim) +
+                                " to " + std::to_string(ndim - 1) + ": x has " + std::to_string(ndim) +
+                                (ndim == 1 ? " axis" : " axes"));
+  return static_cast<int>(axis < 0 ? axis + ndim : axis);
+}
+
+AxisMask all_axes(int ndim) { return ndim >= kMaxAxes ? ~AxisMask{0} : axis_bit(ndim) - 1; }
+
+}  // namespace
+
+Spec instance_spec(int ndim, std::int64_t channel_axis) {
+  if (ndim < 2)
+    value_error("x has " + std::to_string(ndim) + (ndim == 1 ? " axis" : " axes") +
+                ", expected at least 2: images and channels");
+  Spec spec;
+  spec.channel_axis = checked_axis("channel_axis", channel_axis, ndim);
+  if (spec.channel_axis == 0)
+    value_error("channel_axis is " + std::to_string(channel_axis) + ", expected another: axis 0 of x counts images");
+  const AxisMask channel = axis_bit(spec.channel_axis), all = all_axes(ndim);
+  spec.reduce_axes = all & ~(channel | axis_bit(0));
+  spec.param_axes = {channel, channel | axis_bit(0), all};
+  spec.param_forms = 3;
+  return spec;
+}
+
+Spec normalize_spec(int ndim, std::span<const std::int64_t> axes, bool centered) {
+  Spec spec;
+  spec.centered = centered;
+  spec.param_meaning = "a shape that broadcasts against x";
+  if (axes.empty()) value_error("axis is (), expected at least one axis");
+  for (const std::int64_t given : axes) {
+    const int axis = checked_axis("axis", given, ndim);
+    if (spec.reduce_axes & axis_bit(axis))
+      value_error("axis has " + std::to_string(axis) + " more than once: " + tuple(axes) + ", expected distinct axes");
+    spec.reduce_axes |= axis_bit(axis);
+  }
+  return spec;
+}
+
+// ---- for C++ callers ---------------------------------------------------------------------------------------------
+
+namespace {
+
+struct AlignedDelete {
+  void operator()(double* p) const { ::operator delete[](p, std::align_val_t{64}); }
+};
+
+template <class Job> void run_with_workspace(Job& job) {
+  const std::size_t doubles = workspace_doubles(job);
+  const std::unique_ptr<double[], AlignedDelete> workspace(
+      static_cast<double*>(::operator new[](doubles * sizeof(double) + 64, std::align_val_t{64})));
+  run(job, workspace.get());
+}
+
+void require_fit(const Shapes& shapes) {
+  if (!shapes.fits || shapes.repack_params || shapes.repack_stats)
+    value_error("x has strides that the geometry cannot hold, expected dense arrays: pack them first");
+}
+
+/// Gradients of parameters over no elements at all.
+void zero(const Array& a) {
+  if (!a.present) return;
+  std::int64_t bytes = size_of(a.dtype);
+  for (const std::int64_t extent : a.shape) bytes *= extent;
+  for (std::int64_t k = 0; k < bytes; ++k) a.data[k] = std::byte{0};
+}
+
+}  // namespace
+
+void forward(const ForwardArgs& args, const Spec& spec) {
+  if (!args.y.present) value_error("out is None, expected an array like x");
+  for (const auto& [name, a] : {std::pair{"mean", &args.mean}, std::pair{"rstd", &args.rstd}})
+    if (a->present) check_dtype(name, *a, name_of(compute_dtype(args.x.dtype)), a->dtype == compute_dtype(args.x.dtype));
+  ForwardPlan plan = plan_forward(args, spec);
+  if (plan.shapes.empty) return;
+  require_fit(plan.shapes);
+  run_with_workspace(plan.job);
+}
+
+void backward(const BackwardArgs& args, const Spec& spec) {
+  BackwardPlan plan = plan_backward(args, spec, {args.dx.present, args.dweight.present, args.dbias.present});
+  const std::span<const std::int64_t> shape(plan.shapes.param_shape.data(), static_cast<std::size_t>(plan.shapes.param_ndim));
+  for (const auto& [name, a] : {std::pair{"dweight", &args.dweight}, std::pair{"dbias", &args.dbias}})
+    if (a->present) {
+      check_data_dtype(name, *a, false);
+      check_shape(name, *a, shape, ", the shape of weight");
+    }
+  if (plan.shapes.empty) return zero(args.dweight), zero(args.dbias);
+  require_fit(plan.shapes);
+  run_with_workspace(plan.job);
+}
+
+}  // namespace normkit

@@ -1,0 +1,243 @@
+"""Arrays that the compiled core does not take as they come: other libraries, and layouts that its geometry cannot hold.
+
+Another library's arrays are viewed as NumPy arrays without a copy, and the results handed back to it. What does not fit
+the geometry is packed once into dense arrays whose normalized axes are the fastest, which always fits.
+"""
+
+import sys
+from collections.abc import Callable, Collection
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from . import _core
+
+NDArray: TypeAlias = np.ndarray[Any, Any]
+
+_CPU, _PINNED = 1, 3  # DLPack device types whose memory the CPU reads
+
+
+def share_memory(a: NDArray, b: NDArray) -> bool:
+    """True unless it is certain that two interleaving views share no element."""
+    try:
+        return np.shares_memory(a, b, max_work=100_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+# ---- libraries ---------------------------------------------------------------------------------------------------
+
+
+def _library(array: Any) -> str:
+    """The library that an array belongs to, by the root of its type's module."""
+    root = type(array).__module__.partition(".")[0]
+    return {"jaxlib": "jax"}.get(root, root)
+
+
+def _as_numpy(name: str, array: Any) -> NDArray:
+    """A view of `array` as exactly a NumPy array."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, expected a plain one: a mask would be ignored")
+    if isinstance(array, np.ndarray):
+        return array.view(np.ndarray)
+    if getattr(array, "requires_grad", False):
+        raise TypeError(
+            f"{name} requires grad, expected a tensor that does not: normkit records no gradients, pass {name}.detach()"
+        )
+    if not hasattr(array, "__dlpack__") or not hasattr(array, "__dlpack_device__"):
+        article = "an" if type(array).__name__[0] in "aeiou" else "a"
+        raise TypeError(
+            f"{name} is {article} {type(array).__name__}, expected a NumPy array or an object with __dlpack__"
+        )
+    device, _ = array.__dlpack_device__()
+    if int(device) not in (_CPU, _PINNED):
+        raise TypeError(f"{name} is on DLPack device type {int(device)}, expected the CPU: this build has no CUDA")
+    try:
+        capsule = array.__dlpack__(max_version=(1, 1))
+    except TypeError:  # a producer older than DLPack 1
+        capsule = array.__dlpack__()
+    view: NDArray = _core.from_capsule(name, capsule)
+    return view
+
+
+def _give_back(library: Any) -> Callable[[Any], Any]:
+    """How a NumPy result becomes an array of the library of `library`, an array."""
+    if isinstance(library, np.ndarray):
+        return lambda result: result
+    if hasattr(library, "__array_namespace__"):
+        namespace = library.__array_namespace__()
+    else:
+        namespace = sys.modules[_library(library)]
+    return lambda result: None if result is None else namespace.from_dlpack(_core.to_dlpack(result))
+
+
+def _views(**arrays: Any) -> tuple[dict[str, Any], Callable[[Any], Any]]:
+    """The arrays of a call as NumPy arrays, and the way back. The first one says which library it is."""
+    first = next(iter(arrays.values()))
+    views: dict[str, Any] = {}
+    for name, array in arrays.items():
+        views[name] = None if array is None and array is not first else _as_numpy(name, array)
+        if array is None or (isinstance(array, np.ndarray) and isinstance(first, np.ndarray)):
+            continue
+        if _library(array) != _library(first):
+            raise TypeError(
+                f"{name} is a {_library(array)} array, expected {_library(first)}: all arrays of a call share a library"
+            )
+        if _library(array) == "jax":  # its arrays never change
+            views[name].flags.writeable = False
+    return views, _give_back(first)
+
+
+def _dtype_name(dtype: Any) -> str | None:
+    """'float32' for np.float32, np.dtype('float32'), 'float32', torch.float32 and the like."""
+    if dtype is None:
+        return None
+    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
+    return str(name).rpartition(".")[2]
+
+
+# ---- dtypes that NumPy does not compute with ---------------------------------------------------------------------
+
+_BFLOAT16_BITS = np.dtype([("bfloat16", "<u2")])  # how from_capsule() shows bfloat16
+
+
+def _widen(array: NDArray) -> NDArray:
+    """Parameters as float32, or as they are where they are float64."""
+    if array.dtype == _BFLOAT16_BITS:
+        return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return array if array.dtype == np.float64 else array.astype(np.float32)
+
+
+def _narrow(values: NDArray, dtype: np.dtype[Any]) -> NDArray:
+    """float32 or float64 values in any floating dtype, rounded once."""
+    if dtype != _BFLOAT16_BITS:
+        return values.astype(dtype)
+    bits = values.astype(np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    quiet = (bits >> 16) | 0x40
+    return np.where(np.isnan(values), quiet, rounded).astype(np.uint16).view(_BFLOAT16_BITS)
+
+
+def _dtype_named(name: str, x: NDArray, *, numpy: bool) -> np.dtype[Any]:
+    """The dtype that the result of a call on x is to have."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    if not numpy:
+        return _BFLOAT16_BITS
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+# ---- packing -----------------------------------------------------------------------------------------------------
+
+
+class _Packing:
+    """x with its kept axes first and its normalized axes last, and the way back."""
+
+    def __init__(self, kind: int, axes: Any, x: NDArray) -> None:
+        self.kind, self.x = kind, x
+        if kind == _core.INSTANCE:
+            kept = [0, axes % x.ndim]
+        else:
+            reduced = {a % x.ndim for a in (axes if isinstance(axes, tuple | list) else (axes,))}
+            kept = [a for a in range(x.ndim) if a not in reduced]
+        self.order = kept + [a for a in range(x.ndim) if a not in kept]
+        self.axes: Any = 1 if kind == _core.INSTANCE else tuple(range(len(kept), x.ndim))
+
+    def data(self, array: NDArray) -> NDArray:
+        return np.array(array.transpose(self.order), order="C", copy=True)
+
+    def back(self, packed: NDArray) -> NDArray:
+        return packed.transpose(np.argsort(self.order))
+
+    def _aligned(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """`shape` with one extent for each axis of x, so that it broadcasts against x."""
+        if self.kind == _core.INSTANCE and len(shape) < self.x.ndim:
+            kept = self.order[1:2] if len(shape) == 1 else self.order[:2]
+            return tuple(self.x.shape[a] if a in kept else 1 for a in range(self.x.ndim))
+        return (1,) * (self.x.ndim - len(shape)) + shape
+
+    def _stays(self, shape: tuple[int, ...]) -> bool:
+        """True where the packed call takes a parameter of this shape as it is."""
+        return self.kind == _core.INSTANCE and len(shape) < self.x.ndim
+
+    def param(self, param: NDArray | None, *, expand: bool) -> NDArray | None:
+        if param is None or (self._stays(param.shape) and not expand):
+            return param
+        aligned = param.reshape(self._aligned(param.shape))
+        if expand:
+            aligned = np.broadcast_to(_widen(aligned), self.x.shape)
+        return self.data(aligned)
+
+    def gradient(self, gradient: NDArray | None, like: NDArray | None, *, expanded: bool) -> NDArray | None:
+        """The gradient of a parameter `like`; that of an expanded one is summed over what it was repeated along."""
+        if gradient is None or like is None or (self._stays(like.shape) and not expanded):
+            return gradient
+        full = self.back(gradient)
+        if expanded:
+            target = self._aligned(like.shape)
+            repeated = tuple(a for a in range(full.ndim) if target[a] == 1)
+            full = _narrow(full.sum(axis=repeated, dtype=np.float64, keepdims=True), like.dtype)
+        return np.array(full.reshape(like.shape), copy=True)
+
+
+def forward_anywhere(
+    kind: int, axes: Any, x: Any, weight: Any, bias: Any, eps: float, running_mean: Any, running_var: Any,
+    use_input_stats: bool, momentum: float, out: Any, out_dtype: Any, return_stats: bool,
+) -> Any:  # fmt: skip
+    """`_core.forward` for any library, layout and output dtype."""
+    v, give_back = _views(
+        x=x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var, out=out
+    )
+    running = v["running_mean"], v["running_var"], use_input_stats, momentum
+    name = _dtype_name(out_dtype)
+    result = _core.forward(kind, axes, v["x"], v["weight"], v["bias"], eps, *running, v["out"], name, return_stats)
+    if result is NotImplemented:
+        packing = _Packing(kind, axes, v["x"])
+        packed = packing.data(v["x"])
+        # Another dtype than that of x is reached from the compute type, by one more rounding of what is already a float.
+        wide = None if name is None else "float64" if v["x"].dtype == np.float64 else "float32"
+        for expand in (False, True):
+            params = (packing.param(v[p], expand=expand) for p in ("weight", "bias"))
+            result = _core.forward(kind, packing.axes, packed, *params, eps, *running, None, wide, return_stats)
+            if result is not NotImplemented:
+                break
+        y, *statistics = result if return_stats else (result,)
+        target = v["out"]
+        if target is None:
+            dtype = y.dtype if name is None else _dtype_named(name, v["x"], numpy=isinstance(x, np.ndarray))
+            target = np.empty_like(v["x"], dtype=dtype, order="K", subok=False)
+        np.copyto(target, _narrow(packing.back(y), target.dtype) if name is not None else packing.back(y))
+        result = (target, *statistics) if return_stats else target
+    if not return_stats:
+        return give_back(result) if out is None else out
+    return (give_back(result[0]) if out is None else out, *map(give_back, result[1:]))
+
+
+def backward_anywhere(
+    kind: int, axes: Any, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, use_input_stats: bool,
+    need: Collection[str], out: Any,
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    """`_core.backward` for any library and layout."""
+    v, give_back = _views(x=x, dy=dy, mean=mean, rstd=rstd, weight=weight, out=out)
+    statistics = v["mean"], v["rstd"]
+    result = _core.backward(kind, axes, v["dy"], v["x"], *statistics, v["weight"], use_input_stats, need, v["out"])
+    if result is NotImplemented:
+        packing = _Packing(kind, axes, v["x"])
+        packed = packing.data(v["dy"]), packing.data(v["x"])
+        for expand in (False, True):
+            params = packing.param(v["weight"], expand=expand), use_input_stats, need
+            result = _core.backward(kind, packing.axes, *packed, *statistics, *params, None)
+            if result is not NotImplemented:
+                break
+        dx, *gradients = result
+        if dx is not None:
+            target = np.empty_like(v["x"], order="K", subok=False) if v["out"] is None else v["out"]
+            np.copyto(target, packing.back(dx))
+            dx = target
+        result = (dx, *(packing.gradient(g, v["weight"], expanded=expand) for g in gradients))
+    dx, dweight, dbias = result
+    if out is not None and dx is not None:
+        return out, give_back(dweight), give_back(dbias)
+    return give_back(dx), give_back(dweight), give_back(dbias)

@@ -1,0 +1,215 @@
+"""Every named normalization and its backward: signature, docstring, axes, one call.
+
+Nothing below this file is named after a normalization: all of them are statistics over some axes, then a scale and a shift.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+from . import _core
+from ._arrays import backward_anywhere, forward_anywhere
+
+# An array is whatever NumPy, or a library that speaks DLPack, calls one; outputs are of the same kind.
+Array = Any
+
+_INSTANCE, _NORMALIZE, _ROOT_MEAN_SQUARE = _core.INSTANCE, _core.NORMALIZE, _core.ROOT_MEAN_SQUARE
+_ALL = ("dx", "dweight", "dbias")
+
+
+def _forward(*call: Any) -> Any:
+    result = _core.forward(*call)
+    return forward_anywhere(*call) if result is NotImplemented else result
+
+
+def _backward(*call: Any) -> Any:
+    result = _core.backward(*call)
+    return backward_anywhere(*call) if result is NotImplemented else result
+
+
+def instance_norm(
+    x: Array,
+    weight: Array = None,
+    bias: Array = None,
+    *,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    running_mean: Array = None,
+    running_var: Array = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    out: Array = None,
+    out_dtype: Any = None,
+    return_stats: bool = False,
+) -> Any:
+    """Normalize each channel of each image by its own mean and variance.
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias
+
+    `mean` and `var` are taken over every axis but the first and the channels; `var` divides by the number of members.
+    Ulyanov, Vedaldi and Lempitsky, "Instance Normalization: The Missing Ingredient for Fast Stylization", 2016.
+
+    Parameters
+    ----------
+    x : (N, C, *spatial), or with C at `channel_axis`
+        float32, float64, float16, bfloat16, uint8, int8, uint16 or int16, with any strides.
+    weight, bias : (C,), (N, C) or the shape of x, optional
+        float32, float64 or the dtype of x. (N, C) is conditional instance norm, the shape of x is one pair per pixel.
+    eps
+        Added to the variance; finite, at least 0. Where var + eps is 0, y is bias.
+    running_mean, running_var : (C,) float32 or float64, optional
+        Updated in place: r <- (1 - momentum) * r + momentum * s, where s is the mean over N, of the unbiased variance
+        for `running_var`. With ``use_input_stats=False`` they are what x is normalized by, and stay as they are.
+    out
+        Where to write y: the shape of x, the dtype of y. May be x itself; any other overlap is refused.
+    out_dtype
+        The dtype of y: float32, float64, float16 or bfloat16. Default: that of x, or float32 for integers.
+    return_stats
+        Also return what `instance_norm_backward` needs.
+
+    Returns
+    -------
+    y, or (y, mean, rstd)
+        y is like x in library, shape and memory layout. mean and rstd = 1 / sqrt(var + eps) are (N, C), of float32, or of
+        float64 where x is.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        Naming the argument, before anything is written.
+
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> x = np.arange(8, dtype=np.float32).reshape(1, 2, 4)
+    >>> nk.instance_norm(x).round(4).tolist()
+    [[[-1.3416, -0.4472, 0.4472, 1.3416], [-1.3416, -0.4472, 0.4472, 1.3416]]]
+    """
+    return _forward(
+        _INSTANCE, channel_axis, x, weight, bias, eps, running_mean, running_var, use_input_stats, momentum,
+        out, out_dtype, return_stats,
+    )  # fmt: skip
+
+
+def instance_norm_backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array = None,
+    *,
+    channel_axis: int = 1,
+    use_input_stats: bool = True,
+    need: Collection[str] = _ALL,
+    out: Array = None,
+) -> tuple[Any, Any, Any]:
+    """The gradient of `instance_norm`.
+
+        dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)),    g = dy * weight,    x_hat = (x - mean) * rstd
+        dweight = sum(dy * x_hat),    dbias = sum(dy),          over all elements that share the parameter
+
+    With ``use_input_stats=False`` the statistics are constants: dx = rstd * g.
+
+    Parameters
+    ----------
+    dy, x : the same shape, float32, float64, float16 or bfloat16
+    mean, rstd : (N, C) float32 or float64, as `instance_norm` returned them
+        `mean` is rounded; it is corrected from x, so that dx is as exact far from zero as near it.
+    weight : as in the forward
+    need
+        Names of the gradients that are wanted; the others are None and cost nothing.
+    out
+        Where to write dx. May be dy or x itself; any other overlap is refused.
+
+    Returns
+    -------
+    (dx, dweight, dbias)
+        dx is like x. dweight and dbias have the shape and dtype of weight; without one, (C,) and the dtype of the statistics.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        Naming the argument, before anything is written.
+    """
+    result: tuple[Any, Any, Any] = _backward(
+        _INSTANCE, channel_axis, dy, x, mean, rstd, weight, use_input_stats, need, out
+    )
+    return result
+
+
+def normalize(
+    x: Array,
+    weight: Array = None,
+    bias: Array = None,
+    *,
+    axis: int | tuple[int, ...],
+    center: bool = True,
+    eps: float = 1e-5,
+    out: Array = None,
+    out_dtype: Any = None,
+    return_stats: bool = False,
+) -> Any:
+    """Normalize x over any axes: the one operation beneath all the named ones.
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias        center=True
+        y = x / sqrt(mean(x**2) + eps) * weight + bias          center=False
+
+    The statistics are taken over `axis`; `var` divides by the number of members.
+
+    Parameters
+    ----------
+    x : float32, float64, float16, bfloat16, uint8, int8, uint16 or int16, any shape and strides
+    weight, bias : broadcast against x as in NumPy, optional
+        float32, float64 or the dtype of x.
+    axis
+        One axis or several, each from -x.ndim to x.ndim - 1.
+    center
+        False: root mean square (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019).
+    eps, out, out_dtype
+        As in `instance_norm`.
+    return_stats
+        Also return the statistics.
+
+    Returns
+    -------
+    y, or (y, mean, rstd), or (y, rstd) without centering
+        The statistics have the shape of x without `axis`, and are float32, or float64 where x is.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        Naming the argument, before anything is written.
+
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> nk.normalize(np.float32([[3, 4], [6, 8]]), axis=1, center=False).round(4).tolist()
+    [[0.8485, 1.1314], [0.8485, 1.1314]]
+    """
+    kind = _NORMALIZE if center else _ROOT_MEAN_SQUARE
+    return _forward(kind, axis, x, weight, bias, eps, None, None, True, 0.0, out, out_dtype, return_stats)
+
+
+def normalize_backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array = None,
+    *,
+    axis: int | tuple[int, ...],
+    center: bool = True,
+    use_input_stats: bool = True,
+    need: Collection[str] = _ALL,
+    out: Array = None,
+) -> tuple[Any, Any, Any]:
+    """The gradient of `normalize`. Formulas, dtypes and errors are those of `instance_norm_backward`.
+
+    mean, rstd : the shape of x without `axis`, as `normalize` returned them
+        `mean` is None without centering; then dx = rstd * (g - x_hat * mean(g * x_hat)).
+    weight : broadcasts against x
+
+    Returns (dx, dweight, dbias). dweight and dbias have the shape of weight; without one, that of the normalized axes.
+    """
+    kind = _NORMALIZE if center else _ROOT_MEAN_SQUARE
+    result: tuple[Any, Any, Any] = _backward(kind, axis, dy, x, mean, rstd, weight, use_input_stats, need, out)
+    return result
