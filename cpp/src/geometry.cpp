@@ -7,13 +7,13 @@ constexpr std::int64_t magnitude(std::int64_t v) { return v < 0 ? -v : v; }
 
 /// A maximal set of neighbouring axes of one kind that every array walks with one stride.
 struct Group {
-  bool reduced = false;
-  std::int64_t extent = 1;
-  std::array<std::int64_t, kMaxOperands> stride{};
+  bool reduced;
+  std::int64_t extent;
+  std::array<std::int64_t, kMaxOperands> stride;
 };
 
 struct Groups {
-  std::array<Group, kMaxAxes> group{};
+  std::array<Group, kMaxAxes> group;  // the first `count` of them: clearing all would cost more than a small call
   int count = 0;
 };
 
@@ -28,7 +28,7 @@ Groups merge_axes(std::span<const std::int64_t> shape, AxisMask reduce_axes, con
     bool joins = groups.count > 0 && at != split && groups.group[groups.count - 1].reduced == reduced;
     for (std::size_t k = 0; joins && k < operands.size(); ++k)
       joins = groups.group[groups.count - 1].stride[k] == operands[k][axis] * extent;
-    if (!joins) groups.group[groups.count++] = {reduced, 1, {}};
+    if (!joins) groups.group[groups.count++] = {.reduced = reduced, .extent = 1, .stride = {}};
     Group& group = groups.group[groups.count - 1];
     group.extent *= extent;
     for (std::size_t k = 0; k < operands.size(); ++k) group.stride[k] = operands[k][axis];

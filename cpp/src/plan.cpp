@@ -53,28 +53,30 @@ std::string dtype_name(const Array& a) {
   return a.dtype == Dtype::other ? std::string(a.other_dtype) : name_of(a.dtype);
 }
 
-void check_dtype(const char* name, const Array& a, const std::string& expected, bool allowed) {
-  if (allowed) return;
+[[noreturn]] void bad_dtype(const char* name, const Array& a, const std::string& expected) {
   const std::string given = dtype_name(a);
   const bool swapped = !given.empty() && (given[0] == '>' || given[0] == '<');
   type_error(std::string(name) + " has dtype " + given + ", expected " + (swapped ? "native byte order" : expected));
 }
 
 void check_data_dtype(const char* name, const Array& a, bool integers) {
-  check_dtype(name, a,
-              integers ? "float32, float64, float16, bfloat16, uint8, int8, uint16 or int16"
-                       : "float32, float64, float16 or bfloat16",
-              a.dtype != Dtype::other && (integers || is_floating(a.dtype)));
+  if (a.dtype == Dtype::other || !(integers || is_floating(a.dtype)))
+    bad_dtype(name, a, integers ? "float32, float64, float16, bfloat16, uint8, int8, uint16 or int16"
+                                : "float32, float64, float16 or bfloat16");
+}
+
+void check_same_dtype(const char* name, const Array& a, Dtype expected, const char* because) {
+  if (a.dtype != expected) bad_dtype(name, a, std::string(name_of(expected)) + because);
 }
 
 void check_wide_dtype(const char* name, const Array& a) {
-  check_dtype(name, a, "float32 or float64", a.dtype == Dtype::float32 || a.dtype == Dtype::float64);
+  if (a.dtype != Dtype::float32 && a.dtype != Dtype::float64) bad_dtype(name, a, "float32 or float64");
 }
 
 void check_param_dtype(const char* name, const Array& a, Dtype x) {
   const bool narrow = x == Dtype::float16 || x == Dtype::bfloat16;
-  check_dtype(name, a, narrow ? std::string("float32, float64 or ") + name_of(x) + ", the dtype of x" : "float32 or float64",
-              a.dtype == Dtype::float32 || a.dtype == Dtype::float64 || (narrow && a.dtype == x));
+  if (a.dtype == Dtype::float32 || a.dtype == Dtype::float64 || (narrow && a.dtype == x)) return;
+  bad_dtype(name, a, narrow ? std::string("float32, float64 or ") + name_of(x) + ", the dtype of x" : "float32 or float64");
 }
 
 bool equal(std::span<const std::int64_t> a, std::span<const std::int64_t> b) {
@@ -88,6 +90,8 @@ void check_shape(const char* name, const Array& a, std::span<const std::int64_t>
 
 void check_writable(const char* name, const Array& a) {
   if (a.read_only) value_error(std::string(name) + " is read-only, expected a writable array");
+  for (const std::int64_t extent : a.shape)
+    if (extent == 0) return;
   for (int axis = 0; axis < a.ndim(); ++axis)
     if (a.shape[axis] > 1 && a.stride(axis) == 0)
       value_error(std::string(name) + " has elements that share memory, expected distinct ones");
@@ -146,6 +150,16 @@ bool has_strides(const Array& a, const Extents& strides) {
 
 // ---- parameters --------------------------------------------------------------------------------------------------
 
+bool has_extents(std::span<const std::int64_t> shape, std::span<const std::int64_t> x, AxisMask axes) {
+  std::size_t seen = 0;
+  for (std::size_t a = 0; a < x.size(); ++a)
+    if (axes & axis_bit(static_cast<int>(a))) {
+      if (seen == shape.size() || shape[seen] != x[a]) return false;
+      ++seen;
+    }
+  return seen == shape.size();
+}
+
 /// The axes of x that weight or bias varies along; its shape is judged.
 AxisMask match_params(const char* name, const Array& a, std::span<const std::int64_t> x, const Spec& spec) {
   if (spec.param_forms == 0) {
@@ -159,11 +173,11 @@ AxisMask match_params(const char* name, const Array& a, std::span<const std::int
     }
     return axes;
   }
+  for (int form = 0; form < spec.param_forms; ++form)
+    if (has_extents(a.shape, x, spec.param_axes[form])) return spec.param_axes[form];
   std::vector<std::string> expected;
   for (int form = 0; form < spec.param_forms; ++form) {
-    const std::vector<std::int64_t> extents = extents_of(x, spec.param_axes[form]);
-    if (equal(a.shape, extents)) return spec.param_axes[form];
-    const std::string text = tuple(extents);
+    const std::string text = tuple(extents_of(x, spec.param_axes[form]));
     if (expected.empty() || expected.back() != text) expected.push_back(text);
   }
   value_error(std::string(name) + " has shape " + tuple(a.shape) + ", expected " + alternatives(expected) + ": " +
@@ -360,7 +374,7 @@ ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec) {
   shapes.out_dtype = args.y_dtype == Dtype::other ? like_x : args.y_dtype;
   if (args.y.present) {
     check_shape("out", args.y, x.shape, ", the shape of x");
-    check_dtype("out", args.y, name_of(shapes.out_dtype), args.y.dtype == shapes.out_dtype);
+    check_same_dtype("out", args.y, shapes.out_dtype, "");
     check_writable("out", args.y);
     check_apart("out", args.y, "x", x, true, args.y_is_apart);
     check_apart("out", args.y, "weight", args.weight, false, false);
@@ -415,7 +429,7 @@ BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardN
   const Array& x = args.x;
   check_data_dtype("x", x, false);
   check_spec(spec);
-  check_dtype("dy", args.dy, std::string(name_of(x.dtype)) + ", the dtype of x", args.dy.dtype == x.dtype);
+  check_same_dtype("dy", args.dy, x.dtype, ", the dtype of x");
   check_shape("dy", args.dy, x.shape, ", the shape of x");
   Params params = judge_params(x, args.weight, {}, spec);
   const AxisOrder order = describe(x, spec, shapes);
@@ -423,7 +437,7 @@ BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardN
   check_statistic("rstd", args.rstd, shapes, true);
   if (args.dx.present) {
     check_shape("out", args.dx, x.shape, ", the shape of x");
-    check_dtype("out", args.dx, name_of(x.dtype), args.dx.dtype == x.dtype);
+    check_same_dtype("out", args.dx, x.dtype, "");
     check_writable("out", args.dx);
     check_apart("out", args.dx, "x", x, true, args.dx_is_apart);
     check_apart("out", args.dx, "dy", args.dy, true, args.dx_is_apart);
@@ -546,7 +560,7 @@ void zero(const Array& a) {
 void forward(const ForwardArgs& args, const Spec& spec) {
   if (!args.y.present) value_error("out is None, expected an array like x");
   for (const auto& [name, a] : {std::pair{"mean", &args.mean}, std::pair{"rstd", &args.rstd}})
-    if (a->present) check_dtype(name, *a, name_of(compute_dtype(args.x.dtype)), a->dtype == compute_dtype(args.x.dtype));
+    if (a->present) check_same_dtype(name, *a, compute_dtype(args.x.dtype), "");
   ForwardPlan plan = plan_forward(args, spec);
   if (plan.shapes.empty) return;
   require_fit(plan.shapes);

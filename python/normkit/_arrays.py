@@ -67,7 +67,9 @@ def _give_back(library: Any) -> Callable[[Any], Any]:
     if hasattr(library, "__array_namespace__"):
         namespace = library.__array_namespace__()
     else:
-        namespace = sys.modules[_library(library)]
+        namespace = sys.modules.get(_library(library))
+    if not hasattr(namespace, "from_dlpack"):  # a producer that takes nothing back
+        return lambda result: result
     return lambda result: None if result is None else namespace.from_dlpack(_core.to_dlpack(result))
 
 
@@ -101,11 +103,11 @@ def _dtype_name(dtype: Any) -> str | None:
 _BFLOAT16_BITS = np.dtype([("bfloat16", "<u2")])  # how from_capsule() shows bfloat16
 
 
-def _widen(array: NDArray) -> NDArray:
-    """Parameters as float32, or as they are where they are float64."""
+def _widen(array: NDArray, x: NDArray) -> NDArray:
+    """Parameters in the dtype that calls on x compute in."""
     if array.dtype == _BFLOAT16_BITS:
         return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return array if array.dtype == np.float64 else array.astype(np.float32)
+    return array.astype(np.float64 if np.float64 in (array.dtype, x.dtype) else np.float32)
 
 
 def _narrow(values: NDArray, dtype: np.dtype[Any]) -> NDArray:
@@ -167,7 +169,7 @@ class _Packing:
             return param
         aligned = param.reshape(self._aligned(param.shape))
         if expand:
-            aligned = np.broadcast_to(_widen(aligned), self.x.shape)
+            aligned = np.broadcast_to(_widen(aligned, self.x), self.x.shape)
         return self.data(aligned)
 
     def gradient(self, gradient: NDArray | None, like: NDArray | None, *, expanded: bool) -> NDArray | None:

@@ -70,8 +70,8 @@ template <class V> struct Sums { V g, gx, d; };
 
 template <class V> NORMKIT_HD Sums<V> operator+(Sums<V> a, Sums<V> b) { return {a.g + b.g, a.gx + b.gx, a.d + b.d}; }
 
-/// Moves sums taken about a rounded mean to the true mean of the data, which is d / n away.
-NORMKIT_HD Sums<double> recenter(Sums<double> s, double n) { return {s.g, mul_add(-(s.d / n), s.g, s.gx), s.d}; }
+/// Moves sums that were taken about one mean to a mean that is `shift` above it.
+NORMKIT_HD Sums<double> recenter(Sums<double> s, double shift) { return {s.g, mul_add(-shift, s.g, s.gx), s.d}; }
 
 /// dx = g * a + (x - mean) * b + c.
 template <class V> struct Gradient { V a, b, c; };

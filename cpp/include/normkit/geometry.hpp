@@ -54,7 +54,7 @@ struct Layout {
 
 /// Axes from the slowest to the fastest in memory. Extents of 1 have no place there and are left out.
 struct AxisOrder {
-  std::array<int, kMaxAxes> axis{};
+  std::array<int, kMaxAxes> axis;  // the first `count` of them
   int count = 0;
 };
 

@@ -61,44 +61,66 @@ NORMKIT_LOCAL void first_pivots(const X* x, std::int64_t stride, std::int64_t ro
   });
 }
 
-template <class X, int kVectors>
+/// kMagnified: the differences are scaled so that only those of a constant column square to 0.
+template <bool kMagnified, class X, int kVectors>
 NORMKIT_LOCAL void tile_sums(const X* x, std::int64_t stride, std::int64_t rows, std::int64_t n, Count<kVectors> vectors,
                              TileSums<ScalarOf<X>>& out) {
   using V = VectorOf<X>;
-  V p[kVectors], s[kVectors], q[kVectors];
+  constexpr std::int64_t kShortSum = 16;  // steps; a sum of sums rounds an eighth as much as one of kChunkSteps
+  const V zero = broadcast<V>(ScalarOf<X>(0));
+  V p[kVectors], total_s[kVectors], total_q[kVectors];
   for (int j = 0; j < kVectors; ++j) {
     p[j] = load(out.pivot + j * kLanes<V>);
-    s[j] = q[j] = broadcast<V>(ScalarOf<X>(0));
+    total_s[j] = total_q[j] = zero;
   }
-  for (std::int64_t row = 0; row < rows; ++row, x += stride)
-    for_vectors<V>(vectors, n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
-      const V d = place.load(x) - p[j];
-      s[j] = s[j] + d;
-      q[j] = mul_add(d, d, q[j]);
-    });
+  for (std::int64_t row = 0; row < rows;) {
+    V s[kVectors], q[kVectors];
+    for (int j = 0; j < kVectors; ++j) s[j] = q[j] = zero;
+    for (const std::int64_t last = least(rows, row + kShortSum); row < last; ++row, x += stride)
+      for_vectors<V>(vectors, n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
+        V d = place.load(x) - p[j];
+        if constexpr (kMagnified) d = d * broadcast<V>(kMagnify<ScalarOf<X>>);
+        s[j] = s[j] + d;
+        q[j] = mul_add(d, d, q[j]);
+      });
+    for (int j = 0; j < kVectors; ++j) total_s[j] = total_s[j] + s[j], total_q[j] = total_q[j] + q[j];
+  }
   for (int j = 0; j < kVectors; ++j) {
-    store(out.sum + j * kLanes<V>, s[j]);
-    store(out.squares + j * kLanes<V>, q[j]);
+    store(out.sum + j * kLanes<V>, total_s[j]);
+    store(out.squares + j * kLanes<V>, total_q[j]);
   }
 }
 
-/// Moments of n columns in double, in two passes: for data that defeats the pivots.
+/// Moments of one column in double, in two passes: for data that defeats the pivots.
 template <class X>
-[[gnu::noinline]] void careful_columns(const X* x, std::int64_t stride, std::int64_t rows, std::int64_t n, bool centered,
-                                       double* mean, double* m2) {
+[[gnu::noinline]] Moments<double> careful_column(const X* x, std::int64_t stride, std::int64_t rows, bool centered) {
+  const double count = static_cast<double>(rows);
+  const auto sums_about = [&](double pivot) {
+    double s = 0, q = 0;
+    for (std::int64_t row = 0; row < rows; ++row) {
+      const double d = static_cast<double>(sum(load(x + row * stride, 1))) - pivot;
+      s += d;
+      q = mul_add(d, d, q);
+    }
+    return from_pivot(pivot, s, q, count);
+  };
+  if (centered) return sums_about(sums_about(static_cast<double>(sum(load(x, 1)))).mean);
+  const Moments<double> m = sums_about(0);
+  return {0, mul_add(m.mean * m.mean, count, m.m2)};
+}
+
+/// The columns of a tile whose sums say nothing: constant ones keep their pivot, others are taken once more in double. A column
+/// is judged by itself, so that none depends on its neighbors.
+template <class X, int kVectors>
+[[gnu::noinline]] void mend_columns(const X* x, std::int64_t stride, std::int64_t rows, std::int64_t n, bool centered,
+                                    Count<kVectors> vectors, TileSums<ScalarOf<X>>& sums, const bool* doubtful,
+                                    double* mean, double* m2) {
+  tile_sums<true>(x, stride, rows, n, vectors, sums);
   for (std::int64_t k = 0; k < n; ++k) {
-    const auto sums_about = [&](double pivot) {
-      double s = 0, q = 0;
-      for (std::int64_t row = 0; row < rows; ++row) {
-        const double d = static_cast<double>(sum(load(x + row * stride + k, 1))) - pivot;
-        s += d;
-        q = mul_add(d, d, q);
-      }
-      return from_pivot(pivot, s, q, static_cast<double>(rows));
-    };
-    Moments<double> m = sums_about(centered ? static_cast<double>(sum(load(x + k, 1))) : 0);
-    if (centered) m = sums_about(m.mean);
-    else m = {0, mul_add(m.mean * m.mean, static_cast<double>(rows), m.m2)};
+    if (!doubtful[k]) continue;
+    const bool constant = sums.squares[k] == 0;
+    const Moments<double> m = constant ? Moments<double>{static_cast<double>(sums.pivot[k]), 0}
+                                       : careful_column(x + k, stride, rows, centered);
     mean[k] = m.mean, m2[k] = m.m2;
   }
 }
@@ -106,19 +128,20 @@ template <class X>
 /// Moments of the columns of one chunk of one tile.
 template <class X, int kVectors>
 [[gnu::noinline]] void chunk_columns(const X* x, std::int64_t stride, std::int64_t rows, std::int64_t n, bool centered,
-                                 Count<kVectors> vectors, TileSums<ScalarOf<X>>& sums, double* mean, double* m2) {
+                                     Count<kVectors> vectors, TileSums<ScalarOf<X>>& sums, double* mean, double* m2) {
   using S = ScalarOf<X>;
-  tile_sums(x, stride, rows, n, vectors, sums);
+  tile_sums<false>(x, stride, rows, n, vectors, sums);
   const double count = static_cast<double>(rows);
-  int doubtful = 0;
+  bool doubtful[TileSums<S>::kWidth], any = false;
   for (std::int64_t k = 0; k < n; ++k) {
     const double s = static_cast<double>(sums.sum[k]), q = static_cast<double>(sums.squares[k]);
     const Moments<double> m = from_pivot(static_cast<double>(sums.pivot[k]), s, q, count);
     mean[k] = centered ? m.mean : 0;
     m2[k] = centered ? m.m2 : q;
-    doubtful |= !(centered ? trustworthy<S>(s, q, count) : (q > 1e-28 && q < 1e38) || (q == 0 && s == 0));
+    doubtful[k] = !(centered ? trustworthy<S>(s, q, count) : q > kVanishing<S> && q < kOverflowing<S>);
+    any |= doubtful[k];
   }
-  if (doubtful) careful_columns(x, stride, rows, n, centered, mean, m2);
+  if (any) mend_columns(x, stride, rows, n, centered, vectors, sums, doubtful, mean, m2);
 }
 
 /// Merges the moments of n columns, nb members each, into those of na members.
@@ -380,12 +403,9 @@ template <class S> void lanes_solve(const Task& t, std::int64_t o, const double*
       sums = sums + Sums<double>{w * column_sums[k], w * column_sums[columns + k], column_sums[2 * columns + k]};
     }
     Statistic<S> s = given_statistic<S>(t, o * g.lanes + lane);
-    const bool moves = t.centered && !t.frozen;
-    const double shift = moves ? sums.d / n : 0;
-    if (moves) {
-      s = statistic_of<S>(static_cast<double>(s.mean) + static_cast<double>(s.mean_low) + shift, s.rstd);
-      sums = recenter(sums, n);
-    }
+    const double shift = mean_shift(t, s, sums);
+    if (t.centered && !t.frozen) s = statistic_of<S>(static_cast<double>(s.mean) + shift, s.rstd);
+    sums = recenter(sums, shift);
     const Gradient<S> gradient = t.frozen ? Gradient<S>{0, 0, 0} : gradient_of(s, sums, n, t.centered);
     const Affine<S> standard = forward_affine(s, 1, 0);
     for (std::int64_t k = first; k < last; ++k) {

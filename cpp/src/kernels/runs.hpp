@@ -75,13 +75,36 @@ template <class X>
   return sums_about(rough);
 }
 
+/// A sum of squares outside of these may have lost squares to underflow or overflow; and a factor that brings the smallest
+/// difference into them.
+template <class S> constexpr double kVanishing = sizeof(S) == 8 ? 1e-280 : 1e-28;
+template <class S> constexpr double kOverflowing = sizeof(S) == 8 ? 1e300 : 1e38;
+template <class S> constexpr S kMagnify = sizeof(S) == 8 ? S(1e200) : S(1e30f);
+
 /// True where sums of differences to a pivot, taken in the compute type, hold the moments to within a few roundings: the
 /// pivot is at most 4 standard deviations from the mean, and no square has overflowed or vanished.
 template <class S> NORMKIT_LOCAL bool trustworthy(double sum, double sum_squares, double n) {
-  constexpr double kVanishing = sizeof(S) == 8 ? 1e-280 : 1e-28, kOverflowing = sizeof(S) == 8 ? 1e300 : 1e38;
   const double spread = sum_squares - sum * sum / n;
-  return (sum * sum <= 16 * n * spread && sum_squares > kVanishing && sum_squares < kOverflowing) ||
-         (sum_squares == 0 && sum == 0);
+  return sum * sum <= 16 * n * spread && sum_squares > kVanishing<S> && sum_squares < kOverflowing<S>;
+}
+
+/// True where all elements are `value`: their differences are scaled so that no square vanishes.
+template <class X>
+[[gnu::noinline]] bool all_equal(const X* x, std::int64_t rows, std::int64_t stride, std::int64_t n, ScalarOf<X> value) {
+  using V = VectorOf<X>;
+  constexpr int kWidth = kLanes<V>;
+  const V p = broadcast<V>(value), scale = broadcast<V>(kMagnify<ScalarOf<X>>);
+  V q = broadcast<V>(ScalarOf<X>(0));
+  const auto add = [&](auto place) NORMKIT_INLINE_LAMBDA {
+    const V d = place.keep((place.load(x) - p) * scale);
+    q = mul_add(d, d, q);
+  };
+  for (std::int64_t row = 0; row < rows; ++row, x += stride) {
+    std::int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) add(Full{i});
+    if (i < n) add(Part{i, static_cast<int>(n - i)});
+  }
+  return sum(q) == 0;
 }
 
 /// Moments of `rows` segments of n elements, `stride` apart, from one pass about a pivot near their mean.
@@ -91,31 +114,49 @@ template <class X>
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
   constexpr int kWidth = kLanes<V>;
-  const V p = broadcast<V>(pivot);
-  V s[4], q[4];
-  for (int k = 0; k < 4; ++k) s[k] = q[k] = broadcast<V>(S(0));
+  constexpr int kShortSum = 16;  // additions; a sum of short sums rounds a quarter as much as one of a whole chunk
+  const V p = broadcast<V>(pivot), zero = broadcast<V>(S(0));
+  V s[4], q[4], total_s[4], total_q[4];
+  for (int k = 0; k < 4; ++k) s[k] = q[k] = total_s[k] = total_q[k] = zero;
+  std::int64_t pending = 0;
   const auto add = [&](int k, auto place, const X* from) NORMKIT_INLINE_LAMBDA {
     const V d = place.keep(place.load(from) - p);
     s[k] = s[k] + d;
     q[k] = mul_add(d, d, q[k]);
   };
+  const auto added = [&](std::int64_t times) NORMKIT_INLINE_LAMBDA {
+    pending += times;
+    if (pending < kShortSum) return;
+    for (int k = 0; k < 4; ++k) total_s[k] = total_s[k] + s[k], total_q[k] = total_q[k] + q[k], s[k] = q[k] = zero;
+    pending = 0;
+  };
   for (std::int64_t row = 0; row < rows; ++row, x += stride) {
+    const std::int64_t whole = n / (4 * kWidth) * (4 * kWidth);
     std::int64_t i = 0;
-    for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
-      for (std::int64_t line = 0; line < 4 * kWidth * static_cast<std::int64_t>(sizeof(X)); line += 64)
-        prefetch_first(reinterpret_cast<const char*>(x + i) + kAhead + line);
-      for (int k = 0; k < 4; ++k) add(k, Full{i + k * kWidth}, x);
+    while (i < whole) {
+      const std::int64_t first = i, stop = least(whole, i + (kShortSum - pending) * 4 * kWidth);
+      for (; i < stop; i += 4 * kWidth) {
+        for (std::int64_t line = 0; line < 4 * kWidth * static_cast<std::int64_t>(sizeof(X)); line += 64)
+          prefetch_first(reinterpret_cast<const char*>(x + i) + kAhead + line);
+        for (int k = 0; k < 4; ++k) add(k, Full{i + k * kWidth}, x);
+      }
+      added((stop - first) / (4 * kWidth));
     }
+    if (i == n) continue;
     if (i + kWidth <= n) add(0, Full{i}, x), i += kWidth;
     if (i + kWidth <= n) add(1, Full{i}, x), i += kWidth;
     if (i + kWidth <= n) add(2, Full{i}, x), i += kWidth;
     if (i < n) add(3, Part{i, static_cast<int>(n - i)}, x);
+    added(1);
   }
+  for (int k = 0; k < 4; ++k) total_s[k] = total_s[k] + s[k], total_q[k] = total_q[k] + q[k];
   const double count = static_cast<double>(rows * n);
-  const double total = sum((s[0] + s[1]) + (s[2] + s[3])), squares = sum((q[0] + q[1]) + (q[2] + q[3]));
-  if (!centered && ((squares > 1e-28 && squares < 1e38) || (squares == 0 && total == 0))) return {0, squares};
-  if (!centered || !trustworthy<S>(total, squares, count))
-    return careful_moments(x - rows * stride, rows, stride, n, centered);
+  const double total = sum((total_s[0] + total_s[1]) + (total_s[2] + total_s[3]));
+  const double squares = sum((total_q[0] + total_q[1]) + (total_q[2] + total_q[3]));
+  x -= rows * stride;
+  if (squares == 0 && all_equal(x, rows, stride, n, pivot)) return {static_cast<double>(pivot), 0};
+  if (!centered && squares > kVanishing<S> && squares < kOverflowing<S>) return {0, squares};
+  if (!centered || !trustworthy<S>(total, squares, count)) return careful_moments(x, rows, stride, n, centered);
   return from_pivot(static_cast<double>(pivot), total, squares, count);
 }
 
@@ -218,8 +259,9 @@ NORMKIT_LOCAL Moments<double> row_moments(const X* x, std::int64_t n, VectorOf<X
   const V d = keep(v[kVectors - 1] - high, tail);
   const double squares = sum(mul_add(d, d, q));
   const double low = about.mean_low, m2 = mul_add(-low * low, count, squares);
+  if (squares > kVanishing<S> && squares < kOverflowing<S> && m2 > 0.5 * squares) return {mean, m2};
+  if (squares == 0 && all_equal(x, 1, 0, n, about.mean)) return {mean, 0};
   // Squares that overflowed or vanished, or a mean whose low part is all that is left: once more, in double.
-  if ((squares > 1e-28 && squares < 1e38 && m2 > 0.5 * squares) || (centered && squares == 0 && low == 0)) return {mean, m2};
   return careful_moments(x, 1, 0, n, centered);
 }
 
@@ -430,6 +472,13 @@ Sums<double> span_sums(const Task& t, std::int64_t o, std::int64_t lane, Chunks 
   return total;
 }
 
+/// From the mean that sums of backward were taken about to the one that they are wanted about: the whole of a given mean, or,
+/// since a given mean is rounded, the mean of the data.
+template <class S> NORMKIT_LOCAL double mean_shift(const Task& t, Statistic<S> given, Sums<double> sums) {
+  if (!t.centered) return 0;
+  return t.frozen ? static_cast<double>(given.mean_low) : sums.d / static_cast<double>(t.geometry.members());
+}
+
 /// The pairs of `dparams` that belong to the pieces of one statistic.
 template <class F> NORMKIT_LOCAL void for_own_dparams(const Task& t, std::int64_t o, std::int64_t lane, F f) {
   if (t.kind != ParamKind::piece) return;
@@ -453,22 +502,20 @@ NORMKIT_LOCAL bool needs_sums(const Task& t) {
 template <class S>
 Solved<S> solve(const Task& t, std::int64_t r, std::int64_t o, std::int64_t lane, Sums<double> sums) {
   const Geometry& g = t.geometry;
-  const double n = static_cast<double>(g.members());
   Statistic<S> s = given_statistic<S>(t, r);
-  if (t.centered && !t.frozen) {
-    s = statistic_of<S>(static_cast<double>(s.mean) + static_cast<double>(s.mean_low) + sums.d / n, s.rstd);
-    const double shift = sums.d / n;
-    for_own_dparams(t, o, lane, [&](double* d) { d[0] = mul_add(-shift, d[1], d[0]); });
-    sums = recenter(sums, n);
-  }
+  // The sums are about s.mean: the low part of a given mean, or the distance to the mean of the data, is still to come.
+  const double shift = mean_shift(t, s, sums);
+  if (t.centered && !t.frozen) s = statistic_of<S>(static_cast<double>(s.mean) + shift, s.rstd);
+  sums = recenter(sums, shift);
+  for_own_dparams(t, o, lane, [&](double* d) { d[0] = s.rstd * mul_add(-shift, d[1], d[0]); });
   double weight = 1;
   if (constant_in_statistic(g)) {
     weight = element(t.weight, g.parameter(o, g.offset(o, 0, lane, 0)), 1);
     if (t.kind == ParamKind::statistic) t.dparams[2 * r] = s.rstd * sums.gx, t.dparams[2 * r + 1] = sums.g;
   }
-  for_own_dparams(t, o, lane, [&](double* d) { d[0] *= s.rstd; });
   if (t.frozen) return {s, {static_cast<S>(s.rstd), 0, 0}};
-  return {s, gradient_of(s, Sums<double>{weight * sums.g, weight * sums.gx, sums.d}, n, t.centered)};
+  return {s, gradient_of(s, Sums<double>{weight * sums.g, weight * sums.gx, sums.d},
+                         static_cast<double>(g.members()), t.centered)};
 }
 
 /// dx over one range of a run, and, where the parameters follow the elements, what the range adds to their gradients:
@@ -488,19 +535,7 @@ template <class X>
   const bool linear = geometry.params.stride == 1 && geometry.params.count > 1;
   for_pieces(t, o, offset, begin, end, linear ? kBuffer : end, [&](Piece piece) NORMKIT_INLINE_LAMBDA {
     const X *dy_at = dy + piece.begin, *x_at = x + piece.begin;
-    if (dx && piece.linear) {
-      const V a = broadcast<V>(known.gradient.a);
-      const S* weight = weights.read(t.weight, piece.parameter, piece.n, 1);
-      map(dx + piece.begin, piece.n, t.stream_stores, nullptr, [&](auto place) NORMKIT_INLINE_LAMBDA {
-        return backward(place.load(x_at), place.load(dy_at) * place.load(weight), mean, a, b, c);
-      });
-    } else if (dx) {
-      const double weight = element(t.weight, piece.parameter, 1);
-      const V a = broadcast<V>(static_cast<S>(known.statistic.rstd * weight));
-      map(dx + piece.begin, piece.n, t.stream_stores, nullptr, [&](auto place) NORMKIT_INLINE_LAMBDA {
-        return backward(place.load(x_at), place.load(dy_at), mean, a, b, c);
-      });
-    }
+    // dx may lie over x or dy, so it comes last.
     const auto x_hat = [&](auto place) NORMKIT_INLINE_LAMBDA { return forward(place.load(x_at), mean, unit, shift); };
     if (row_dparams) {
       S *dweight = row_dparams + piece.begin, *dbias = row_dparams + geometry.run + piece.begin;
@@ -516,6 +551,19 @@ template <class X>
     if (t.dbias_out)
       map(at<S>(t.dbias_out, offset + piece.begin), piece.n, false, nullptr,
           [&](auto place) NORMKIT_INLINE_LAMBDA { return place.load(dy_at); });
+    if (dx && piece.linear) {
+      const V a = broadcast<V>(known.gradient.a);
+      const S* weight = weights.read(t.weight, piece.parameter, piece.n, 1);
+      map(dx + piece.begin, piece.n, t.stream_stores, nullptr, [&](auto place) NORMKIT_INLINE_LAMBDA {
+        return backward(place.load(x_at), place.load(dy_at) * place.load(weight), mean, a, b, c);
+      });
+    } else if (dx) {
+      const double weight = element(t.weight, piece.parameter, 1);
+      const V a = broadcast<V>(static_cast<S>(known.statistic.rstd * weight));
+      map(dx + piece.begin, piece.n, t.stream_stores, nullptr, [&](auto place) NORMKIT_INLINE_LAMBDA {
+        return backward(place.load(x_at), place.load(dy_at), mean, a, b, c);
+      });
+    }
   });
 }
 

@@ -1,0 +1,91 @@
+"""The whole contract of one call: dtype, shape, layout, untouched inputs, values within their bounds."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import bounds
+import numpy as np
+from cases import DTYPES, bits
+from reference import Operation, compute
+
+
+def same_order(x: np.ndarray, y: np.ndarray) -> bool:
+    """True where y lies as NumPy lays out a result that is like x. Extents of 1 have no place in memory."""
+    like = np.empty_like(x, dtype=y.dtype)
+    return all(a == b for a, b, extent in zip(like.strides, y.strides, x.shape, strict=True) if extent > 1)
+
+
+@contextmanager
+def unchanged(*arrays: np.ndarray | None) -> Iterator[None]:
+    """Inputs are inputs: the same bytes afterwards."""
+    before = [None if a is None else bits(a) for a in arrays]
+    yield
+    assert [None if a is None else bits(a) for a in arrays] == before, "an input was written to"
+
+
+def result_dtype(x: np.ndarray) -> np.dtype:
+    return x.dtype if x.dtype in DTYPES.values() else np.dtype(np.float32)
+
+
+def check_forward(
+    op: Operation,
+    x: np.ndarray,
+    weight: Any = None,
+    bias: Any = None,
+    *,
+    eps: float = 1e-5,
+    exact: bool = False,
+    out_dtype: Any = None,
+    **options: Any,
+) -> np.ndarray:
+    if out_dtype is not None:
+        options["out_dtype"] = out_dtype
+    with unchanged(x, weight, bias):
+        y, mean, rstd = op.statistics(x, weight=weight, bias=bias, eps=eps, **options)
+    truth = op.reference(x, weight, bias, eps=eps)
+    kept = op.statistics_shape(x.shape)
+    assert (y.shape, y.dtype) == (x.shape, np.dtype(out_dtype) if out_dtype is not None else result_dtype(x))
+    assert (rstd.shape, rstd.dtype) == (kept, compute(x.dtype))
+    bound = bounds.y(truth, x.dtype, y.dtype, exact=exact)
+    assert bounds.excess(y.reshape(truth.y.shape), truth.y, bound) <= 1
+    assert bounds.excess(rstd.reshape(truth.rstd.shape), truth.rstd, bounds.rstd(truth, x.dtype)) <= 1
+    if op.center:
+        assert (mean.shape, mean.dtype) == (kept, compute(x.dtype))
+        assert bounds.excess(mean.reshape(truth.mean.shape), truth.mean, bounds.mean(truth, x.dtype)) <= 1
+    return y
+
+
+def check_backward(
+    op: Operation,
+    dy: np.ndarray,
+    x: np.ndarray,
+    weight: Any = None,
+    *,
+    eps: float = 1e-5,
+    exact: bool = False,
+    stats: Any = None,
+    **options: Any,
+) -> tuple:
+    """Gradients at the statistics that forward returned, or at those that are given."""
+    mean, rstd = stats or op.statistics(x, eps=eps)[1:]
+    with unchanged(dy, x, weight, mean, rstd):
+        dx, dweight, dbias = op.backward(dy, x, mean, rstd, weight, **options)
+    truth = op.reference_backward(dy, x, mean, rstd, weight, use_input_stats=options.get("use_input_stats", True))
+    assert (dx.shape, dx.dtype) == (x.shape, x.dtype)
+    assert bounds.excess(dx.reshape(truth.dx.shape), truth.dx, bounds.dx(truth, x.dtype, exact=exact)) <= 1
+
+    shape = op.absent(x.shape)[0] if weight is None else weight.shape
+    dtype = compute(x.dtype) if weight is None else weight.dtype
+    count = bounds.count_of(x.shape, shape)
+    for found, terms, bound in (
+        (dweight, truth.dweight, bounds.dweight(truth, x.dtype, count, exact=exact)),
+        (dbias, truth.dbias, bounds.dbias(truth, x.dtype, count)),
+    ):
+        assert (found.shape, found.dtype) == (shape, dtype)
+        total, bound = (op.to_weight(t, x.shape, weight) for t in (terms, bound))
+        bound = (
+            bound + bounds.stored(np.abs(total) + bound, compute(x.dtype)) + bounds.stored(np.abs(total) + bound, dtype)
+        )
+        assert bounds.excess(found, total, bound) <= 1
+    return dx, dweight, dbias

@@ -1,0 +1,278 @@
+"""Every normalization once more, in plain NumPy and a wider type: too simple to be wrong.
+
+A normalization is one entry of REGISTRY; the tests iterate over it. Nothing here is shared with the library.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import normkit
+import numpy as np
+
+Shape = tuple[int, ...]
+
+
+def compute(dtype: Any) -> np.dtype:
+    """The type of statistics and arithmetic for data of this dtype."""
+    return np.dtype(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
+
+
+def wide(x: Any) -> Any:
+    """x in float64, or in the longest double where x is float64 already: what the truth is computed in."""
+    if x is None:
+        return None
+    x = np.asarray(x)
+    return x.astype(np.longdouble if x.dtype in (np.float64, np.longdouble) else np.float64)
+
+
+def sum_to(x: np.ndarray, shape: Shape) -> np.ndarray:
+    """The adjoint of broadcasting: sums x over the axes along which `shape` was stretched."""
+    x = x.sum(tuple(range(x.ndim - len(shape))))
+    return x.sum(tuple(a for a, extent in enumerate(shape) if extent == 1), keepdims=True)
+
+
+def rstd_of(var: Any, eps: float) -> Any:
+    """1 / sqrt(var + eps), and 0 where that does not exist."""
+    with np.errstate(divide="ignore"):
+        return np.where(var + eps == 0, 0, 1 / np.sqrt(var + eps))
+
+
+def forward(x: Any, weight: Any, bias: Any, axis: Shape, *, center: bool = True, eps: float = 1e-5) -> SimpleNamespace:
+    """Normalizes x over `axis`; weight and bias broadcast against x. Statistics keep their axes."""
+    mean = x.mean(axis, keepdims=True) if center else np.zeros_like(x.mean(axis, keepdims=True))
+    var = ((x - mean) ** 2).mean(axis, keepdims=True)
+    rstd = rstd_of(var, eps)
+    return applied(x, weight, bias, axis, mean=mean, rstd=rstd, var=var, eps=eps)
+
+
+def applied(
+    x: Any, weight: Any, bias: Any, axis: Shape, *, mean: Any, rstd: Any, var: Any = None, eps: float = 0.0
+) -> SimpleNamespace:
+    """The second half of forward(), for statistics that are given."""
+    x_hat = (x - mean) * rstd
+    y = x_hat * weight + bias
+    members = math.prod(x.shape[a] for a in axis)
+    return SimpleNamespace(
+        x=x,
+        weight=weight,
+        bias=bias,
+        axis=axis,
+        mean=mean,
+        var=var,
+        rstd=rstd,
+        eps=eps,
+        x_hat=x_hat,
+        y=y,
+        members=members,
+    )
+
+
+def backward(
+    dy: Any,
+    x: Any,
+    weight: Any,
+    axis: Shape,
+    *,
+    rstd: Any,
+    mean: Any = None,
+    center: bool = True,
+    use_input_stats: bool = True,
+) -> SimpleNamespace:
+    """Gradients of sum(dy * y). The mean is that of the data unless it is frozen; rstd is what the caller holds.
+
+    dweight and dbias come with the shape of x, one term for every element; sum_to() adds them up.
+    """
+    if not center:
+        mean = np.zeros_like(rstd)
+    elif use_input_stats:
+        mean = x.mean(axis, keepdims=True)
+    x_hat = (x - mean) * rstd
+    g = dy * weight
+    mean_g = g.mean(axis, keepdims=True) if center and use_input_stats else np.zeros_like(rstd)
+    mean_gx = (g * x_hat).mean(axis, keepdims=True) if use_input_stats else np.zeros_like(rstd)
+    dx = rstd * (g - mean_g - x_hat * mean_gx)
+    members = math.prod(x.shape[a] for a in axis)
+    return SimpleNamespace(
+        dy=dy,
+        x=x,
+        weight=weight,
+        axis=axis,
+        mean=mean,
+        rstd=rstd,
+        x_hat=x_hat,
+        g=g,
+        mean_g=mean_g,
+        mean_gx=mean_gx,
+        dx=dx,
+        dweight=dy * x_hat,
+        dbias=dy + np.zeros_like(x),
+        members=members,
+        frozen=not use_input_stats,
+        center=center,
+    )
+
+
+@dataclass(frozen=True)
+class Operation:
+    """How the tests call one normalization, and what it means.
+
+    reduced     shape -> the axes of `blocks(shape)` that a statistic is taken over
+    weights     shape -> the shapes that weight may have, by kind
+    aligned     (weight shape, shape) -> the weight's shape, padded with ones so that it broadcasts against x
+    absent      shape -> the shape of dweight where there is no weight, and the same aligned
+    blocks      shape -> the shape x is seen in, for normalizations that split an axis
+    arguments   what stands between x and weight in a call
+    options     keywords of every call; `forward_options` of the forward alone
+    """
+
+    name: str
+    function: str
+    reduced: Callable[[Shape], Shape]
+    weights: Callable[[Shape], dict[str, Shape]]
+    absent: Callable[[Shape], tuple[Shape, Shape]]
+    aligned: Callable[[Shape, Shape], Shape] = lambda weight, shape: weight
+    blocks: Callable[[Shape], Shape] = lambda shape: shape
+    arguments: tuple = ()
+    options: Callable[[Shape], dict] = lambda shape: {}
+    forward_options: dict = field(default_factory=dict)
+    center: bool = True
+    backward_takes_mean: bool = True
+    least_ndim: int = 2
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def forward(self, x: Any, weight: Any = None, bias: Any = None, **options: Any) -> Any:
+        f = getattr(normkit, self.function)
+        return f(x, *self.arguments, weight, bias, **self.options(x.shape), **self.forward_options, **options)
+
+    def statistics(self, x: Any, **options: Any) -> tuple[Any, Any, Any]:
+        """y, mean, rstd; mean is None where there is none."""
+        found = self.forward(x, return_stats=True, **options)
+        return found if self.center else (found[0], None, found[1])
+
+    def backward(self, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any = None, **options: Any) -> Any:
+        f = getattr(normkit, self.function + "_backward")
+        given = (mean, rstd) if self.backward_takes_mean else (rstd,)
+        return f(dy, x, *self.arguments, *given, weight, **self.options(x.shape), **options)
+
+    def statistics_shape(self, shape: Shape) -> Shape:
+        blocks = self.blocks(shape)
+        return tuple(extent for a, extent in enumerate(blocks) if a not in self.reduced(shape))
+
+    def _seen(self, x: Any, shape: Shape) -> Any:
+        return np.broadcast_to(x, shape).reshape(self.blocks(shape))
+
+    def _param(self, p: Any, shape: Shape, absent: float, like: Any) -> Any:
+        if p is None:
+            return self._seen(like.dtype.type(absent), shape)
+        return self._seen(wide(p).astype(like.dtype).reshape(self.aligned(p.shape, shape)), shape)
+
+    def _kept(self, s: Any, shape: Shape, like: Any) -> Any:
+        return None if s is None else wide(s).astype(like.dtype).reshape(self._kept_shape(shape))
+
+    def _kept_shape(self, shape: Shape) -> Shape:
+        return tuple(1 if a in self.reduced(shape) else extent for a, extent in enumerate(self.blocks(shape)))
+
+    def reference(self, x: Any, weight: Any = None, bias: Any = None, *, eps: float = 1e-5) -> SimpleNamespace:
+        shape, x = x.shape, wide(x)
+        return forward(
+            self._seen(x, shape),
+            self._param(weight, shape, 1, x),
+            self._param(bias, shape, 0, x),
+            self.reduced(shape),
+            center=self.center,
+            eps=eps,
+        )
+
+    def reference_backward(
+        self, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any = None, *, use_input_stats: bool = True
+    ) -> SimpleNamespace:
+        shape, x = x.shape, wide(x)
+        return backward(
+            self._seen(wide(dy), shape),
+            self._seen(x, shape),
+            self._param(weight, shape, 1, x),
+            self.reduced(shape),
+            rstd=self._kept(rstd, shape, x),
+            mean=self._kept(mean, shape, x),
+            center=self.center,
+            use_input_stats=use_input_stats,
+        )
+
+    def to_weight(self, terms: Any, shape: Shape, weight: Any) -> Any:
+        """One term for every element of x, added up for every parameter."""
+        like, aligned = self.absent(shape) if weight is None else (weight.shape, self.aligned(weight.shape, shape))
+        return sum_to(terms.reshape(shape), aligned).reshape(like)
+
+
+def per_instance(name: str, channel: int) -> Operation:
+    def channel_axis(shape: Shape) -> int:
+        return channel % len(shape)
+
+    def weights(shape: Shape) -> dict[str, Shape]:
+        c = shape[channel_axis(shape)]
+        return {"channel": (c,), "conditional": (shape[0], c), "pixel": shape}
+
+    def aligned(weight: Shape, shape: Shape) -> Shape:
+        if weight == shape and len(shape) != 2:
+            return weight
+        first = shape[0] if len(weight) == 2 else 1
+        return tuple(first if a == 0 else weight[-1] if a == channel_axis(shape) else 1 for a in range(len(shape)))
+
+    return Operation(
+        name,
+        "instance_norm",
+        weights=weights,
+        aligned=aligned,
+        options=lambda shape: {"channel_axis": channel},
+        absent=lambda shape: ((shape[channel_axis(shape)],), aligned((shape[channel_axis(shape)],), shape)),
+        reduced=lambda shape: tuple(a for a in range(1, len(shape)) if a != channel_axis(shape)),
+    )
+
+
+def over_axes(name: str, axes: Callable[[int], Shape], *, center: bool = True) -> Operation:
+    def axis(shape: Shape) -> Shape:
+        return tuple(sorted(a % len(shape) for a in axes(len(shape))))
+
+    def only(shape: Shape, axes: Shape) -> Shape:
+        return tuple(extent if a in axes else 1 for a, extent in enumerate(shape))
+
+    def weights(shape: Shape) -> dict[str, Shape]:
+        kept = tuple(a for a in range(len(shape)) if a not in axis(shape))
+        return {
+            "normalized": only(shape, axis(shape))[axis(shape)[0] :],
+            "kept": only(shape, kept),
+            "channel": only(shape, (1,)),
+            "image": only(shape, (0,)),
+            "last": shape[-1:],
+            "pixel": shape,
+            "scalar": (),
+        }
+
+    return Operation(
+        name,
+        "normalize",
+        weights=weights,
+        center=center,
+        reduced=axis,
+        options=lambda shape: {"axis": axes(len(shape)), "center": center},
+        absent=lambda shape: (tuple(shape[a] for a in axis(shape)), only(shape, axis(shape))),
+    )
+
+
+REGISTRY = [
+    per_instance("instance", 1),
+    per_instance("instance-last", -1),
+    over_axes("layer", lambda ndim: (-1,)),
+    over_axes("layer-all", lambda ndim: tuple(range(1, ndim))),
+    over_axes("batch", lambda ndim: tuple(a for a in range(ndim) if a != 1)),
+    over_axes("channels", lambda ndim: (1,)),
+    over_axes("first", lambda ndim: (0,)),
+    over_axes("rms", lambda ndim: (-1,), center=False),
+    over_axes("rms-batch", lambda ndim: tuple(a for a in range(ndim) if a != 1), center=False),
+]
+OPERATIONS = {operation.name: operation for operation in REGISTRY}

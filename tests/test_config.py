@@ -1,0 +1,115 @@
+"""What the library says about itself, and what it listens to."""
+
+import os
+import subprocess
+import sys
+
+import normkit
+import numpy as np
+import pytest
+
+
+def python(*arguments, **environment):
+    """What a fresh interpreter prints."""
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("NORMKIT_")}
+    done = subprocess.run(
+        [sys.executable, *arguments], env=plain | environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def test_version():
+    assert normkit.__version__[0].isdigit()
+
+
+def test_the_best_instruction_set_is_in_use():
+    assert python("-c", "import normkit; print(normkit.isa())").strip() == normkit.isas()[0]
+
+
+def test_use_isa_puts_the_old_one_back():
+    before = normkit.isa()
+    for name in normkit.isas():
+        with normkit.use_isa(name):
+            assert normkit.isa() == name
+            with normkit.use_isa(normkit.isas()[0]):
+                assert normkit.isa() == normkit.isas()[0]
+            assert normkit.isa() == name
+    assert normkit.isa() == before
+    with pytest.raises(KeyError), normkit.use_isa(normkit.isas()[-1]):
+        raise KeyError
+    assert normkit.isa() == before
+
+
+@pytest.mark.parametrize("name", normkit.isas())
+def test_environment_chooses_the_instruction_set(name):
+    assert python("-c", "import normkit; print(normkit.isa())", NORMKIT_ISA=name).strip() == name
+
+
+def test_environment_chooses_the_number_of_threads():
+    assert python("-c", "import normkit; print(normkit.get_num_threads())", NORMKIT_NUM_THREADS="3").strip() == "3"
+
+
+def test_show_config_and_the_command_line_say_the_same(capsys):
+    code = "import normkit; normkit.show_config()"
+    report = python("-m", "normkit")
+    assert python("-c", code) == report
+    normkit.show_config()
+    assert capsys.readouterr().out
+
+
+def test_the_report_names_everything():
+    report = python("-m", "normkit", NORMKIT_NUM_THREADS="3")
+    assert normkit.__version__ in report
+    assert all(name in report for name in normkit.isas())
+    assert "CUDA" in report
+    assert "thread" in report
+    assert "3" in report
+
+
+def test_the_report_names_the_instruction_set_in_use():
+    reports = {python("-m", "normkit", NORMKIT_ISA=name) for name in normkit.isas()}
+    assert len(reports) == len(normkit.isas())
+
+
+def test_cuda_is_there_or_not():
+    assert isinstance(normkit.cuda_available(), bool)
+
+
+def test_import_takes_numpy_alone():
+    """Whatever is installed: torch, CuPy and ml_dtypes are recognized by the arrays, never imported first."""
+    code = """import sys
+import numpy
+before = set(sys.modules)
+import normkit
+print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)))"""
+    assert set(python("-c", code).split()) <= {"normkit", "nanobind_backend"}
+
+
+def test_public_names():
+    for name in (
+        "normalize",
+        "normalize_backward",
+        "instance_norm",
+        "instance_norm_backward",
+        "set_num_threads",
+        "get_num_threads",
+        "num_threads",
+        "isa",
+        "isas",
+        "use_isa",
+        "show_config",
+        "cuda_available",
+    ):
+        assert callable(getattr(normkit, name))
+        assert name in normkit.__all__
+        assert getattr(normkit, name).__doc__
+
+
+def test_a_second_import_is_the_first():
+    assert python("-c", "import normkit, importlib; a = normkit.isa; importlib.reload(normkit); print(callable(a))")
+
+
+def test_warnings_are_none(recwarn):
+    x = np.array([[1.0, np.nan, np.inf], [0, 0, 0]], np.float32)
+    normkit.normalize(x, axis=1, eps=0.0)
+    assert not recwarn.list

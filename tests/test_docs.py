@@ -1,0 +1,72 @@
+"""Every example in the README and in the docstrings runs."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import normkit
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
+OPTIONAL = ("cupy", "torch", "jax", "ml_dtypes", "matplotlib", "PIL")
+DOCTEST = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+MODULES = [
+    "normkit",
+    *(f"normkit.{module.name}" for module in pkgutil.iter_modules(normkit.__path__) if module.name != "__main__"),
+]
+
+
+def blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def wants(block):
+    return [library for library in OPTIONAL if re.search(rf"^\s*(import|from) {library}\b", block, re.M)]
+
+
+def run(block, names, title):
+    if ">>>" not in block:
+        exec(compile(block, title, "exec"), names)
+        return
+    test = doctest.DocTestParser().get_doctest(block, names, title, None, None)
+    runner = doctest.DocTestRunner(optionflags=DOCTEST)
+    runner.run(test, clear_globs=False)
+    assert runner.failures == 0
+    names.update(test.globs)
+
+
+@pytest.mark.parametrize(
+    ("page", "number"),
+    [pytest.param(page, k, id=f"{page.name}-{k}") for page in PAGES for k in range(len(blocks(page)))],
+)
+def test_page(page, number, tmp_path, monkeypatch):
+    """A block runs after those before it, with their names; one that wants another library, where that is installed."""
+    monkeypatch.chdir(tmp_path)
+    *earlier, block = blocks(page)[: number + 1]
+    for library in wants(block):
+        pytest.importorskip(library, reason=f"the example wants {library}")
+    if "cupy" in wants(block) and not normkit.cuda_available():
+        pytest.skip("the example wants a GPU")
+    names: dict = {"__name__": page.stem}
+    for k, before in enumerate(earlier):
+        if not wants(before):
+            run(before, names, f"{page.name} block {k}")
+    run(block, names, f"{page.name} block {number}")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name):
+    module = importlib.import_module(name)
+    found = doctest.testmod(module, optionflags=DOCTEST)
+    assert found.failed == 0
+
+
+@pytest.mark.parametrize("name", sorted(normkit.__all__))
+def test_public_names_are_documented(name):
+    member = getattr(normkit, name)
+    if inspect.isroutine(member):
+        assert inspect.getdoc(member)

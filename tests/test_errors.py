@@ -1,0 +1,408 @@
+"""Every message, to the letter: the argument, what was given, what would be right. Nothing is written before it."""
+
+from typing import Any
+
+import normkit as nk
+import numpy as np
+import pytest
+from cases import Guarded
+
+X = (2, 3, 8, 8)
+FLOATS = "float32, float64, float16 or bfloat16"
+
+
+def f32(*shape: int) -> np.ndarray:
+    return np.ones(shape, np.float32)
+
+
+def x() -> np.ndarray:
+    return np.arange(384, dtype=np.float32).reshape(X)
+
+
+def read_only(a: np.ndarray) -> np.ndarray:
+    a.flags.writeable = False
+    return a
+
+
+def instance(**options: Any) -> Any:
+    return nk.instance_norm(options.pop("x", x()), **options)
+
+
+def normalize(**options: Any) -> Any:
+    return nk.normalize(options.pop("x", x()), **{"axis": -1, **options})
+
+
+def backward(**options: Any) -> Any:
+    given = {"dy": x(), "x": x(), "mean": f32(2, 3), "rstd": f32(2, 3), **options}
+    return nk.instance_norm_backward(**given)
+
+
+def normalize_backward(**options: Any) -> Any:
+    given = {"dy": x(), "x": x(), "mean": f32(2, 3, 8), "rstd": f32(2, 3, 8), "axis": -1, **options}
+    return nk.normalize_backward(**given)
+
+
+def overlapping(name: str) -> dict:
+    """An out of X whose memory reaches into the argument `name`."""
+    buffer = np.ones(400, np.float32)
+    return {"out": buffer[:384].reshape(X), name: buffer[383:386]}
+
+
+PER_CHANNEL = "expected (3,), (2, 3) or (2, 3, 8, 8): one element per channel of x"
+PARAMETER = {
+    name: {
+        "shape": (instance, {name: f32(4)}, ValueError, f"{name} has shape (4,), {PER_CHANNEL}"),
+        "shape-of-a-kept-axis": (
+            instance,
+            {name: f32(3, 1, 1)},
+            ValueError,
+            f"{name} has shape (3, 1, 1), {PER_CHANNEL}",
+        ),
+        "broadcast": (
+            normalize,
+            {name: f32(4)},
+            ValueError,
+            f"{name} has shape (4,), expected a shape that broadcasts against x: (2, 3, 8, 8)",
+        ),
+        "broadcast-more-axes": (
+            normalize,
+            {name: f32(1, 2, 3, 8, 8)},
+            ValueError,
+            f"{name} has shape (1, 2, 3, 8, 8), expected a shape that broadcasts against x: (2, 3, 8, 8)",
+        ),
+        "dtype": (
+            instance,
+            {name: np.ones(3, np.int32)},
+            TypeError,
+            f"{name} has dtype int32, expected float32 or float64",
+        ),
+        "dtype-of-float16": (
+            instance,
+            {"x": x().astype(np.float16), name: np.ones(3, np.int32)},
+            TypeError,
+            f"{name} has dtype int32, expected float32, float64 or float16, the dtype of x",
+        ),
+        "half-for-a-float": (
+            instance,
+            {name: np.ones(3, np.float16)},
+            TypeError,
+            f"{name} has dtype float16, expected float32 or float64",
+        ),
+        "half-for-an-integer": (
+            instance,
+            {"x": np.ones(X, np.uint8), name: np.ones(3, np.float16)},
+            TypeError,
+            f"{name} has dtype float16, expected float32 or float64",
+        ),
+        "big-endian": (
+            instance,
+            {name: np.ones(3, ">f4")},
+            TypeError,
+            f"{name} has dtype >f4, expected native byte order",
+        ),
+        "list": (
+            instance,
+            {name: [1, 1, 1]},
+            TypeError,
+            f"{name} is a list, expected a NumPy array or an object with __dlpack__",
+        ),
+    }
+    for name in ("weight", "bias")
+}
+
+ERRORS = {f"{name}-{what}": row for name, rows in PARAMETER.items() for what, row in rows.items()} | {
+    "x-complex": (
+        instance,
+        {"x": x().astype(np.complex64)},
+        TypeError,
+        "x has dtype complex64, expected float32, float64, float16, bfloat16, uint8, int8, uint16 or int16",
+    ),
+    "x-object": (
+        normalize,
+        {"x": x().astype(object)},
+        TypeError,
+        "x has dtype object, expected float32, float64, float16, bfloat16, uint8, int8, uint16 or int16",
+    ),
+    "x-int32": (
+        normalize,
+        {"x": x().astype(np.int32)},
+        TypeError,
+        "x has dtype int32, expected float32, float64, float16, bfloat16, uint8, int8, uint16 or int16",
+    ),
+    "x-big-endian": (instance, {"x": x().astype(">f4")}, TypeError, "x has dtype >f4, expected native byte order"),
+    "x-list": (
+        instance,
+        {"x": [[[1.0]]]},
+        TypeError,
+        "x is a list, expected a NumPy array or an object with __dlpack__",
+    ),
+    "x-none": (
+        normalize,
+        {"x": None},
+        TypeError,
+        "x is a NoneType, expected a NumPy array or an object with __dlpack__",
+    ),
+    "x-integer-backward": (backward, {"x": np.ones(X, np.uint8)}, TypeError, f"x has dtype uint8, expected {FLOATS}"),
+    "x-one-axis": (instance, {"x": f32(3)}, ValueError, "x has 1 axis, expected at least 2: images and channels"),
+    "x-no-axis": (instance, {"x": f32()}, ValueError, "x has 0 axes, expected at least 2: images and channels"),
+    "eps-negative": (instance, {"eps": -1.0}, ValueError, "eps is -1.0, expected a finite number that is at least 0"),
+    "eps-nan": (normalize, {"eps": np.nan}, ValueError, "eps is nan, expected a finite number that is at least 0"),
+    "eps-inf": (normalize, {"eps": np.inf}, ValueError, "eps is inf, expected a finite number that is at least 0"),
+    "momentum-none": (
+        instance,
+        {"running_mean": f32(3), "running_var": f32(3), "momentum": None},
+        ValueError,
+        "momentum is None, expected a number from 0 to 1: keep the count yourself",
+    ),
+    "momentum-range": (
+        instance,
+        {"running_mean": f32(3), "running_var": f32(3), "momentum": 1.5},
+        ValueError,
+        "momentum is 1.5, expected a number from 0 to 1",
+    ),
+    "momentum-nan": (
+        instance,
+        {"running_mean": f32(3), "running_var": f32(3), "momentum": np.nan},
+        ValueError,
+        "momentum is nan, expected a number from 0 to 1",
+    ),
+    "channel-axis": (
+        instance,
+        {"channel_axis": 4},
+        np.exceptions.AxisError,
+        "channel_axis is 4, expected -4 to 3: x has 4 axes",
+    ),
+    "channel-axis-negative": (
+        backward,
+        {"channel_axis": -5},
+        np.exceptions.AxisError,
+        "channel_axis is -5, expected -4 to 3: x has 4 axes",
+    ),
+    "channel-axis-of-images": (
+        instance,
+        {"channel_axis": 0},
+        ValueError,
+        "channel_axis is 0, expected another: axis 0 of x counts images",
+    ),
+    "axis": (normalize, {"axis": 4}, np.exceptions.AxisError, "axis is 4, expected -4 to 3: x has 4 axes"),
+    "axis-in-a-tuple": (
+        normalize_backward,
+        {"axis": (1, -5)},
+        np.exceptions.AxisError,
+        "axis is -5, expected -4 to 3: x has 4 axes",
+    ),
+    "axis-twice": (
+        normalize,
+        {"axis": (1, -3)},
+        ValueError,
+        "axis has 1 more than once: (1, -3), expected distinct axes",
+    ),
+    "axis-none": (normalize, {"axis": ()}, ValueError, "axis is (), expected at least one axis"),
+    "out-shape": (
+        instance,
+        {"out": f32(2, 3)},
+        ValueError,
+        "out has shape (2, 3), expected (2, 3, 8, 8), the shape of x",
+    ),
+    "out-dtype": (instance, {"out": np.ones(X)}, TypeError, "out has dtype float64, expected float32"),
+    "out-dtype-of-integers": (
+        instance,
+        {"x": np.ones(X, np.uint8), "out": np.ones(X, np.uint8)},
+        TypeError,
+        "out has dtype uint8, expected float32",
+    ),
+    "out-read-only": (instance, {"out": read_only(f32(*X))}, ValueError, "out is read-only, expected a writable array"),
+    "out-shares-memory": (
+        instance,
+        {"out": np.lib.stride_tricks.as_strided(f32(1), X, (0, 0, 0, 0))},
+        ValueError,
+        "out has elements that share memory, expected distinct ones",
+    ),
+    "out-overlaps-weight": (instance, overlapping("weight"), ValueError, "out overlaps weight, expected memory apart"),
+    "out-overlaps-bias": (instance, overlapping("bias"), ValueError, "out overlaps bias, expected memory apart"),
+    "out-dtype-unknown": (instance, {"out_dtype": np.int32}, TypeError, f"out_dtype is int32, expected {FLOATS}"),
+    "running-mean-shape": (
+        instance,
+        {"running_mean": f32(4), "running_var": f32(3)},
+        ValueError,
+        "running_mean has shape (4,), expected (3,): one element per channel of x",
+    ),
+    "running-var-shape": (
+        instance,
+        {"running_mean": f32(3), "running_var": f32(2, 3)},
+        ValueError,
+        "running_var has shape (2, 3), expected (3,): one element per channel of x",
+    ),
+    "running-var-none": (
+        instance,
+        {"running_mean": f32(3)},
+        ValueError,
+        "running_var is None, expected an array like running_mean",
+    ),
+    "running-mean-none": (
+        instance,
+        {"running_var": f32(3)},
+        ValueError,
+        "running_mean is None, expected an array like running_var",
+    ),
+    "running-mean-dtype": (
+        instance,
+        {"running_mean": np.ones(3, np.float16), "running_var": f32(3)},
+        TypeError,
+        "running_mean has dtype float16, expected float32 or float64",
+    ),
+    "running-mean-read-only": (
+        instance,
+        {"running_mean": read_only(f32(3)), "running_var": f32(3)},
+        ValueError,
+        "running_mean is read-only, expected a writable array",
+    ),
+    "running-var-read-only": (
+        instance,
+        {"running_mean": f32(3), "running_var": read_only(f32(3))},
+        ValueError,
+        "running_var is read-only, expected a writable array",
+    ),
+    "running-none": (
+        instance,
+        {"use_input_stats": False},
+        ValueError,
+        "use_input_stats is False, expected running_mean and running_var to normalize with",
+    ),
+    "running-one-member": (
+        instance,
+        {"x": f32(2, 3, 1), "running_mean": f32(3), "running_var": f32(3)},
+        ValueError,
+        "x has 1 member per statistic, expected at least 2: running_var takes an unbiased variance",
+    ),
+    "dy-shape": (backward, {"dy": f32(2, 3)}, ValueError, "dy has shape (2, 3), expected (2, 3, 8, 8), the shape of x"),
+    "dy-dtype": (
+        backward,
+        {"x": x().astype(np.float16)},
+        TypeError,
+        "dy has dtype float32, expected float16, the dtype of x",
+    ),
+    "mean-shape": (
+        backward,
+        {"mean": f32(3)},
+        ValueError,
+        "mean has shape (3,), expected (2, 3): one element per statistic",
+    ),
+    "rstd-shape": (
+        backward,
+        {"rstd": f32(2, 3, 1)},
+        ValueError,
+        "rstd has shape (2, 3, 1), expected (2, 3): one element per statistic",
+    ),
+    "mean-none": (backward, {"mean": None}, ValueError, "mean is None, expected an array: one element per statistic"),
+    "rstd-none": (
+        normalize_backward,
+        {"rstd": None},
+        ValueError,
+        "rstd is None, expected an array: one element per statistic",
+    ),
+    "mean-dtype": (
+        backward,
+        {"mean": np.ones((2, 3), np.float16)},
+        TypeError,
+        "mean has dtype float16, expected float32 or float64",
+    ),
+    "rstd-dtype": (
+        backward,
+        {"rstd": np.ones((2, 3), np.int64)},
+        TypeError,
+        "rstd has dtype int64, expected float32 or float64",
+    ),
+    "need": (
+        backward,
+        {"need": ("dx", "dz")},
+        ValueError,
+        "need has 'dz', expected names from ('dx', 'dweight', 'dbias')",
+    ),
+    "weight-shape-backward": (backward, {"weight": f32(4)}, ValueError, f"weight has shape (4,), {PER_CHANNEL}"),
+    "weight-broadcast-backward": (
+        normalize_backward,
+        {"weight": f32(4)},
+        ValueError,
+        "weight has shape (4,), expected a shape that broadcasts against x: (2, 3, 8, 8)",
+    ),
+    "threads": (lambda: nk.set_num_threads(0), {}, ValueError, "n is 0, expected at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_message(case):
+    call, options, kind, message = ERRORS[case]
+    with pytest.raises(kind) as caught:
+        call(**options)
+    assert str(caught.value) == message
+
+
+WRITES = {
+    name: row
+    for name, row in ERRORS.items()
+    if row[0] in (instance, normalize, backward, normalize_backward)
+    and "out" not in row[1]
+    and np.shape(row[1].get("x", x())) == X
+}
+
+
+@pytest.mark.parametrize("case", WRITES)
+def test_nothing_is_written_before_validation_ends(case):
+    """out and the running statistics keep their bytes when another argument is wrong."""
+    call, options, kind, _ = WRITES[case]
+    out = Guarded(X, options.get("x", x()).dtype if hasattr(options.get("x", x()), "dtype") else np.float32)
+    options = {**options, "out": out.array}
+    if call is instance and not any(name.startswith(("running", "use")) for name in options):
+        options |= {"running_mean": f32(3), "running_var": f32(3)}
+    with pytest.raises(kind):
+        call(**options)
+    assert out.unwritten()
+    assert all(
+        (options[name] == 1).all()
+        for name in ("running_mean", "running_var")
+        if isinstance(options.get(name), np.ndarray)
+    )
+
+
+@pytest.mark.parametrize("name", ["weight", "mean", "rstd"])
+def test_dx_overlaps_an_input(name):
+    buffer = np.ones(400, np.float32)
+    shape = (3,) if name == "weight" else (2, 3)
+    options = {name: buffer[380 : 380 + int(np.prod(shape))].reshape(shape), "out": buffer[:384].reshape(X)}
+    with pytest.raises(ValueError, match=rf"^out overlaps {name}, expected memory apart$"):
+        backward(**options)
+    assert (buffer == 1).all()
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_out_overlaps_running_statistics(name):
+    buffer = np.ones(400, np.float32)
+    options = {"running_mean": f32(3), "running_var": f32(3)} | {name: buffer[382:385]}
+    with pytest.raises(ValueError, match=rf"^out overlaps {name}, expected memory apart$"):
+        instance(out=buffer[:384].reshape(X), **options)
+
+
+def test_unknown_isa():
+    expected = ", ".join(map(repr, nk.isas()))
+    with pytest.raises(ValueError, match=rf"^name is 'mmx', expected one of {expected}$"), nk.use_isa("mmx"):
+        pass
+
+
+def test_options_are_keywords():
+    for call in (lambda: nk.instance_norm(x(), None, None, 1e-5), lambda: nk.normalize(x(), None, None, -1)):
+        with pytest.raises(TypeError, match="positional"):
+            call()
+
+
+def test_axis_has_no_default():
+    with pytest.raises(TypeError, match="axis"):
+        nk.normalize(x())
+
+
+def test_an_error_leaves_the_library_usable():
+    before = nk.instance_norm(x()).tobytes()
+    for case in ERRORS.values():
+        with pytest.raises(case[2]):
+            case[0](**case[1])
+    assert nk.instance_norm(x()).tobytes() == before
