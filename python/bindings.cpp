@@ -64,8 +64,9 @@ bool view(nb::handle h, View& v) {
   if (!PyArray_CheckExact(h.ptr())) return false;
   PyArrayObject* a = as_array(h);
   const std::size_t ndim = static_cast<std::size_t>(PyArray_NDIM(a));
-  v.array = {static_cast<std::byte*>(PyArray_DATA(a)), dtype_of(PyArray_DESCR(a), v.name), true, !PyArray_ISWRITEABLE(a),
-             {extents(PyArray_DIMS(a)), ndim}, {extents(PyArray_STRIDES(a)), ndim}, {}};
+  v.array = {
+      static_cast<std::byte*>(PyArray_DATA(a)), dtype_of(PyArray_DESCR(a), v.name),  true, !PyArray_ISWRITEABLE(a),
+      {extents(PyArray_DIMS(a)), ndim},         {extents(PyArray_STRIDES(a)), ndim}, {}};
   if (!PyArray_ISNOTSWAPPED(a)) {
     v.array.dtype = Dtype::other;
     v.name = nb::str(nb::handle(reinterpret_cast<PyObject*>(PyArray_DESCR(a)))).c_str();
@@ -101,8 +102,8 @@ nb::object allocate(Dtype dtype, const View& like, nb::handle like_object, int n
     if (dims[axis] != 1) c_order = c_order && bytes[axis] == dense;
     dense *= dims[axis];
   }
-  PyObject* out =
-      PyArray_NewFromDescr(&PyArray_Type, descr, ndim, dims, c_order || dense == 0 ? nullptr : bytes, nullptr, 0, nullptr);
+  PyObject* out = PyArray_NewFromDescr(&PyArray_Type, descr, ndim, dims, c_order || dense == 0 ? nullptr : bytes,
+                                       nullptr, 0, nullptr);
   if (!out) throw nb::python_error();
   return nb::steal(out);
 }
@@ -283,10 +284,9 @@ nb::object backward(int kind, nb::handle axes, nb::handle dy, nb::handle x, nb::
   args.dy = dyv.array, args.x = xv.array, args.mean = mv.array, args.rstd = rv.array, args.weight = wv.array;
   if (!spec.centered) args.mean = {};
   args.dx = dxv.array;
-  const bool touches = dxv.array.present && (normkit::may_overlap(dxv.array, xv.array) ||
-                                             normkit::may_overlap(dxv.array, dyv.array));
-  args.dx_is_apart = touches &&
-                     (!normkit::may_overlap(dxv.array, xv.array) || known_apart(out, dxv, x, xv)) &&
+  const bool touches =
+      dxv.array.present && (normkit::may_overlap(dxv.array, xv.array) || normkit::may_overlap(dxv.array, dyv.array));
+  args.dx_is_apart = touches && (!normkit::may_overlap(dxv.array, xv.array) || known_apart(out, dxv, x, xv)) &&
                      (!normkit::may_overlap(dxv.array, dyv.array) || known_apart(out, dxv, dy, dyv));
   normkit::BackwardPlan plan = normkit::plan_backward(args, spec, wanted);
   if (!plan.shapes.fits) return nb::borrow(Py_NotImplemented);
@@ -314,7 +314,8 @@ nb::object backward(int kind, nb::handle axes, nb::handle dy, nb::handle x, nb::
   normkit::ParamGradient* jobs[2] = {&plan.job.dweight, &plan.job.dbias};
   for (int k = 0; k < 2; ++k) {
     if (!(k == 0 ? wanted.dweight : wanted.dbias)) continue;
-    gradients[k] = allocate(dtype, wv, weight, shapes.param_ndim, shapes.param_shape.data(), shapes.param_strides.data());
+    gradients[k] =
+        allocate(dtype, wv, weight, shapes.param_ndim, shapes.param_shape.data(), shapes.param_strides.data());
     *jobs[k] = {static_cast<std::byte*>(PyArray_DATA(as_array(gradients[k]))), dtype};
     if (shapes.empty) gradients[k].attr("fill")(0);
   }
@@ -369,9 +370,9 @@ nb::object from_capsule(const char* name, nb::handle capsule) {
   }
   PyArray_Descr* descr = reinterpret_cast<PyArray_Descr*>(dtype.release().ptr());
   const bool writable = !versioned || (static_cast<Versioned*>(held)->flags & 1) == 0;
-  PyObject* array = PyArray_NewFromDescr(&PyArray_Type, descr, t.ndim, dims, strides,
-                                         static_cast<char*>(t.data) + t.byte_offset,
-                                         writable ? NPY_ARRAY_WRITEABLE : 0, nullptr);
+  PyObject* array =
+      PyArray_NewFromDescr(&PyArray_Type, descr, t.ndim, dims, strides, static_cast<char*>(t.data) + t.byte_offset,
+                           writable ? NPY_ARRAY_WRITEABLE : 0, nullptr);
   if (!array) throw nb::python_error();
   nb::object result = nb::steal(array);
   if (PyArray_SetBaseObject(as_array(result), nb::borrow(capsule).release().ptr()) < 0) throw nb::python_error();
@@ -421,27 +422,25 @@ nb::object geometry(const std::vector<std::int64_t>& shape, const std::vector<st
 NB_MODULE(_core, m) {
   if (_import_array() < 0) throw nb::python_error();
   m.doc() = "The compiled half of normkit. Private: call the functions of normkit itself.";
-  nb::register_exception_translator(
-      [](const std::exception_ptr& p, void*) {
-        try {
-          std::rethrow_exception(p);
-        } catch (const Error& e) {
-          if (e.kind == Error::Kind::axis) {
-            const nb::object type = nb::module_::import_("numpy.exceptions").attr("AxisError");
-            PyErr_SetString(type.ptr(), e.what());
-          } else {
-            PyErr_SetString(e.kind == Error::Kind::type ? PyExc_TypeError : PyExc_ValueError, e.what());
-          }
-        }
-      },
-      nullptr);
+  nb::register_exception_translator([](const std::exception_ptr& p, void*) {
+    try {
+      std::rethrow_exception(p);
+    } catch (const Error& e) {
+      if (e.kind == Error::Kind::axis) {
+        const nb::object type = nb::module_::import_("numpy.exceptions").attr("AxisError");
+        PyErr_SetString(type.ptr(), e.what());
+      } else {
+        PyErr_SetString(e.kind == Error::Kind::type ? PyExc_TypeError : PyExc_ValueError, e.what());
+      }
+    }
+  }, nullptr);
   m.attr("version") = NORMKIT_VERSION;
   m.attr("NORMALIZE") = static_cast<int>(kNormalize);
   m.attr("ROOT_MEAN_SQUARE") = static_cast<int>(kRootMeanSquare);
   m.attr("INSTANCE") = static_cast<int>(kInstance);
-  m.def("forward", &forward, "kind"_a, "axes"_a.none(), "x"_a.none(), "weight"_a.none(), "bias"_a.none(), "eps"_a.none(),
-        "running_mean"_a.none(), "running_var"_a.none(), "use_input_stats"_a, "momentum"_a.none(), "out"_a.none(),
-        "out_dtype"_a.none(), "return_stats"_a);
+  m.def("forward", &forward, "kind"_a, "axes"_a.none(), "x"_a.none(), "weight"_a.none(), "bias"_a.none(),
+        "eps"_a.none(), "running_mean"_a.none(), "running_var"_a.none(), "use_input_stats"_a, "momentum"_a.none(),
+        "out"_a.none(), "out_dtype"_a.none(), "return_stats"_a);
   m.def("backward", &backward, "kind"_a, "axes"_a.none(), "dy"_a.none(), "x"_a.none(), "mean"_a.none(), "rstd"_a.none(),
         "weight"_a.none(), "use_input_stats"_a, "need"_a.none(), "out"_a.none());
   m.def("from_capsule", &from_capsule, "name"_a, "capsule"_a);

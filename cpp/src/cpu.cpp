@@ -84,7 +84,8 @@ Schedule schedule_of(const Task& t, int threads) {
 
 /// Runs f(begin, end, slot) over [0, units) in ranges.
 template <class F> void over(std::int64_t begin, std::int64_t end, int threads, F f) {
-  const std::int64_t units = end - begin, ranges = units < threads * kRangesPerThread ? units : threads * kRangesPerThread;
+  const std::int64_t units = end - begin,
+                     ranges = units < threads * kRangesPerThread ? units : threads * kRangesPerThread;
   if (threads == 1 || ranges <= 1) return f(begin, end, 0);
   parallel_for(ranges, threads, [&](std::int64_t range, int slot) {
     f(begin + units * range / ranges, begin + units * (range + 1) / ranges, slot);
@@ -154,8 +155,13 @@ void read_running(Task& t, const Running& r, double* given) {
     given[c] = load_scalar(r.mean + c * r.mean_stride, r.mean_dtype);
     given[r.count + c] = load_scalar(r.var + c * r.var_stride, r.var_dtype);
   }
-  t.given = {reinterpret_cast<std::byte*>(given), reinterpret_cast<std::byte*>(given + r.count), Dtype::float64, Dtype::float64,
-             r.stride, r.count, true};
+  t.given = {reinterpret_cast<std::byte*>(given),
+             reinterpret_cast<std::byte*>(given + r.count),
+             Dtype::float64,
+             Dtype::float64,
+             r.stride,
+             r.count,
+             true};
 }
 
 /// Frozen statistics as the caller asked to see them: one for each statistic.
@@ -217,7 +223,9 @@ void total_dparams(const Task& t, double* totals) {
   const Geometry& g = t.geometry;
   const std::int64_t count = g.parameters(), units = dparam_units(g, t.kind);
   std::memset(totals, 0, static_cast<std::size_t>(2 * count) * sizeof(double));
-  const auto add = [&](std::int64_t p, double dweight, double dbias) { totals[p] += dweight, totals[count + p] += dbias; };
+  const auto add = [&](std::int64_t p, double dweight, double dbias) {
+    totals[p] += dweight, totals[count + p] += dbias;
+  };
   if (t.kind == ParamKind::row) {
     const bool wide = compute_dtype(t.x.dtype) == Dtype::float64;
     for (std::int64_t group = 0; group < g.outer * row_groups(g); ++group) {
@@ -240,8 +248,10 @@ void total_dparams(const Task& t, double* totals) {
 
 void store_gradient(const ParamGradient& out, std::int64_t p, double v) {
   std::byte* at = out.data + p * size_of(out.dtype);
-  if (out.dtype == Dtype::float16) *reinterpret_cast<Half*>(at) = narrow(static_cast<Half*>(nullptr), static_cast<float>(v));
-  else if (out.dtype == Dtype::bfloat16) *reinterpret_cast<Bfloat*>(at) = narrow(static_cast<Bfloat*>(nullptr), static_cast<float>(v));
+  if (out.dtype == Dtype::float16)
+    *reinterpret_cast<Half*>(at) = narrow(static_cast<Half*>(nullptr), static_cast<float>(v));
+  else if (out.dtype == Dtype::bfloat16)
+    *reinterpret_cast<Bfloat*>(at) = narrow(static_cast<Bfloat*>(nullptr), static_cast<float>(v));
   else store_scalar(at, out.dtype, v);
 }
 
@@ -302,9 +312,8 @@ void run(ForwardJob& job, double* workspace) {
   if (t.frozen) read_running(t, job.running, space.given), copy_given(t);
   const auto scratch = [&](int slot) { return space.common.scratch + slot * space.common.scratch_stride; };
   if (!s.split) {
-    over(0, s.units, s.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
-      isa.forward(t, begin, end, scratch(slot));
-    });
+    over(0, s.units, s.threads,
+         [&](std::int64_t begin, std::int64_t end, int slot) { isa.forward(t, begin, end, scratch(slot)); });
   } else {
     for (std::int64_t k = 0; k < s.statistics; ++k) {
       const std::int64_t first = k * s.spans, last = first + s.spans;
@@ -312,7 +321,8 @@ void run(ForwardJob& job, double* workspace) {
         over(first, last, s.threads,
              [&](std::int64_t begin, std::int64_t end, int) { isa.forward_sums(t, begin, end); });
       isa.forward_finish(t, k, k + 1, scratch(0));
-      over(first, last, s.threads, [&](std::int64_t begin, std::int64_t end, int) { isa.forward_apply(t, begin, end); });
+      over(first, last, s.threads,
+           [&](std::int64_t begin, std::int64_t end, int) { isa.forward_apply(t, begin, end); });
     }
   }
   if (t.moments) update_running(t, job.running);
@@ -334,9 +344,8 @@ void run(BackwardJob& job, double* workspace) {
   }
   const auto scratch = [&](int slot) { return space.common.scratch + slot * space.common.scratch_stride; };
   if (!s.split) {
-    over(0, s.units, s.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
-      isa.backward(t, begin, end, scratch(slot));
-    });
+    over(0, s.units, s.threads,
+         [&](std::int64_t begin, std::int64_t end, int slot) { isa.backward(t, begin, end, scratch(slot)); });
   } else {
     over(0, s.statistics * s.spans, s.threads,
          [&](std::int64_t begin, std::int64_t end, int) { isa.backward_sums(t, begin, end); });
@@ -353,8 +362,9 @@ void run(BackwardJob& job, double* workspace) {
     if (space.elements[k])
       for (std::int64_t p = 0; p < t.geometry.size(); ++p) {
         const bool wide = compute_dtype(t.x.dtype) == Dtype::float64;
-        store_gradient(*out[k], p,
-                       wide ? space.elements[k][p] : static_cast<double>(reinterpret_cast<float*>(space.elements[k])[p]));
+        store_gradient(
+            *out[k], p,
+            wide ? space.elements[k][p] : static_cast<double>(reinterpret_cast<float*>(space.elements[k])[p]));
       }
   }
 }

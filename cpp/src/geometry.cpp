@@ -100,7 +100,8 @@ std::optional<Layout> canonicalise(std::span<const std::int64_t> shape, AxisMask
     if (split > 0 && (param_axes & axis_bit(order.axis[split - 1])) == 0) break;
     std::optional<ParamMap> map = map_params(shape, param_axes, order, split);
     if (!map) continue;
-    std::optional<Layout> layout = place_groups(merge_axes(shape, reduce_axes, order, split, operands), operands.size());
+    std::optional<Layout> layout =
+        place_groups(merge_axes(shape, reduce_axes, order, split, operands), operands.size());
     if (!layout) return std::nullopt;
     if (split > 0) {
       std::int64_t outer = 1;

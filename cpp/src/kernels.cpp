@@ -106,8 +106,14 @@ void backward_apply(const Task& t, std::int64_t begin, std::int64_t end) {
 #define NORMKIT_SYMBOL(name) NORMKIT_JOIN(isa_, name)
 
 extern const Isa NORMKIT_SYMBOL(NORMKIT_ISA_NAME);
-const Isa NORMKIT_SYMBOL(NORMKIT_ISA_NAME){
-    NORMKIT_NAME_OF(NORMKIT_ISA_NAME), forward,       forward_sums,    forward_finish, forward_apply,
-    backward,                          backward_sums, backward_finish, backward_apply};
+const Isa NORMKIT_SYMBOL(NORMKIT_ISA_NAME){NORMKIT_NAME_OF(NORMKIT_ISA_NAME),
+                                           forward,
+                                           forward_sums,
+                                           forward_finish,
+                                           forward_apply,
+                                           backward,
+                                           backward_sums,
+                                           backward_finish,
+                                           backward_apply};
 
 }  // namespace normkit

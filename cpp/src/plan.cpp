@@ -61,8 +61,9 @@ std::string dtype_name(const Array& a) {
 
 void check_data_dtype(const char* name, const Array& a, bool integers) {
   if (a.dtype == Dtype::other || !(integers || is_floating(a.dtype)))
-    bad_dtype(name, a, integers ? "float32, float64, float16, bfloat16, uint8, int8, uint16 or int16"
-                                : "float32, float64, float16 or bfloat16");
+    bad_dtype(name, a,
+              integers ? "float32, float64, float16, bfloat16, uint8, int8, uint16 or int16"
+                       : "float32, float64, float16 or bfloat16");
 }
 
 void check_same_dtype(const char* name, const Array& a, Dtype expected, const char* because) {
@@ -76,7 +77,8 @@ void check_wide_dtype(const char* name, const Array& a) {
 void check_param_dtype(const char* name, const Array& a, Dtype x) {
   const bool narrow = x == Dtype::float16 || x == Dtype::bfloat16;
   if (a.dtype == Dtype::float32 || a.dtype == Dtype::float64 || (narrow && a.dtype == x)) return;
-  bad_dtype(name, a, narrow ? std::string("float32, float64 or ") + name_of(x) + ", the dtype of x" : "float32 or float64");
+  bad_dtype(name, a,
+            narrow ? std::string("float32, float64 or ") + name_of(x) + ", the dtype of x" : "float32 or float64");
 }
 
 bool equal(std::span<const std::int64_t> a, std::span<const std::int64_t> b) {
@@ -414,8 +416,15 @@ ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec) {
   t.mean = args.mean.data, t.rstd = args.rstd.data;
   if (args.running_mean.present) {
     Running& r = plan.job.running;
-    r = {args.running_mean.data, args.running_var.data, args.running_mean.dtype, args.running_var.dtype,
-         args.running_mean.stride(0), args.running_var.stride(0), 1, x.shape[spec.channel_axis], spec.momentum};
+    r = {args.running_mean.data,
+         args.running_var.data,
+         args.running_mean.dtype,
+         args.running_var.dtype,
+         args.running_mean.stride(0),
+         args.running_var.stride(0),
+         1,
+         x.shape[spec.channel_axis],
+         spec.momentum};
     const Extents kept = dense_strides(x.shape, ~spec.reduce_axes, order);
     r.stride = r.count == 1 ? 1 : kept[spec.channel_axis];
   }
@@ -569,7 +578,8 @@ void forward(const ForwardArgs& args, const Spec& spec) {
 
 void backward(const BackwardArgs& args, const Spec& spec) {
   BackwardPlan plan = plan_backward(args, spec, {args.dx.present, args.dweight.present, args.dbias.present});
-  const std::span<const std::int64_t> shape(plan.shapes.param_shape.data(), static_cast<std::size_t>(plan.shapes.param_ndim));
+  const std::span<const std::int64_t> shape(plan.shapes.param_shape.data(),
+                                            static_cast<std::size_t>(plan.shapes.param_ndim));
   for (const auto& [name, a] : {std::pair{"dweight", &args.dweight}, std::pair{"dbias", &args.dbias}})
     if (a->present) {
       check_data_dtype(name, *a, false);

@@ -121,7 +121,8 @@ int quota_cpus() {
   std::ifstream unified("/sys/fs/cgroup/cpu.max");
   std::string quota;
   double period = 0;
-  if (unified >> quota >> period && quota != "max" && period > 0) return static_cast<int>(std::stod(quota) / period + 0.999);
+  if (unified >> quota >> period && quota != "max" && period > 0)
+    return static_cast<int>(std::stod(quota) / period + 0.999);
   std::ifstream quota_file("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), period_file("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
   double legacy = 0;
   if (quota_file >> legacy && period_file >> period && legacy > 0 && period > 0)

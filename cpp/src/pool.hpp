@@ -20,8 +20,8 @@ void set_max_threads(int n);
 void parallel_for(std::int64_t tasks, int threads, void (*body)(void*, std::int64_t task, int slot), void* context);
 
 template <class F> void parallel_for(std::int64_t tasks, int threads, F&& f) {
-  parallel_for(tasks, threads, [](void* context, std::int64_t task, int slot) { (*static_cast<F*>(context))(task, slot); },
-               &f);
+  parallel_for(tasks, threads,
+               [](void* context, std::int64_t task, int slot) { (*static_cast<F*>(context))(task, slot); }, &f);
 }
 
 }  // namespace normkit

@@ -10,7 +10,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from . import _core
+from . import _core as _typed_core
+
+_core: Any = _typed_core  # it takes and gives arrays of any library, which no stub can say
 
 NDArray: TypeAlias = np.ndarray[Any, Any]
 
@@ -19,8 +21,9 @@ _CPU, _PINNED = 1, 3  # DLPack device types whose memory the CPU reads
 
 def share_memory(a: NDArray, b: NDArray) -> bool:
     """True unless it is certain that two interleaving views share no element."""
+    effort: Any = 100_000
     try:
-        return np.shares_memory(a, b, max_work=100_000)
+        return np.shares_memory(a, b, max_work=effort)
     except np.exceptions.TooHardError:
         return True
 
@@ -120,8 +123,8 @@ def _narrow(values: NDArray, dtype: np.dtype[Any]) -> NDArray:
     return np.where(np.isnan(values), quiet, rounded).astype(np.uint16).view(_BFLOAT16_BITS)
 
 
-def _dtype_named(name: str, x: NDArray, *, numpy: bool) -> np.dtype[Any]:
-    """The dtype that the result of a call on x is to have."""
+def _dtype_named(name: str, *, numpy: bool) -> Any:
+    """The NumPy dtype that stands for `name` in an array of NumPy, or in one of another library."""
     if name != "bfloat16":
         return np.dtype(name)
     if not numpy:
@@ -189,16 +192,14 @@ def forward_anywhere(
     use_input_stats: bool, momentum: float, out: Any, out_dtype: Any, return_stats: bool,
 ) -> Any:  # fmt: skip
     """`_core.forward` for any library, layout and output dtype."""
-    v, give_back = _views(
-        x=x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var, out=out
-    )
+    v, give_back = _views(x=x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var, out=out)
     running = v["running_mean"], v["running_var"], use_input_stats, momentum
     name = _dtype_name(out_dtype)
     result = _core.forward(kind, axes, v["x"], v["weight"], v["bias"], eps, *running, v["out"], name, return_stats)
     if result is NotImplemented:
         packing = _Packing(kind, axes, v["x"])
         packed = packing.data(v["x"])
-        # Another dtype than that of x is reached from the compute type, by one more rounding of what is already a float.
+        # Another dtype than that of x is reached from the compute type, by one more rounding of a float.
         wide = None if name is None else "float64" if v["x"].dtype == np.float64 else "float32"
         for expand in (False, True):
             params = (packing.param(v[p], expand=expand) for p in ("weight", "bias"))
@@ -208,7 +209,7 @@ def forward_anywhere(
         y, *statistics = result if return_stats else (result,)
         target = v["out"]
         if target is None:
-            dtype = y.dtype if name is None else _dtype_named(name, v["x"], numpy=isinstance(x, np.ndarray))
+            dtype = y.dtype if name is None else _dtype_named(name, numpy=isinstance(x, np.ndarray))
             target = np.empty_like(v["x"], dtype=dtype, order="K", subok=False)
         np.copyto(target, _narrow(packing.back(y), target.dtype) if name is not None else packing.back(y))
         result = (target, *statistics) if return_stats else target

@@ -45,7 +45,10 @@ def isa() -> str:
 
 @contextmanager
 def use_isa(name: str) -> Iterator[None]:
-    """Use the instruction set `name` within a `with` block, for the whole process. Raises ValueError for an unknown name."""
+    """Use the instruction set `name` within a `with` block, for the whole process.
+
+    Raises ValueError for a name that is not in `isas()`.
+    """
     before = isa()
     if not _core.use_isa(name):
         raise ValueError(f"name is {name!r}, expected one of {', '.join(map(repr, isas()))}")

@@ -1,6 +1,7 @@
 """Every named normalization and its backward: signature, docstring, axes, one call.
 
-Nothing below this file is named after a normalization: all of them are statistics over some axes, then a scale and a shift.
+Nothing below this file is named after a normalization: all of them are statistics over some axes, then a scale and a
+shift.
 """
 
 from collections.abc import Collection
@@ -69,8 +70,8 @@ def instance_norm(
     Returns
     -------
     y, or (y, mean, rstd)
-        y is like x in library, shape and memory layout. mean and rstd = 1 / sqrt(var + eps) are (N, C), of float32, or of
-        float64 where x is.
+        y is like x in library, shape and memory layout. mean and rstd = 1 / sqrt(var + eps) are (N, C), of float32,
+        or of float64 where x is.
 
     Raises
     ------
@@ -123,7 +124,8 @@ def instance_norm_backward(
     Returns
     -------
     (dx, dweight, dbias)
-        dx is like x. dweight and dbias have the shape and dtype of weight; without one, (C,) and the dtype of the statistics.
+        dx is like x. dweight and dbias have the shape and dtype of weight; without one, (C,) and the dtype of the
+        statistics.
 
     Raises
     ------

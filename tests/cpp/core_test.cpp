@@ -41,9 +41,7 @@ struct Buffer {
   }
   float* data() { return memory.data() + kGuard; }
   std::size_t size() const { return memory.size() - 2 * kGuard; }
-  Array view() {
-    return {reinterpret_cast<std::byte*>(data()), Dtype::float32, true, false, shape, strides, {}};
-  }
+  Array view() { return {reinterpret_cast<std::byte*>(data()), Dtype::float32, true, false, shape, strides, {}}; }
   float& operator()(std::int64_t n, std::int64_t c, std::int64_t s) {
     return data()[(n * strides[0] + c * strides[1] + s * strides[2]) / static_cast<std::int64_t>(sizeof(float))];
   }
@@ -71,8 +69,8 @@ void run_case(const Case& c, const std::string& label) {
   const Shape per_channel{channels}, per_statistic{images, channels};
   Buffer weight(per_channel, {0}), bias(per_channel, {0}), dweight(per_channel, {0}), dbias(per_channel, {0});
   // Statistics lie in the order of the kept axes in memory.
-  const std::vector<int> kept = c.order[0] == 1 || (c.order[1] == 1 && c.order[0] == 2) ? std::vector<int>{1, 0}
-                                                                                       : std::vector<int>{0, 1};
+  const std::vector<int> kept =
+      c.order[0] == 1 || (c.order[1] == 1 && c.order[0] == 2) ? std::vector<int>{1, 0} : std::vector<int>{0, 1};
   Buffer mean(per_statistic, kept), rstd(per_statistic, kept);
   for (std::int64_t k = 0; k < channels; ++k) weight.data()[k] = normal(random), bias.data()[k] = normal(random);
 

@@ -40,7 +40,10 @@ template <class V> NORMKIT_HD Moments<V> from_pivot(V pivot, V sum, V sum_square
 }
 
 /// A mean, held as two numbers of the compute type (float has too few digits for a mean far from zero), and 1/std.
-template <class S> struct Statistic { S mean, mean_low; double rstd; };
+template <class S> struct Statistic {
+  S mean, mean_low;
+  double rstd;
+};
 
 /// 1 / sqrt(var + eps); 0 where var + eps is 0, so that a constant normalizes to 0 and never to NaN.
 NORMKIT_HD double rstd_of(double var, double eps) {

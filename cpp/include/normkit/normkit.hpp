@@ -61,7 +61,7 @@ struct Spec {
   bool centered = true;      // false: root mean square, no mean (Zhang and Sennrich, 2019)
   double eps = 1e-5;         // added to the variance
   bool use_input_stats = true;  // false: running_mean and running_var (forward), mean and rstd (backward) are constants
-  double momentum = 0.1;        // running <- (1 - momentum) * running + momentum * statistic
+  double momentum = 0.1;  // running <- (1 - momentum) * running + momentum * statistic
 
   /// Shapes that weight and bias may have, as sets of axes of x; none: any shape that broadcasts against x.
   std::array<AxisMask, 3> param_axes{};
@@ -87,7 +87,7 @@ Spec normalize_spec(int ndim, std::span<const std::int64_t> axes, bool centered 
 struct ForwardArgs {
   Array x, y, weight, bias, mean, rstd, running_mean, running_var;
   Dtype y_dtype = Dtype::other;  // what y is to have; `other`: that of x, or float32 for an integer x
-  bool y_is_apart = false;       // the caller knows that y shares no element with x, though they interleave in memory
+  bool y_is_apart = false;  // the caller knows that y shares no element with x, though they interleave in memory
 };
 
 /// dy, x, dx                one floating dtype and shape; dx absent: not wanted; dx may be dy or x itself

@@ -12,6 +12,11 @@ constexpr std::int64_t kAhead = 4096;
 /// The largest next statistic that is fetched into the second-level cache while this one is written.
 constexpr std::int64_t kFetchable = std::int64_t{512} << 10;
 
+/// Large arrays begin at one offset of a page, so y is written where the next x is fetched, in one memory channel; half a page
+/// apart they do not meet. Instance norm of float32 (16, 256, 32, 32), time / copy of the same arrays: 1.06 before, 1.00 after
+/// (Zen 5, g++ 12, one thread, medians of 40).
+constexpr std::int64_t kHalfPage = 2048;
+
 NORMKIT_LOCAL void prefetch_first(const char* p) { __builtin_prefetch(p, 0, 3); }
 NORMKIT_LOCAL void prefetch_second(const char* p) { __builtin_prefetch(p, 0, 2); }
 
@@ -25,7 +30,9 @@ template <class S> struct Solved {
   Gradient<S> gradient;
 };
 
-template <class T> NORMKIT_LOCAL T* at(std::byte* base, std::int64_t index) { return reinterpret_cast<T*>(base) + index; }
+template <class T> NORMKIT_LOCAL T* at(std::byte* base, std::int64_t index) {
+  return reinterpret_cast<T*>(base) + index;
+}
 template <class T> NORMKIT_LOCAL const T* at(const std::byte* base, std::int64_t index) {
   return reinterpret_cast<const T*>(base) + index;
 }
@@ -61,7 +68,7 @@ template <class S> Statistic<S> given_statistic(const Task& t, std::int64_t stat
 
 /// Hands the moments of a statistic out: to the arrays that were asked for, and to the caller.
 template <class S> NORMKIT_LOCAL Statistic<S> publish(const Task& t, std::int64_t statistic, Moments<double> m) {
-  const double rstd = rstd_of(m.m2 / static_cast<double>(t.geometry.members()), t.eps);
+  const double rstd = rstd_of(m.m2 * (1 / static_cast<double>(t.geometry.members())), t.eps);
   if (t.mean) *at<S>(t.mean, statistic) = static_cast<S>(m.mean);
   if (t.rstd) *at<S>(t.rstd, statistic) = static_cast<S>(rstd);
   if (t.moments) t.moments[2 * statistic] = m.mean, t.moments[2 * statistic + 1] = m.m2;
@@ -121,27 +128,81 @@ struct Part {
   template <class V> NORMKIT_LOCAL V keep(V v) const { return ::normkit::keep(v, n); }
 };
 
-/// y[i] = f(position i) for i < n. Streamed stores begin at a full line of memory. `ahead`, where given, is what this
-/// thread reads next; it is fetched into the second-level cache meanwhile.
-template <class Y, class F>
-NORMKIT_LOCAL void map(Y* y, std::int64_t n, bool streaming, const char* ahead, F f) {
-  constexpr int kWidth = kLanes<VectorOf<Y>>;
-  constexpr std::int64_t kBlock = 4 * kWidth;
-  std::int64_t i = 0;
-  if (streaming) {
-    const std::int64_t past_line = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(y) % 64 / sizeof(Y));
-    const std::int64_t head = past_line ? least(64 / static_cast<std::int64_t>(sizeof(Y)) - past_line, n) : 0;
-    for (; i < head; i += kWidth) {
-      const Part part{i, static_cast<int>(least(head - i, kWidth))};
-      part.store(y, f(part));
+/// Stores of one thread that go past the caches. Memory takes whole lines only; a line that one run ends in and the next
+/// begins in is put together here, since a part of a line written the usual way would first be read from memory.
+template <class Y> class Streamer {
+ public:
+  static constexpr int kLine = 64 / sizeof(Y);
+
+  Streamer() = default;
+  Streamer(const Streamer&) = delete;
+  Streamer& operator=(const Streamer&) = delete;
+  ~Streamer() { flush(); }
+
+  /// A place for the elements from y to the end of its line; done() says how many were put there.
+  Y* place(Y* y) {
+    const std::int64_t past = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(y) % 64 / sizeof(Y));
+    if (!start_ || start_ + last_ != y) {
+      flush();
+      start_ = y - past;
+      first_ = past;
     }
-    i = head;
+    last_ = past;
+    return line_ + past;
+  }
+  void done(std::int64_t elements) {
+    last_ += elements;
+    if (last_ < kLine) return;
+    if (first_ > 0) return flush();
+    for (int k = 0; k < kLine; k += kLanes<VectorOf<Y>>) stream(start_ + k, load(line_ + k));
+    start_ = nullptr;
+  }
+
+ private:
+  void flush() {
+    if (start_)
+      for (std::int64_t k = first_; k < last_; ++k) start_[k] = line_[k];
+    start_ = nullptr;
+  }
+
+  alignas(64) Y line_[kLine];
+  Y* start_ = nullptr;  // of the line in memory
+  std::int64_t first_ = 0, last_ = 0;  // elements of the line that are here
+};
+
+/// No streamer: plain stores.
+template <class Y> constexpr Streamer<Y>* kPlain = nullptr;
+
+/// y[i] = f(position i) for i < n; through `streamer`, where given, past the caches. `ahead`, where given, is what this thread
+/// reads next; it is fetched into the second-level cache meanwhile.
+template <class Y, class F>
+NORMKIT_LOCAL void map(Y* y, std::int64_t n, Streamer<Y>* streamer, const char* ahead, F f) {
+  constexpr int kWidth = kLanes<VectorOf<Y>>;
+  constexpr std::int64_t kBlock = 4 * kWidth, kLine = Streamer<Y>::kLine;
+  std::int64_t i = 0;
+  if (streamer) {
+    const auto gather = [&](std::int64_t end) NORMKIT_INLINE_LAMBDA {
+      Y* line = streamer->place(y + i);
+      const std::int64_t elements = end - i;
+      for (std::int64_t k = 0; k < elements; k += kWidth, i += kWidth) {
+        const Part part{i, static_cast<int>(least(end - i, kWidth))};
+        ::normkit::store(line + k, f(part), part.n);
+      }
+      i = end;
+      streamer->done(elements);
+    };
+    const std::int64_t past = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(y) % 64 / sizeof(Y));
+    if (past) gather(least(kLine - past, n));
     for (; i + kBlock <= n; i += kBlock) {
       if (ahead)
         for (std::int64_t line = 0; line < kBlock * static_cast<std::int64_t>(sizeof(Y)); line += 64)
           prefetch_second(ahead + i * static_cast<std::int64_t>(sizeof(Y)) + line);
       for (int k = 0; k < 4; ++k) stream(y + i + k * kWidth, f(Full{i + k * kWidth}));
     }
+    for (; i + kLine <= n; i += kLine)
+      for (int k = 0; k < kLine / kWidth; ++k) stream(y + i + k * kWidth, f(Full{i + k * kWidth}));
+    if (i < n) gather(n);
+    return;
   }
   for (; i + kBlock <= n; i += kBlock)
     for (int k = 0; k < 4; ++k) store(y + i + k * kWidth, f(Full{i + k * kWidth}));

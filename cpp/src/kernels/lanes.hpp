@@ -63,8 +63,8 @@ NORMKIT_LOCAL void first_pivots(const X* x, std::int64_t stride, std::int64_t ro
 
 /// kMagnified: the differences are scaled so that only those of a constant column square to 0.
 template <bool kMagnified, class X, int kVectors>
-NORMKIT_LOCAL void tile_sums(const X* x, std::int64_t stride, std::int64_t rows, std::int64_t n, Count<kVectors> vectors,
-                             TileSums<ScalarOf<X>>& out) {
+NORMKIT_LOCAL void tile_sums(const X* x, std::int64_t stride, std::int64_t rows, std::int64_t n,
+                             Count<kVectors> vectors, TileSums<ScalarOf<X>>& out) {
   using V = VectorOf<X>;
   constexpr std::int64_t kShortSum = 16;  // steps; a sum of sums rounds an eighth as much as one of kChunkSteps
   const V zero = broadcast<V>(ScalarOf<X>(0));
@@ -98,13 +98,13 @@ template <class X>
   const auto sums_about = [&](double pivot) {
     double s = 0, q = 0;
     for (std::int64_t row = 0; row < rows; ++row) {
-      const double d = static_cast<double>(sum(load(x + row * stride, 1))) - pivot;
+      const double d = static_cast<double>(first(load(x + row * stride, 1))) - pivot;
       s += d;
       q = mul_add(d, d, q);
     }
     return from_pivot(pivot, s, q, count);
   };
-  if (centered) return sums_about(sums_about(static_cast<double>(sum(load(x, 1)))).mean);
+  if (centered) return sums_about(sums_about(static_cast<double>(first(load(x, 1)))).mean);
   const Moments<double> m = sums_about(0);
   return {0, mul_add(m.mean * m.mean, count, m.m2)};
 }
@@ -167,15 +167,15 @@ void span_columns(const Task& t, std::int64_t o, Chunks c, std::int64_t span, do
     for_tiles<X>(g.columns(), [&](auto vectors, std::int64_t k, std::int64_t n) {
       if (!t.centered)
         for (S& p : sums.pivot) p = 0;
-      else if (step == first)
-        first_pivots(from + k, t.x.strides.step, rows, n, vectors, sums.pivot);
+      else if (step == first) first_pivots(from + k, t.x.strides.step, rows, n, vectors, sums.pivot);
       else
         for (std::int64_t j = 0; j < n; ++j) sums.pivot[j] = static_cast<S>(mean[k + j]);
       const bool fresh = step == first;
       chunk_columns(from + k, t.x.strides.step, rows, n, t.centered, vectors, sums, fresh ? mean + k : chunk_mean,
                     fresh ? m2 + k : chunk_m2);
-      if (!fresh) merge_columns(mean + k, m2 + k, static_cast<double>(step - first), chunk_mean, chunk_m2,
-                                static_cast<double>(rows), n);
+      if (!fresh)
+        merge_columns(mean + k, m2 + k, static_cast<double>(step - first), chunk_mean, chunk_m2,
+                      static_cast<double>(rows), n);
     });
   }
 }
@@ -202,8 +202,9 @@ void lanes_finish(const Task& t, std::int64_t o, const double* mean, const doubl
     }
     for (std::int64_t k = first; k < first + g.run; ++k) {
       const std::int64_t parameter = by_column ? g.parameter(o, g.offset(o, 0, 0, k)) : 0;
-      const Affine<S> affine = by_column ? forward_affine(s, element(t.weight, parameter, 1), element(t.bias, parameter, 0))
-                                         : forward_affine(s, 1, 0);
+      const Affine<S> affine = by_column
+                                   ? forward_affine(s, element(t.weight, parameter, 1), element(t.bias, parameter, 0))
+                                   : forward_affine(s, 1, 0);
       table.mean[k] = s.mean, table.a[k] = affine.scale, table.b[k] = affine.shift;
     }
   }
@@ -211,9 +212,7 @@ void lanes_finish(const Task& t, std::int64_t o, const double* mean, const doubl
 
 /// True where every row of every tile begins at a full line of memory, so that streamed stores fit.
 template <class Y> NORMKIT_LOCAL bool rows_on_lines(const Operand& a, const Geometry& g) {
-  const auto aligned = [](std::int64_t elements) {
-    return elements * static_cast<std::int64_t>(sizeof(Y)) % 64 == 0;
-  };
+  const auto aligned = [](std::int64_t elements) { return elements * static_cast<std::int64_t>(sizeof(Y)) % 64 == 0; };
   return reinterpret_cast<std::uintptr_t>(a.data) % 64 == 0 && aligned(a.strides.step) &&
          (g.outer == 1 || aligned(a.strides.outer));
 }
@@ -225,21 +224,22 @@ template <class X, class F>
 NORMKIT_LOCAL void for_blocks(const Geometry& g, std::int64_t begin, std::int64_t end, F f) {
   for (std::int64_t last = end; last > begin;) {
     const std::int64_t first = last - least(last - begin, kApplyRows);
-    for_tiles<X>(g.columns(), [&](auto vectors, std::int64_t k, std::int64_t n) NORMKIT_INLINE_LAMBDA {
-      f(vectors, k, n, first, last);
-    });
+    for_tiles<X>(g.columns(), [&](auto vectors, std::int64_t k, std::int64_t n)
+                                  NORMKIT_INLINE_LAMBDA { f(vectors, k, n, first, last); });
     last = first;
   }
 }
 
 template <class X, class Y>
-void lanes_forward_steps(const Task& t, std::int64_t o, std::int64_t begin, std::int64_t end, Table<ScalarOf<X>> table) {
+void lanes_forward_steps(const Task& t, std::int64_t o, std::int64_t begin, std::int64_t end,
+                         Table<ScalarOf<X>> table) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
   const bool by_column = constant_in_column(g), streaming = t.stream_stores && rows_on_lines<Y>(t.y, g);
   ParamBuffer<S> weights, biases;
-  for_blocks<X>(g, begin, end, [&](auto vectors, std::int64_t k, std::int64_t n, std::int64_t first, std::int64_t last) {
+  for_blocks<X>(g, begin, end,
+                [&](auto vectors, std::int64_t k, std::int64_t n, std::int64_t first, std::int64_t last) {
     constexpr int kVectors = decltype(vectors)::value;
     V mean[kVectors], scale[kVectors], shift[kVectors];
     for_vectors<V>(vectors, n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
@@ -329,8 +329,8 @@ template <class X, class Y> void lanes_forward_apply(const Task& t, std::int64_t
 /// Adds the sums of one chunk of one tile to three arrays of columns: g, g * (x - mean), x - mean.
 template <class X, int kVectors>
 [[gnu::noinline]] void add_tile(const Task& t, std::int64_t o, std::int64_t step, std::int64_t rows, std::int64_t k,
-                            std::int64_t n, const ScalarOf<X>* mean, bool by_column, Count<kVectors> vectors,
-                            double* const (&sums)[3]) {
+                                std::int64_t n, const ScalarOf<X>* mean, bool by_column, Count<kVectors> vectors,
+                                double* const (&sums)[3]) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
@@ -420,13 +420,15 @@ template <class S> void lanes_solve(const Task& t, std::int64_t o, const double*
 }
 
 template <class X>
-void lanes_backward_steps(const Task& t, std::int64_t o, std::int64_t begin, std::int64_t end, Table<ScalarOf<X>> table) {
+void lanes_backward_steps(const Task& t, std::int64_t o, std::int64_t begin, std::int64_t end,
+                          Table<ScalarOf<X>> table) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
   const bool by_column = constant_in_column(g), streaming = t.stream_stores && rows_on_lines<X>(t.dx, g);
   ParamBuffer<S> weights;
-  for_blocks<X>(g, begin, end, [&](auto vectors, std::int64_t k, std::int64_t n, std::int64_t first, std::int64_t last) {
+  for_blocks<X>(g, begin, end,
+                [&](auto vectors, std::int64_t k, std::int64_t n, std::int64_t first, std::int64_t last) {
     constexpr int kVectors = decltype(vectors)::value;
     V mean[kVectors], a[kVectors], b[kVectors], c[kVectors];
     for_vectors<V>(vectors, n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {

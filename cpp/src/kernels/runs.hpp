@@ -27,7 +27,8 @@ NORMKIT_LOCAL void for_chunks(const Geometry& g, Chunks c, std::int64_t first, s
 template <class F> NORMKIT_LOCAL void for_ranges(const Geometry& g, Chunks c, std::int64_t span, F f) {
   const std::int64_t first = span * kSpanChunks, last = least(c.count, first + kSpanChunks);
   if (c.per_run == 1) {
-    for (std::int64_t step = first * c.rows; step < least(g.steps, last * c.rows); ++step) f(step, std::int64_t{0}, g.run);
+    for (std::int64_t step = first * c.rows; step < least(g.steps, last * c.rows); ++step)
+      f(step, std::int64_t{0}, g.run);
     return;
   }
   for (std::int64_t chunk = first; chunk < last;) {
@@ -56,7 +57,8 @@ template <class X>
     for (std::int64_t row = 0; row < rows; ++row)
       for (std::int64_t i = 0; i < n; i += kLanes<VectorOf<X>>) {
         const int live = static_cast<int>(least(n - i, kLanes<VectorOf<X>>));
-        const VectorOf<X> v = live == kLanes<VectorOf<X>> ? load(x + row * stride + i) : load(x + row * stride + i, live);
+        const VectorOf<X> v =
+            live == kLanes<VectorOf<X>> ? load(x + row * stride + i) : load(x + row * stride + i, live);
         if constexpr (kLanes<VectorOf<X>> == 8) {
           add(v, live);
         } else {
@@ -71,7 +73,7 @@ template <class X>
     const Moments<double> m = sums_about(0);
     return {0, mul_add(m.mean * m.mean, count, m.m2)};
   }
-  const double rough = sums_about(static_cast<double>(sum(load(x, 1)))).mean;
+  const double rough = sums_about(static_cast<double>(first(load(x, 1)))).mean;
   return sums_about(rough);
 }
 
@@ -90,7 +92,8 @@ template <class S> NORMKIT_LOCAL bool trustworthy(double sum, double sum_squares
 
 /// True where all elements are `value`: their differences are scaled so that no square vanishes.
 template <class X>
-[[gnu::noinline]] bool all_equal(const X* x, std::int64_t rows, std::int64_t stride, std::int64_t n, ScalarOf<X> value) {
+[[gnu::noinline]] bool all_equal(const X* x, std::int64_t rows, std::int64_t stride, std::int64_t n,
+                                 ScalarOf<X> value) {
   using V = VectorOf<X>;
   constexpr int kWidth = kLanes<V>;
   const V p = broadcast<V>(value), scale = broadcast<V>(kMagnify<ScalarOf<X>>);
@@ -110,7 +113,7 @@ template <class X>
 /// Moments of `rows` segments of n elements, `stride` apart, from one pass about a pivot near their mean.
 template <class X>
 [[gnu::noinline]] Moments<double> chunk_moments(const X* x, std::int64_t rows, std::int64_t stride, std::int64_t n,
-                                            ScalarOf<X> pivot, bool centered) {
+                                                ScalarOf<X> pivot, bool centered) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
   constexpr int kWidth = kLanes<V>;
@@ -163,7 +166,7 @@ template <class X>
 /// The mean of the first vector of a chunk: near enough to the mean of the chunk, as a rule.
 template <class X> NORMKIT_LOCAL ScalarOf<X> first_pivot(const X* x, std::int64_t n) {
   constexpr int kWidth = kLanes<VectorOf<X>>;
-  return n >= kWidth ? sum(load(x)) * (ScalarOf<X>(1) / kWidth) : sum(load(x, 1));
+  return n >= kWidth ? sum(load(x)) * (ScalarOf<X>(1) / kWidth) : first(load(x, 1));
 }
 
 template <class X> Moments<double> span_moments(const Task& t, const X* x, Chunks c, std::int64_t span) {
@@ -191,8 +194,9 @@ NORMKIT_LOCAL double span_count(const Geometry& g, Chunks c, std::int64_t span) 
 }
 
 template <class X, class Y>
-[[gnu::noinline]] void forward_range(const Task& t, const X* x, Y* y, std::int64_t o, std::int64_t offset, std::int64_t begin,
-                                 std::int64_t end, Statistic<ScalarOf<X>> s, const char* ahead) {
+[[gnu::noinline]] void forward_range(const Task& t, const X* x, Y* y, std::int64_t o, std::int64_t offset,
+                                     std::int64_t begin, std::int64_t end, Statistic<ScalarOf<X>> s,
+                                     Streamer<Y>* streamer, const char* ahead) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
   const V mean = broadcast<V>(s.mean);
@@ -200,32 +204,34 @@ template <class X, class Y>
   const V unit = broadcast<V>(standard.scale), shift = broadcast<V>(standard.shift);
   const ParamMap& p = t.geometry.params;
   ParamBuffer<S> weights, biases;
-  for_pieces(t, o, offset, begin, end, p.stride == 1 && p.count > 1 ? kBuffer : end, [&](Piece piece) NORMKIT_INLINE_LAMBDA {
+  for_pieces(t, o, offset, begin, end, p.stride == 1 && p.count > 1 ? kBuffer : end,
+             [&](Piece piece) NORMKIT_INLINE_LAMBDA {
     const X* from = x + piece.begin;
     const char* next = ahead ? ahead + (piece.begin - begin) * static_cast<std::int64_t>(sizeof(X)) : nullptr;
     if (piece.linear) {
       const S* weight = weights.read(t.weight, piece.parameter, piece.n, 1);
       const S* bias = biases.read(t.bias, piece.parameter, piece.n, 0);
-      map(y + piece.begin, piece.n, t.stream_stores, next, [&](auto place) NORMKIT_INLINE_LAMBDA {
+      map(y + piece.begin, piece.n, streamer, next, [&](auto place) NORMKIT_INLINE_LAMBDA {
         return mul_add(forward(place.load(from), mean, unit, shift), place.load(weight), place.load(bias));
       });
     } else {
-      const Affine<S> affine = forward_affine(s, element(t.weight, piece.parameter, 1), element(t.bias, piece.parameter, 0));
+      const Affine<S> affine =
+          forward_affine(s, element(t.weight, piece.parameter, 1), element(t.bias, piece.parameter, 0));
       const V scale = broadcast<V>(affine.scale), offset_v = broadcast<V>(affine.shift);
-      map(y + piece.begin, piece.n, t.stream_stores, next,
+      map(y + piece.begin, piece.n, streamer, next,
           [&](auto place) NORMKIT_INLINE_LAMBDA { return forward(place.load(from), mean, scale, offset_v); });
     }
   });
 }
 
 template <class X, class Y>
-void forward_span(const Task& t, std::int64_t o, std::int64_t lane, Chunks c, std::int64_t span, Statistic<ScalarOf<X>> s,
-                  const char* ahead) {
+void forward_span(const Task& t, std::int64_t o, std::int64_t lane, Chunks c, std::int64_t span,
+                  Statistic<ScalarOf<X>> s, Streamer<Y>* streamer, const char* ahead) {
   const X* x = at<X>(t.x, o, 0, lane);
   Y* y = at<Y>(t.y, o, 0, lane);
   for_ranges(t.geometry, c, span, [&](std::int64_t step, std::int64_t begin, std::int64_t end) {
     forward_range(t, x + step * t.x.strides.step, y + step * t.y.strides.step, o, t.geometry.offset(o, step, lane, 0),
-                  begin, end, s, ahead);
+                  begin, end, s, streamer, ahead);
   });
 }
 
@@ -233,7 +239,8 @@ void forward_span(const Task& t, std::int64_t o, std::int64_t lane, Chunks c, st
 template <class X> constexpr std::int64_t kRegisterRow = 8 * kLanes<VectorOf<X>>;
 
 template <class X, int kVectors>
-NORMKIT_LOCAL Moments<double> row_moments(const X* x, std::int64_t n, VectorOf<X> (&v)[kVectors], bool centered) {
+NORMKIT_LOCAL Moments<double> row_moments(const X* x, std::int64_t n, double share, VectorOf<X> (&v)[kVectors],
+                                          bool centered) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
   constexpr int kWidth = kLanes<V>;
@@ -243,11 +250,12 @@ NORMKIT_LOCAL Moments<double> row_moments(const X* x, std::int64_t n, VectorOf<X
   const double count = static_cast<double>(n);
   double mean = 0;
   if (centered) {  // a member as pivot: no difference exceeds the range, whatever the offset
-    const V pivot = broadcast<V>(sum(keep(v[0], 1)));
+    const S x_first = first(v[0]);
+    const V pivot = broadcast<V>(x_first);
     V s = broadcast<V>(S(0));
     for (int k = 0; k + 1 < kVectors; ++k) s = s + (v[k] - pivot);
     s = s + keep(v[kVectors - 1] - pivot, tail);
-    mean = static_cast<double>(sum(keep(v[0], 1))) + sum(s) / count;
+    mean = static_cast<double>(x_first) + static_cast<double>(sum(s)) * share;
   }
   const Statistic<S> about = statistic_of<S>(mean, 1);
   const V high = broadcast<V>(about.mean);
@@ -273,9 +281,13 @@ void forward_rows(const Task& t, std::int64_t begin, std::int64_t end) {
   const Geometry& g = t.geometry;
   const int tail = static_cast<int>(g.run - (kVectors - 1) * kWidth);
   const bool constant = constant_in_statistic(g);
+  const double share = 1 / static_cast<double>(g.run);
+  const bool in_turn = g.params.stride == g.run && g.outer == 1;  // each row has the next parameter
+  std::int64_t parameter = in_turn ? begin % g.params.count : 0;
   const bool streaming = t.stream_stores && tail == kWidth && kVectors * kWidth * sizeof(Y) % 64 == 0 &&
                          reinterpret_cast<std::uintptr_t>(t.y.data) % 64 == 0 && t.y.strides.lane == g.run &&
                          (g.outer == 1 || t.y.strides.outer % g.run == 0);
+  Streamer<Y> streamer;
   for (std::int64_t r = begin; r < end; ++r) {
     const std::int64_t o = g.outer == 1 ? 0 : r / g.lanes, lane = g.outer == 1 ? r : r % g.lanes;
     const X* x = at<X>(t.x, o, 0, lane);
@@ -283,13 +295,14 @@ void forward_rows(const Task& t, std::int64_t begin, std::int64_t end) {
     for (std::int64_t line = 0; line < kVectors * kWidth * static_cast<std::int64_t>(sizeof(X)); line += 64)
       prefetch_first(reinterpret_cast<const char*>(x) + kAhead + line);
     V v[kVectors];
-    const Statistic<S> s = publish<S>(t, r, row_moments<X, kVectors>(x, g.run, v, t.centered));
+    const Statistic<S> s = publish<S>(t, r, row_moments<X, kVectors>(x, g.run, share, v, t.centered));
     if (!constant) {
-      forward_range(t, x, y, o, g.offset(o, 0, lane, 0), 0, g.run, s, nullptr);
+      forward_range(t, x, y, o, g.offset(o, 0, lane, 0), 0, g.run, s, t.stream_stores ? &streamer : nullptr, nullptr);
       continue;
     }
-    const std::int64_t parameter = g.parameter(o, g.offset(o, 0, lane, 0));
+    if (!in_turn) parameter = g.parameter(o, g.offset(o, 0, lane, 0));
     const Affine<S> affine = forward_affine(s, element(t.weight, parameter, 1), element(t.bias, parameter, 0));
+    if (in_turn && ++parameter == g.params.count) parameter = 0;
     const V mean = broadcast<V>(s.mean), scale = broadcast<V>(affine.scale), shift = broadcast<V>(affine.shift);
     const auto put = [&](Y* to, V value) NORMKIT_INLINE_LAMBDA { streaming ? stream(to, value) : store(to, value); };
     for (int k = 0; k + 1 < kVectors; ++k) put(y + k * kWidth, forward(v[k], mean, scale, shift));
@@ -330,6 +343,7 @@ template <class X, class Y> void runs_forward(const Task& t, std::int64_t begin,
   if (forward_register_rows<X, Y>(t, begin, end)) return;
   const Geometry& g = t.geometry;
   const Chunks c = chunks_of(g, Traversal::runs);
+  Streamer<Y> streamer;
   const bool contiguous = g.steps == 1 && g.run * static_cast<std::int64_t>(sizeof(X)) <= kFetchable;
   for (std::int64_t r = begin; r < end; ++r) {
     const std::int64_t o = r / g.lanes, lane = r % g.lanes;
@@ -347,11 +361,12 @@ template <class X, class Y> void runs_forward(const Task& t, std::int64_t begin,
       }
       s = publish<S>(t, r, m);
     }
-    const char* ahead = contiguous && r + 1 < end
-                            ? reinterpret_cast<const char*>(at<X>(t.x, (r + 1) / g.lanes, 0, (r + 1) % g.lanes))
-                            : nullptr;
+    const char* ahead = nullptr;
+    if (contiguous && r + 1 < end)
+      ahead = reinterpret_cast<const char*>(at<X>(t.x, (r + 1) / g.lanes, 0, (r + 1) % g.lanes)) + kHalfPage;
     // Backwards: what was read last is still in cache.
-    for (std::int64_t span = c.spans; span-- > 0;) forward_span<X, Y>(t, o, lane, c, span, s, span == 0 ? ahead : nullptr);
+    for (std::int64_t span = c.spans; span-- > 0;)
+      forward_span<X, Y>(t, o, lane, c, span, s, t.stream_stores ? &streamer : nullptr, span == 0 ? ahead : nullptr);
   }
 }
 
@@ -380,10 +395,12 @@ template <class X> void runs_forward_finish(const Task& t, std::int64_t begin, s
 
 template <class X, class Y> void runs_forward_apply(const Task& t, std::int64_t begin, std::int64_t end) {
   const Geometry& g = t.geometry;
+  Streamer<Y> streamer;
   const Chunks c = chunks_of(g, Traversal::runs);
   for (std::int64_t unit = end; unit-- > begin;) {
     const std::int64_t r = unit / c.spans;
-    forward_span<X, Y>(t, r / g.lanes, r % g.lanes, c, unit % c.spans, solved<ScalarOf<X>>(t, r)->statistic, nullptr);
+    forward_span<X, Y>(t, r / g.lanes, r % g.lanes, c, unit % c.spans, solved<ScalarOf<X>>(t, r)->statistic,
+                       t.stream_stores ? &streamer : nullptr, nullptr);
   }
 }
 
@@ -392,7 +409,8 @@ template <class X, class Y> void runs_forward_apply(const Task& t, std::int64_t 
 /// Sums over `rows` segments of n elements of dy and x; of dy * weight where `weight` gives one factor an element.
 template <class X, bool kWeighted>
 [[gnu::noinline]] Sums<double> chunk_sums(const X* dy, std::int64_t dy_stride, const X* x, std::int64_t x_stride,
-                                      std::int64_t rows, std::int64_t n, ScalarOf<X> mean, const ScalarOf<X>* weight) {
+                                          std::int64_t rows, std::int64_t n, ScalarOf<X> mean,
+                                          const ScalarOf<X>* weight) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
   constexpr int kWidth = kLanes<V>;
@@ -426,8 +444,8 @@ template <class X, bool kWeighted>
 /// Where the parameters change within a statistic: the sums of one range, each piece with its own weight. What a piece
 /// adds to its own gradients goes to `dparams`.
 template <class X>
-Sums<double> piecewise_sums(const Task& t, const X* dy, const X* x, std::int64_t o, std::int64_t offset, std::int64_t begin,
-                            std::int64_t end, ScalarOf<X> mean) {
+Sums<double> piecewise_sums(const Task& t, const X* dy, const X* x, std::int64_t o, std::int64_t offset,
+                            std::int64_t begin, std::int64_t end, ScalarOf<X> mean) {
   using S = ScalarOf<X>;
   const ParamMap& p = t.geometry.params;
   ParamBuffer<S> weights;
@@ -451,7 +469,8 @@ Sums<double> piecewise_sums(const Task& t, const X* dy, const X* x, std::int64_t
 }
 
 template <class X>
-Sums<double> span_sums(const Task& t, std::int64_t o, std::int64_t lane, Chunks c, std::int64_t span, ScalarOf<X> mean) {
+Sums<double> span_sums(const Task& t, std::int64_t o, std::int64_t lane, Chunks c, std::int64_t span,
+                       ScalarOf<X> mean) {
   const Geometry& g = t.geometry;
   const X *x = at<X>(t.x, o, 0, lane), *dy = at<X>(t.dy, o, 0, lane);
   const bool constant = constant_in_statistic(g);
@@ -514,16 +533,17 @@ Solved<S> solve(const Task& t, std::int64_t r, std::int64_t o, std::int64_t lane
     if (t.kind == ParamKind::statistic) t.dparams[2 * r] = s.rstd * sums.gx, t.dparams[2 * r + 1] = sums.g;
   }
   if (t.frozen) return {s, {static_cast<S>(s.rstd), 0, 0}};
-  return {s, gradient_of(s, Sums<double>{weight * sums.g, weight * sums.gx, sums.d},
-                         static_cast<double>(g.members()), t.centered)};
+  return {s, gradient_of(s, Sums<double>{weight * sums.g, weight * sums.gx, sums.d}, static_cast<double>(g.members()),
+                         t.centered)};
 }
 
 /// dx over one range of a run, and, where the parameters follow the elements, what the range adds to their gradients:
 /// `row_dparams` points at the sums of this row's group.
 template <class X>
-[[gnu::noinline]] void backward_range(const Task& t, const X* dy, const X* x, X* dx, std::int64_t o, std::int64_t offset,
-                                  std::int64_t begin, std::int64_t end, const Solved<ScalarOf<X>>& known,
-                                  ScalarOf<X>* row_dparams) {
+[[gnu::noinline]] void backward_range(const Task& t, const X* dy, const X* x, X* dx, std::int64_t o,
+                                      std::int64_t offset, std::int64_t begin, std::int64_t end,
+                                      const Solved<ScalarOf<X>>& known, ScalarOf<X>* row_dparams,
+                                      Streamer<X>* streamer) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
   const Geometry& geometry = t.geometry;
@@ -539,28 +559,28 @@ template <class X>
     const auto x_hat = [&](auto place) NORMKIT_INLINE_LAMBDA { return forward(place.load(x_at), mean, unit, shift); };
     if (row_dparams) {
       S *dweight = row_dparams + piece.begin, *dbias = row_dparams + geometry.run + piece.begin;
-      map(dweight, piece.n, false, nullptr, [&](auto place) NORMKIT_INLINE_LAMBDA {
+      map(dweight, piece.n, kPlain<S>, nullptr, [&](auto place) NORMKIT_INLINE_LAMBDA {
         return mul_add(x_hat(place), place.load(dy_at), place.load(dweight));
       });
-      map(dbias, piece.n, false, nullptr,
+      map(dbias, piece.n, kPlain<S>, nullptr,
           [&](auto place) NORMKIT_INLINE_LAMBDA { return place.load(dbias) + place.load(dy_at); });
     }
     if (t.dweight_out)
-      map(at<S>(t.dweight_out, offset + piece.begin), piece.n, false, nullptr,
+      map(at<S>(t.dweight_out, offset + piece.begin), piece.n, kPlain<S>, nullptr,
           [&](auto place) NORMKIT_INLINE_LAMBDA { return x_hat(place) * place.load(dy_at); });
     if (t.dbias_out)
-      map(at<S>(t.dbias_out, offset + piece.begin), piece.n, false, nullptr,
+      map(at<S>(t.dbias_out, offset + piece.begin), piece.n, kPlain<S>, nullptr,
           [&](auto place) NORMKIT_INLINE_LAMBDA { return place.load(dy_at); });
     if (dx && piece.linear) {
       const V a = broadcast<V>(known.gradient.a);
       const S* weight = weights.read(t.weight, piece.parameter, piece.n, 1);
-      map(dx + piece.begin, piece.n, t.stream_stores, nullptr, [&](auto place) NORMKIT_INLINE_LAMBDA {
+      map(dx + piece.begin, piece.n, streamer, nullptr, [&](auto place) NORMKIT_INLINE_LAMBDA {
         return backward(place.load(x_at), place.load(dy_at) * place.load(weight), mean, a, b, c);
       });
     } else if (dx) {
       const double weight = element(t.weight, piece.parameter, 1);
       const V a = broadcast<V>(static_cast<S>(known.statistic.rstd * weight));
-      map(dx + piece.begin, piece.n, t.stream_stores, nullptr, [&](auto place) NORMKIT_INLINE_LAMBDA {
+      map(dx + piece.begin, piece.n, streamer, nullptr, [&](auto place) NORMKIT_INLINE_LAMBDA {
         return backward(place.load(x_at), place.load(dy_at), mean, a, b, c);
       });
     }
@@ -569,7 +589,7 @@ template <class X>
 
 template <class X>
 void backward_span(const Task& t, std::int64_t o, std::int64_t lane, Chunks c, std::int64_t span,
-                   const Solved<ScalarOf<X>>& known) {
+                   const Solved<ScalarOf<X>>& known, Streamer<X>* streamer) {
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
   const X *x = at<X>(t.x, o, 0, lane), *dy = at<X>(t.dy, o, 0, lane);
@@ -578,12 +598,13 @@ void backward_span(const Task& t, std::int64_t o, std::int64_t lane, Chunks c, s
   if (t.kind == ParamKind::row)
     row_dparams = reinterpret_cast<S*>(t.dparams + 2 * (o * row_groups(g) + lane / kRowGroup) * g.run);
   for_ranges(g, c, span, [&](std::int64_t step, std::int64_t begin, std::int64_t end) {
-    backward_range(t, dy + step * t.dy.strides.step, x + step * t.x.strides.step, dx ? dx + step * t.dx.strides.step : dx,
-                   o, g.offset(o, step, lane, 0), begin, end, known, row_dparams);
+    backward_range(t, dy + step * t.dy.strides.step, x + step * t.x.strides.step,
+                   dx ? dx + step * t.dx.strides.step : dx, o, g.offset(o, step, lane, 0), begin, end, known,
+                   row_dparams, streamer);
   });
 }
 
-template <class X> void backward_statistic(const Task& t, std::int64_t r, Chunks c) {
+template <class X> void backward_statistic(const Task& t, std::int64_t r, Chunks c, Streamer<X>* streamer) {
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
   const std::int64_t o = r / g.lanes, lane = r % g.lanes;
@@ -593,20 +614,21 @@ template <class X> void backward_statistic(const Task& t, std::int64_t r, Chunks
     for (std::int64_t span = 0; span < c.spans; ++span) sums = sums + span_sums<X>(t, o, lane, c, span, mean);
   const Solved<S> known = solve<S>(t, r, o, lane, sums);
   if (t.dx.data || writes_element_gradients(t))
-    for (std::int64_t span = c.spans; span-- > 0;) backward_span<X>(t, o, lane, c, span, known);
+    for (std::int64_t span = c.spans; span-- > 0;) backward_span<X>(t, o, lane, c, span, known, streamer);
 }
 
 template <class X> void runs_backward(const Task& t, std::int64_t begin, std::int64_t end) {
   const Geometry& g = t.geometry;
   const Chunks c = chunks_of(g, Traversal::runs);
   const std::int64_t groups = row_groups(g);
+  Streamer<X> streamer;
   for (std::int64_t unit = begin; unit < end; ++unit) {
     std::int64_t first = unit, last = unit + 1;
     if (t.kind == ParamKind::row) {
       first = unit / groups * g.lanes + unit % groups * kRowGroup;
       last = unit / groups * g.lanes + least(g.lanes, (unit % groups + 1) * kRowGroup);
     }
-    for (std::int64_t r = first; r < last; ++r) backward_statistic<X>(t, r, c);
+    for (std::int64_t r = first; r < last; ++r) backward_statistic<X>(t, r, c, t.stream_stores ? &streamer : nullptr);
   }
 }
 
@@ -639,6 +661,7 @@ template <class X> void runs_backward_apply(const Task& t, std::int64_t begin, s
   const Geometry& g = t.geometry;
   const Chunks c = chunks_of(g, Traversal::runs);
   const std::int64_t groups = row_groups(g);
+  Streamer<X> streamer;
   for (std::int64_t unit = end; unit-- > begin;) {
     const std::int64_t owner = unit / c.spans;
     std::int64_t first = owner, last = owner + 1;
@@ -647,7 +670,8 @@ template <class X> void runs_backward_apply(const Task& t, std::int64_t begin, s
       last = owner / groups * g.lanes + least(g.lanes, (owner % groups + 1) * kRowGroup);
     }
     for (std::int64_t r = first; r < last; ++r)
-      backward_span<X>(t, r / g.lanes, r % g.lanes, c, unit % c.spans, *solved<ScalarOf<X>>(t, r));
+      backward_span<X>(t, r / g.lanes, r % g.lanes, c, unit % c.spans, *solved<ScalarOf<X>>(t, r),
+                       t.stream_stores ? &streamer : nullptr);
   }
 }
 

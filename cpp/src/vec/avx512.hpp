@@ -95,6 +95,8 @@ inline double fold(const Reg64* r) {
   const __m128d b = _mm_add_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));
   return _mm_cvtsd_f64(_mm_add_sd(b, _mm_unpackhi_pd(b, b)));
 }
+inline float first_lane(const Reg32* r) { return _mm512_cvtss_f32(r[0]); }
+inline double first_lane(const Reg64* r) { return _mm512_cvtsd_f64(r[0]); }
 
 }  // namespace
 }  // namespace normkit

@@ -77,6 +77,8 @@ inline double fold(const Reg64* r) {
   const Reg64 b = vaddq_f64(vaddq_f64(r[0], r[2]), vaddq_f64(r[1], r[3]));
   return vgetq_lane_f64(b, 0) + vgetq_lane_f64(b, 1);
 }
+inline float first_lane(const Reg32* r) { return vgetq_lane_f32(r[0], 0); }
+inline double first_lane(const Reg64* r) { return vgetq_lane_f64(r[0], 0); }
 
 }  // namespace
 }  // namespace normkit

@@ -20,8 +20,14 @@ template <> constexpr int kRegLanes<F32> = kLanes32;
 template <> constexpr int kRegLanes<F64> = kLanes64;
 
 /// The scalar and the vector that values of a storage type are computed in.
-template <class T> struct ComputeOf { using Scalar = float; using Vector = F32; };
-template <> struct ComputeOf<double> { using Scalar = double; using Vector = F64; };
+template <class T> struct ComputeOf {
+  using Scalar = float;
+  using Vector = F32;
+};
+template <> struct ComputeOf<double> {
+  using Scalar = double;
+  using Vector = F64;
+};
 template <class T> using ScalarOf = typename ComputeOf<T>::Scalar;
 template <class T> using VectorOf = typename ComputeOf<T>::Vector;
 
@@ -55,6 +61,7 @@ template <class V> NORMKIT_LOCAL V keep(V v, int n) {
   return v;
 }
 template <class V> NORMKIT_LOCAL auto sum(V v) { return fold(v.r); }
+template <class V> NORMKIT_LOCAL auto first(V v) { return first_lane(v.r); }
 
 template <class T> NORMKIT_LOCAL VectorOf<T> load(const T* p) {
   VectorOf<T> v;

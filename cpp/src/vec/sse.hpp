@@ -33,10 +33,10 @@ inline __m128i bits16(const void* p) { return _mm_loadl_epi64(static_cast<const 
 inline __m128i bits8(const void* p) { return _mm_loadu_si32(p); }
 inline Reg32 reg_load(const float* p) { return _mm_loadu_ps(p); }
 inline Reg64 reg_load(const double* p) { return _mm_loadu_pd(p); }
-[[gnu::noinline]] Reg32 reg_load(const Half* p) { return _mm_setr_ps(widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])); }
-inline Reg32 reg_load(const Bfloat* p) {
-  return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(bits16(p)), 16));
+[[gnu::noinline]] Reg32 reg_load(const Half* p) {
+  return _mm_setr_ps(widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3]));
 }
+inline Reg32 reg_load(const Bfloat* p) { return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(bits16(p)), 16)); }
 inline Reg32 reg_load(const std::uint16_t* p) { return _mm_cvtepi32_ps(_mm_cvtepu16_epi32(bits16(p))); }
 inline Reg32 reg_load(const std::int16_t* p) { return _mm_cvtepi32_ps(_mm_cvtepi16_epi32(bits16(p))); }
 inline Reg32 reg_load(const std::uint8_t* p) { return _mm_cvtepi32_ps(_mm_cvtepu8_epi32(bits8(p))); }
@@ -67,6 +67,8 @@ inline double fold(const Reg64* r) {
   const __m128d b = _mm_add_pd(_mm_add_pd(r[0], r[2]), _mm_add_pd(r[1], r[3]));
   return _mm_cvtsd_f64(_mm_add_sd(b, _mm_unpackhi_pd(b, b)));
 }
+inline float first_lane(const Reg32* r) { return _mm_cvtss_f32(r[0]); }
+inline double first_lane(const Reg64* r) { return _mm_cvtsd_f64(r[0]); }
 
 }  // namespace
 }  // namespace normkit
