@@ -10,6 +10,7 @@
 #include <numpy/arrayobject.h>
 
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <new>
 #include <string>
@@ -147,16 +148,28 @@ std::vector<std::int64_t> integers(const char* name, nb::handle h) {
   return values;
 }
 
-/// What is normalized. The numbers are shared with functional.py.
-enum Kind { kNormalize = 0, kRootMeanSquare = 1, kInstance = 2 };
+/// What is normalized; `axes` holds the axes, the channel axis, or (channel axis, groups). functional.py has the same names.
+enum Kind { kNormalize, kNormalizeRms, kInstance, kGroup, kBatch, kLayer, kLayerRms };
+constexpr const char* kKindNames[] = {"NORMALIZE", "NORMALIZE_RMS", "INSTANCE", "GROUP", "BATCH", "LAYER", "LAYER_RMS"};
 
-Spec spec_of(int kind, nb::handle axes, const View& x, nb::handle eps, bool use_input_stats) {
-  const int ndim = x.array.ndim();
-  Spec spec = kind == kInstance ? normkit::instance_spec(ndim, integer("channel_axis", axes))
-                                : normkit::normalize_spec(ndim, integers("axis", axes), kind == kNormalize);
-  spec.eps = number("eps", eps, "a number that is at least 0");
-  spec.use_input_stats = use_input_stats;
-  return spec;
+Spec spec_of(int kind, nb::handle axes, const Array& x) {
+  const int ndim = x.ndim();
+  switch (kind) {
+    case kInstance: return normkit::instance_spec(ndim, integer("channel_axis", axes));
+    case kBatch: return normkit::batch_spec(ndim, integer("channel_axis", axes));
+    case kGroup: return normkit::group_spec(x.shape, integer("num_groups", axes[1]), integer("channel_axis", axes[0]));
+    case kLayer:
+    case kLayerRms: return normkit::layer_spec(ndim, integers("axis", axes), kind == kLayer);
+    default: return normkit::normalize_spec(ndim, integers("axis", axes), kind == kNormalize);
+  }
+}
+
+/// The eps of RMS norm, where the caller leaves it open, is the distance from 1 to the next number of the compute type.
+double eps_of(nb::handle eps, int kind, Dtype x) {
+  if (eps.is_none() && kind == kLayerRms)
+    return x == Dtype::float64 ? std::numeric_limits<double>::epsilon()
+                               : static_cast<double>(std::numeric_limits<float>::epsilon());
+  return number("eps", eps, "a number that is at least 0");
 }
 
 Dtype dtype_named(nb::handle h) {
@@ -220,7 +233,9 @@ nb::object forward(int kind, nb::handle axes, nb::handle x, nb::handle weight, n
   if (x.is_none() || !view(x, xv) || !view(weight, wv) || !view(bias, bv) || !view(running_mean, mv) ||
       !view(running_var, vv) || !view(out, yv) || !(out_dtype.is_none() || PyUnicode_Check(out_dtype.ptr())))
     return nb::borrow(Py_NotImplemented);
-  Spec spec = spec_of(kind, axes, xv, eps, use_input_stats);
+  Spec spec = spec_of(kind, axes, xv.array);
+  spec.eps = eps_of(eps, kind, xv.array.dtype);
+  spec.use_input_stats = use_input_stats;
   if (momentum.is_none())
     throw Error(Error::Kind::value, "momentum is None, expected a number from 0 to 1: keep the count yourself");
   spec.momentum = number("momentum", momentum, "a number from 0 to 1");
@@ -278,7 +293,8 @@ nb::object backward(int kind, nb::handle axes, nb::handle dy, nb::handle x, nb::
   if (dy.is_none() || x.is_none() || !view(dy, dyv) || !view(x, xv) || !view(mean, mv) || !view(rstd, rv) ||
       !view(weight, wv) || !view(out, dxv))
     return nb::borrow(Py_NotImplemented);
-  const Spec spec = spec_of(kind, axes, xv, nb::float_(0.0), use_input_stats);
+  Spec spec = spec_of(kind, axes, xv.array);
+  spec.use_input_stats = use_input_stats;
   const normkit::BackwardNeed wanted = need_of(need);
   normkit::BackwardArgs args;
   args.dy = dyv.array, args.x = xv.array, args.mean = mv.array, args.rstd = rv.array, args.weight = wv.array;
@@ -435,9 +451,7 @@ NB_MODULE(_core, m) {
     }
   }, nullptr);
   m.attr("version") = NORMKIT_VERSION;
-  m.attr("NORMALIZE") = static_cast<int>(kNormalize);
-  m.attr("ROOT_MEAN_SQUARE") = static_cast<int>(kRootMeanSquare);
-  m.attr("INSTANCE") = static_cast<int>(kInstance);
+  for (int kind = kNormalize; kind <= kLayerRms; ++kind) m.attr(kKindNames[kind]) = kind;
   m.def("forward", &forward, "kind"_a, "axes"_a.none(), "x"_a.none(), "weight"_a.none(), "bias"_a.none(),
         "eps"_a.none(), "running_mean"_a.none(), "running_var"_a.none(), "use_input_stats"_a, "momentum"_a.none(),
         "out"_a.none(), "out_dtype"_a.none(), "return_stats"_a);

@@ -5,7 +5,7 @@ A normalization is one entry of REGISTRY; the tests iterate over it. Nothing her
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -124,8 +124,9 @@ class Operation:
     aligned     (weight shape, shape) -> the weight's shape, padded with ones so that it broadcasts against x
     absent      shape -> the shape of dweight where there is no weight, and the same aligned
     blocks      shape -> the shape x is seen in, for normalizations that split an axis
-    arguments   what stands between x and weight in a call
+    arguments   shape -> what stands between x and weight in a call
     options     keywords of every call; `forward_options` of the forward alone
+    stats_option  the keyword that freezes statistics
     """
 
     name: str
@@ -135,19 +136,26 @@ class Operation:
     absent: Callable[[Shape], tuple[Shape, Shape]]
     aligned: Callable[[Shape, Shape], Shape] = lambda weight, shape: weight
     blocks: Callable[[Shape], Shape] = lambda shape: shape
-    arguments: tuple = ()
+    arguments: Callable[[Shape], tuple] = lambda shape: ()
     options: Callable[[Shape], dict] = lambda shape: {}
     forward_options: dict = field(default_factory=dict)
     center: bool = True
     backward_takes_mean: bool = True
+    stats_option: str = "use_input_stats"
     least_ndim: int = 2
 
     def __repr__(self) -> str:
         return self.name
 
+    def weight_shape(self, shape: Shape, kind: str) -> Shape:
+        """The weight of that kind, or of the first kind that there is: most normalizations have few."""
+        kinds = self.weights(shape)
+        return kinds.get(kind, next(iter(kinds.values())))
+
     def forward(self, x: Any, weight: Any = None, bias: Any = None, **options: Any) -> Any:
         f = getattr(normkit, self.function)
-        return f(x, *self.arguments, weight, bias, **self.options(x.shape), **self.forward_options, **options)
+        options = {**self.options(x.shape), **self.forward_options, **options}
+        return f(x, *self.arguments(x.shape), weight, bias, **options)
 
     def statistics(self, x: Any, **options: Any) -> tuple[Any, Any, Any]:
         """y, mean, rstd; mean is None where there is none."""
@@ -157,7 +165,9 @@ class Operation:
     def backward(self, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any = None, **options: Any) -> Any:
         f = getattr(normkit, self.function + "_backward")
         given = (mean, rstd) if self.backward_takes_mean else (rstd,)
-        return f(dy, x, *self.arguments, *given, weight, **self.options(x.shape), **options)
+        if "use_input_stats" in options:
+            options[self.stats_option] = options.pop("use_input_stats")
+        return f(dy, x, *self.arguments(x.shape), *given, weight, **self.options(x.shape), **options)
 
     def statistics_shape(self, shape: Shape) -> Shape:
         blocks = self.blocks(shape)
@@ -234,6 +244,60 @@ def per_instance(name: str, channel: int) -> Operation:
     )
 
 
+def groups_of(channels: int) -> int:
+    """Some number of groups: neither 1 nor all, where there is a choice."""
+    return next((g for g in (2, 3, 5, 7) if g < channels and channels % g == 0), channels or 1)
+
+
+def per_group(name: str, channel: int) -> Operation:
+    """Like instance norm, but for the split axis and what is reduced."""
+    instance = per_instance(name, channel)
+
+    def blocks(shape: Shape) -> Shape:
+        a = channel % len(shape)
+        groups = groups_of(shape[a])
+        return (*shape[:a], groups, shape[a] // groups, *shape[a + 1 :])
+
+    return replace(
+        instance,
+        function="group_norm",
+        arguments=lambda shape: (groups_of(shape[channel]),),
+        blocks=blocks,
+        reduced=lambda shape: tuple(a for a in range(1, len(shape) + 1) if a != channel % len(shape)),
+    )
+
+
+def per_channel(name: str, channel: int) -> Operation:
+    """Batch norm in training."""
+    instance = per_instance(name, channel)
+    return replace(
+        instance,
+        function="batch_norm",
+        weights=lambda shape: {"channel": (shape[channel],)},
+        forward_options={"training": True},
+        stats_option="training",
+        reduced=lambda shape: tuple(a for a in range(len(shape)) if a != channel % len(shape)),
+    )
+
+
+def named_layer(name: str, function: str, axes: Callable[[int], Shape], *, center: bool = True) -> Operation:
+    """Layer and RMS norm: like normalize over the same axes, but for the shape of weight."""
+    like = over_axes(name, axes, center=center)
+
+    def extents(shape: Shape) -> Shape:
+        return tuple(shape[a] for a in like.reduced(shape))
+
+    return replace(
+        like,
+        function=function,
+        weights=lambda shape: {"normalized": extents(shape)},
+        aligned=lambda weight, shape: like.absent(shape)[1],
+        options=lambda shape: {"axis": axes(len(shape))},
+        forward_options={} if center else {"eps": 1e-5},
+        backward_takes_mean=center,
+    )
+
+
 def over_axes(name: str, axes: Callable[[int], Shape], *, center: bool = True) -> Operation:
     def axis(shape: Shape) -> Shape:
         return tuple(sorted(a % len(shape) for a in axes(len(shape))))
@@ -267,12 +331,19 @@ def over_axes(name: str, axes: Callable[[int], Shape], *, center: bool = True) -
 REGISTRY = [
     per_instance("instance", 1),
     per_instance("instance-last", -1),
-    over_axes("layer", lambda ndim: (-1,)),
-    over_axes("layer-all", lambda ndim: tuple(range(1, ndim))),
-    over_axes("batch", lambda ndim: tuple(a for a in range(ndim) if a != 1)),
-    over_axes("channels", lambda ndim: (1,)),
-    over_axes("first", lambda ndim: (0,)),
-    over_axes("rms", lambda ndim: (-1,), center=False),
-    over_axes("rms-batch", lambda ndim: tuple(a for a in range(ndim) if a != 1), center=False),
+    per_group("group", 1),
+    per_group("group-last", -1),
+    per_channel("batch", 1),
+    per_channel("batch-last", -1),
+    named_layer("layer", "layer_norm", lambda ndim: (-1,)),
+    named_layer("layer-outer", "layer_norm", lambda ndim: (0, ndim - 1)),
+    named_layer("rms", "rms_norm", lambda ndim: (-1,), center=False),
+    over_axes("over-last", lambda ndim: (-1,)),
+    over_axes("over-all-but-first", lambda ndim: tuple(range(1, ndim))),
+    over_axes("over-all-but-channels", lambda ndim: tuple(a for a in range(ndim) if a != 1)),
+    over_axes("over-channels", lambda ndim: (1,)),
+    over_axes("over-first", lambda ndim: (0,)),
+    over_axes("rms-over-last", lambda ndim: (-1,), center=False),
+    over_axes("rms-over-all-but-channels", lambda ndim: tuple(a for a in range(ndim) if a != 1), center=False),
 ]
 OPERATIONS = {operation.name: operation for operation in REGISTRY}

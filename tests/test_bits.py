@@ -51,7 +51,7 @@ def test_instruction_sets_agree(case, dtype, rng):
 def test_instruction_sets_agree_on_every_operation(op, layout, kind, rng):
     shape = (3, 5, 6, 23)
     dy, x = (lay(uniform(rng, shape), layout) for _ in range(2))
-    weight = rng.standard_normal(op.weights(shape)[kind]).astype(np.float32)
+    weight = rng.standard_normal(op.weight_shape(shape, kind)).astype(np.float32)
     found = []
     for name in FUSED:
         with normkit.use_isa(name):
@@ -83,7 +83,7 @@ def test_thread_counts_agree(case, kind, dtype, rng):
     shape = LARGE[case]
     layout = "channels-last" if case.endswith("channels-last") else "contiguous"
     dy, x = (lay(uniform(rng, shape, DTYPES[dtype]), layout) for _ in range(2))
-    weight = rng.standard_normal(INSTANCE.weights(shape)[kind]).astype(np.float32)
+    weight = rng.standard_normal(INSTANCE.weight_shape(shape, kind)).astype(np.float32)
     found = []
     for count in (1, 2, 3, 7):
         with normkit.num_threads(count):

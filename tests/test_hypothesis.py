@@ -77,7 +77,7 @@ def test_lengths(isa, given_arrays):
 )
 def test_any_values(isa, x):
     """Values that nobody draws from a distribution: equal ones, outliers, steps, 2^-126 next to 2^20."""
-    for op in (OPERATIONS["layer"], OPERATIONS["first"], OPERATIONS["rms"]):
+    for op in (OPERATIONS["layer"], OPERATIONS["over-first"], OPERATIONS["rms"]):
         check_forward(op, x)
 
 

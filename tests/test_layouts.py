@@ -13,7 +13,7 @@ SOME = [OPERATIONS[name] for name in ("instance", "instance-last", "layer", "bat
 
 
 def parameters(op, shape, rng):
-    return rng.standard_normal((2, *op.weights(shape)["channel"])).astype(np.float32)
+    return rng.standard_normal((2, *op.weight_shape(shape, "channel"))).astype(np.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -61,7 +61,7 @@ def test_integers(layout, dtype, isa, rng):
 def test_weights_are_views_too(kind, layout, isa, rng):
     op = OPERATIONS["instance"]
     dy, x = uniform(rng, SMALL), uniform(rng, SMALL)
-    weight, bias = (lay(uniform(rng, op.weights(SMALL)[kind]), layout) for _ in range(2))
+    weight, bias = (lay(uniform(rng, op.weight_shape(SMALL, kind)), layout) for _ in range(2))
     check_forward(op, x, weight, bias)
     check_backward(op, dy, x, weight)
 

@@ -81,7 +81,7 @@ def test_long_runs_in_place(shape, isa, rng):
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
 def test_dx_in_place(op, layout, target, rng):
     dy, x = (lay(uniform(rng, SMALL), layout) for _ in range(2))
-    weight = rng.standard_normal(SMALL).astype(np.float32)
+    weight = rng.standard_normal(op.weight_shape(SMALL, "pixel")).astype(np.float32)
     stats = op.statistics(x)[1:]
     expected = [bits(a) for a in op.backward(dy, x, *stats, weight)]
     assert [bits(a) for a in op.backward(dy, x, *stats, weight, out={"dy": dy, "x": x}[target])] == expected
@@ -143,7 +143,7 @@ def test_what_out_held_does_not_matter(op, dtype, fill, rng):
 def test_fresh_memory_may_hold_anything(op, kind, dtype, rng, monkeypatch):
     """What the library allocates may hold NaNs: the same bits whatever np.empty returns."""
     dy, x = uniform(rng, SMALL, dtype), uniform(rng, SMALL, dtype)
-    weight = rng.standard_normal(op.weights(SMALL)[kind]).astype(np.float32)
+    weight = rng.standard_normal(op.weight_shape(SMALL, kind)).astype(np.float32)
 
     def results():
         y, mean, rstd = op.statistics(x, weight=weight)

@@ -16,7 +16,7 @@ def central(f, at, rng):
 @pytest.mark.parametrize("kind", ["pixel", "channel"])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
 def test_backward_is_the_derivative_of_forward(op, kind, rng):
-    shape = op.weights(SHAPE)[kind]
+    shape = op.weight_shape(SHAPE, kind)
     x, dy = rng.standard_normal((2, *SHAPE))
     weight, bias = rng.standard_normal((2, *shape))
 

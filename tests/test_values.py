@@ -15,7 +15,7 @@ EXACT = ["square-tail", "vector", "vector-and-one", "register-row", "register-ro
 
 
 def parameters(op, shape, kind, rng, dtype=np.float32):
-    return [np.asarray(rng.standard_normal(op.weights(shape)[kind])).astype(dtype) for _ in range(2)]
+    return [np.asarray(rng.standard_normal(op.weight_shape(shape, kind))).astype(dtype) for _ in range(2)]
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES.values(), *INTEGERS.values()], ids=[*DTYPES, *INTEGERS])
@@ -71,7 +71,9 @@ def test_every_weight(op, layout, given, kind, isa, rng):
 
 
 @pytest.mark.parametrize("kind", ["normalized", "pixel"])
-@pytest.mark.parametrize("op", [OPERATIONS[name] for name in ("layer", "layer-all", "rms", "first")], ids=repr)
+@pytest.mark.parametrize(
+    "op", [OPERATIONS[name] for name in ("layer", "over-all-but-first", "rms", "over-first")], ids=repr
+)
 def test_weights_longer_than_a_buffer(op, kind, isa, rng):
     shape = (66, 3, 1100)
     dy, x = uniform(rng, shape), uniform(rng, shape)
@@ -84,7 +86,9 @@ def test_weights_longer_than_a_buffer(op, kind, isa, rng):
 @pytest.mark.parametrize("weight_dtype", ["float32", "float64", "x"])
 @pytest.mark.parametrize("kind", ["channel", "pixel"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("op", [OPERATIONS[name] for name in ("instance", "layer-all", "first")], ids=repr)
+@pytest.mark.parametrize(
+    "op", [OPERATIONS[name] for name in ("instance", "over-all-but-first", "over-first")], ids=repr
+)
 def test_parameters_mix_dtypes(op, dtype, kind, weight_dtype, bias_dtype, isa, rng):
     dy, x = (uniform(rng, SMALL, dtype) for _ in range(2))
     weight = parameters(op, SMALL, kind, rng, dtype if weight_dtype == "x" else weight_dtype)[0]

@@ -1,5 +1,6 @@
 #include "plan.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <new>
@@ -260,20 +261,61 @@ void check_spec(const Spec& spec) {
     value_error("momentum is " + number(spec.momentum) + ", expected a number from 0 to 1");
 }
 
+/// x as statistics see it: where channels form groups, their axis is two, groups and channels of a group.
+struct Blocks {
+  Extents shape;
+  int ndim;
+  AxisMask reduce_axes;
+  int axis;                 // the one that is split; -1: none
+  std::int64_t group_size;  // channels of a group
+
+  Blocks(const Array& x, const Spec& spec)
+      : ndim(x.ndim()),
+        reduce_axes(spec.reduce_axes),
+        axis(spec.num_groups > 0 ? spec.channel_axis : -1),
+        group_size(1) {
+    std::copy(x.shape.begin(), x.shape.end(), shape.begin());
+    if (axis < 0) return;
+    group_size = x.shape[axis] / spec.num_groups;
+    for (int a = ndim++; a > axis + 1; --a) shape[a] = shape[a - 1];
+    shape[axis] = spec.num_groups, shape[axis + 1] = group_size;
+    reduce_axes = split(spec.reduce_axes) | axis_bit(axis + 1);
+  }
+  std::span<const std::int64_t> extents() const { return {shape.data(), static_cast<std::size_t>(ndim)}; }
+  /// A set of axes of x as axes of the blocks.
+  AxisMask split(AxisMask axes) const {
+    if (axis < 0) return axes;
+    const AxisMask below = axis_bit(axis) - 1, both = axis_bit(axis) | axis_bit(axis + 1);
+    return (axes & below) | (axes & axis_bit(axis) ? both : 0) | ((axes & ~below & ~axis_bit(axis)) << 1);
+  }
+  /// Strides of x likewise.
+  Extents split(const Extents& strides) const {
+    if (axis < 0) return strides;
+    Extents out;
+    for (int a = 0; a < ndim; ++a) out[a] = strides[a > axis ? a - 1 : a];
+    out[axis] = strides[axis] * group_size;
+    return out;
+  }
+};
+
 /// Shapes of outputs and statistics, and whether x has elements at all.
-AxisOrder describe(const Array& x, const Spec& spec, Shapes& shapes) {
+AxisOrder describe(const Array& x, const Blocks& blocks, Shapes& shapes) {
   Extents strides;
   element_strides(x, strides);
   for (int axis = 0; axis < x.ndim(); ++axis) shapes.empty = shapes.empty || x.shape[axis] == 0;
   const AxisOrder order = memory_order(x.shape, std::span(strides.data(), x.shape.size()));
   const AxisMask all = ~AxisMask{0};
   shapes.out_strides = dense_strides(x.shape, all, order);
-  const Extents kept = dense_strides(x.shape, ~spec.reduce_axes, order);
-  for (int axis = 0; axis < x.ndim(); ++axis) {
+  for (int axis = 0; axis < x.ndim(); ++axis)
     if (x.shape[axis] == 1) shapes.out_strides[axis] = 1;
-    if (spec.reduce_axes & axis_bit(axis)) continue;
-    shapes.stat_shape[shapes.stat_ndim] = x.shape[axis];
-    shapes.stat_strides[shapes.stat_ndim++] = x.shape[axis] == 1 ? 1 : kept[axis];
+  const Extents block_strides = blocks.split(strides);
+  const AxisOrder block_order =
+      memory_order(blocks.extents(), std::span(block_strides.data(), static_cast<std::size_t>(blocks.ndim)));
+  const Extents kept = dense_strides(blocks.extents(), ~blocks.reduce_axes, block_order);
+  for (int axis = 0; axis < blocks.ndim; ++axis) {
+    if (blocks.reduce_axes & axis_bit(axis)) continue;
+    shapes.stat_shape[shapes.stat_ndim] = blocks.shape[axis];
+    shapes.stat_strides[shapes.stat_ndim++] = blocks.shape[axis] == 1 ? 1 : kept[axis];
   }
   return order;
 }
@@ -325,7 +367,7 @@ void check_running(const Array& mean, const Array& var, const Array& x, const Sp
                              : "running_mean is None, expected an array like running_var");
   if (!mean.present) {
     if (!spec.use_input_stats)
-      value_error("use_input_stats is False, expected running_mean and running_var to normalize with");
+      value_error(std::string(spec.frozen_by) + " is False, expected running_mean and running_var to normalize with");
     return;
   }
   const std::int64_t channels[] = {x.shape[spec.channel_axis]};
@@ -343,20 +385,22 @@ void check_running(const Array& mean, const Array& var, const Array& x, const Sp
 
 /// The strides of all operands, in elements, ready for canonicalise().
 struct Operands {
+  const Blocks& blocks;
   std::array<Extents, 4> strides;
   std::array<std::span<const std::int64_t>, 4> view;
   std::size_t count = 0;
-  void add(const Extents& elements, int ndim) {
-    strides[count] = elements;
-    view[count] = std::span(strides[count].data(), static_cast<std::size_t>(ndim));
+
+  /// Where `a` is absent, it will have the strides `otherwise`.
+  void add(const Array& a, const Extents& otherwise) {
+    Extents elements;
+    if (a.present) element_strides(a, elements);
+    strides[count] = blocks.split(a.present ? elements : otherwise);
+    view[count] = std::span(strides[count].data(), static_cast<std::size_t>(blocks.ndim));
     ++count;
   }
-  void add(const Array& a, const Extents& otherwise) {
-    Extents elements = otherwise;
-    if (a.present) element_strides(a, elements);
-    add(elements, a.present ? a.ndim() : static_cast<int>(view[0].size()));
+  std::optional<Layout> canonicalised(AxisMask param_axes) const {
+    return canonicalise(blocks.extents(), blocks.reduce_axes, blocks.split(param_axes), {view.data(), count});
   }
-  std::span<const std::span<const std::int64_t>> all() const { return {view.data(), count}; }
 };
 
 }  // namespace
@@ -371,7 +415,8 @@ ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec) {
   check_spec(spec);
   const Params params = judge_params(x, args.weight, args.bias, spec);
   check_running(args.running_mean, args.running_var, x, spec);
-  const AxisOrder order = describe(x, spec, shapes);
+  const Blocks blocks(x, spec);
+  const AxisOrder order = describe(x, blocks, shapes);
   const Dtype like_x = is_floating(x.dtype) ? x.dtype : Dtype::float32;
   shapes.out_dtype = args.y_dtype == Dtype::other ? like_x : args.y_dtype;
   if (args.y.present) {
@@ -392,12 +437,10 @@ ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec) {
   shapes.fits = on_elements(x) && (!args.y.present || on_elements(args.y)) && !params.expand &&
                 (shapes.out_dtype == like_x || shapes.out_dtype == compute_dtype(x.dtype));
   if (!shapes.fits) return plan;
-  Operands operands;
-  Extents x_strides;
-  element_strides(x, x_strides);
-  operands.add(x_strides, x.ndim());
+  Operands operands{.blocks = blocks, .strides = {}, .view = {}};
+  operands.add(x, shapes.out_strides);
   operands.add(args.y, shapes.out_strides);
-  const std::optional<Layout> layout = canonicalise(x.shape, spec.reduce_axes, params.axes, operands.all());
+  const std::optional<Layout> layout = operands.canonicalised(params.axes);
   shapes.fits = layout.has_value();
   if (!layout) return plan;
 
@@ -441,7 +484,8 @@ BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardN
   check_same_dtype("dy", args.dy, x.dtype, ", the dtype of x");
   check_shape("dy", args.dy, x.shape, ", the shape of x");
   Params params = judge_params(x, args.weight, {}, spec);
-  const AxisOrder order = describe(x, spec, shapes);
+  const Blocks blocks(x, spec);
+  const AxisOrder order = describe(x, blocks, shapes);
   check_statistic("mean", args.mean, shapes, spec.centered);
   check_statistic("rstd", args.rstd, shapes, true);
   if (args.dx.present) {
@@ -461,15 +505,13 @@ BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardN
 
   shapes.fits = on_elements(x) && on_elements(args.dy) && (!args.dx.present || on_elements(args.dx));
   if (!shapes.fits) return plan;
-  Operands operands;
-  Extents x_strides;
-  element_strides(x, x_strides);
-  operands.add(x_strides, x.ndim());
+  Operands operands{.blocks = blocks, .strides = {}, .view = {}};
+  operands.add(x, shapes.out_strides);
   operands.add(args.dy, shapes.out_strides);
   operands.add(args.dx, shapes.out_strides);
   const bool wants_params = need.dweight || need.dbias;
   const AxisMask param_axes = wants_params || args.weight.present ? params.axes : 0;
-  const std::optional<Layout> layout = canonicalise(x.shape, spec.reduce_axes, param_axes, operands.all());
+  const std::optional<Layout> layout = operands.canonicalised(param_axes);
   shapes.fits = layout.has_value();
   if (!layout) return plan;
 
@@ -507,14 +549,35 @@ AxisMask all_axes(int ndim) { return ndim >= kMaxAxes ? ~AxisMask{0} : axis_bit(
 
 }  // namespace
 
-Spec instance_spec(int ndim, std::int64_t channel_axis) {
+namespace {
+
+int judged_channel_axis(int ndim, std::int64_t axis, bool may_be_first) {
   if (ndim < 2)
     value_error("x has " + std::to_string(ndim) + (ndim == 1 ? " axis" : " axes") +
                 ", expected at least 2: images and channels");
+  const int channel_axis = checked_axis("channel_axis", axis, ndim);
+  if (channel_axis == 0 && !may_be_first)
+    value_error("channel_axis is " + std::to_string(axis) + ", expected another: axis 0 of x counts images");
+  return channel_axis;
+}
+
+AxisMask checked_axes(std::span<const std::int64_t> axes, int ndim) {
+  AxisMask mask = 0;
+  if (axes.empty()) value_error("axis is (), expected at least one axis");
+  for (const std::int64_t given : axes) {
+    const int axis = checked_axis("axis", given, ndim);
+    if (mask & axis_bit(axis))
+      value_error("axis has " + std::to_string(axis) + " more than once: " + tuple(axes) + ", expected distinct axes");
+    mask |= axis_bit(axis);
+  }
+  return mask;
+}
+
+}  // namespace
+
+Spec instance_spec(int ndim, std::int64_t channel_axis) {
   Spec spec;
-  spec.channel_axis = checked_axis("channel_axis", channel_axis, ndim);
-  if (spec.channel_axis == 0)
-    value_error("channel_axis is " + std::to_string(channel_axis) + ", expected another: axis 0 of x counts images");
+  spec.channel_axis = judged_channel_axis(ndim, channel_axis, false);
   const AxisMask channel = axis_bit(spec.channel_axis), all = all_axes(ndim);
   spec.reduce_axes = all & ~(channel | axis_bit(0));
   spec.param_axes = {channel, channel | axis_bit(0), all};
@@ -522,17 +585,40 @@ Spec instance_spec(int ndim, std::int64_t channel_axis) {
   return spec;
 }
 
-Spec normalize_spec(int ndim, std::span<const std::int64_t> axes, bool centered) {
+Spec group_spec(std::span<const std::int64_t> shape, std::int64_t num_groups, std::int64_t channel_axis) {
+  Spec spec = instance_spec(static_cast<int>(shape.size()), channel_axis);
+  const std::int64_t channels = shape[static_cast<std::size_t>(spec.channel_axis)];
+  if (shape.size() == kMaxAxes) value_error("x has 64 axes, expected at most 63: groups are an axis more");
+  if (num_groups < 1 || channels % num_groups != 0)
+    value_error("num_groups is " + std::to_string(num_groups) + ", expected a divisor of " + std::to_string(channels) +
+                ", the channels of x");
+  spec.num_groups = num_groups;
+  return spec;
+}
+
+Spec batch_spec(int ndim, std::int64_t channel_axis) {
+  Spec spec;
+  spec.channel_axis = judged_channel_axis(ndim, channel_axis, true);
+  spec.reduce_axes = all_axes(ndim) & ~axis_bit(spec.channel_axis);
+  spec.param_axes = {axis_bit(spec.channel_axis)};
+  spec.param_forms = 1;
+  spec.frozen_by = "training";
+  return spec;
+}
+
+Spec layer_spec(int ndim, std::span<const std::int64_t> axes, bool centered) {
   Spec spec;
   spec.centered = centered;
-  spec.param_meaning = "a shape that broadcasts against x";
-  if (axes.empty()) value_error("axis is (), expected at least one axis");
-  for (const std::int64_t given : axes) {
-    const int axis = checked_axis("axis", given, ndim);
-    if (spec.reduce_axes & axis_bit(axis))
-      value_error("axis has " + std::to_string(axis) + " more than once: " + tuple(axes) + ", expected distinct axes");
-    spec.reduce_axes |= axis_bit(axis);
-  }
+  spec.reduce_axes = checked_axes(axes, ndim);
+  spec.param_axes = {spec.reduce_axes};
+  spec.param_forms = 1;
+  spec.param_meaning = "the shape of the normalized axes of x";
+  return spec;
+}
+
+Spec normalize_spec(int ndim, std::span<const std::int64_t> axes, bool centered) {
+  Spec spec = layer_spec(ndim, axes, centered);
+  spec.param_forms = 0;
   return spec;
 }
 

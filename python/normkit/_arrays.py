@@ -142,13 +142,19 @@ class _Packing:
 
     def __init__(self, kind: int, axes: Any, x: NDArray) -> None:
         self.kind, self.x = kind, x
-        if kind == _core.INSTANCE:
-            kept = [0, axes % x.ndim]
+        self.channels: list[int] = []  # the axes that (C,) and (N, C) lie along, where weights belong to channels
+        if kind in (_core.INSTANCE, _core.GROUP):
+            channel = axes[0] if kind == _core.GROUP else axes
+            self.channels = kept = [0, channel % x.ndim]
+            self.axes: Any = (1, axes[1]) if kind == _core.GROUP else 1
+        elif kind == _core.BATCH:
+            self.channels = kept = [axes % x.ndim]
+            self.axes = 0
         else:
             reduced = {a % x.ndim for a in (axes if isinstance(axes, tuple | list) else (axes,))}
             kept = [a for a in range(x.ndim) if a not in reduced]
+            self.axes = tuple(range(len(kept), x.ndim))
         self.order = kept + [a for a in range(x.ndim) if a not in kept]
-        self.axes: Any = 1 if kind == _core.INSTANCE else tuple(range(len(kept), x.ndim))
 
     def data(self, array: NDArray) -> NDArray:
         return np.array(array.transpose(self.order), order="C", copy=True)
@@ -158,14 +164,20 @@ class _Packing:
 
     def _aligned(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """`shape` with one extent for each axis of x, so that it broadcasts against x."""
-        if self.kind == _core.INSTANCE and len(shape) < self.x.ndim:
-            kept = self.order[1:2] if len(shape) == 1 else self.order[:2]
-            return tuple(self.x.shape[a] if a in kept else 1 for a in range(self.x.ndim))
+        if self.channels and len(shape) < self.x.ndim:
+            along = self.channels[-len(shape) :]
+            return tuple(self.x.shape[a] if a in along else 1 for a in range(self.x.ndim))
         return (1,) * (self.x.ndim - len(shape)) + shape
 
     def _stays(self, shape: tuple[int, ...]) -> bool:
         """True where the packed call takes a parameter of this shape as it is."""
-        return self.kind == _core.INSTANCE and len(shape) < self.x.ndim
+        layer = self.kind in (_core.LAYER, _core.LAYER_RMS)
+        return layer or (bool(self.channels) and len(shape) < self.x.ndim)
+
+    def ones(self) -> NDArray:
+        """The weight that a missing one stands for. Only weights of channels ever fail to fit a packed x."""
+        dtype = np.float64 if self.x.dtype == np.float64 else np.float32
+        return np.ones(self.x.shape[self.channels[-1]], dtype)
 
     def param(self, param: NDArray | None, *, expand: bool) -> NDArray | None:
         if param is None or (self._stays(param.shape) and not expand):
@@ -229,8 +241,11 @@ def backward_anywhere(
     if result is NotImplemented:
         packing = _Packing(kind, axes, v["x"])
         packed = packing.data(v["dy"]), packing.data(v["x"])
+        weight = v["weight"]
         for expand in (False, True):
-            params = packing.param(v["weight"], expand=expand), use_input_stats, need
+            if expand and weight is None:  # gradients of weights that are not there, but would not fit
+                weight = packing.ones()
+            params = packing.param(weight, expand=expand), use_input_stats, need
             result = _core.backward(kind, packing.axes, *packed, *statistics, *params, None)
             if result is not NotImplemented:
                 break
@@ -239,7 +254,7 @@ def backward_anywhere(
             target = np.empty_like(v["x"], order="K", subok=False) if v["out"] is None else v["out"]
             np.copyto(target, packing.back(dx))
             dx = target
-        result = (dx, *(packing.gradient(g, v["weight"], expanded=expand) for g in gradients))
+        result = (dx, *(packing.gradient(g, weight, expanded=expand) for g in gradients))
     dx, dweight, dbias = result
     if out is not None and dx is not None:
         return out, give_back(dweight), give_back(dbias)

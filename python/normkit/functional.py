@@ -13,7 +13,8 @@ from ._arrays import backward_anywhere, forward_anywhere
 # An array is whatever NumPy, or a library that speaks DLPack, calls one; outputs are of the same kind.
 Array = Any
 
-_INSTANCE, _NORMALIZE, _ROOT_MEAN_SQUARE = _core.INSTANCE, _core.NORMALIZE, _core.ROOT_MEAN_SQUARE
+_NORMALIZE, _NORMALIZE_RMS, _INSTANCE, _GROUP = _core.NORMALIZE, _core.NORMALIZE_RMS, _core.INSTANCE, _core.GROUP
+_BATCH, _LAYER, _LAYER_RMS = _core.BATCH, _core.LAYER, _core.LAYER_RMS
 _ALL = ("dx", "dweight", "dbias")
 
 
@@ -138,6 +139,268 @@ def instance_norm_backward(
     return result
 
 
+def group_norm(
+    x: Array,
+    num_groups: int,
+    weight: Array = None,
+    bias: Array = None,
+    *,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    out: Array = None,
+    out_dtype: Any = None,
+    return_stats: bool = False,
+) -> Any:
+    """Normalize each image over groups of channels.
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias
+
+    `mean` and `var` are taken over the channels of one group and every position of one image; `var` divides by the
+    number of members. Wu and He, "Group Normalization", 2018.
+
+    Parameters
+    ----------
+    x : (N, C, *spatial), or with C at `channel_axis`
+    num_groups
+        Divides C.
+    weight, bias : (C,), (N, C) or the shape of x, optional
+    eps, out, out_dtype, return_stats
+        As in `instance_norm`.
+
+    Returns
+    -------
+    y, or (y, mean, rstd)
+        The statistics are (N, num_groups).
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        Naming the argument, before anything is written.
+    """
+    axes = (channel_axis, num_groups)
+    return _forward(_GROUP, axes, x, weight, bias, eps, None, None, True, 0.0, out, out_dtype, return_stats)
+
+
+def group_norm_backward(
+    dy: Array,
+    x: Array,
+    num_groups: int,
+    mean: Array,
+    rstd: Array,
+    weight: Array = None,
+    *,
+    channel_axis: int = 1,
+    use_input_stats: bool = True,
+    need: Collection[str] = _ALL,
+    out: Array = None,
+) -> tuple[Any, Any, Any]:
+    """The gradient of `group_norm`. Formulas, options and errors are those of `instance_norm_backward`.
+
+    mean, rstd : (N, num_groups)
+
+    Returns (dx, dweight, dbias). Without weight, dweight and dbias are (C,).
+    """
+    axes = (channel_axis, num_groups)
+    result: tuple[Any, Any, Any] = _backward(_GROUP, axes, dy, x, mean, rstd, weight, use_input_stats, need, out)
+    return result
+
+
+def layer_norm(
+    x: Array,
+    weight: Array = None,
+    bias: Array = None,
+    *,
+    axis: int | tuple[int, ...] = -1,
+    eps: float = 1e-5,
+    out: Array = None,
+    out_dtype: Any = None,
+    return_stats: bool = False,
+) -> Any:
+    """Normalize over the given axes, which need not be the last ones.
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias
+
+    Ba, Kiros and Hinton, "Layer Normalization", 2016.
+
+    Parameters
+    ----------
+    x : any shape
+    weight, bias : the extents of the normalized axes, in the order they have in x, optional
+    axis
+        One axis or several, each from -x.ndim to x.ndim - 1.
+    eps, out, out_dtype, return_stats
+        As in `instance_norm`.
+
+    Returns
+    -------
+    y, or (y, mean, rstd)
+        The statistics have the shape of x without `axis`.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        Naming the argument, before anything is written.
+    """
+    return _forward(_LAYER, axis, x, weight, bias, eps, None, None, True, 0.0, out, out_dtype, return_stats)
+
+
+def layer_norm_backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array = None,
+    *,
+    axis: int | tuple[int, ...] = -1,
+    use_input_stats: bool = True,
+    need: Collection[str] = _ALL,
+    out: Array = None,
+) -> tuple[Any, Any, Any]:
+    """The gradient of `layer_norm`. Formulas, options and errors are those of `instance_norm_backward`.
+
+    mean, rstd : the shape of x without `axis`
+
+    Returns (dx, dweight, dbias). dweight and dbias have the extents of the normalized axes.
+    """
+    result: tuple[Any, Any, Any] = _backward(_LAYER, axis, dy, x, mean, rstd, weight, use_input_stats, need, out)
+    return result
+
+
+def rms_norm(
+    x: Array,
+    weight: Array = None,
+    bias: Array = None,
+    *,
+    axis: int | tuple[int, ...] = -1,
+    eps: float | None = None,
+    out: Array = None,
+    out_dtype: Any = None,
+    return_stats: bool = False,
+) -> Any:
+    """Divide by the root mean square over the given axes.
+
+        y = x / sqrt(mean(x**2) + eps) * weight + bias
+
+    Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
+
+    Parameters
+    ----------
+    x : any shape
+    weight, bias : the extents of the normalized axes, in the order they have in x, optional
+    axis
+        One axis or several, each from -x.ndim to x.ndim - 1.
+    eps
+        Default: that of float32, 2**-23, or of float64, 2**-52, where x is.
+    out, out_dtype, return_stats
+        As in `instance_norm`.
+
+    Returns
+    -------
+    y, or (y, rstd)
+        rstd = 1 / sqrt(mean(x**2) + eps) has the shape of x without `axis`.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        Naming the argument, before anything is written.
+    """
+    return _forward(_LAYER_RMS, axis, x, weight, bias, eps, None, None, True, 0.0, out, out_dtype, return_stats)
+
+
+def rms_norm_backward(
+    dy: Array,
+    x: Array,
+    rstd: Array,
+    weight: Array = None,
+    *,
+    axis: int | tuple[int, ...] = -1,
+    use_input_stats: bool = True,
+    need: Collection[str] = _ALL,
+    out: Array = None,
+) -> tuple[Any, Any, Any]:
+    """The gradient of `rms_norm`.
+
+        dx = rstd * (g - x_hat * mean(g * x_hat)),    g = dy * weight,    x_hat = x * rstd
+
+    rstd : the shape of x without `axis`, as `rms_norm` returned it. Options and errors are those of
+    `instance_norm_backward`.
+
+    Returns (dx, dweight, dbias). dweight and dbias have the extents of the normalized axes.
+    """
+    result: tuple[Any, Any, Any] = _backward(_LAYER_RMS, axis, dy, x, None, rstd, weight, use_input_stats, need, out)
+    return result
+
+
+def batch_norm(
+    x: Array,
+    weight: Array = None,
+    bias: Array = None,
+    *,
+    running_mean: Array = None,
+    running_var: Array = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    out: Array = None,
+    out_dtype: Any = None,
+    return_stats: bool = False,
+) -> Any:
+    """Normalize each channel over the batch, or by its running statistics.
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias
+
+    In training, `mean` and `var` are taken over every axis but the channels, and the running statistics follow them as
+    in `instance_norm`; else they are `running_mean` and `running_var`, which stay as they are.
+    Ioffe and Szegedy, "Batch Normalization", 2015.
+
+    Parameters
+    ----------
+    x : (N, C, *spatial), or with C at `channel_axis`
+    weight, bias : (C,), optional
+    running_mean, running_var : (C,) float32 or float64
+        Optional in training.
+    eps, momentum, out, out_dtype, return_stats
+        As in `instance_norm`.
+
+    Returns
+    -------
+    y, or (y, mean, rstd)
+        The statistics are (C,).
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        Naming the argument, before anything is written.
+    """
+    return _forward(
+        _BATCH, channel_axis, x, weight, bias, eps, running_mean, running_var, training, momentum,
+        out, out_dtype, return_stats,
+    )  # fmt: skip
+
+
+def batch_norm_backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array = None,
+    *,
+    training: bool = True,
+    channel_axis: int = 1,
+    need: Collection[str] = _ALL,
+    out: Array = None,
+) -> tuple[Any, Any, Any]:
+    """The gradient of `batch_norm`. Formulas, options and errors are those of `instance_norm_backward`.
+
+    mean, rstd : (C,). With ``training=False`` they are constants: dx = rstd * dy * weight.
+
+    Returns (dx, dweight, dbias). dweight and dbias are (C,).
+    """
+    result: tuple[Any, Any, Any] = _backward(_BATCH, channel_axis, dy, x, mean, rstd, weight, training, need, out)
+    return result
+
+
 def normalize(
     x: Array,
     weight: Array = None,
@@ -187,7 +450,7 @@ def normalize(
     >>> nk.normalize(np.array([[3.0, 4.0], [6.0, 8.0]]), axis=1, center=False).round(3).tolist()
     [[0.849, 1.131], [0.849, 1.131]]
     """
-    kind = _NORMALIZE if center else _ROOT_MEAN_SQUARE
+    kind = _NORMALIZE if center else _NORMALIZE_RMS
     return _forward(kind, axis, x, weight, bias, eps, None, None, True, 0.0, out, out_dtype, return_stats)
 
 
@@ -212,6 +475,6 @@ def normalize_backward(
 
     Returns (dx, dweight, dbias). dweight and dbias have the shape of weight; without one, that of the normalized axes.
     """
-    kind = _NORMALIZE if center else _ROOT_MEAN_SQUARE
+    kind = _NORMALIZE if center else _NORMALIZE_RMS
     result: tuple[Any, Any, Any] = _backward(kind, axis, dy, x, mean, rstd, weight, use_input_stats, need, out)
     return result

@@ -68,12 +68,25 @@ struct Spec {
   int param_forms = 0;
   /// What one element of weight belongs to, for messages.
   const char* param_meaning = "one element per channel of x";
-  int channel_axis = 1;  // the axis that running statistics belong to
+  int channel_axis = 1;  // the axis that running statistics belong to, and that groups divide
+  std::int64_t num_groups =
+      0;  // more than 0: channels form groups, and a statistic is taken over those of one group too
+  const char* frozen_by = "use_input_stats";  // the option that clears use_input_stats, for messages
 };
 
 /// Instance normalization (Ulyanov, Vedaldi and Lempitsky, 2016): statistics over every axis but the first and the
 /// channels, for each image apart. Weights: (C,), (N, C) or the shape of x.
 Spec instance_spec(int ndim, std::int64_t channel_axis = 1);
+
+/// Group normalization (Wu and He, 2018): statistics over each of `num_groups` groups of channels of each image, and all
+/// positions. Weights as for instance normalization.
+Spec group_spec(std::span<const std::int64_t> shape, std::int64_t num_groups, std::int64_t channel_axis = 1);
+
+/// Batch normalization (Ioffe and Szegedy, 2015): statistics over every axis but the channels. Weights: (C,).
+Spec batch_spec(int ndim, std::int64_t channel_axis = 1);
+
+/// Layer normalization (Ba, Kiros and Hinton, 2016) over any axes. Weights: the shape of those axes.
+Spec layer_spec(int ndim, std::span<const std::int64_t> axes, bool centered = true);
 
 /// Any axes: each from -ndim to ndim - 1. Weights: any shape that broadcasts against x.
 Spec normalize_spec(int ndim, std::span<const std::int64_t> axes, bool centered = true);
