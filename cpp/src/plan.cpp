@@ -288,13 +288,10 @@ struct Blocks {
     const AxisMask below = axis_bit(axis) - 1, both = axis_bit(axis) | axis_bit(axis + 1);
     return (axes & below) | (axes & axis_bit(axis) ? both : 0) | ((axes & ~below & ~axis_bit(axis)) << 1);
   }
-  /// Strides of x likewise.
-  Extents split(const Extents& strides) const {
-    if (axis < 0) return strides;
-    Extents out;
-    for (int a = 0; a < ndim; ++a) out[a] = strides[a > axis ? a - 1 : a];
-    out[axis] = strides[axis] * group_size;
-    return out;
+  /// Strides of x likewise. Copies as many as there are: whole Extents would cost more than a small call.
+  void split(const Extents& strides, Extents& out) const {
+    for (int a = 0; a < ndim; ++a) out[a] = strides[axis >= 0 && a > axis ? a - 1 : a];
+    if (axis >= 0) out[axis] = strides[axis] * group_size;
   }
 };
 
@@ -308,9 +305,12 @@ AxisOrder describe(const Array& x, const Blocks& blocks, Shapes& shapes) {
   shapes.out_strides = dense_strides(x.shape, all, order);
   for (int axis = 0; axis < x.ndim(); ++axis)
     if (x.shape[axis] == 1) shapes.out_strides[axis] = 1;
-  const Extents block_strides = blocks.split(strides);
+  Extents block_strides;
+  blocks.split(strides, block_strides);
   const AxisOrder block_order =
-      memory_order(blocks.extents(), std::span(block_strides.data(), static_cast<std::size_t>(blocks.ndim)));
+      blocks.axis < 0
+          ? order
+          : memory_order(blocks.extents(), std::span(block_strides.data(), static_cast<std::size_t>(blocks.ndim)));
   const Extents kept = dense_strides(blocks.extents(), ~blocks.reduce_axes, block_order);
   for (int axis = 0; axis < blocks.ndim; ++axis) {
     if (blocks.reduce_axes & axis_bit(axis)) continue;
@@ -390,11 +390,12 @@ struct Operands {
   std::array<std::span<const std::int64_t>, 4> view;
   std::size_t count = 0;
 
+  explicit Operands(const Blocks& b) : blocks(b) {}
   /// Where `a` is absent, it will have the strides `otherwise`.
   void add(const Array& a, const Extents& otherwise) {
     Extents elements;
     if (a.present) element_strides(a, elements);
-    strides[count] = blocks.split(a.present ? elements : otherwise);
+    blocks.split(a.present ? elements : otherwise, strides[count]);
     view[count] = std::span(strides[count].data(), static_cast<std::size_t>(blocks.ndim));
     ++count;
   }
@@ -437,7 +438,7 @@ ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec) {
   shapes.fits = on_elements(x) && (!args.y.present || on_elements(args.y)) && !params.expand &&
                 (shapes.out_dtype == like_x || shapes.out_dtype == compute_dtype(x.dtype));
   if (!shapes.fits) return plan;
-  Operands operands{.blocks = blocks, .strides = {}, .view = {}};
+  Operands operands(blocks);
   operands.add(x, shapes.out_strides);
   operands.add(args.y, shapes.out_strides);
   const std::optional<Layout> layout = operands.canonicalised(params.axes);
@@ -505,7 +506,7 @@ BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardN
 
   shapes.fits = on_elements(x) && on_elements(args.dy) && (!args.dx.present || on_elements(args.dx));
   if (!shapes.fits) return plan;
-  Operands operands{.blocks = blocks, .strides = {}, .view = {}};
+  Operands operands(blocks);
   operands.add(x, shapes.out_strides);
   operands.add(args.dy, shapes.out_strides);
   operands.add(args.dx, shapes.out_strides);
