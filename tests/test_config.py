@@ -45,6 +45,14 @@ def test_environment_chooses_the_instruction_set(name):
     assert python("-c", "import normkit; print(normkit.isa())", NORMKIT_ISA=name).strip() == name
 
 
+def test_environment_names_an_unknown_instruction_set():
+    code = "import warnings; warnings.simplefilter('error'); import normkit"
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        python("-c", code, NORMKIT_ISA="mmx")
+    expected = ", ".join(map(repr, normkit.isas()))
+    assert f"NORMKIT_ISA is 'mmx', expected one of {expected}; using {normkit.isas()[0]!r}" in failure.value.stderr
+
+
 def test_environment_chooses_the_number_of_threads():
     assert python("-c", "import normkit; print(normkit.get_num_threads())", NORMKIT_NUM_THREADS="3").strip() == "3"
 

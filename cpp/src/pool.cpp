@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <fstream>
 #include <string>
+#include <system_error>
 #include <thread>
 
 #if defined(__linux__)
@@ -53,8 +54,12 @@ class Pool {
   std::atomic_flag busy = ATOMIC_FLAG_INIT;
 
  private:
+  /// Where the system gives no more threads, the call makes do with those there are: the caller takes every task left.
   void start_workers(int wanted) {
-    for (; workers_ < wanted; ++workers_) std::thread([this, index = workers_] { work(index); }).detach();
+    try {
+      for (; workers_ < wanted; ++workers_) std::thread([this, index = workers_] { work(index); }).detach();
+    } catch (const std::system_error&) {
+    }
   }
 
   /// Claims one task of the current call and runs it. A claim holds the generation and how many tasks are left, so it

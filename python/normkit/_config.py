@@ -1,6 +1,8 @@
 """Threads and instruction sets: the only settings that a process has. Results do not depend on the threads, nor on the
 instruction set as long as it has a fused multiply-add."""
 
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -69,3 +71,13 @@ def show_config() -> None:
     print(f"instruction sets: {', '.join(isas())}; in use: {isa()}")
     print(f"threads: {get_num_threads()}")
     print(f"CUDA: {'available' if cuda_available() else 'not in this build'}")
+
+
+def _check_environment() -> None:
+    wanted = os.environ.get("NORMKIT_ISA", "")
+    if wanted and wanted not in isas():
+        expected = ", ".join(map(repr, isas()))
+        warnings.warn(f"NORMKIT_ISA is {wanted!r}, expected one of {expected}; using {isa()!r}", stacklevel=2)
+
+
+_check_environment()
