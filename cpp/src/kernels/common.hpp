@@ -9,7 +9,7 @@ template <int kValue> struct Count { static constexpr int value = kValue; };
 
 /// Bytes that a reader runs ahead of itself, so that its loads find the first-level cache filled.
 constexpr std::int64_t kAhead = 4096;
-/// The largest next statistic that is fetched into the second-level cache while this one is written.
+/// The largest next statistic that is fetched while this one is written.
 constexpr std::int64_t kFetchable = std::int64_t{512} << 10;
 
 /// Large arrays begin at one offset of a page, so y is written where the next x is fetched, in one memory channel; half a page
@@ -18,7 +18,6 @@ constexpr std::int64_t kFetchable = std::int64_t{512} << 10;
 constexpr std::int64_t kHalfPage = 2048;
 
 NORMKIT_LOCAL void prefetch_first(const char* p) { __builtin_prefetch(p, 0, 3); }
-NORMKIT_LOCAL void prefetch_second(const char* p) { __builtin_prefetch(p, 0, 2); }
 
 NORMKIT_LOCAL void copy(const double* from, std::int64_t n, double* to) {
   for (std::int64_t i = 0; i < n; ++i) to[i] = from[i];
@@ -174,7 +173,8 @@ template <class Y> class Streamer {
 template <class Y> constexpr Streamer<Y>* kPlain = nullptr;
 
 /// y[i] = f(position i) for i < n; through `streamer`, where given, past the caches. `ahead`, where given, is what this thread
-/// reads next; it is fetched into the second-level cache meanwhile.
+/// reads next; it is fetched meanwhile. (Into the first-level cache: 1.12 and 1.17 of a streaming, prefetching copy for rows of
+/// 4 KB and 64 KB, where the second-level cache gave 1.20 and 1.22; Zen 5, g++ 12, one thread, medians of 40.)
 template <class Y, class F>
 NORMKIT_LOCAL void map(Y* y, std::int64_t n, Streamer<Y>* streamer, const char* ahead, F f) {
   constexpr int kWidth = kLanes<VectorOf<Y>>;
@@ -196,7 +196,7 @@ NORMKIT_LOCAL void map(Y* y, std::int64_t n, Streamer<Y>* streamer, const char* 
     for (; i + kBlock <= n; i += kBlock) {
       if (ahead)
         for (std::int64_t line = 0; line < kBlock * static_cast<std::int64_t>(sizeof(Y)); line += 64)
-          prefetch_second(ahead + i * static_cast<std::int64_t>(sizeof(Y)) + line);
+          prefetch_first(ahead + i * static_cast<std::int64_t>(sizeof(Y)) + line);
       for (int k = 0; k < 4; ++k) stream(y + i + k * kWidth, f(Full{i + k * kWidth}));
     }
     for (; i + kLine <= n; i += kLine)
