@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "normkit/formula.hpp"
 #include "plan.hpp"
 
 namespace nb = nanobind;
@@ -41,6 +42,7 @@ Dtype dtype_of(PyArray_Descr* descr, std::string& name) {
     case NPY_BYTE: return Dtype::int8;
     case NPY_USHORT: return Dtype::uint16;
     case NPY_SHORT: return Dtype::int16;
+    case NPY_BOOL: return Dtype::boolean;
     default: break;
   }
   static int bfloat16 = -1;  // ml_dtypes registers its type anew in each process
@@ -111,6 +113,7 @@ nb::object allocate(Dtype dtype, const View& like, nb::handle like_object, int n
 
 /// A copy of `source` with the strides that the plan asks for.
 void repack(nb::object& owner, nb::handle source, View& v, int ndim, const std::int64_t* strides) {
+  if (!v.array.present) return;
   owner = allocate(v.array.dtype, v, source, ndim, v.array.shape.data(), strides);
   if (PyArray_CopyInto(as_array(owner), as_array(source)) < 0) throw nb::python_error();
   View fresh;
@@ -172,6 +175,43 @@ double eps_of(nb::handle eps, int kind, Dtype x) {
   return number("eps", eps, "a number that is at least 0");
 }
 
+constexpr const char* kActivationNames[] = {"none",      "relu", "leaky_relu", "silu", "gelu",
+                                            "gelu_tanh", "elu",  "sigmoid",    "tanh"};
+
+[[noreturn]] void bad_activation(nb::handle h, Error::Kind kind) {
+  std::string names;
+  for (const char* name : kActivationNames) names += std::string(names.empty() ? "" : ", ") + "'" + name + "'";
+  throw Error(kind, std::string("activation is ") + nb::repr(h).c_str() + ", expected None" + names.substr(6) +
+                        ", or a pair such as ('leaky_relu', 0.01) or ('elu', 1.0)");
+}
+
+/// None, a name, or a pair of a name and its parameter.
+normkit::Activation activation_of(nb::handle h) {
+  using normkit::ActivationKind;
+  if (h.is_none()) return {};
+  const bool pair = (PyTuple_Check(h.ptr()) || PyList_Check(h.ptr())) && nb::len(h) == 2;
+  const nb::object name = pair ? nb::object(h[0]) : nb::borrow(h);
+  if (!PyUnicode_Check(name.ptr())) bad_activation(h, Error::Kind::type);
+  const std::string text = nb::str(name).c_str();
+  for (int kind = 1; kind <= static_cast<int>(ActivationKind::tanh); ++kind) {
+    if (text != kActivationNames[kind]) continue;
+    normkit::Activation a{static_cast<ActivationKind>(kind)};
+    const bool leaky = a.kind == ActivationKind::leaky_relu, elu = a.kind == ActivationKind::elu;
+    a.parameter = leaky ? 0.01 : elu ? 1.0 : 0.0;
+    if (!pair) return a;
+    if (!leaky && !elu) bad_activation(h, Error::Kind::value);
+    const nb::object parameter = h[1];
+    a.parameter = PyFloat_AsDouble(parameter.ptr());
+    if (a.parameter == -1.0 && PyErr_Occurred()) {
+      PyErr_Clear();
+      bad_activation(h, Error::Kind::type);
+    }
+    if (!std::isfinite(a.parameter)) bad_activation(h, Error::Kind::value);
+    return a;
+  }
+  bad_activation(h, Error::Kind::value);
+}
+
 Dtype dtype_named(nb::handle h) {
   if (h.is_none()) return Dtype::other;
   const std::string name = nb::str(h).c_str();
@@ -219,19 +259,58 @@ bool known_apart(nb::handle out, const View& out_view, nb::handle other, const V
   return !nb::cast<bool>(nb::module_::import_("normkit._arrays").attr("share_memory")(out, other));
 }
 
-/// The statistics of no members: mean and variance 0.
-void fill_empty(nb::handle mean, nb::handle rstd, double eps) {
-  const double value = eps > 0 ? 1 / std::sqrt(eps) : 0;
-  if (mean.is_valid()) mean.attr("fill")(0.0);
-  rstd.attr("fill")(value);
+/// True where all of these are None or plain NumPy arrays; `v` gets their views.
+template <std::size_t kArrays> bool view_all(const nb::handle (&h)[kArrays], View (&v)[kArrays]) {
+  for (std::size_t k = 0; k < kArrays; ++k)
+    if (!view(h[k], v[k])) return false;
+  return true;
 }
+
+std::byte* data_of(nb::handle array) {
+  return array.is_valid() ? static_cast<std::byte*>(PyArray_DATA(as_array(array))) : nullptr;
+}
+
+/// A new array, filled with zeros where x is empty and no kernel will.
+nb::object filled(nb::object array, const Shapes& shapes) {
+  if (shapes.empty) array.attr("fill")(0);
+  return array;
+}
+
+nb::object new_statistic(Dtype dtype, const Shapes& shapes) {
+  return filled(allocate(dtype, View{}, {}, shapes.stat_ndim, shapes.stat_shape.data(), shapes.stat_strides.data()),
+                shapes);
+}
+
+/// The extents and strides of three numbers for each statistic.
+struct Triples {
+  normkit::Extents shape, strides;
+  int ndim;
+  explicit Triples(const Shapes& s) : ndim(s.stat_ndim + 1) {
+    for (int axis = 0; axis < s.stat_ndim; ++axis)
+      shape[axis] = s.stat_shape[axis], strides[axis] = 3 * s.stat_strides[axis];
+    shape[s.stat_ndim] = 3, strides[s.stat_ndim] = 1;
+  }
+};
+
+nb::object new_triples(const Shapes& shapes) {
+  const Triples t(shapes);
+  return filled(allocate(Dtype::float64, View{}, {}, t.ndim, t.shape.data(), t.strides.data()), shapes);
+}
+
+nb::object new_like_x(Dtype dtype, const View& xv, nb::handle x, const Shapes& shapes) {
+  return allocate(dtype, xv, x, xv.array.ndim(), xv.array.shape.data(), shapes.out_strides.data());
+}
+
+// ---- forward -----------------------------------------------------------------------------------------------------
 
 nb::object forward(int kind, nb::handle axes, nb::handle x, nb::handle weight, nb::handle bias, nb::handle eps,
                    nb::handle running_mean, nb::handle running_var, bool use_input_stats, nb::handle momentum,
-                   nb::handle out, nb::handle out_dtype, bool return_stats) {
-  View xv, wv, bv, mv, vv, yv;
-  if (x.is_none() || !view(x, xv) || !view(weight, wv) || !view(bias, bv) || !view(running_mean, mv) ||
-      !view(running_var, vv) || !view(out, yv) || !(out_dtype.is_none() || PyUnicode_Check(out_dtype.ptr())))
+                   nb::handle out, nb::handle out_dtype, bool return_stats, nb::handle where, nb::handle residual,
+                   bool return_residual, nb::handle activation, nb::handle weight_offset) {
+  View v[8];
+  auto& [xv, wv, bv, mv, vv, yv, rv, kv] = v;
+  if (x.is_none() || !view_all({x, weight, bias, running_mean, running_var, out, residual, where}, v) ||
+      !(out_dtype.is_none() || PyUnicode_Check(out_dtype.ptr())))
     return nb::borrow(Py_NotImplemented);
   Spec spec = spec_of(kind, axes, xv.array);
   spec.eps = eps_of(eps, kind, xv.array.dtype);
@@ -239,40 +318,97 @@ nb::object forward(int kind, nb::handle axes, nb::handle x, nb::handle weight, n
   if (momentum.is_none())
     throw Error(Error::Kind::value, "momentum is None, expected a number from 0 to 1: keep the count yourself");
   spec.momentum = number("momentum", momentum, "a number from 0 to 1");
+  spec.activation = activation_of(activation), spec.weight_offset = number("weight_offset", weight_offset, "a number");
+  if (return_residual && residual.is_none())
+    throw Error(Error::Kind::value, "residual is None, expected an array like x to return the sum with");
   normkit::ForwardArgs args;
   args.x = xv.array, args.y = yv.array, args.weight = wv.array, args.bias = bv.array;
-  args.running_mean = mv.array, args.running_var = vv.array, args.y_dtype = dtype_named(out_dtype);
-  args.y_is_apart = known_apart(out, yv, x, xv);
+  args.running_mean = mv.array, args.running_var = vv.array, args.residual = rv.array, args.where = kv.array;
+  args.y_dtype = dtype_named(out_dtype), args.y_is_apart = known_apart(out, yv, x, xv);
   normkit::ForwardPlan plan = normkit::plan_forward(args, spec);
   if (!plan.shapes.fits) return nb::borrow(Py_NotImplemented);
-  nb::object weight_owner, bias_owner;
-  if (plan.shapes.repack_params) {
-    if (wv.array.present) repack(weight_owner, weight, wv, wv.array.ndim(), plan.shapes.param_strides.data());
-    if (bv.array.present) repack(bias_owner, bias, bv, bv.array.ndim(), plan.shapes.param_strides.data());
-    args.weight = wv.array, args.bias = bv.array;
-    plan = normkit::plan_forward(args, spec);
+  nb::object owners[2], sum, mean, rstd;
+  if (return_residual || plan.shapes.wants_sum) {
+    View sum_view;
+    sum = new_like_x(xv.array.dtype, xv, x, plan.shapes);
+    view(sum, sum_view);
+    args.sum = sum_view.array;
   }
+  if (plan.shapes.repack_params) {
+    repack(owners[0], weight, wv, wv.array.ndim(), plan.shapes.param_strides.data());
+    repack(owners[1], bias, bv, bv.array.ndim(), plan.shapes.param_strides.data());
+    args.weight = wv.array, args.bias = bv.array;
+  }
+  if (args.sum.present || owners[0].is_valid() || owners[1].is_valid()) plan = normkit::plan_forward(args, spec);
   const Shapes& shapes = plan.shapes;
-  nb::object y = out.is_none() ? allocate(shapes.out_dtype, xv, x, xv.array.ndim(), xv.array.shape.data(),
-                                          shapes.out_strides.data())
-                               : nb::borrow(out);
-  plan.job.task.y.data = static_cast<std::byte*>(PyArray_DATA(as_array(y)));
-  nb::object mean, rstd;
+  normkit::Task& task = plan.job.task;
+  const nb::object y = out.is_none() ? new_like_x(shapes.out_dtype, xv, x, shapes) : nb::borrow(out);
+  task.y.data = data_of(y);
+  if (!residual.is_none() && !sum.is_valid()) task.x.data = task.y.data;
   if (return_stats) {
-    const Dtype dtype = normkit::compute_dtype(xv.array.dtype);
-    const auto statistic = [&] {
-      return allocate(dtype, View{}, {}, shapes.stat_ndim, shapes.stat_shape.data(), shapes.stat_strides.data());
-    };
-    if (spec.centered) mean = statistic();
-    rstd = statistic();
-    if (mean.is_valid()) plan.job.task.mean = static_cast<std::byte*>(PyArray_DATA(as_array(mean)));
-    plan.job.task.rstd = static_cast<std::byte*>(PyArray_DATA(as_array(rstd)));
-    if (shapes.empty) fill_empty(mean, rstd, spec.eps);
+    if (spec.centered) mean = new_statistic(normkit::compute_dtype(xv.array.dtype), shapes);
+    rstd = new_statistic(normkit::compute_dtype(xv.array.dtype), shapes);
+    task.mean = data_of(mean), task.rstd = data_of(rstd);
   }
   if (!shapes.empty) run_job(plan.job);
-  if (!return_stats) return y;
-  return spec.centered ? nb::make_tuple(y, mean, rstd) : nb::make_tuple(y, rstd);
+  nb::list results;
+  if (!return_stats && !return_residual) return y;
+  results.append(y);
+  for (const nb::object& extra : {mean, rstd})
+    if (extra.is_valid()) results.append(extra);
+  if (return_residual) results.append(sum);
+  return nb::tuple(results);
 }
+
+nb::object moments(int kind, nb::handle axes, nb::handle x, nb::handle where) {
+  View v[2];
+  auto& [xv, kv] = v;
+  if (x.is_none() || !view_all({x, where}, v)) return nb::borrow(Py_NotImplemented);
+  const Spec spec = spec_of(kind, axes, xv.array);
+  normkit::ForwardArgs args;
+  args.x = xv.array, args.where = kv.array;
+  normkit::ForwardPlan plan = normkit::plan_forward(args, spec, normkit::Phase::reduce);
+  if (!plan.shapes.fits) return nb::borrow(Py_NotImplemented);
+  nb::object result = new_triples(plan.shapes);
+  plan.job.task.moments = reinterpret_cast<double*>(data_of(result));
+  if (!plan.shapes.empty) run_job(plan.job);
+  return result;
+}
+
+nb::object apply(int kind, nb::handle axes, nb::handle x, nb::handle mean, nb::handle rstd, nb::handle weight,
+                 nb::handle bias, nb::handle out, nb::handle out_dtype, nb::handle activation,
+                 nb::handle weight_offset) {
+  View v[6];
+  auto& [xv, mv, rv, wv, bv, yv] = v;
+  if (x.is_none() || !view_all({x, mean, rstd, weight, bias, out}, v) ||
+      !(out_dtype.is_none() || PyUnicode_Check(out_dtype.ptr())))
+    return nb::borrow(Py_NotImplemented);
+  Spec spec = spec_of(kind, axes, xv.array);
+  spec.use_input_stats = false;
+  spec.activation = activation_of(activation), spec.weight_offset = number("weight_offset", weight_offset, "a number");
+  normkit::ForwardArgs args;
+  args.x = xv.array, args.y = yv.array, args.weight = wv.array, args.bias = bv.array;
+  args.mean = mv.array, args.rstd = rv.array;
+  args.y_dtype = dtype_named(out_dtype), args.y_is_apart = known_apart(out, yv, x, xv);
+  normkit::ForwardPlan plan = normkit::plan_forward(args, spec, normkit::Phase::apply);
+  if (!plan.shapes.fits) return nb::borrow(Py_NotImplemented);
+  nb::object owners[4];
+  if (plan.shapes.repack_params || plan.shapes.repack_stats) {
+    const Shapes& s = plan.shapes;
+    repack(owners[0], weight, wv, wv.array.ndim(), s.param_strides.data());
+    repack(owners[1], bias, bv, bv.array.ndim(), s.param_strides.data());
+    repack(owners[2], mean, mv, mv.array.ndim(), s.stat_strides.data());
+    repack(owners[3], rstd, rv, rv.array.ndim(), s.stat_strides.data());
+    args.weight = wv.array, args.bias = bv.array, args.mean = mv.array, args.rstd = rv.array;
+    plan = normkit::plan_forward(args, spec, normkit::Phase::apply);
+  }
+  nb::object y = out.is_none() ? new_like_x(plan.shapes.out_dtype, xv, x, plan.shapes) : nb::borrow(out);
+  plan.job.task.y.data = data_of(y);
+  if (!plan.shapes.empty) run_job(plan.job);
+  return y;
+}
+
+// ---- backward ----------------------------------------------------------------------------------------------------
 
 normkit::BackwardNeed need_of(nb::handle need) {
   normkit::BackwardNeed n{false, false, false};
@@ -287,56 +423,150 @@ normkit::BackwardNeed need_of(nb::handle need) {
   return n;
 }
 
-nb::object backward(int kind, nb::handle axes, nb::handle dy, nb::handle x, nb::handle mean, nb::handle rstd,
-                    nb::handle weight, bool use_input_stats, nb::handle need, nb::handle out) {
-  View dyv, xv, mv, rv, wv, dxv;
-  if (dy.is_none() || x.is_none() || !view(dy, dyv) || !view(x, xv) || !view(mean, mv) || !view(rstd, rv) ||
-      !view(weight, wv) || !view(out, dxv))
-    return nb::borrow(Py_NotImplemented);
-  Spec spec = spec_of(kind, axes, xv.array);
-  spec.use_input_stats = use_input_stats;
-  const normkit::BackwardNeed wanted = need_of(need);
+/// The arrays of a call of backward, whichever phase it is, and its plan.
+struct BackwardCall {
+  View dy, x, mean, rstd, weight, bias, where, dresidual, out, sums, count;
+  Spec spec;
+  normkit::BackwardNeed need;
+  normkit::Phase phase = normkit::Phase::both;
   normkit::BackwardArgs args;
-  args.dy = dyv.array, args.x = xv.array, args.mean = mv.array, args.rstd = rv.array, args.weight = wv.array;
-  if (!spec.centered) args.mean = {};
-  args.dx = dxv.array;
-  const bool touches =
-      dxv.array.present && (normkit::may_overlap(dxv.array, xv.array) || normkit::may_overlap(dxv.array, dyv.array));
-  args.dx_is_apart = touches && (!normkit::may_overlap(dxv.array, xv.array) || known_apart(out, dxv, x, xv)) &&
-                     (!normkit::may_overlap(dxv.array, dyv.array) || known_apart(out, dxv, dy, dyv));
-  normkit::BackwardPlan plan = normkit::plan_backward(args, spec, wanted);
-  if (!plan.shapes.fits) return nb::borrow(Py_NotImplemented);
-  nb::object owners[3];
-  if (plan.shapes.repack_params || plan.shapes.repack_stats) {
+  normkit::BackwardPlan plan;
+  nb::object owners[6];
+
+  /// Where `out` interleaves with an input, NumPy is asked.
+  void find_apart(nb::handle out_array, nb::handle x_array, nb::handle dy_array) {
+    const bool near_x = out.array.present && normkit::may_overlap(out.array, x.array);
+    const bool near_dy = out.array.present && normkit::may_overlap(out.array, dy.array);
+    args.dx_is_apart = (near_x || near_dy) && (!near_x || known_apart(out_array, out, x_array, x)) &&
+                       (!near_dy || known_apart(out_array, out, dy_array, dy));
+  }
+  void put_args() {
+    args.dy = dy.array, args.x = x.array, args.rstd = rstd.array, args.weight = weight.array, args.bias = bias.array;
+    args.mean = spec.centered ? mean.array : Array{};
+    args.where = where.array, args.dresidual = dresidual.array, args.dx = out.array;
+    args.sums = sums.array, args.count = count.array;
+  }
+  /// False where the geometry does not hold the arrays.
+  bool planned(nb::handle mean_, nb::handle rstd_, nb::handle weight_, nb::handle bias_, nb::handle sums_ = {},
+               nb::handle count_ = {}) {
+    put_args();
+    plan = normkit::plan_backward(args, spec, need, phase);
+    if (!plan.shapes.fits) return false;
     const Shapes& s = plan.shapes;
-    if (wv.array.present) repack(owners[0], weight, wv, wv.array.ndim(), s.param_strides.data());
-    if (args.mean.present) repack(owners[1], mean, mv, mv.array.ndim(), s.stat_strides.data());
-    repack(owners[2], rstd, rv, rv.array.ndim(), s.stat_strides.data());
-    args.weight = wv.array, args.rstd = rv.array;
-    if (args.mean.present) args.mean = mv.array;
-    plan = normkit::plan_backward(args, spec, wanted);
+    if (phase != normkit::Phase::apply && !s.repack_params && !s.repack_stats) return true;
+    repack(owners[0], weight_, weight, weight.array.ndim(), s.param_strides.data());
+    repack(owners[1], bias_, bias, bias.array.ndim(), s.param_strides.data());
+    if (spec.centered) repack(owners[2], mean_, mean, mean.array.ndim(), s.stat_strides.data());
+    repack(owners[3], rstd_, rstd, rstd.array.ndim(), s.stat_strides.data());
+    repack(owners[4], sums_, sums, sums.array.ndim(), Triples(s).strides.data());
+    repack(owners[5], count_, count, count.array.ndim(), s.stat_strides.data());
+    put_args();
+    plan = normkit::plan_backward(args, spec, need, phase);
+    return true;
   }
-  const Shapes& shapes = plan.shapes;
-  nb::object dx = nb::none(), gradients[2] = {nb::none(), nb::none()};
-  if (wanted.dx) {
-    dx = out.is_none()
-             ? allocate(xv.array.dtype, xv, x, xv.array.ndim(), xv.array.shape.data(), shapes.out_strides.data())
-             : nb::borrow(out);
-    plan.job.task.dx.data = static_cast<std::byte*>(PyArray_DATA(as_array(dx)));
-  } else {
-    plan.job.task.dx.data = nullptr;
+  nb::object dx(nb::handle out_array, nb::handle x_array) {
+    nb::object result =
+        out_array.is_none() ? new_like_x(x.array.dtype, x, x_array, plan.shapes) : nb::borrow(out_array);
+    plan.job.task.dx.data = data_of(result);
+    return result;
   }
-  const Dtype dtype = wv.array.present ? wv.array.dtype : normkit::compute_dtype(xv.array.dtype);
-  normkit::ParamGradient* jobs[2] = {&plan.job.dweight, &plan.job.dbias};
+  void run() {
+    if (!plan.shapes.empty) run_job(plan.job);
+  }
+};
+
+nb::object backward(int kind, nb::handle axes, nb::handle dy, nb::handle x, nb::handle mean, nb::handle rstd,
+                    nb::handle weight, bool use_input_stats, nb::handle need, nb::handle out, nb::handle where,
+                    nb::handle bias, nb::handle activation, nb::handle weight_offset, nb::handle dresidual) {
+  BackwardCall call;
+  if (dy.is_none() || x.is_none() || !view(dy, call.dy) || !view(x, call.x) || !view(mean, call.mean) ||
+      !view(rstd, call.rstd) || !view(weight, call.weight) || !view(out, call.out) || !view(where, call.where) ||
+      !view(bias, call.bias) || !view(dresidual, call.dresidual))
+    return nb::borrow(Py_NotImplemented);
+  call.spec = spec_of(kind, axes, call.x.array);
+  call.spec.use_input_stats = use_input_stats, call.spec.activation = activation_of(activation);
+  call.spec.weight_offset = number("weight_offset", weight_offset, "a number");
+  call.need = need_of(need);
+  call.find_apart(out, x, dy);
+  if (!call.planned(mean, rstd, weight, bias)) return nb::borrow(Py_NotImplemented);
+  const Shapes& shapes = call.plan.shapes;
+  nb::object gradients[2] = {nb::none(), nb::none()};
+  const nb::object dx = call.need.dx ? call.dx(out, x) : nb::none();
+  if (!call.need.dx) call.plan.job.task.dx.data = nullptr;
+  const View& like = call.weight;
+  const Dtype dtype = like.array.present ? like.array.dtype : normkit::compute_dtype(call.x.array.dtype);
+  normkit::ParamGradient* jobs[2] = {&call.plan.job.dweight, &call.plan.job.dbias};
   for (int k = 0; k < 2; ++k) {
-    if (!(k == 0 ? wanted.dweight : wanted.dbias)) continue;
+    if (!(k == 0 ? call.need.dweight : call.need.dbias)) continue;
     gradients[k] =
-        allocate(dtype, wv, weight, shapes.param_ndim, shapes.param_shape.data(), shapes.param_strides.data());
-    *jobs[k] = {static_cast<std::byte*>(PyArray_DATA(as_array(gradients[k]))), dtype};
-    if (shapes.empty) gradients[k].attr("fill")(0);
+        filled(allocate(dtype, like, weight, shapes.param_ndim, shapes.param_shape.data(), shapes.param_strides.data()),
+               shapes);
+    *jobs[k] = {data_of(gradients[k]), dtype};
   }
-  if (!shapes.empty) run_job(plan.job);
+  call.run();
   return nb::make_tuple(dx, gradients[0], gradients[1]);
+}
+
+nb::object backward_sums(int kind, nb::handle axes, nb::handle dy, nb::handle x, nb::handle mean, nb::handle rstd,
+                         nb::handle weight, nb::handle where, nb::handle bias, nb::handle activation,
+                         nb::handle weight_offset) {
+  BackwardCall call;
+  if (dy.is_none() || x.is_none() || !view(dy, call.dy) || !view(x, call.x) || !view(mean, call.mean) ||
+      !view(rstd, call.rstd) || !view(weight, call.weight) || !view(where, call.where) || !view(bias, call.bias))
+    return nb::borrow(Py_NotImplemented);
+  call.spec = spec_of(kind, axes, call.x.array);
+  call.spec.activation = activation_of(activation);
+  call.spec.weight_offset = number("weight_offset", weight_offset, "a number");
+  call.need = {false, false, false}, call.phase = normkit::Phase::reduce;
+  if (!call.planned(mean, rstd, weight, bias)) return nb::borrow(Py_NotImplemented);
+  nb::object sums = new_triples(call.plan.shapes);
+  call.plan.job.task.sums = reinterpret_cast<double*>(data_of(sums));
+  call.run();
+  return sums;
+}
+
+nb::object apply_backward(int kind, nb::handle axes, nb::handle dy, nb::handle x, nb::handle mean, nb::handle rstd,
+                          nb::handle sums, nb::handle count, nb::handle weight, nb::handle out, nb::handle where,
+                          nb::handle bias, nb::handle activation, nb::handle weight_offset, nb::handle dresidual) {
+  BackwardCall call;
+  if (dy.is_none() || x.is_none() || !view(dy, call.dy) || !view(x, call.x) || !view(mean, call.mean) ||
+      !view(rstd, call.rstd) || !view(weight, call.weight) || !view(out, call.out) || !view(where, call.where) ||
+      !view(bias, call.bias) || !view(dresidual, call.dresidual) || !view(sums, call.sums) || !view(count, call.count))
+    return nb::borrow(Py_NotImplemented);
+  call.spec = spec_of(kind, axes, call.x.array);
+  call.spec.activation = activation_of(activation);
+  call.spec.weight_offset = number("weight_offset", weight_offset, "a number");
+  call.need = {true, false, false}, call.phase = normkit::Phase::apply;
+  call.find_apart(out, x, dy);
+  if (!call.planned(mean, rstd, weight, bias, sums, count)) return nb::borrow(Py_NotImplemented);
+  const nb::object dx = call.dx(out, x);
+  call.run();
+  return dx;
+}
+
+/// Merges two arrays of triples, dense and of one shape, into a new one.
+nb::object merge_moments(nb::handle a, nb::handle b) {
+  const nb::object result = nb::handle(a).attr("copy")();
+  const npy_intp triples = PyArray_SIZE(as_array(a)) / 3;
+  normkit::merge_moments(static_cast<double*>(PyArray_DATA(as_array(result))),
+                         static_cast<const double*>(PyArray_DATA(as_array(b))), triples);
+  return result;
+}
+
+/// 1 / sqrt(var + eps) of triples.
+nb::object rstd_of_moments(nb::handle triples, nb::handle eps) {
+  const double value = number("eps", eps, "a number that is at least 0");
+  if (!(value >= 0) || std::isinf(value))
+    throw Error(Error::Kind::value,
+                std::string("eps is ") + nb::repr(eps).c_str() + ", expected a finite number that is at least 0");
+  PyArrayObject* from = as_array(triples);
+  PyObject* result = PyArray_SimpleNew(PyArray_NDIM(from) - 1, PyArray_DIMS(from), NPY_DOUBLE);
+  if (!result) throw nb::python_error();
+  const double* m = static_cast<const double*>(PyArray_DATA(from));
+  double* rstd = static_cast<double*>(PyArray_DATA(as_array(result)));
+  for (npy_intp k = 0; k < PyArray_SIZE(from) / 3; ++k)
+    rstd[k] = normkit::rstd_of(normkit::Moments{m[3 * k], m[3 * k + 1], m[3 * k + 2]}, value);
+  return nb::steal(result);
 }
 
 // ---- DLPack ------------------------------------------------------------------------------------------------------
@@ -454,9 +684,22 @@ NB_MODULE(_core, m) {
   for (int kind = kNormalize; kind <= kLayerRms; ++kind) m.attr(kKindNames[kind]) = kind;
   m.def("forward", &forward, "kind"_a, "axes"_a.none(), "x"_a.none(), "weight"_a.none(), "bias"_a.none(),
         "eps"_a.none(), "running_mean"_a.none(), "running_var"_a.none(), "use_input_stats"_a, "momentum"_a.none(),
-        "out"_a.none(), "out_dtype"_a.none(), "return_stats"_a);
+        "out"_a.none(), "out_dtype"_a.none(), "return_stats"_a, "where"_a.none(), "residual"_a.none(),
+        "return_residual"_a, "activation"_a.none(), "weight_offset"_a.none());
+  m.def("moments", &moments, "kind"_a, "axes"_a.none(), "x"_a.none(), "where"_a.none());
+  m.def("apply", &apply, "kind"_a, "axes"_a.none(), "x"_a.none(), "mean"_a.none(), "rstd"_a.none(), "weight"_a.none(),
+        "bias"_a.none(), "out"_a.none(), "out_dtype"_a.none(), "activation"_a.none(), "weight_offset"_a.none());
   m.def("backward", &backward, "kind"_a, "axes"_a.none(), "dy"_a.none(), "x"_a.none(), "mean"_a.none(), "rstd"_a.none(),
-        "weight"_a.none(), "use_input_stats"_a, "need"_a.none(), "out"_a.none());
+        "weight"_a.none(), "use_input_stats"_a, "need"_a.none(), "out"_a.none(), "where"_a.none(), "bias"_a.none(),
+        "activation"_a.none(), "weight_offset"_a.none(), "dresidual"_a.none());
+  m.def("backward_sums", &backward_sums, "kind"_a, "axes"_a.none(), "dy"_a.none(), "x"_a.none(), "mean"_a.none(),
+        "rstd"_a.none(), "weight"_a.none(), "where"_a.none(), "bias"_a.none(), "activation"_a.none(),
+        "weight_offset"_a.none());
+  m.def("apply_backward", &apply_backward, "kind"_a, "axes"_a.none(), "dy"_a.none(), "x"_a.none(), "mean"_a.none(),
+        "rstd"_a.none(), "sums"_a.none(), "count"_a.none(), "weight"_a.none(), "out"_a.none(), "where"_a.none(),
+        "bias"_a.none(), "activation"_a.none(), "weight_offset"_a.none(), "dresidual"_a.none());
+  m.def("merge_moments", &merge_moments, "a"_a, "b"_a);
+  m.def("rstd_of_moments", &rstd_of_moments, "triples"_a, "eps"_a.none());
   m.def("from_capsule", &from_capsule, "name"_a, "capsule"_a);
   m.def("to_dlpack", &to_dlpack, "array"_a);
   m.def("geometry", &geometry, "shape"_a, "strides"_a, "reduce_axes"_a, "param_axes"_a);

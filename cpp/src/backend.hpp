@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "normkit/activation.hpp"
 #include "normkit/dtype.hpp"
 #include "normkit/geometry.hpp"
 
@@ -17,10 +18,11 @@ struct Operand {
   Strides strides;
 };
 
-/// Weight or bias; nothing stands for 1 or 0. Dense, in the order of Geometry::parameter.
+/// Weight or bias; nothing stands for 1 or 0. Dense, in the order of Geometry::parameter. `offset` is added to what is there.
 struct Param {
   const std::byte* data = nullptr;
   Dtype dtype = Dtype::float32;
+  double offset = 0;
 };
 
 /// Statistics that are not computed but given: element (statistic / stride) % count of `mean` and of `scale`,
@@ -47,21 +49,30 @@ enum class ParamKind : std::uint8_t {
   element,    // one for each element of x
 };
 
+/// What a task does: all of it, or one of its two halves. Forward: moments, then y. Backward: sums, then dx.
+enum class Phase : std::uint8_t { both, reduce, apply };
+
 struct Task {
   Geometry geometry;
   Traversal traversal = Traversal::runs;
   ParamKind kind = ParamKind::none;
+  Phase phase = Phase::both;
   bool centered = true;
   bool frozen = false;         // statistics are given and take no part in the gradient
   bool stream_stores = false;  // outputs go past the caches
   double eps = 0;
+  Activation activation;  // of y; in backward, dy is the gradient of what it gave
   Operand x, y, dy, dx;
+  Operand where;             // one byte an element, members are those that are not 0; without data all are
+  Operand source, residual;  // forward: x is written first, as source + residual. Backward: residual is added to dx
   Param weight, bias;
   Given given;
   std::byte* mean = nullptr;  // of compute_dtype(x), one element per statistic; may be null
   std::byte* rstd = nullptr;
-  double* moments = nullptr;  // mean and m2 of each statistic; may be null
-  double* dparams = nullptr;  // partial sums of dweight and dbias, see dparam_units(); may be null
+  double* moments = nullptr;   // out: mean, m2 and count of each statistic; may be null
+  double* sums = nullptr;      // backward: the sums of each statistic, out of Phase::reduce, into Phase::apply
+  const double* counts = nullptr;    // Phase::apply of backward: members of each statistic
+  double* dparams = nullptr;         // partial sums of dweight and dbias, see dparam_units(); may be null
   std::byte* dweight_out = nullptr;  // ParamKind::element: final values of compute_dtype(x), written in place
   std::byte* dbias_out = nullptr;
   double* partials = nullptr;  // split schedule: what each span found
@@ -112,22 +123,25 @@ constexpr std::int64_t dparam_units(const Geometry& g, ParamKind kind) {
   }
 }
 
-/// Doubles of one entry of Task::partials: moments, or the three sums of backward, of a span; of all columns of one, with
-/// their means, in the lanes traversal.
+/// Arrays of columns in the table of the lanes traversal.
+inline constexpr std::int64_t kTableColumns = 9;
+
+/// Doubles of one entry of Task::partials: moments, or the sums of backward and the count, of a span; of all columns of
+/// one, with what backward knows of them beforehand, in the lanes traversal.
 constexpr std::int64_t partial_doubles(const Geometry& g, Traversal traversal, bool is_backward) {
-  if (traversal == Traversal::lanes) return (is_backward ? 4 : 2) * g.columns();
-  return is_backward ? 3 : 2;
+  if (traversal == Traversal::lanes) return (is_backward ? 7 : 3) * g.columns();
+  return is_backward ? 4 : 3;
 }
 
 /// Doubles of one entry of Task::solved: a Solved (runs), or the table of the columns of one outer index (lanes).
 constexpr std::int64_t solved_doubles(const Geometry& g, Traversal traversal) {
-  return traversal == Traversal::lanes ? 6 * g.columns() : 6;
+  return traversal == Traversal::lanes ? kTableColumns * g.columns() : 6;
 }
 
 /// Doubles of scratch that a thread needs for one outer index of the lanes traversal: sums of all spans and of one, and
 /// the table.
 constexpr std::int64_t scratch_doubles(const Geometry& g, Traversal traversal) {
-  return traversal == Traversal::lanes ? 12 * g.columns() : 0;
+  return traversal == Traversal::lanes ? (2 * 4 + kTableColumns) * g.columns() : 0;
 }
 
 /// Units of a fused schedule: statistics (runs), groups of them where weights along the row want their gradients summed,
@@ -159,12 +173,14 @@ struct Isa {
   const char* name;
   void (*forward)(const Task&, std::int64_t begin, std::int64_t end, double* scratch);
   void (*forward_sums)(const Task&, std::int64_t begin, std::int64_t end);
-  void (*forward_finish)(const Task&, std::int64_t begin, std::int64_t end, double* scratch);
+  void (*forward_finish)(const Task&, std::int64_t begin, std::int64_t end);
   void (*forward_apply)(const Task&, std::int64_t begin, std::int64_t end);
   void (*backward)(const Task&, std::int64_t begin, std::int64_t end, double* scratch);
   void (*backward_sums)(const Task&, std::int64_t begin, std::int64_t end);
-  void (*backward_finish)(const Task&, std::int64_t begin, std::int64_t end, double* scratch);
+  void (*backward_finish)(const Task&, std::int64_t begin, std::int64_t end);
   void (*backward_apply)(const Task&, std::int64_t begin, std::int64_t end);
+  /// Merges n sets of moments (mean, m2, count each) into as many others.
+  void (*merge)(double* into, const double* from, std::int64_t n);
 };
 
 }  // namespace normkit

@@ -146,7 +146,7 @@ ForwardSpace carve(Carver& carver, ForwardJob& job, const Schedule& s) {
   ForwardSpace space{carve(carver, job.task, s, false), nullptr, nullptr};
   if (!job.running.mean) return space;
   if (job.task.frozen) space.given = carver.take(2 * job.running.count);
-  else space.moments = carver.take(2 * job.task.geometry.statistics());
+  else if (!job.task.moments) space.moments = carver.take(3 * job.task.geometry.statistics());
   return space;
 }
 
@@ -177,18 +177,18 @@ void copy_given(const Task& t) {
   }
 }
 
-/// Running statistics take the average over all statistics of a channel, the variance unbiased.
+/// Running statistics take the average over all statistics of a channel, the variance unbiased. Those of fewer than two
+/// members, which a mask may leave, have none and stay out.
 void update_running(const Task& t, const Running& r) {
   const std::int64_t per_channel = t.geometry.statistics() / r.count;
-  const double n = static_cast<double>(t.geometry.members());
   for (std::int64_t c = 0; c < r.count; ++c) {
-    double mean = 0, var = 0;
+    double mean = 0, var = 0, share = 0;
     for (std::int64_t k = 0; k < per_channel; ++k) {
-      const std::int64_t statistic = (k / r.stride * r.count + c) * r.stride + k % r.stride;
-      mean += t.moments[2 * statistic];
-      var += t.moments[2 * statistic + 1] / (n - 1);
+      const double* m = t.moments + 3 * ((k / r.stride * r.count + c) * r.stride + k % r.stride);
+      if (m[2] < 2) continue;
+      mean += m[0], var += m[1] / (m[2] - 1), share += 1;
     }
-    const double share = static_cast<double>(per_channel);
+    if (share == 0) continue;
     std::byte *mean_at = r.mean + c * r.mean_stride, *var_at = r.var + c * r.var_stride;
     store_scalar(mean_at, r.mean_dtype, running(load_scalar(mean_at, r.mean_dtype), mean / share, r.momentum));
     store_scalar(var_at, r.var_dtype, running(load_scalar(var_at, r.var_dtype), var / share, r.momentum));
@@ -287,6 +287,10 @@ void set_num_threads(int n) {
   set_max_threads(n);
 }
 
+void merge_moments(double* into, const double* from, std::int64_t n) {
+  chosen_isa().load(std::memory_order_relaxed)->merge(into, from, n);
+}
+
 std::size_t workspace_doubles(const ForwardJob& job) {
   ForwardJob copy = job;
   Carver carver{nullptr};
@@ -307,9 +311,9 @@ void run(ForwardJob& job, double* workspace) {
   const Schedule s = schedule_of(t, job.threads);
   Carver carver{workspace};
   const ForwardSpace space = carve(carver, job, s);
-  t.moments = space.moments;
+  if (space.moments) t.moments = space.moments;
   t.stream_stores = streams(t, t.y, &t.x, 1);
-  if (t.frozen) read_running(t, job.running, space.given), copy_given(t);
+  if (t.frozen && job.running.mean) read_running(t, job.running, space.given), copy_given(t);
   const auto scratch = [&](int slot) { return space.common.scratch + slot * space.common.scratch_stride; };
   if (!s.split) {
     over(0, s.units, s.threads,
@@ -320,12 +324,13 @@ void run(ForwardJob& job, double* workspace) {
       if (!t.frozen)
         over(first, last, s.threads,
              [&](std::int64_t begin, std::int64_t end, int) { isa.forward_sums(t, begin, end); });
-      isa.forward_finish(t, k, k + 1, scratch(0));
+      isa.forward_finish(t, k, k + 1);
+      if (t.phase == Phase::reduce) continue;
       over(first, last, s.threads,
            [&](std::int64_t begin, std::int64_t end, int) { isa.forward_apply(t, begin, end); });
     }
   }
-  if (t.moments) update_running(t, job.running);
+  if (job.running.mean && !t.frozen) update_running(t, job.running);
 }
 
 void run(BackwardJob& job, double* workspace) {
@@ -347,11 +352,13 @@ void run(BackwardJob& job, double* workspace) {
     over(0, s.units, s.threads,
          [&](std::int64_t begin, std::int64_t end, int slot) { isa.backward(t, begin, end, scratch(slot)); });
   } else {
-    over(0, s.statistics * s.spans, s.threads,
-         [&](std::int64_t begin, std::int64_t end, int) { isa.backward_sums(t, begin, end); });
-    isa.backward_finish(t, 0, s.statistics, scratch(0));
-    over(0, s.units * s.spans, s.threads,
-         [&](std::int64_t begin, std::int64_t end, int) { isa.backward_apply(t, begin, end); });
+    if (t.phase != Phase::apply)
+      over(0, s.statistics * s.spans, s.threads,
+           [&](std::int64_t begin, std::int64_t end, int) { isa.backward_sums(t, begin, end); });
+    isa.backward_finish(t, 0, s.statistics);
+    if (t.phase != Phase::reduce)
+      over(0, s.units * s.spans, s.threads,
+           [&](std::int64_t begin, std::int64_t end, int) { isa.backward_apply(t, begin, end); });
   }
   const ParamGradient* out[2] = {&job.dweight, &job.dbias};
   if (t.dparams) total_dparams(t, space.totals);

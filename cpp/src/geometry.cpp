@@ -54,7 +54,7 @@ std::optional<ParamMap> map_params(std::span<const std::int64_t> shape, AxisMask
 }
 
 /// Puts the groups into run, lanes, steps, outer, the fastest first.
-std::optional<Layout> place_groups(const Groups& groups, std::size_t operands) {
+std::optional<Layout> place_groups(const Groups& groups, std::size_t operands, int mask) {
   Layout layout;
   Geometry& g = layout.geometry;
   int slot = 0;
@@ -65,14 +65,16 @@ std::optional<Layout> place_groups(const Groups& groups, std::size_t operands) {
     (slot == 0 ? g.run : slot == 1 ? g.lanes : slot == 2 ? g.steps : g.outer) = group.extent;
     for (std::size_t k = 0; k < operands; ++k) {
       Strides& s = layout.strides[k];
-      if (slot == 0 && group.stride[k] != 1) return std::nullopt;
+      const bool repeats = static_cast<int>(k) == mask && group.stride[k] == 0;
+      if (slot == 0 && group.stride[k] != 1 && !repeats) return std::nullopt;
+      if (slot == 0) s.run = group.stride[k];
       if (slot > 0) (slot == 1 ? s.lane : slot == 2 ? s.step : s.outer) = group.stride[k];
     }
   }
   // Single elements far apart in a long sum would waste a cache line each: packed is faster.
   if (g.run == 1 && g.steps > 1 && g.lanes > 1)
     for (std::size_t k = 0; k < operands; ++k)
-      if (layout.strides[k].lane != 1) return std::nullopt;
+      if (layout.strides[k].lane != 1 && static_cast<int>(k) != mask) return std::nullopt;
   return layout;
 }
 
@@ -91,7 +93,7 @@ AxisOrder memory_order(std::span<const std::int64_t> shape, std::span<const std:
 }
 
 std::optional<Layout> canonicalise(std::span<const std::int64_t> shape, AxisMask reduce_axes, AxisMask param_axes,
-                                   std::span<const std::span<const std::int64_t>> operands) {
+                                   std::span<const std::span<const std::int64_t>> operands, int mask) {
   const AxisOrder order = memory_order(shape, operands[0]);
   // Parameters that vary along the slowest kept axes too, but not along the next ones, get those axes as `outer`.
   int kept = 0;
@@ -101,7 +103,7 @@ std::optional<Layout> canonicalise(std::span<const std::int64_t> shape, AxisMask
     std::optional<ParamMap> map = map_params(shape, param_axes, order, split);
     if (!map) continue;
     std::optional<Layout> layout =
-        place_groups(merge_axes(shape, reduce_axes, order, split, operands), operands.size());
+        place_groups(merge_axes(shape, reduce_axes, order, split, operands), operands.size(), mask);
     if (!layout) return std::nullopt;
     if (split > 0) {
       std::int64_t outer = 1;

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "backend.hpp"
+#include "normkit/activation.hpp"
 #include "normkit/formula.hpp"
 #include "vec/local.hpp"
 #include "vec/half.hpp"
@@ -10,7 +11,9 @@
 #include "vec/pack.hpp"
 #include "kernels/common.hpp"
 #include "kernels/runs.hpp"
+#include "kernels/runs_backward.hpp"
 #include "kernels/lanes.hpp"
+#include "kernels/lanes_backward.hpp"
 
 namespace normkit {
 namespace {
@@ -19,7 +22,7 @@ namespace {
 template <class F> void visit_output(const Task& t, F f) {
   visit(t.x.dtype, [&](auto x) {
     using X = typename decltype(x)::type;
-    if constexpr (sizeof(X) == 2 && !__is_same(X, std::uint16_t) && !__is_same(X, std::int16_t)) {
+    if constexpr (sizeof(X) == 2 && kFloating<X>) {
       if (t.y.dtype == t.x.dtype) return f(x, x);
     }
     return f(x, Type<ScalarOf<X>>{});
@@ -30,7 +33,7 @@ template <class F> void visit_output(const Task& t, F f) {
 template <class F> void visit_floating(const Task& t, F f) {
   visit(t.x.dtype, [&](auto x) {
     using X = typename decltype(x)::type;
-    if constexpr (sizeof(X) > 1 && !__is_same(X, std::uint16_t) && !__is_same(X, std::int16_t)) f(x);
+    if constexpr (kFloating<X>) f(x);
   });
 }
 
@@ -50,11 +53,10 @@ void forward_sums(const Task& t, std::int64_t begin, std::int64_t end) {
   });
 }
 
-void forward_finish(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
+void forward_finish(const Task& t, std::int64_t begin, std::int64_t end) {
   visit(t.x.dtype, [&](auto x) {
     using X = typename decltype(x)::type;
-    t.traversal == Traversal::runs ? runs_forward_finish<X>(t, begin, end)
-                                   : lanes_forward_finish<X>(t, begin, end, scratch);
+    t.traversal == Traversal::runs ? runs_forward_finish<X>(t, begin, end) : lanes_forward_finish<X>(t, begin, end);
   });
 }
 
@@ -82,11 +84,10 @@ void backward_sums(const Task& t, std::int64_t begin, std::int64_t end) {
   });
 }
 
-void backward_finish(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
+void backward_finish(const Task& t, std::int64_t begin, std::int64_t end) {
   visit_floating(t, [&](auto x) {
     using X = typename decltype(x)::type;
-    t.traversal == Traversal::runs ? runs_backward_finish<X>(t, begin, end)
-                                   : lanes_backward_finish<X>(t, begin, end, scratch);
+    t.traversal == Traversal::runs ? runs_backward_finish<X>(t, begin, end) : lanes_backward_finish<X>(t, begin, end);
   });
 }
 
@@ -96,6 +97,10 @@ void backward_apply(const Task& t, std::int64_t begin, std::int64_t end) {
     t.traversal == Traversal::runs ? runs_backward_apply<X>(t, begin, end) : lanes_backward_apply<X>(t, begin, end);
   });
   if (t.stream_stores) stream_fence();
+}
+
+void merge_moments(double* into, const double* from, std::int64_t n) {
+  for (std::int64_t k = 0; k < n; ++k) put(merge(moments_at(into + 3 * k), moments_at(from + 3 * k)), into + 3 * k);
 }
 
 }  // namespace
@@ -114,6 +119,7 @@ const Isa NORMKIT_SYMBOL(NORMKIT_ISA_NAME){NORMKIT_NAME_OF(NORMKIT_ISA_NAME),
                                            backward,
                                            backward_sums,
                                            backward_finish,
-                                           backward_apply};
+                                           backward_apply,
+                                           merge_moments};
 
 }  // namespace normkit

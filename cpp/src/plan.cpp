@@ -61,7 +61,7 @@ std::string dtype_name(const Array& a) {
 }
 
 void check_data_dtype(const char* name, const Array& a, bool integers) {
-  if (a.dtype == Dtype::other || !(integers || is_floating(a.dtype)))
+  if (a.dtype >= Dtype::boolean || !(integers || is_floating(a.dtype)))
     bad_dtype(name, a,
               integers ? "float32, float64, float16, bfloat16, uint8, int8, uint16 or int16"
                        : "float32, float64, float16 or bfloat16");
@@ -163,19 +163,22 @@ bool has_extents(std::span<const std::int64_t> shape, std::span<const std::int64
   return seen == shape.size();
 }
 
+/// The axes of x that an array varies along which broadcasts against it.
+AxisMask broadcast_axes(const char* name, const Array& a, std::span<const std::int64_t> x) {
+  AxisMask axes = 0;
+  const int shift = static_cast<int>(x.size()) - a.ndim();
+  for (int axis = 0; axis < a.ndim(); ++axis) {
+    if (shift < 0 || (a.shape[axis] != 1 && a.shape[axis] != x[shift + axis]))
+      value_error(std::string(name) + " has shape " + tuple(a.shape) +
+                  ", expected a shape that broadcasts against x: " + tuple(x));
+    if (a.shape[axis] != 1) axes |= axis_bit(shift + axis);
+  }
+  return axes;
+}
+
 /// The axes of x that weight or bias varies along; its shape is judged.
 AxisMask match_params(const char* name, const Array& a, std::span<const std::int64_t> x, const Spec& spec) {
-  if (spec.param_forms == 0) {
-    AxisMask axes = 0;
-    const int shift = static_cast<int>(x.size()) - a.ndim();
-    for (int axis = 0; axis < a.ndim(); ++axis) {
-      if (shift < 0 || (a.shape[axis] != 1 && a.shape[axis] != x[shift + axis]))
-        value_error(std::string(name) + " has shape " + tuple(a.shape) +
-                    ", expected a shape that broadcasts against x: " + tuple(x));
-      if (a.shape[axis] != 1) axes |= axis_bit(shift + axis);
-    }
-    return axes;
-  }
+  if (spec.param_forms == 0) return broadcast_axes(name, a, x);
   for (int form = 0; form < spec.param_forms; ++form)
     if (has_extents(a.shape, x, spec.param_axes[form])) return spec.param_axes[form];
   std::vector<std::string> expected;
@@ -259,6 +262,39 @@ void check_spec(const Spec& spec) {
     value_error("eps is " + number(spec.eps) + ", expected a finite number that is at least 0");
   if (!(spec.momentum >= 0 && spec.momentum <= 1))
     value_error("momentum is " + number(spec.momentum) + ", expected a number from 0 to 1");
+  if (!std::isfinite(spec.weight_offset))
+    value_error("weight_offset is " + number(spec.weight_offset) + ", expected a finite number");
+  if (!std::isfinite(spec.activation.parameter))
+    value_error("activation has parameter " + number(spec.activation.parameter) + ", expected a finite number");
+}
+
+void check_where(const Array& where, const Array& x) {
+  if (!where.present) return;
+  if (where.dtype != Dtype::boolean) bad_dtype("where", where, "bool");
+  broadcast_axes("where", where, x.shape);
+}
+
+/// A companion of x: the same shape and floating dtype.
+void check_like_x(const char* name, const Array& a, const Array& x) {
+  if (!a.present) return;
+  check_shape(name, a, x.shape, ", the shape of x");
+  check_same_dtype(name, a, x.dtype, ", the dtype of x");
+}
+
+void check_residual(const ForwardArgs& args) {
+  if (!args.residual.present) return;
+  if (!is_floating(args.x.dtype))
+    bad_dtype("x", args.x, "float32, float64, float16 or bfloat16 with a residual to add");
+  check_like_x("residual", args.residual, args.x);
+}
+
+/// `a`, of float64, has the kept axes of x and 3.
+void check_triples(const char* name, const Array& a, const Shapes& shapes) {
+  if (!a.present) value_error(std::string(name) + " is None, expected an array: three numbers per statistic");
+  check_same_dtype(name, a, Dtype::float64, "");
+  std::vector<std::int64_t> expected(shapes.stat_shape.begin(), shapes.stat_shape.begin() + shapes.stat_ndim);
+  expected.push_back(3);
+  check_shape(name, a, expected, ": three numbers per statistic");
 }
 
 /// x as statistics see it: where channels form groups, their axis is two, groups and channels of a group.
@@ -336,6 +372,12 @@ Operand operand_of(const Array& a, const Strides& strides) { return {a.data, a.d
 
 bool narrow_pieces(const Geometry& g) { return g.params.stride > 1 && g.params.stride < 8 && g.run > g.params.stride; }
 
+/// True where a mask lies along the columns as they lie, or has one element for all of them.
+bool mask_fits_columns(Strides& s, const Geometry& g) {
+  if (g.run == 1) s.run = s.lane;
+  return s.run == 0 ? s.lane == 0 : s.run == 1 && s.lane == g.run;
+}
+
 /// Chooses the traversal; false where neither serves these parameters.
 bool choose_traversal(Task& t, int operands, const Layout& layout) {
   const Geometry& g = t.geometry;
@@ -344,6 +386,7 @@ bool choose_traversal(Task& t, int operands, const Layout& layout) {
   bool lanes = g.steps > 1 && g.run < kShortRun && g.lanes > 1;
   for (int k = 0; k < operands; ++k) lanes = lanes && layout.strides[k].lane == g.run;
   t.traversal = lanes ? Traversal::lanes : Traversal::runs;
+  if (lanes && t.where.data && !mask_fits_columns(t.where.strides, g)) return false;
   if (lanes) return constant_in_column(g) || (g.params.stride == 1 && g.params.count % g.columns() == 0);
   return !narrow_pieces(g);
 }
@@ -386,61 +429,174 @@ void check_running(const Array& mean, const Array& var, const Array& x, const Sp
 /// The strides of all operands, in elements, ready for canonicalise().
 struct Operands {
   const Blocks& blocks;
-  std::array<Extents, 4> strides;
-  std::array<std::span<const std::int64_t>, 4> view;
+  std::array<Extents, kMaxOperands> strides;
+  std::array<std::span<const std::int64_t>, kMaxOperands> view;
   std::size_t count = 0;
+  int mask = -1;
 
   explicit Operands(const Blocks& b) : blocks(b) {}
-  /// Where `a` is absent, it will have the strides `otherwise`.
-  void add(const Array& a, const Extents& otherwise) {
+  /// Where `a` is absent, it will have the strides `otherwise`. Returns its index.
+  std::size_t add(const Array& a, const Extents& otherwise) {
     Extents elements;
     if (a.present) element_strides(a, elements);
-    blocks.split(a.present ? elements : otherwise, strides[count]);
-    view[count] = std::span(strides[count].data(), static_cast<std::size_t>(blocks.ndim));
-    ++count;
+    return put(a.present ? elements : otherwise);
+  }
+  /// A mask, broadcast against x.
+  void add_mask(const Array& where, const Array& x) {
+    if (!where.present) return;
+    Extents elements;
+    const int shift = x.ndim() - where.ndim();
+    for (int axis = 0; axis < x.ndim(); ++axis) {
+      const bool varies = axis >= shift && where.shape[axis - shift] != 1;
+      elements[axis] = varies ? where.stride(axis - shift) : 0;
+    }
+    mask = static_cast<int>(put(elements));
   }
   std::optional<Layout> canonicalised(AxisMask param_axes) const {
-    return canonicalise(blocks.extents(), blocks.reduce_axes, blocks.split(param_axes), {view.data(), count});
+    return canonicalise(blocks.extents(), blocks.reduce_axes, blocks.split(param_axes), {view.data(), count}, mask);
+  }
+
+ private:
+  std::size_t put(const Extents& elements) {
+    blocks.split(elements, strides[count]);
+    view[count] = std::span(strides[count].data(), static_cast<std::size_t>(blocks.ndim));
+    return count++;
   }
 };
+
+/// The strides of a mask among those of a layout.
+Operand mask_of(const Array& where, const Operands& operands, const Layout& layout) {
+  return operands.mask < 0 ? Operand{} : operand_of(where, layout.strides[static_cast<std::size_t>(operands.mask)]);
+}
 
 }  // namespace
 
 bool may_overlap(const Array& a, const Array& b) { return !same_view(a, b) && bounds_overlap(a, b); }
 
-ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec) {
+namespace {
+
+/// The whole call of forward but for the geometry: what the arrays are and how they may lie over each other.
+void check_forward(const ForwardArgs& args, Phase phase, Shapes& shapes) {
+  const Array &x = args.x, &y = args.y;
+  const Dtype like_x = is_floating(x.dtype) ? x.dtype : Dtype::float32;
+  shapes.out_dtype = args.y_dtype == Dtype::other ? like_x : args.y_dtype;
+  shapes.fits = (shapes.out_dtype == like_x || shapes.out_dtype == compute_dtype(x.dtype));
+  shapes.wants_sum = args.residual.present && shapes.out_dtype != x.dtype;
+  for (const auto& [name, a] : {std::pair{"mean", &args.mean}, std::pair{"rstd", &args.rstd}})
+    if (a->present) check_shape(name, *a, stat_shape(shapes), ": one element per statistic");
+  if (phase == Phase::reduce && args.moments.present) check_triples("moments", args.moments, shapes);
+  if (args.sum.present) check_like_x("sum", args.sum, x);
+  if (!y.present) return;
+  check_shape("out", y, x.shape, ", the shape of x");
+  check_same_dtype("out", y, shapes.out_dtype, "");
+  check_writable("out", y);
+  check_apart("out", y, "x", x, true, args.y_is_apart);
+  const std::pair<const char*, const Array*> others[] = {
+      {"weight", &args.weight},           {"bias", &args.bias},   {"running_mean", &args.running_mean},
+      {"running_var", &args.running_var}, {"where", &args.where}, {"residual", &args.residual}};
+  for (const auto& [name, a] : others) check_apart("out", y, name, *a, false, false);
+  if (phase != Phase::apply) return;
+  check_apart("out", y, "mean", args.mean, false, false);
+  check_apart("out", y, "rstd", args.rstd, false, false);
+}
+
+/// The same of backward.
+void check_backward(const BackwardArgs& args, const Spec& spec, Phase phase, Shapes& shapes) {
+  check_statistic("mean", args.mean, shapes, spec.centered);
+  check_statistic("rstd", args.rstd, shapes, true);
+  if (phase == Phase::apply) {
+    check_triples("sums", args.sums, shapes);
+    if (args.count.present) check_shape("count", args.count, stat_shape(shapes), ": one element per statistic");
+  }
+  if (!args.dx.present) return;
+  check_shape("out", args.dx, args.x.shape, ", the shape of x");
+  check_same_dtype("out", args.dx, args.x.dtype, "");
+  check_writable("out", args.dx);
+  const std::pair<const char*, const Array*> others[] = {
+      {"x", &args.x},       {"dy", &args.dy},     {"weight", &args.weight}, {"bias", &args.bias},
+      {"mean", &args.mean}, {"rstd", &args.rstd}, {"where", &args.where},   {"dresidual", &args.dresidual}};
+  for (int k = 0; k < 8; ++k)
+    check_apart("out", args.dx, others[k].first, *others[k].second, k < 2, k < 2 && args.dx_is_apart);
+}
+
+/// What both directions hand on from the spec.
+void put_spec(Task& t, const Spec& spec, Phase phase) {
+  t.phase = phase, t.centered = spec.centered, t.eps = spec.eps, t.activation = spec.activation;
+  t.frozen = !spec.use_input_stats;
+}
+
+Param param_of(const Array& a, double offset) { return {a.data, a.dtype, offset}; }
+
+Given given_of(const Array& mean, const Array& rstd, const Geometry& g) {
+  return {mean.data, rstd.data, mean.dtype, rstd.dtype, 1, g.statistics(), false};
+}
+
+Running running_of(const ForwardArgs& args, const Spec& spec, const AxisOrder& order) {
+  const Array &mean = args.running_mean, &var = args.running_var;
+  const std::int64_t count = args.x.shape[spec.channel_axis];
+  const Extents kept = dense_strides(args.x.shape, ~spec.reduce_axes, order);
+  return {mean.data,
+          var.data,
+          mean.dtype,
+          var.dtype,
+          mean.stride(0),
+          var.stride(0),
+          count == 1 ? 1 : kept[spec.channel_axis],
+          count,
+          spec.momentum};
+}
+
+/// x + residual is written where x will be read: into `sum`, or into y itself.
+void put_sum(Task& t, const ForwardArgs& args, const Layout& layout, std::size_t residual, std::size_t sum) {
+  if (!args.residual.present) return;
+  t.source = t.x;
+  t.residual = operand_of(args.residual, layout.strides[residual]);
+  t.x = args.sum.present || sum ? operand_of(args.sum, layout.strides[sum]) : t.y;
+  t.x.dtype = args.x.dtype;
+}
+
+bool statistics_in_order(const Array& mean, const Array& rstd, const Shapes& shapes) {
+  return (!mean.present || has_strides(mean, shapes.stat_strides)) &&
+         (!rstd.present || has_strides(rstd, shapes.stat_strides));
+}
+
+}  // namespace
+
+ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec, Phase phase) {
   ForwardPlan plan;
   Shapes& shapes = plan.shapes;
   const Array& x = args.x;
   check_data_dtype("x", x, true);
   check_spec(spec);
   const Params params = judge_params(x, args.weight, args.bias, spec);
-  check_running(args.running_mean, args.running_var, x, spec);
+  if (phase == Phase::both) check_running(args.running_mean, args.running_var, x, spec);
+  check_residual(args);
+  check_where(args.where, x);
   const Blocks blocks(x, spec);
   const AxisOrder order = describe(x, blocks, shapes);
-  const Dtype like_x = is_floating(x.dtype) ? x.dtype : Dtype::float32;
-  shapes.out_dtype = args.y_dtype == Dtype::other ? like_x : args.y_dtype;
-  if (args.y.present) {
-    check_shape("out", args.y, x.shape, ", the shape of x");
-    check_same_dtype("out", args.y, shapes.out_dtype, "");
-    check_writable("out", args.y);
-    check_apart("out", args.y, "x", x, true, args.y_is_apart);
-    check_apart("out", args.y, "weight", args.weight, false, false);
-    check_apart("out", args.y, "bias", args.bias, false, false);
-    check_apart("out", args.y, "running_mean", args.running_mean, false, false);
-    check_apart("out", args.y, "running_var", args.running_var, false, false);
+  if (phase == Phase::apply) {
+    check_statistic("mean", args.mean, shapes, spec.centered);
+    check_statistic("rstd", args.rstd, shapes, true);
   }
-  for (const auto& [name, a] : {std::pair{"mean", &args.mean}, std::pair{"rstd", &args.rstd}})
-    if (a->present) check_shape(name, *a, stat_shape(shapes), ": one element per statistic");
-  if (shapes.empty) return plan;
-
+  check_forward(args, phase, shapes);
+  if (shapes.empty) {
+    shapes.fits = true;
+    return plan;
+  }
   describe_params(x, args.weight.present ? args.weight : args.bias, spec, params.axes, order, shapes);
-  shapes.fits = on_elements(x) && (!args.y.present || on_elements(args.y)) && !params.expand &&
-                (shapes.out_dtype == like_x || shapes.out_dtype == compute_dtype(x.dtype));
+  shapes.fits = shapes.fits && on_elements(x) && (!args.y.present || on_elements(args.y)) && !params.expand &&
+                (!args.residual.present || on_elements(args.residual));
   if (!shapes.fits) return plan;
+
   Operands operands(blocks);
   operands.add(x, shapes.out_strides);
   operands.add(args.y, shapes.out_strides);
+  const bool has_sum = args.sum.present || shapes.wants_sum;
+  const std::size_t residual = args.residual.present ? operands.add(args.residual, shapes.out_strides) : 0;
+  const std::size_t sum = args.residual.present && has_sum ? operands.add(args.sum, shapes.out_strides) : 0;
+  const int dense = static_cast<int>(operands.count);
+  const bool frozen = !spec.use_input_stats;
+  if (!frozen) operands.add_mask(args.where, x);
   const std::optional<Layout> layout = operands.canonicalised(params.axes);
   shapes.fits = layout.has_value();
   if (!layout) return plan;
@@ -450,33 +606,23 @@ ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec) {
   t.x = operand_of(x, layout->strides[0]);
   t.y = operand_of(args.y, layout->strides[1]);
   t.y.dtype = shapes.out_dtype;
-  shapes.fits = choose_traversal(t, 2, *layout);
+  t.where = mask_of(args.where, operands, *layout);
+  put_sum(t, args, *layout, residual, sum);
+  shapes.fits = choose_traversal(t, dense, *layout);
   if (!shapes.fits) return plan;
   shapes.repack_params = !params_in_order(args.weight, shapes) || !params_in_order(args.bias, shapes);
-  shapes.repack_stats = (args.mean.present && !has_strides(args.mean, shapes.stat_strides)) ||
-                        (args.rstd.present && !has_strides(args.rstd, shapes.stat_strides));
-  t.centered = spec.centered, t.eps = spec.eps, t.frozen = !spec.use_input_stats;
-  t.weight = {args.weight.data, args.weight.dtype}, t.bias = {args.bias.data, args.bias.dtype};
-  t.mean = args.mean.data, t.rstd = args.rstd.data;
-  if (args.running_mean.present) {
-    Running& r = plan.job.running;
-    r = {args.running_mean.data,
-         args.running_var.data,
-         args.running_mean.dtype,
-         args.running_var.dtype,
-         args.running_mean.stride(0),
-         args.running_var.stride(0),
-         1,
-         x.shape[spec.channel_axis],
-         spec.momentum};
-    const Extents kept = dense_strides(x.shape, ~spec.reduce_axes, order);
-    r.stride = r.count == 1 ? 1 : kept[spec.channel_axis];
-  }
+  shapes.repack_stats = !statistics_in_order(args.mean, args.rstd, shapes);
+  put_spec(t, spec, phase);
+  t.weight = param_of(args.weight, spec.weight_offset), t.bias = param_of(args.bias, 0);
+  if (phase == Phase::apply) t.given = given_of(args.mean, args.rstd, t.geometry);
+  else t.mean = args.mean.data, t.rstd = args.rstd.data;
+  t.moments = reinterpret_cast<double*>(args.moments.data);
+  if (args.running_mean.present) plan.job.running = running_of(args, spec, order);
   plan.job.threads = num_threads();
   return plan;
 }
 
-BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardNeed need) {
+BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardNeed need, Phase phase) {
   BackwardPlan plan;
   Shapes& shapes = plan.shapes;
   const Array& x = args.x;
@@ -484,34 +630,36 @@ BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardN
   check_spec(spec);
   check_same_dtype("dy", args.dy, x.dtype, ", the dtype of x");
   check_shape("dy", args.dy, x.shape, ", the shape of x");
-  Params params = judge_params(x, args.weight, {}, spec);
+  check_like_x("dresidual", args.dresidual, x);
+  check_where(args.where, x);
+  // Without an activation the bias has no part in the gradient.
+  const Array bias = spec.activation.kind == ActivationKind::none ? Array{} : args.bias;
+  Params params = judge_params(x, args.weight, args.bias, spec);
+  params.expand = params.expand && bias.present;
   const Blocks blocks(x, spec);
   const AxisOrder order = describe(x, blocks, shapes);
-  check_statistic("mean", args.mean, shapes, spec.centered);
-  check_statistic("rstd", args.rstd, shapes, true);
-  if (args.dx.present) {
-    check_shape("out", args.dx, x.shape, ", the shape of x");
-    check_same_dtype("out", args.dx, x.dtype, "");
-    check_writable("out", args.dx);
-    check_apart("out", args.dx, "x", x, true, args.dx_is_apart);
-    check_apart("out", args.dx, "dy", args.dy, true, args.dx_is_apart);
-    check_apart("out", args.dx, "weight", args.weight, false, false);
-    check_apart("out", args.dx, "mean", args.mean, false, false);
-    check_apart("out", args.dx, "rstd", args.rstd, false, false);
-  }
+  check_backward(args, spec, phase, shapes);
   // Without weights, gradients belong to what weights would be: the first form, or the normalized axes.
-  if (!args.weight.present) params.axes = spec.param_forms ? spec.param_axes[0] : spec.reduce_axes;
+  const bool wants_params = need.dweight || need.dbias;
+  if (!args.weight.present && (wants_params || !bias.present)) {
+    const AxisMask bias_axes = params.axes;
+    params.axes = spec.param_forms ? spec.param_axes[0] : spec.reduce_axes;
+    params.expand = bias.present && bias_axes != params.axes;
+  }
   describe_params(x, args.weight, spec, params.axes, order, shapes);
   if (shapes.empty) return plan;
 
-  shapes.fits = on_elements(x) && on_elements(args.dy) && (!args.dx.present || on_elements(args.dx));
+  shapes.fits = on_elements(x) && on_elements(args.dy) && (!args.dx.present || on_elements(args.dx)) &&
+                (!args.dresidual.present || on_elements(args.dresidual)) && !params.expand;
   if (!shapes.fits) return plan;
   Operands operands(blocks);
   operands.add(x, shapes.out_strides);
   operands.add(args.dy, shapes.out_strides);
   operands.add(args.dx, shapes.out_strides);
-  const bool wants_params = need.dweight || need.dbias;
-  const AxisMask param_axes = wants_params || args.weight.present ? params.axes : 0;
+  const std::size_t residual = args.dresidual.present ? operands.add(args.dresidual, shapes.out_strides) : 0;
+  const int dense = static_cast<int>(operands.count);
+  if (spec.use_input_stats) operands.add_mask(args.where, x);
+  const AxisMask param_axes = wants_params || args.weight.present || bias.present ? params.axes : 0;
   const std::optional<Layout> layout = operands.canonicalised(param_axes);
   shapes.fits = layout.has_value();
   if (!layout) return plan;
@@ -522,12 +670,16 @@ BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardN
   t.dy = operand_of(args.dy, layout->strides[1]);
   t.dx = operand_of(args.dx, layout->strides[2]);
   t.dx.dtype = x.dtype;
-  shapes.fits = choose_traversal(t, 3, *layout) && (!wants_params || choose_kind(t));
+  if (residual) t.residual = operand_of(args.dresidual, layout->strides[residual]);
+  t.where = mask_of(args.where, operands, *layout);
+  shapes.fits = choose_traversal(t, dense, *layout) && (!wants_params || choose_kind(t));
   if (!shapes.fits) return plan;
-  shapes.repack_params = !params_in_order(args.weight, shapes);
-  t.centered = spec.centered, t.eps = spec.eps, t.frozen = !spec.use_input_stats;
-  t.weight = {args.weight.data, args.weight.dtype};
-  t.given = {args.mean.data, args.rstd.data, args.mean.dtype, args.rstd.dtype, 1, t.geometry.statistics(), false};
+  shapes.repack_params = !params_in_order(args.weight, shapes) || !params_in_order(bias, shapes);
+  put_spec(t, spec, phase);
+  t.weight = param_of(args.weight, spec.weight_offset), t.bias = param_of(bias, 0);
+  t.given = given_of(args.mean, args.rstd, t.geometry);
+  t.sums = reinterpret_cast<double*>(args.sums.data);
+  t.counts = reinterpret_cast<const double*>(args.count.data);
   plan.job.dweight = {args.dweight.data, args.dweight.dtype};
   plan.job.dbias = {args.dbias.data, args.dbias.dtype};
   plan.job.threads = num_threads();
@@ -653,18 +805,26 @@ void zero(const Array& a) {
 
 }  // namespace
 
-void forward(const ForwardArgs& args, const Spec& spec) {
-  if (!args.y.present) value_error("out is None, expected an array like x");
-  for (const auto& [name, a] : {std::pair{"mean", &args.mean}, std::pair{"rstd", &args.rstd}})
-    if (a->present) check_same_dtype(name, *a, compute_dtype(args.x.dtype), "");
-  ForwardPlan plan = plan_forward(args, spec);
-  if (plan.shapes.empty) return;
+namespace {
+
+void run_forward(const ForwardArgs& args, Spec spec, Phase phase) {
+  if (phase != Phase::reduce && !args.y.present) value_error("out is None, expected an array like x");
+  if (phase == Phase::reduce && !args.moments.present)
+    value_error("moments is None, expected an array: three numbers per statistic");
+  if (phase == Phase::apply) spec.use_input_stats = false;
+  else
+    for (const auto& [name, a] : {std::pair{"mean", &args.mean}, std::pair{"rstd", &args.rstd}})
+      if (a->present) check_same_dtype(name, *a, compute_dtype(args.x.dtype), "");
+  ForwardPlan plan = plan_forward(args, spec, phase);
+  if (plan.shapes.empty) return zero(args.moments);
   require_fit(plan.shapes);
+  if (plan.shapes.wants_sum && !args.sum.present)
+    value_error("sum is None, expected an array like x: y has another dtype");
   run_with_workspace(plan.job);
 }
 
-void backward(const BackwardArgs& args, const Spec& spec) {
-  BackwardPlan plan = plan_backward(args, spec, {args.dx.present, args.dweight.present, args.dbias.present});
+void run_backward(const BackwardArgs& args, const Spec& spec, Phase phase) {
+  BackwardPlan plan = plan_backward(args, spec, {args.dx.present, args.dweight.present, args.dbias.present}, phase);
   const std::span<const std::int64_t> shape(plan.shapes.param_shape.data(),
                                             static_cast<std::size_t>(plan.shapes.param_ndim));
   for (const auto& [name, a] : {std::pair{"dweight", &args.dweight}, std::pair{"dbias", &args.dbias}})
@@ -672,9 +832,28 @@ void backward(const BackwardArgs& args, const Spec& spec) {
       check_data_dtype(name, *a, false);
       check_shape(name, *a, shape, ", the shape of weight");
     }
-  if (plan.shapes.empty) return zero(args.dweight), zero(args.dbias);
+  if (plan.shapes.empty) {
+    if (phase == Phase::reduce) zero(args.sums);
+    return zero(args.dweight), zero(args.dbias);
+  }
   require_fit(plan.shapes);
   run_with_workspace(plan.job);
+}
+
+}  // namespace
+
+void forward(const ForwardArgs& args, const Spec& spec) { run_forward(args, spec, Phase::both); }
+void moments(const ForwardArgs& args, const Spec& spec) { run_forward(args, spec, Phase::reduce); }
+void apply(const ForwardArgs& args, const Spec& spec) { run_forward(args, spec, Phase::apply); }
+
+void backward(const BackwardArgs& args, const Spec& spec) { run_backward(args, spec, Phase::both); }
+void backward_sums(const BackwardArgs& args, const Spec& spec) {
+  if (!args.sums.present) value_error("sums is None, expected an array: three numbers per statistic");
+  run_backward(args, spec, Phase::reduce);
+}
+void apply_backward(const BackwardArgs& args, const Spec& spec) {
+  if (!args.count.present) value_error("count is None, expected an array: one element per statistic");
+  run_backward(args, spec, Phase::apply);
 }
 
 }  // namespace normkit

@@ -23,6 +23,7 @@ struct Shapes {
   bool empty = false;          // x has no elements: nothing to run
   bool repack_params = false;  // weight or bias must be copied into param_strides first
   bool repack_stats = false;   // mean or rstd must be copied into stat_strides first
+  bool wants_sum = false;      // x + residual needs an array of its own
   bool fits = true;            // false: the geometry cannot hold the arrays, pack x (and dy) and expand parameters
 };
 
@@ -38,8 +39,8 @@ struct BackwardPlan {
 
 struct BackwardNeed { bool dx = true, dweight = true, dbias = true; };
 
-ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec);
-BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardNeed need);
+ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec, Phase phase = Phase::both);
+BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardNeed need, Phase phase = Phase::both);
 
 /// True where the memory between the first and the last byte of both overlaps, and they are not one and the same view.
 bool may_overlap(const Array& a, const Array& b);

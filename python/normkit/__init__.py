@@ -12,6 +12,8 @@ from ._config import (
 )
 from ._core import version as __version__
 from .functional import (
+    adaptive_instance_norm,
+    adaptive_instance_norm_backward,
     batch_norm,
     batch_norm_backward,
     group_norm,
@@ -25,9 +27,16 @@ from .functional import (
     rms_norm,
     rms_norm_backward,
 )
+from .phases import Moments, apply, apply_backward, backward_sums, merge, moments
 
 __all__ = [
+    "Moments",
     "__version__",
+    "adaptive_instance_norm",
+    "adaptive_instance_norm_backward",
+    "apply",
+    "apply_backward",
+    "backward_sums",
     "batch_norm",
     "batch_norm_backward",
     "cuda_available",
@@ -40,6 +49,8 @@ __all__ = [
     "isas",
     "layer_norm",
     "layer_norm_backward",
+    "merge",
+    "moments",
     "normalize",
     "normalize_backward",
     "num_threads",

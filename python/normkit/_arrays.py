@@ -4,8 +4,10 @@ Another library's arrays are viewed as NumPy arrays without a copy, and the resu
 the geometry is packed once into dense arrays whose normalized axes are the fastest, which always fits.
 """
 
+import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,6 +17,9 @@ from . import _core as _typed_core
 _core: Any = _typed_core  # it takes and gives arrays of any library, which no stub can say
 
 NDArray: TypeAlias = np.ndarray[Any, Any]
+# An array is whatever NumPy, or a library that speaks DLPack, calls one; outputs are of the same kind.
+Array: TypeAlias = Any
+Activation: TypeAlias = str | tuple[str, float] | None
 
 _CPU, _PINNED = 1, 3  # DLPack device types whose memory the CPU reads
 
@@ -26,6 +31,15 @@ def share_memory(a: NDArray, b: NDArray) -> bool:
         return np.shares_memory(a, b, max_work=effort)
     except np.exceptions.TooHardError:
         return True
+
+
+@contextmanager
+def called(name: str) -> Iterator[None]:
+    """Errors that name an argument x name it as the caller does."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(re.sub(r"\bx\b", name, str(error))) from None
 
 
 # ---- libraries ---------------------------------------------------------------------------------------------------
@@ -66,7 +80,7 @@ def _as_numpy(name: str, array: Any) -> NDArray:
 def _give_back(library: Any) -> Callable[[Any], Any]:
     """How a NumPy result becomes an array of the library of `library`, an array."""
     if isinstance(library, np.ndarray):
-        return lambda result: result
+        return as_numpy
     if hasattr(library, "__array_namespace__"):
         namespace = library.__array_namespace__()
     else:
@@ -99,6 +113,11 @@ def _dtype_name(dtype: Any) -> str | None:
         return None
     name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
     return str(name).rpartition(".")[2]
+
+
+def as_numpy(result: NDArray) -> NDArray:
+    """The way back to NumPy, which is no way at all."""
+    return result
 
 
 # ---- dtypes that NumPy does not compute with ---------------------------------------------------------------------
@@ -159,6 +178,10 @@ class _Packing:
     def data(self, array: NDArray) -> NDArray:
         return np.array(array.transpose(self.order), order="C", copy=True)
 
+    def optional(self, array: NDArray | None) -> NDArray | None:
+        """A mask, which broadcasts against x, or a companion of x."""
+        return None if array is None else self.data(np.broadcast_to(array, self.x.shape))
+
     def back(self, packed: NDArray) -> NDArray:
         return packed.transpose(np.argsort(self.order))
 
@@ -198,64 +221,173 @@ class _Packing:
             full = _narrow(full.sum(axis=repeated, dtype=np.float64, keepdims=True), like.dtype)
         return np.array(full.reshape(like.shape), copy=True)
 
+    def like_x(self, packed: NDArray, out: NDArray | None = None) -> NDArray:
+        """A packed result where x lies, or in `out`; rounded, where `out` has another dtype."""
+        target = np.empty_like(self.x, dtype=packed.dtype, order="K", subok=False) if out is None else out
+        np.copyto(target, self.back(packed if packed.dtype == target.dtype else _narrow(packed, target.dtype)))
+        return target
+
+    def call(self, core: Callable[..., Any], weight: NDArray | None, bias: NDArray | None) -> tuple[Any, bool]:
+        """core(weight, bias) with packed parameters, and whether they had to be expanded to the shape of x to fit."""
+        result = core(self.param(weight, expand=False), self.param(bias, expand=False))
+        if result is not NotImplemented:
+            return result, False
+        return core(self.param(weight, expand=True), self.param(bias, expand=True)), True
+
 
 def forward_anywhere(
     kind: int, axes: Any, x: Any, weight: Any, bias: Any, eps: float, running_mean: Any, running_var: Any,
-    use_input_stats: bool, momentum: float, out: Any, out_dtype: Any, return_stats: bool,
+    use_input_stats: bool, momentum: float, out: Any, out_dtype: Any, return_stats: bool, where: Any, residual: Any,
+    return_residual: bool, activation: Any, weight_offset: float,
 ) -> Any:  # fmt: skip
     """`_core.forward` for any library, layout and output dtype."""
-    v, give_back = _views(x=x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var, out=out)
+    v, give_back = _views(
+        x=x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var, out=out, where=where,
+        residual=residual,
+    )  # fmt: skip
     running = v["running_mean"], v["running_var"], use_input_stats, momentum
     name = _dtype_name(out_dtype)
-    result = _core.forward(kind, axes, v["x"], v["weight"], v["bias"], eps, *running, v["out"], name, return_stats)
+
+    def core(axes: Any, x: Any, weight: Any, bias: Any, out: Any, name: str | None, where: Any, residual: Any) -> Any:
+        options = where, residual, return_residual, activation, weight_offset
+        return _core.forward(kind, axes, x, weight, bias, eps, *running, out, name, return_stats, *options)
+
+    result = core(axes, v["x"], v["weight"], v["bias"], v["out"], name, v["where"], v["residual"])
+    several = return_stats or return_residual
     if result is NotImplemented:
         packing = _Packing(kind, axes, v["x"])
-        packed = packing.data(v["x"])
+        data = packing.data(v["x"]), packing.optional(v["where"]), packing.optional(v["residual"])
         # Another dtype than that of x is reached from the compute type, by one more rounding of a float.
         wide = None if name is None else "float64" if v["x"].dtype == np.float64 else "float32"
-        for expand in (False, True):
-            params = (packing.param(v[p], expand=expand) for p in ("weight", "bias"))
-            result = _core.forward(kind, packing.axes, packed, *params, eps, *running, None, wide, return_stats)
-            if result is not NotImplemented:
-                break
-        y, *statistics = result if return_stats else (result,)
-        target = v["out"]
-        if target is None:
-            dtype = y.dtype if name is None else _dtype_named(name, numpy=isinstance(x, np.ndarray))
-            target = np.empty_like(v["x"], dtype=dtype, order="K", subok=False)
-        np.copyto(target, _narrow(packing.back(y), target.dtype) if name is not None else packing.back(y))
-        result = (target, *statistics) if return_stats else target
-    if not return_stats:
+        result, _ = packing.call(
+            lambda w, b: core(packing.axes, data[0], w, b, None, wide, data[1], data[2]), v["weight"], v["bias"]
+        )
+        results: list[Any] = list(result) if several else [result]
+        y, others = results[0], results[1:]
+        if return_residual:
+            others[-1] = packing.like_x(others[-1])
+        y = packing.like_x(y, _target(v["x"], v["out"], name, numpy=isinstance(x, np.ndarray)))
+        result = (y, *others) if several else y
+    if not several:
         return give_back(result) if out is None else out
     return (give_back(result[0]) if out is None else out, *map(give_back, result[1:]))
 
 
-def backward_anywhere(
-    kind: int, axes: Any, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, use_input_stats: bool,
-    need: Collection[str], out: Any,
-) -> tuple[Any, Any, Any]:  # fmt: skip
-    """`_core.backward` for any library and layout."""
-    v, give_back = _views(x=x, dy=dy, mean=mean, rstd=rstd, weight=weight, out=out)
-    statistics = v["mean"], v["rstd"]
-    result = _core.backward(kind, axes, v["dy"], v["x"], *statistics, v["weight"], use_input_stats, need, v["out"])
+def _target(x: NDArray, out: NDArray | None, name: str | None, *, numpy: bool) -> NDArray | None:
+    """Where y goes: `out`, or a new array where a dtype is named."""
+    if out is not None or name is None:
+        return out
+    return np.empty_like(x, dtype=_dtype_named(name, numpy=numpy), order="K", subok=False)
+
+
+def apply_anywhere(
+    kind: int, axes: Any, x: Any, mean: Any, rstd: Any, weight: Any, bias: Any, out: Any, out_dtype: Any,
+    activation: Any, weight_offset: float,
+) -> Any:  # fmt: skip
+    """`_core.apply` for any library, layout and output dtype."""
+    v, give_back = _views(x=x, mean=mean, rstd=rstd, weight=weight, bias=bias, out=out)
+    name = _dtype_name(out_dtype)
+
+    def core(axes: Any, x: Any, weight: Any, bias: Any, out: Any, name: str | None) -> Any:
+        return _core.apply(kind, axes, x, v["mean"], v["rstd"], weight, bias, out, name, activation, weight_offset)
+
+    result = core(axes, v["x"], v["weight"], v["bias"], v["out"], name)
     if result is NotImplemented:
         packing = _Packing(kind, axes, v["x"])
-        packed = packing.data(v["dy"]), packing.data(v["x"])
+        packed = packing.data(v["x"])
+        wide = None if name is None else "float64" if v["x"].dtype == np.float64 else "float32"
+        result, _ = packing.call(lambda w, b: core(packing.axes, packed, w, b, None, wide), v["weight"], v["bias"])
+        result = packing.like_x(result, _target(v["x"], v["out"], name, numpy=isinstance(x, np.ndarray)))
+    return give_back(result) if out is None else out
+
+
+def moments_anywhere(kind: int, axes: Any, x: Any, where: Any) -> tuple[NDArray, Callable[[Any], Any]]:
+    """`_core.moments` for any library and layout, as a NumPy array, and the way back to the library of x."""
+    v, give_back = _views(x=x, where=where)
+    result = _core.moments(kind, axes, v["x"], v["where"])
+    if result is NotImplemented:
+        packing = _Packing(kind, axes, v["x"])
+        result = _core.moments(kind, packing.axes, packing.data(v["x"]), packing.optional(v["where"]))
+    return result, give_back
+
+
+def backward_anywhere(
+    kind: int, axes: Any, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, use_input_stats: bool,
+    need: Collection[str], out: Any, where: Any, bias: Any, activation: Any, weight_offset: float, dresidual: Any,
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    """`_core.backward` for any library and layout."""
+    v, give_back = _views(
+        x=x, dy=dy, mean=mean, rstd=rstd, weight=weight, out=out, where=where, bias=bias, dresidual=dresidual
+    )
+
+    def core(axes: Any, dy: Any, x: Any, weight: Any, bias: Any, out: Any, where: Any, dresidual: Any) -> Any:
+        options = where, bias, activation, weight_offset, dresidual
+        return _core.backward(kind, axes, dy, x, v["mean"], v["rstd"], weight, use_input_stats, need, out, *options)
+
+    result = core(axes, v["dy"], v["x"], v["weight"], v["bias"], v["out"], v["where"], v["dresidual"])
+    if result is NotImplemented:
+        packing = _Packing(kind, axes, v["x"])
+        dy, x = packing.data(v["dy"]), packing.data(v["x"])
+        options = packing.optional(v["where"]), packing.optional(v["dresidual"])
         weight = v["weight"]
-        for expand in (False, True):
-            if expand and weight is None:  # gradients of weights that are not there, but would not fit
-                weight = packing.ones()
-            params = packing.param(weight, expand=expand), use_input_stats, need
-            result = _core.backward(kind, packing.axes, *packed, *statistics, *params, None)
-            if result is not NotImplemented:
-                break
+        result, expanded = packing.call(lambda w, b: core(packing.axes, dy, x, w, b, None, *options), weight, v["bias"])
+        if result is NotImplemented:  # gradients of weights that are not there, but would not fit
+            weight = packing.ones()
+            result, expanded = packing.call(
+                lambda w, b: core(packing.axes, dy, x, w, b, None, *options), weight, v["bias"]
+            )
         dx, *gradients = result
-        if dx is not None:
-            target = np.empty_like(v["x"], order="K", subok=False) if v["out"] is None else v["out"]
-            np.copyto(target, packing.back(dx))
-            dx = target
-        result = (dx, *(packing.gradient(g, weight, expanded=expand) for g in gradients))
+        dx = None if dx is None else packing.like_x(dx, v["out"])
+        result = (dx, *(packing.gradient(g, weight, expanded=expanded) for g in gradients))
     dx, dweight, dbias = result
     if out is not None and dx is not None:
         return out, give_back(dweight), give_back(dbias)
     return give_back(dx), give_back(dweight), give_back(dbias)
+
+
+def backward_sums_anywhere(
+    kind: int, axes: Any, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, where: Any, bias: Any,
+    activation: Any, weight_offset: float,
+) -> Any:  # fmt: skip
+    """`_core.backward_sums` for any library and layout."""
+    v, give_back = _views(x=x, dy=dy, mean=mean, rstd=rstd, weight=weight, where=where, bias=bias)
+
+    def core(axes: Any, dy: Any, x: Any, weight: Any, bias: Any, where: Any) -> Any:
+        options = where, bias, activation, weight_offset
+        return _core.backward_sums(kind, axes, dy, x, v["mean"], v["rstd"], weight, *options)
+
+    result = core(axes, v["dy"], v["x"], v["weight"], v["bias"], v["where"])
+    if result is NotImplemented:
+        packing = _Packing(kind, axes, v["x"])
+        data = packing.data(v["dy"]), packing.data(v["x"])
+        mask = packing.optional(v["where"])
+        result, _ = packing.call(lambda w, b: core(packing.axes, *data, w, b, mask), v["weight"], v["bias"])
+    return give_back(result)
+
+
+def apply_backward_anywhere(
+    kind: int, axes: Any, dy: Any, x: Any, mean: Any, rstd: Any, sums: Any, count: Any, weight: Any, out: Any,
+    where: Any, bias: Any, activation: Any, weight_offset: float, dresidual: Any,
+) -> Any:  # fmt: skip
+    """`_core.apply_backward` for any library and layout; `count` may be a number."""
+    numbers = {} if isinstance(count, int | float | np.number) else {"count": count}
+    v, give_back = _views(
+        x=x, dy=dy, mean=mean, rstd=rstd, sums=sums, weight=weight, out=out, where=where, bias=bias,
+        dresidual=dresidual, **numbers,
+    )  # fmt: skip
+    shape = v["rstd"].shape if v["rstd"] is not None else ()
+    given = v.get("count")
+    counts = np.full(shape, count, np.float64) if given is None else given.astype(np.float64)
+
+    def core(axes: Any, dy: Any, x: Any, weight: Any, bias: Any, out: Any, where: Any, dresidual: Any) -> Any:
+        options = where, bias, activation, weight_offset, dresidual
+        return _core.apply_backward(kind, axes, dy, x, v["mean"], v["rstd"], v["sums"], counts, weight, out, *options)
+
+    result = core(axes, v["dy"], v["x"], v["weight"], v["bias"], v["out"], v["where"], v["dresidual"])
+    if result is NotImplemented:
+        packing = _Packing(kind, axes, v["x"])
+        data = packing.data(v["dy"]), packing.data(v["x"])
+        options = packing.optional(v["where"]), packing.optional(v["dresidual"])
+        result, _ = packing.call(lambda w, b: core(packing.axes, *data, w, b, None, *options), v["weight"], v["bias"])
+        result = packing.like_x(result, v["out"])
+    return give_back(result) if out is None else out

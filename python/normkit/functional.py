@@ -8,10 +8,8 @@ from collections.abc import Collection
 from typing import Any
 
 from . import _core
-from ._arrays import backward_anywhere, forward_anywhere
-
-# An array is whatever NumPy, or a library that speaks DLPack, calls one; outputs are of the same kind.
-Array = Any
+from ._arrays import Activation, Array, backward_anywhere, called, forward_anywhere
+from .phases import Moments, apply_any
 
 _NORMALIZE, _NORMALIZE_RMS, _INSTANCE, _GROUP = _core.NORMALIZE, _core.NORMALIZE_RMS, _core.INSTANCE, _core.GROUP
 _BATCH, _LAYER, _LAYER_RMS = _core.BATCH, _core.LAYER, _core.LAYER_RMS
@@ -42,6 +40,11 @@ def instance_norm(
     out: Array = None,
     out_dtype: Any = None,
     return_stats: bool = False,
+    where: Array = None,
+    activation: Activation = None,
+    residual: Array = None,
+    return_residual: bool = False,
+    weight_offset: float = 0.0,
 ) -> Any:
     """Normalize each channel of each image by its own mean and variance.
 
@@ -67,10 +70,24 @@ def instance_norm(
         The dtype of y: float32, float64, float16 or bfloat16. Default: that of x, or float32 for integers.
     return_stats
         Also return what `instance_norm_backward` needs.
+    where : bool, broadcasts against x, optional
+        The members of the statistics: the others count neither in mean nor in var, and may be NaN. All outputs are
+        normalized. Without any member mean and rstd are 0, so that y is bias; running statistics leave out what has
+        fewer than two. No part of the backward of such an instance is NaN.
+    activation
+        Applied to y before it is rounded: "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "elu", "sigmoid" or
+        "tanh", as PyTorch defines them, or a pair ("leaky_relu", slope) or ("elu", alpha).
+    residual : the shape and dtype of x, optional
+        Added to x before the statistics, with the bits of ``x + residual`` in the dtype of x.
+    return_residual
+        Also return that sum, the last of the results.
+    weight_offset
+        ``weight + weight_offset`` is used, such as 1.0 for weights that are stored as gamma - 1. Without a weight it
+        stays 1.
 
     Returns
     -------
-    y, or (y, mean, rstd)
+    y, or (y, mean, rstd), and x + residual with `return_residual`
         y is like x in library, shape and memory layout. mean and rstd = 1 / sqrt(var + eps) are (N, C), of float32,
         or of float64 where x is.
 
@@ -88,7 +105,7 @@ def instance_norm(
     """
     return _forward(
         _INSTANCE, channel_axis, x, weight, bias, eps, running_mean, running_var, use_input_stats, momentum,
-        out, out_dtype, return_stats,
+        out, out_dtype, return_stats, where, residual, return_residual, activation, weight_offset,
     )  # fmt: skip
 
 
@@ -103,6 +120,11 @@ def instance_norm_backward(
     use_input_stats: bool = True,
     need: Collection[str] = _ALL,
     out: Array = None,
+    where: Array = None,
+    bias: Array = None,
+    activation: Activation = None,
+    weight_offset: float = 0.0,
+    dresidual: Array = None,
 ) -> tuple[Any, Any, Any]:
     """The gradient of `instance_norm`.
 
@@ -121,6 +143,14 @@ def instance_norm_backward(
         Names of the gradients that are wanted; the others are None and cost nothing.
     out
         Where to write dx. May be dy or x itself; any other overlap is refused.
+    where, activation, weight_offset
+        As in the forward. With an activation dy is the gradient of what it gave, and ``dy * slope`` stands for dy in
+        the formulas. With a mask the averages are sums over all elements, divided by the number of members, and only
+        members have them in their dx. Where dy is 0, x may be NaN.
+    bias
+        As in the forward; only an activation depends on it.
+    dresidual : like dx, optional
+        The gradient of the sum that the forward returned with `return_residual`, added to dx.
 
     Returns
     -------
@@ -134,8 +164,9 @@ def instance_norm_backward(
         Naming the argument, before anything is written.
     """
     result: tuple[Any, Any, Any] = _backward(
-        _INSTANCE, channel_axis, dy, x, mean, rstd, weight, use_input_stats, need, out
-    )
+        _INSTANCE, channel_axis, dy, x, mean, rstd, weight, use_input_stats, need, out,
+        where, bias, activation, weight_offset, dresidual,
+    )  # fmt: skip
     return result
 
 
@@ -150,6 +181,11 @@ def group_norm(
     out: Array = None,
     out_dtype: Any = None,
     return_stats: bool = False,
+    where: Array = None,
+    activation: Activation = None,
+    residual: Array = None,
+    return_residual: bool = False,
+    weight_offset: float = 0.0,
 ) -> Any:
     """Normalize each image over groups of channels.
 
@@ -164,7 +200,7 @@ def group_norm(
     num_groups
         Divides C.
     weight, bias : (C,), (N, C) or the shape of x, optional
-    eps, out, out_dtype, return_stats
+    eps, and all options from `out` on
         As in `instance_norm`.
 
     Returns
@@ -178,7 +214,10 @@ def group_norm(
         Naming the argument, before anything is written.
     """
     axes = (channel_axis, num_groups)
-    return _forward(_GROUP, axes, x, weight, bias, eps, None, None, True, 0.0, out, out_dtype, return_stats)
+    return _forward(
+        _GROUP, axes, x, weight, bias, eps, None, None, True, 0.0, out, out_dtype, return_stats,
+        where, residual, return_residual, activation, weight_offset,
+    )  # fmt: skip
 
 
 def group_norm_backward(
@@ -193,6 +232,11 @@ def group_norm_backward(
     use_input_stats: bool = True,
     need: Collection[str] = _ALL,
     out: Array = None,
+    where: Array = None,
+    bias: Array = None,
+    activation: Activation = None,
+    weight_offset: float = 0.0,
+    dresidual: Array = None,
 ) -> tuple[Any, Any, Any]:
     """The gradient of `group_norm`. Formulas, options and errors are those of `instance_norm_backward`.
 
@@ -201,7 +245,10 @@ def group_norm_backward(
     Returns (dx, dweight, dbias). Without weight, dweight and dbias are (C,).
     """
     axes = (channel_axis, num_groups)
-    result: tuple[Any, Any, Any] = _backward(_GROUP, axes, dy, x, mean, rstd, weight, use_input_stats, need, out)
+    result: tuple[Any, Any, Any] = _backward(
+        _GROUP, axes, dy, x, mean, rstd, weight, use_input_stats, need, out,
+        where, bias, activation, weight_offset, dresidual,
+    )  # fmt: skip
     return result
 
 
@@ -215,6 +262,11 @@ def layer_norm(
     out: Array = None,
     out_dtype: Any = None,
     return_stats: bool = False,
+    where: Array = None,
+    activation: Activation = None,
+    residual: Array = None,
+    return_residual: bool = False,
+    weight_offset: float = 0.0,
 ) -> Any:
     """Normalize over the given axes, which need not be the last ones.
 
@@ -228,7 +280,7 @@ def layer_norm(
     weight, bias : the extents of the normalized axes, in the order they have in x, optional
     axis
         One axis or several, each from -x.ndim to x.ndim - 1.
-    eps, out, out_dtype, return_stats
+    eps, and all options from `out` on
         As in `instance_norm`.
 
     Returns
@@ -241,7 +293,10 @@ def layer_norm(
     TypeError, ValueError, numpy.exceptions.AxisError
         Naming the argument, before anything is written.
     """
-    return _forward(_LAYER, axis, x, weight, bias, eps, None, None, True, 0.0, out, out_dtype, return_stats)
+    return _forward(
+        _LAYER, axis, x, weight, bias, eps, None, None, True, 0.0, out, out_dtype, return_stats,
+        where, residual, return_residual, activation, weight_offset,
+    )  # fmt: skip
 
 
 def layer_norm_backward(
@@ -255,6 +310,11 @@ def layer_norm_backward(
     use_input_stats: bool = True,
     need: Collection[str] = _ALL,
     out: Array = None,
+    where: Array = None,
+    bias: Array = None,
+    activation: Activation = None,
+    weight_offset: float = 0.0,
+    dresidual: Array = None,
 ) -> tuple[Any, Any, Any]:
     """The gradient of `layer_norm`. Formulas, options and errors are those of `instance_norm_backward`.
 
@@ -262,7 +322,10 @@ def layer_norm_backward(
 
     Returns (dx, dweight, dbias). dweight and dbias have the extents of the normalized axes.
     """
-    result: tuple[Any, Any, Any] = _backward(_LAYER, axis, dy, x, mean, rstd, weight, use_input_stats, need, out)
+    result: tuple[Any, Any, Any] = _backward(
+        _LAYER, axis, dy, x, mean, rstd, weight, use_input_stats, need, out,
+        where, bias, activation, weight_offset, dresidual,
+    )  # fmt: skip
     return result
 
 
@@ -276,6 +339,11 @@ def rms_norm(
     out: Array = None,
     out_dtype: Any = None,
     return_stats: bool = False,
+    where: Array = None,
+    activation: Activation = None,
+    residual: Array = None,
+    return_residual: bool = False,
+    weight_offset: float = 0.0,
 ) -> Any:
     """Divide by the root mean square over the given axes.
 
@@ -291,7 +359,7 @@ def rms_norm(
         One axis or several, each from -x.ndim to x.ndim - 1.
     eps
         Default: that of float32, 2**-23, or of float64, 2**-52, where x is.
-    out, out_dtype, return_stats
+    All options from `out` on
         As in `instance_norm`.
 
     Returns
@@ -304,7 +372,10 @@ def rms_norm(
     TypeError, ValueError, numpy.exceptions.AxisError
         Naming the argument, before anything is written.
     """
-    return _forward(_LAYER_RMS, axis, x, weight, bias, eps, None, None, True, 0.0, out, out_dtype, return_stats)
+    return _forward(
+        _LAYER_RMS, axis, x, weight, bias, eps, None, None, True, 0.0, out, out_dtype, return_stats,
+        where, residual, return_residual, activation, weight_offset,
+    )  # fmt: skip
 
 
 def rms_norm_backward(
@@ -317,6 +388,11 @@ def rms_norm_backward(
     use_input_stats: bool = True,
     need: Collection[str] = _ALL,
     out: Array = None,
+    where: Array = None,
+    bias: Array = None,
+    activation: Activation = None,
+    weight_offset: float = 0.0,
+    dresidual: Array = None,
 ) -> tuple[Any, Any, Any]:
     """The gradient of `rms_norm`.
 
@@ -327,7 +403,10 @@ def rms_norm_backward(
 
     Returns (dx, dweight, dbias). dweight and dbias have the extents of the normalized axes.
     """
-    result: tuple[Any, Any, Any] = _backward(_LAYER_RMS, axis, dy, x, None, rstd, weight, use_input_stats, need, out)
+    result: tuple[Any, Any, Any] = _backward(
+        _LAYER_RMS, axis, dy, x, None, rstd, weight, use_input_stats, need, out,
+        where, bias, activation, weight_offset, dresidual,
+    )  # fmt: skip
     return result
 
 
@@ -345,6 +424,11 @@ def batch_norm(
     out: Array = None,
     out_dtype: Any = None,
     return_stats: bool = False,
+    where: Array = None,
+    activation: Activation = None,
+    residual: Array = None,
+    return_residual: bool = False,
+    weight_offset: float = 0.0,
 ) -> Any:
     """Normalize each channel over the batch, or by its running statistics.
 
@@ -360,7 +444,7 @@ def batch_norm(
     weight, bias : (C,), optional
     running_mean, running_var : (C,) float32 or float64
         Optional in training.
-    eps, momentum, out, out_dtype, return_stats
+    eps, momentum, and all options from `out` on
         As in `instance_norm`.
 
     Returns
@@ -375,7 +459,7 @@ def batch_norm(
     """
     return _forward(
         _BATCH, channel_axis, x, weight, bias, eps, running_mean, running_var, training, momentum,
-        out, out_dtype, return_stats,
+        out, out_dtype, return_stats, where, residual, return_residual, activation, weight_offset,
     )  # fmt: skip
 
 
@@ -390,6 +474,11 @@ def batch_norm_backward(
     channel_axis: int = 1,
     need: Collection[str] = _ALL,
     out: Array = None,
+    where: Array = None,
+    bias: Array = None,
+    activation: Activation = None,
+    weight_offset: float = 0.0,
+    dresidual: Array = None,
 ) -> tuple[Any, Any, Any]:
     """The gradient of `batch_norm`. Formulas, options and errors are those of `instance_norm_backward`.
 
@@ -397,8 +486,140 @@ def batch_norm_backward(
 
     Returns (dx, dweight, dbias). dweight and dbias are (C,).
     """
-    result: tuple[Any, Any, Any] = _backward(_BATCH, channel_axis, dy, x, mean, rstd, weight, training, need, out)
+    result: tuple[Any, Any, Any] = _backward(
+        _BATCH, channel_axis, dy, x, mean, rstd, weight, training, need, out,
+        where, bias, activation, weight_offset, dresidual,
+    )  # fmt: skip
     return result
+
+
+def adaptive_instance_norm(
+    content: Array,
+    style: Array,
+    *,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    out: Array = None,
+    out_dtype: Any = None,
+    return_stats: bool = False,
+    where: Array = None,
+    activation: Activation = None,
+    residual: Array = None,
+    return_residual: bool = False,
+) -> Any:
+    """Give each channel of each image the mean and deviation that it has in another image (AdaIN).
+
+        y = (content - mean) / sqrt(var + eps) * sqrt(style_var + eps) + style_mean
+
+    Statistics are those of `instance_norm`, and so is `var`: biased.
+    Huang and Belongie, "Arbitrary Style Transfer in Real-time with Adaptive Instance Normalization", 2017.
+
+    Parameters
+    ----------
+    content : (N, C, *spatial), or with C at `channel_axis`
+    style : the same N and C, other extents at will; any dtype that `instance_norm` takes
+    eps
+        Added to both variances.
+    All options from `out` on
+        As in `instance_norm`; a mask is that of content.
+
+    Returns
+    -------
+    y, or (y, mean, rstd)
+        y is like content, and the statistics (N, C) are those of content.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        Naming the argument, before anything is written.
+    """
+    of_style = _style_moments(content, style, channel_axis)
+    with called("content"):
+        return _forward(
+            _INSTANCE, channel_axis, content, of_style.std(eps), of_style.mean, eps, None, None, True, 0.0, out,
+            out_dtype, return_stats, where, residual, return_residual, activation, 0.0,
+        )  # fmt: skip
+
+
+def adaptive_instance_norm_backward(
+    dy: Array,
+    content: Array,
+    style: Array,
+    mean: Array,
+    rstd: Array,
+    *,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    need: Collection[str] = ("dcontent", "dstyle"),
+    out: Array = None,
+    where: Array = None,
+    activation: Activation = None,
+    dresidual: Array = None,
+) -> tuple[Any, Any]:
+    """The gradient of `adaptive_instance_norm`: that of `instance_norm` for content, and for each member of style
+
+        dstyle = (sum(dy) + style_hat * sum(dy * x_hat)) / members of style
+
+    Parameters
+    ----------
+    dy, content : the same shape, float32, float64, float16 or bfloat16
+    style : as in the forward, floating
+    mean, rstd : (N, C), as `adaptive_instance_norm` returned them
+    eps
+        As in the forward.
+    need
+        Names of the gradients that are wanted; the others are None and cost nothing.
+    out
+        Where to write dcontent. May be dy or content itself; any other overlap is refused.
+    where, activation, dresidual
+        As in `instance_norm_backward`.
+
+    Returns
+    -------
+    (dcontent, dstyle)
+        Like content and style.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        Naming the argument, before anything is written.
+    """
+    unknown = [name for name in need if name not in ("dcontent", "dstyle")]
+    if unknown:
+        raise ValueError(f"need has {unknown[0]!r}, expected names from ('dcontent', 'dstyle')")
+    of_style = _style_moments(content, style, channel_axis)
+    wanted = ("dx",) if "dcontent" in need else ()
+    if "dstyle" in need:
+        wanted = (*wanted, "dweight", "dbias")
+    with called("content"):
+        dcontent, dweight, dbias = _backward(
+            _INSTANCE, channel_axis, dy, content, mean, rstd, of_style.std(eps), True, wanted, out,
+            where, of_style.mean, activation, 0.0, dresidual,
+        )  # fmt: skip
+    if "dstyle" not in need:
+        return dcontent, None
+    # sqrt(var + eps) and mean of style are weight and bias of content.
+    weight, bias = dweight / of_style.count, dbias / of_style.count
+    with called("style"):
+        dstyle = apply_any(
+            _INSTANCE, channel_axis, style, of_style.mean, of_style.rstd(eps), weight, bias, None, None, None, 0.0
+        )
+    return dcontent, dstyle
+
+
+def _style_moments(content: Array, style: Array, channel_axis: int) -> Moments:
+    """The moments of style, whose images and channels must be those of content."""
+    with called("style"):
+        moments = Moments.of(_INSTANCE, channel_axis, style)
+    shape: tuple[int, ...] = tuple(getattr(content, "shape", ()))
+    if -len(shape) <= channel_axis < len(shape):  # else content is refused by its own call
+        found, expected = tuple(moments.count.shape), (shape[0], shape[channel_axis])
+        if found != expected:
+            raise ValueError(
+                f"style has {found[0]} images of {found[1]} channels, expected {expected[0]} of {expected[1]}, "
+                "as content has"
+            )
+    return moments
 
 
 def normalize(
@@ -412,6 +633,11 @@ def normalize(
     out: Array = None,
     out_dtype: Any = None,
     return_stats: bool = False,
+    where: Array = None,
+    activation: Activation = None,
+    residual: Array = None,
+    return_residual: bool = False,
+    weight_offset: float = 0.0,
 ) -> Any:
     """Normalize x over any axes: the one operation beneath all the named ones.
 
@@ -429,10 +655,8 @@ def normalize(
         One axis or several, each from -x.ndim to x.ndim - 1.
     center
         False: root mean square (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019).
-    eps, out, out_dtype
+    eps, and all options from `out` on
         As in `instance_norm`.
-    return_stats
-        Also return the statistics.
 
     Returns
     -------
@@ -451,7 +675,10 @@ def normalize(
     [[0.849, 1.131], [0.849, 1.131]]
     """
     kind = _NORMALIZE if center else _NORMALIZE_RMS
-    return _forward(kind, axis, x, weight, bias, eps, None, None, True, 0.0, out, out_dtype, return_stats)
+    return _forward(
+        kind, axis, x, weight, bias, eps, None, None, True, 0.0, out, out_dtype, return_stats,
+        where, residual, return_residual, activation, weight_offset,
+    )  # fmt: skip
 
 
 def normalize_backward(
@@ -466,6 +693,11 @@ def normalize_backward(
     use_input_stats: bool = True,
     need: Collection[str] = _ALL,
     out: Array = None,
+    where: Array = None,
+    bias: Array = None,
+    activation: Activation = None,
+    weight_offset: float = 0.0,
+    dresidual: Array = None,
 ) -> tuple[Any, Any, Any]:
     """The gradient of `normalize`. Formulas, dtypes and errors are those of `instance_norm_backward`.
 
@@ -476,5 +708,8 @@ def normalize_backward(
     Returns (dx, dweight, dbias). dweight and dbias have the shape of weight; without one, that of the normalized axes.
     """
     kind = _NORMALIZE if center else _NORMALIZE_RMS
-    result: tuple[Any, Any, Any] = _backward(kind, axis, dy, x, mean, rstd, weight, use_input_stats, need, out)
+    result: tuple[Any, Any, Any] = _backward(
+        kind, axis, dy, x, mean, rstd, weight, use_input_stats, need, out,
+        where, bias, activation, weight_offset, dresidual,
+    )  # fmt: skip
     return result

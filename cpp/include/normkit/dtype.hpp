@@ -5,8 +5,9 @@
 
 namespace normkit {
 
-/// `other` is any element type that the library does not compute with; it exists to be named in an error.
-enum class Dtype : std::uint8_t { float32, float64, float16, bfloat16, uint8, int8, uint16, int16, other };
+/// `boolean` is for masks, one byte each. `other` is any element type that the library does not compute with; it exists to be
+/// named in an error.
+enum class Dtype : std::uint8_t { float32, float64, float16, bfloat16, uint8, int8, uint16, int16, boolean, other };
 
 /// Storage of IEEE binary16 and of bfloat16: bits only, converted by the load and store of an instruction set.
 struct Half { std::uint16_t bits; };
@@ -30,6 +31,7 @@ template <class F> constexpr auto visit(Dtype dtype, F&& f) {
 }
 
 constexpr int size_of(Dtype dtype) {
+  if (dtype == Dtype::boolean) return 1;
   return visit(dtype, [](auto t) { return static_cast<int>(sizeof(typename decltype(t)::type)); });
 }
 
@@ -40,7 +42,7 @@ constexpr Dtype compute_dtype(Dtype dtype) { return dtype == Dtype::float64 ? Dt
 
 constexpr const char* name_of(Dtype dtype) {
   constexpr const char* names[] = {"float32", "float64", "float16", "bfloat16", "uint8",
-                                   "int8",    "uint16",  "int16",   "other"};
+                                   "int8",    "uint16",  "int16",   "bool",     "other"};
   return names[static_cast<int>(dtype)];
 }
 

@@ -23,20 +23,21 @@ NORMKIT_HD float mul_add(float a, float b, float c) { return a * b + c; }
 NORMKIT_HD double mul_add(double a, double b, double c) { return a * b + c; }
 #endif
 
-/// Mean and sum of squared deviations from it. RMS keeps the mean at zero, so one merge rule serves both.
-template <class V> struct Moments { V mean, m2; };
+/// Mean, sum of squared deviations from it, and number of a set of members. RMS keeps the mean at zero, so one merge rule
+/// serves both. No members: all zero.
+struct Moments { double mean = 0, m2 = 0, n = 0; };
 
-/// The moments of the union of two disjoint sets of na and nb members (Chan, Golub and LeVeque, 1979).
-template <class V> NORMKIT_HD Moments<V> merge(Moments<V> a, double na, Moments<V> b, double nb) {
-  const double share = nb / (na + nb);
-  const V delta = b.mean - a.mean;
-  return {mul_add(delta, V(share), a.mean), a.m2 + mul_add(delta * delta, V(na * share), b.m2)};
+/// The moments of the union of two disjoint sets (Chan, Golub and LeVeque, 1979). Either may be empty. Without branches, so
+/// that loops over columns become vectors.
+NORMKIT_HD Moments merge(Moments a, Moments b) {
+  const double n = a.n + b.n, share = b.n / (n == 0 ? 1 : n), delta = b.mean - a.mean;
+  return {mul_add(delta, share, a.mean), a.m2 + mul_add(delta, delta * (a.n * share), b.m2), n};
 }
 
-/// The moments of n members from the sums of their differences d to a pivot, and of the squares of those.
-template <class V> NORMKIT_HD Moments<V> from_pivot(V pivot, V sum, V sum_squares, double n) {
-  const V delta = sum * V(1 / n);
-  return {pivot + delta, mul_add(V(0) - delta, sum, sum_squares)};
+/// The moments of n members from the sums of their differences to a pivot, and of the squares of those.
+NORMKIT_HD Moments from_pivot(double pivot, double sum, double sum_squares, double n) {
+  const double delta = sum / (n == 0 ? 1 : n);
+  return {n == 0 ? 0 : pivot + delta, mul_add(-delta, sum, sum_squares), n};
 }
 
 /// A mean, held as two numbers of the compute type (float has too few digits for a mean far from zero), and 1/std.
@@ -50,6 +51,9 @@ NORMKIT_HD double rstd_of(double var, double eps) {
   const double sum = var + eps;
   return sum == 0 ? 0 : 1 / std::sqrt(sum);
 }
+
+/// The same of the biased variance of a set; 0 of an empty one, whose outputs are then the bias.
+NORMKIT_HD double rstd_of(Moments m, double eps) { return m.n == 0 ? 0 : rstd_of(m.m2 / m.n, eps); }
 
 template <class S> NORMKIT_HD Statistic<S> statistic_of(double mean, double rstd) {
   const S high = static_cast<S>(mean);
@@ -68,7 +72,7 @@ template <class S> NORMKIT_HD Affine<S> forward_affine(Statistic<S> s, double we
 
 template <class V> NORMKIT_HD V forward(V x, V mean, V scale, V shift) { return mul_add(x - mean, scale, shift); }
 
-/// Sums over members: of g, of g * (x - mean) and of x - mean. Parts add.
+/// Sums over elements: of g and of g * (x - mean); and over members, of x - mean. Parts add.
 template <class V> struct Sums { V g, gx, d; };
 
 template <class V> NORMKIT_HD Sums<V> operator+(Sums<V> a, Sums<V> b) { return {a.g + b.g, a.gx + b.gx, a.d + b.d}; }
@@ -76,20 +80,23 @@ template <class V> NORMKIT_HD Sums<V> operator+(Sums<V> a, Sums<V> b) { return {
 /// Moves sums that were taken about one mean to a mean that is `shift` above it.
 NORMKIT_HD Sums<double> recenter(Sums<double> s, double shift) { return {s.g, mul_add(-shift, s.g, s.gx), s.d}; }
 
-/// dx = g * a + (x - mean) * b + c.
+/// dx = g * a + (x - mean) * b + c, the last two for members only.
 template <class V> struct Gradient { V a, b, c; };
 
 /// dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)), where g = dy * weight, as coefficients of g and x - mean.
-/// `sums` are taken about the true mean; RMS has no mean(g) term.
+/// Averages are sums over all elements, divided by the members n: the outputs of those that are no members depend on the
+/// statistics too. `sums` are taken about the true mean; RMS has no mean(g) term.
 template <class S> NORMKIT_HD Gradient<S> gradient_of(Statistic<S> s, Sums<double> sums, double n, bool centered) {
+  if (n == 0) return {static_cast<S>(s.rstd), 0, 0};
   const double b = -(s.rstd * s.rstd) * (s.rstd * sums.gx / n);
   const double c = centered ? -(s.rstd * sums.g / n) : 0;
   return {static_cast<S>(s.rstd), static_cast<S>(b), static_cast<S>(c - static_cast<double>(s.mean_low) * b)};
 }
 
-template <class V> NORMKIT_HD V backward(V x, V g, V mean, V a, V b, V c) {
-  return mul_add(g, a, mul_add(x - mean, b, c));
-}
+/// What of dx comes through the statistics; only members have it.
+template <class V> NORMKIT_HD V through_statistics(V x, V mean, V b, V c) { return mul_add(x - mean, b, c); }
+
+template <class V> NORMKIT_HD V backward(V g, V a, V through) { return mul_add(g, a, through); }
 
 /// r <- (1 - momentum) * r + momentum * s.
 NORMKIT_HD double running(double r, double s, double momentum) { return (1 - momentum) * r + momentum * s; }

@@ -41,10 +41,10 @@ struct Geometry {
   constexpr std::int64_t parameters() const { return params.outer ? params.outer * outer : params.count; }
 };
 
-/// Elements between neighbours along outer, steps and lanes; along the run it is 1.
-struct Strides { std::int64_t outer = 0, step = 0, lane = 0; };
+/// Elements between neighbours. Along the run it is 1, but 0 where one element of a mask stands for a whole run.
+struct Strides { std::int64_t outer = 0, step = 0, lane = 0, run = 1; };
 
-/// The arrays that one walk visits together: x, y, dy, dx and a residual at most.
+/// The arrays that one walk visits together: x, two more of its kind, a residual and a mask at most.
 inline constexpr int kMaxOperands = 6;
 
 struct Layout {
@@ -68,11 +68,12 @@ AxisOrder memory_order(std::span<const std::int64_t> shape, std::span<const std:
 /// reduce_axes   the axes that a statistic is taken over
 /// param_axes    the axes that the parameters vary along; 0 for none
 /// operands      strides of each array in elements, the first of them leading the order; at most kMaxOperands
+/// mask          the one of them, if any, that may repeat itself along the run
 ///
 /// Empty where the geometry cannot hold the arrays (a run with gaps, kept and reduced axes that alternate too often,
 /// parameters along axes that are not neighbours): the caller then packs them into a dense array whose reduced axes
 /// are the fastest. That always fits, whatever the parameters, once those are expanded to all kept or all axes.
 std::optional<Layout> canonicalise(std::span<const std::int64_t> shape, AxisMask reduce_axes, AxisMask param_axes,
-                                   std::span<const std::span<const std::int64_t>> operands);
+                                   std::span<const std::span<const std::int64_t>> operands, int mask = -1);
 
 }  // namespace normkit

@@ -19,6 +19,7 @@
 #include <string_view>
 #include <vector>
 
+#include "normkit/activation.hpp"
 #include "normkit/dtype.hpp"
 #include "normkit/geometry.hpp"
 
@@ -62,6 +63,8 @@ struct Spec {
   double eps = 1e-5;         // added to the variance
   bool use_input_stats = true;  // false: running_mean and running_var (forward), mean and rstd (backward) are constants
   double momentum = 0.1;  // running <- (1 - momentum) * running + momentum * statistic
+  double weight_offset = 0;  // weight + weight_offset is used; an absent weight stays 1
+  Activation activation;  // of y
 
   /// Shapes that weight and bias may have, as sets of axes of x; none: any shape that broadcasts against x.
   std::array<AxisMask, 3> param_axes{};
@@ -95,20 +98,28 @@ Spec normalize_spec(int ndim, std::span<const std::int64_t> axes, bool centered 
 /// y                        like x in shape; of x's dtype or of compute_dtype(x); may be x itself, else memory apart
 /// weight, bias             float32, float64 or the dtype of x; absent means 1 and 0
 /// mean, rstd               absent, or arrays of compute_dtype(x) with one element per statistic, written; shape: the kept
-///                          axes of x
+///                          axes of x. apply() reads them: float32 or float64, mean absent where spec.centered is false
 /// running_mean, running_var  absent, or (C,) of float32 or float64, read and updated (spec.use_input_stats), or only read
+/// residual                 absent, or like a floating x: x + residual is normalized
+/// sum                      absent, or like x, written: that sum
+/// where                    absent, or bool that broadcasts against x: the members of the statistics
+/// moments                  of moments(): float64, the kept axes of x and 3, written: mean, sum of squared deviations, count
 struct ForwardArgs {
-  Array x, y, weight, bias, mean, rstd, running_mean, running_var;
+  Array x, y, weight, bias, mean, rstd, running_mean, running_var, residual, sum, where, moments;
   Dtype y_dtype = Dtype::other;  // what y is to have; `other`: that of x, or float32 for an integer x
   bool y_is_apart = false;  // the caller knows that y shares no element with x, though they interleave in memory
 };
 
 /// dy, x, dx                one floating dtype and shape; dx absent: not wanted; dx may be dy or x itself
 /// mean, rstd               what forward wrote, of float32 or float64; mean is absent where spec.centered is false
-/// weight                   as forward had it
+/// weight, bias             as forward had them; bias counts only where there is an activation
 /// dweight, dbias           absent: not wanted; else of weight's shape and any floating dtype, written
+/// where                    as forward had it
+/// dresidual                absent, or like dx: added to it
+/// sums                     of backward_sums() and apply_backward(): float64, the kept axes of x and 3
+/// count                    of apply_backward(): float64, one element per statistic: all members that `sums` are over
 struct BackwardArgs {
-  Array dy, x, dx, mean, rstd, weight, dweight, dbias;
+  Array dy, x, dx, mean, rstd, weight, dweight, dbias, bias, where, dresidual, sums, count;
   bool dx_is_apart = false;  // as y_is_apart, of dx against dy and x
 };
 
@@ -117,7 +128,7 @@ struct BackwardArgs {
 ///     y = (x - mean) / sqrt(var + eps) * weight + bias        var divides by the number of members
 ///
 /// Shapes, dtypes and aliasing are those of ForwardArgs. A constant statistic gives exactly bias. NaN and Inf stay in their
-/// own statistic. The bits of y do not depend on the number of threads, on what else is in the batch, or on alignment, and
+/// own statistic. A statistic without members has mean 0 and rstd 0: y is bias. The bits of y do not depend on the number of threads, on what else is in the batch, or on alignment, and
 /// are the same on every instruction set that has a fused multiply-add.
 /// Allocates only scratch, on the heap. Throws Error, naming the argument, before any memory is written; also where
 /// the strides of the arrays do not fit the geometry (see canonicalise()): pack such arrays first.
@@ -132,6 +143,17 @@ void forward(const ForwardArgs& args, const Spec& spec);
 /// from zero as it is near it. Deterministic: sums are taken in an order that depends on the shape alone.
 /// Aliasing, allocation and errors as for forward().
 void backward(const BackwardArgs& args, const Spec& spec);
+
+/// The two phases of forward(), for data in parts: moments() of each part, merge_moments() of them, apply() to each.
+void moments(const ForwardArgs& args, const Spec& spec);
+void apply(const ForwardArgs& args, const Spec& spec);
+
+/// The two phases of backward(): the sums of parts add.
+void backward_sums(const BackwardArgs& args, const Spec& spec);
+void apply_backward(const BackwardArgs& args, const Spec& spec);
+
+/// Merges n moments (mean, sum of squared deviations, count each) into as many others (Chan, Golub and LeVeque, 1979).
+void merge_moments(double* into, const double* from, std::int64_t n);
 
 /// The instruction set in use, all that this build and this machine have (best first), and the choice of one by name;
 /// false where there is no such name. NORMKIT_ISA in the environment makes the first choice.

@@ -55,7 +55,7 @@ double element(const std::byte* data, Dtype dtype, std::int64_t index) {
 }
 NORMKIT_LOCAL double element(const Param& p, std::int64_t index, double absent) {
   if (!p.data) return absent;
-  return p.dtype == Dtype::float32 ? *at<float>(p.data, index) : element(p.data, p.dtype, index);
+  return p.offset + (p.dtype == Dtype::float32 ? *at<float>(p.data, index) : element(p.data, p.dtype, index));
 }
 
 template <class S> Statistic<S> given_statistic(const Task& t, std::int64_t statistic) {
@@ -65,14 +65,24 @@ template <class S> Statistic<S> given_statistic(const Task& t, std::int64_t stat
   return statistic_of<S>(mean, t.given.is_variance ? rstd_of(scale, t.eps) : scale);
 }
 
+NORMKIT_LOCAL void put(Moments m, double* to) { to[0] = m.mean, to[1] = m.m2, to[2] = m.n; }
+NORMKIT_LOCAL Moments moments_at(const double* from) { return {from[0], from[1], from[2]}; }
+
 /// Hands the moments of a statistic out: to the arrays that were asked for, and to the caller.
-template <class S> NORMKIT_LOCAL Statistic<S> publish(const Task& t, std::int64_t statistic, Moments<double> m) {
-  const double rstd = rstd_of(m.m2 * (1 / static_cast<double>(t.geometry.members())), t.eps);
+template <class S> NORMKIT_LOCAL Statistic<S> publish(const Task& t, std::int64_t statistic, Moments m) {
+  const double rstd = rstd_of(m, t.eps);
   if (t.mean) *at<S>(t.mean, statistic) = static_cast<S>(m.mean);
   if (t.rstd) *at<S>(t.rstd, statistic) = static_cast<S>(rstd);
-  if (t.moments) t.moments[2 * statistic] = m.mean, t.moments[2 * statistic + 1] = m.m2;
+  if (t.moments) put(m, t.moments + 3 * statistic);
   return statistic_of<S>(m.mean, rstd);
 }
+
+/// Integers are read, but never written.
+template <class X>
+constexpr bool kFloating = sizeof(X) > 1 && !__is_same(X, std::uint16_t) && !__is_same(X, std::int16_t);
+
+/// True where weights vary from element to element of a run.
+NORMKIT_LOCAL bool follows_elements(const Geometry& g) { return g.params.stride == 1 && g.params.count > 1; }
 
 /// A part of a run whose parameters are one (`linear` false) or follow the elements.
 struct Piece {
@@ -86,7 +96,7 @@ template <class F>
 NORMKIT_LOCAL void for_pieces(const Task& t, std::int64_t o, std::int64_t offset, std::int64_t begin, std::int64_t end,
                               std::int64_t limit, F f) {
   const ParamMap& p = t.geometry.params;
-  const bool linear = p.stride == 1 && p.count > 1;
+  const bool linear = follows_elements(t.geometry);
   for (std::int64_t i = begin; i < end;) {
     const std::int64_t here = offset + i, group = here / p.stride, index = group % p.count;
     const std::int64_t left = linear ? p.count - index : (group + 1) * p.stride - here;
@@ -103,7 +113,7 @@ template <class S> struct ParamBuffer {
   alignas(64) S value[kBuffer];
 
   const S* read(const Param& p, std::int64_t index, std::int64_t n, S absent) {
-    if (p.data && (p.dtype == Dtype::float64) == (sizeof(S) == 8) && (sizeof(S) == 8 || p.dtype == Dtype::float32))
+    if (p.data && p.offset == 0 && p.dtype == (sizeof(S) == 8 ? Dtype::float64 : Dtype::float32))
       return at<S>(p.data, index);
     for (std::int64_t i = 0; i < n; ++i) value[i] = static_cast<S>(element(p, index + i, absent));
     return value;
@@ -117,6 +127,9 @@ struct Full {
   template <class T> NORMKIT_LOCAL auto load(const T* p) const { return ::normkit::load(p + i); }
   template <class T, class V> NORMKIT_LOCAL void store(T* p, V v) const { ::normkit::store(p + i, v); }
   template <class V> NORMKIT_LOCAL V keep(V v) const { return v; }
+  template <class V> NORMKIT_LOCAL V flags(const std::uint8_t* p) const {
+    return ::normkit::flags<V>(p + i, kLanes<V>);
+  }
 };
 struct Part {
   static constexpr bool kWhole = false;
@@ -125,7 +138,104 @@ struct Part {
   template <class T> NORMKIT_LOCAL auto load(const T* p) const { return ::normkit::load(p + i, n); }
   template <class T, class V> NORMKIT_LOCAL void store(T* p, V v) const { ::normkit::store(p + i, v, n); }
   template <class V> NORMKIT_LOCAL V keep(V v) const { return ::normkit::keep(v, n); }
+  template <class V> NORMKIT_LOCAL V flags(const std::uint8_t* p) const { return ::normkit::flags<V>(p + i, n); }
 };
+
+// ---- members -----------------------------------------------------------------------------------------------------
+
+/// Which elements of a range are members of its statistic: all of them.
+struct Everyone {
+  static constexpr bool kAll = true;
+  NORMKIT_LOCAL void next_row() {}
+  NORMKIT_LOCAL Everyone from(std::int64_t) const { return {}; }
+  template <class P, class V> NORMKIT_LOCAL V keep(P place, V v) const { return place.keep(v); }
+  template <class P, class V> NORMKIT_LOCAL V only(P, V v) const { return v; }
+  double count(std::int64_t rows, std::int64_t n) const { return static_cast<double>(rows * n); }
+  template <class X> const X* first(const X* x, std::int64_t, std::int64_t, std::int64_t) const { return x; }
+};
+
+/// Those that a mask names; `same`: one byte stands for the whole row. What is no member may be NaN.
+struct Masked {
+  static constexpr bool kAll = false;
+  const std::uint8_t* byte;
+  std::int64_t row_stride;
+  bool same;
+
+  NORMKIT_LOCAL void next_row() { byte += row_stride; }
+  NORMKIT_LOCAL Masked from(std::int64_t i) const { return {same ? byte : byte + i, row_stride, same}; }
+  /// v of members, zeros elsewhere and past the end.
+  template <class P, class V> NORMKIT_LOCAL V keep(P place, V v) const { return place.keep(only(place, v)); }
+  template <class P, class V> NORMKIT_LOCAL V only(P place, V v) const {
+    if (same) return *byte ? v : broadcast<V>(decltype(sum(v))(0));
+    return where(place.template flags<V>(byte), v);
+  }
+  [[gnu::noinline]] double count(std::int64_t rows, std::int64_t n) const {
+    std::int64_t members = 0;
+    const std::uint8_t* row = byte;
+    for (std::int64_t k = 0; k < rows; ++k, row += row_stride) {
+      if (same) members += *row ? n : 0;
+      else
+        for (std::int64_t i = 0; i < n; ++i) members += row[i] != 0;
+    }
+    return static_cast<double>(members);
+  }
+  /// The first member, for which there must be one.
+  template <class X> const X* first(const X* x, std::int64_t stride, std::int64_t rows, std::int64_t n) const {
+    const std::uint8_t* row = byte;
+    for (std::int64_t k = 0; k < rows; ++k, row += row_stride, x += stride)
+      for (std::int64_t i = 0; i < n; ++i)
+        if (row[same ? 0 : i]) return x + i;
+    return x;
+  }
+};
+
+NORMKIT_LOCAL const std::uint8_t* mask_at(const Task& t, std::int64_t o, std::int64_t step, std::int64_t lane) {
+  return reinterpret_cast<const std::uint8_t*>(at<std::uint8_t>(t.where, o, step, lane));
+}
+
+/// Calls f with the members of a range of a row, and of those that follow it step by step.
+template <class F>
+NORMKIT_LOCAL auto with_members(const Task& t, std::int64_t o, std::int64_t step, std::int64_t lane, std::int64_t begin,
+                                F f) {
+  if (!t.where.data) return f(Everyone{});
+  const Strides& s = t.where.strides;
+  return f(Masked{mask_at(t, o, step, lane) + begin * s.run, s.step, s.run == 0});
+}
+
+// ---- activation --------------------------------------------------------------------------------------------------
+
+/// Not inlined into the loops that call them: eight functions in each would be most of the library.
+template <class V> [[gnu::noinline]] V activated(const Activation& a, V z) { return activate(a, z); }
+template <class V> [[gnu::noinline]] V slope_at(const Activation& a, V z) { return activation_slope(a, z); }
+
+/// z = x_hat * weight + bias, to which an activation is applied. A constant weight and bias are in scale and shift; those that
+/// follow the elements are apart.
+template <class X> struct Preactivation {
+  using V = VectorOf<X>;
+  V mean, scale, shift;
+  const ScalarOf<X>*weight = nullptr, *bias = nullptr;
+
+  NORMKIT_LOCAL V constant(V x) const { return forward(x, mean, scale, shift); }
+  template <class P> NORMKIT_LOCAL V linear(P place, V x) const {
+    return mul_add(constant(x), place.load(weight), place.load(bias));
+  }
+  template <class P> NORMKIT_LOCAL V at(P place, V x) const { return weight ? linear(place, x) : constant(x); }
+};
+
+/// That of one piece of a run.
+template <class X, class S>
+NORMKIT_LOCAL Preactivation<X> preactivation(const Task& t, Piece piece, Statistic<S> s, ParamBuffer<S>& weights,
+                                             ParamBuffer<S>& biases) {
+  using V = VectorOf<X>;
+  const double weight = piece.linear ? 1 : element(t.weight, piece.parameter, 1);
+  const Affine<S> affine = forward_affine(s, weight, piece.linear ? 0 : element(t.bias, piece.parameter, 0));
+  Preactivation<X> z{broadcast<V>(s.mean), broadcast<V>(affine.scale), broadcast<V>(affine.shift)};
+  if (piece.linear) {
+    z.weight = weights.read(t.weight, piece.parameter, piece.n, 1);
+    z.bias = biases.read(t.bias, piece.parameter, piece.n, 0);
+  }
+  return z;
+}
 
 /// Stores of one thread that go past the caches. Memory takes whole lines only; a line that one run ends in and the next
 /// begins in is put together here, since a part of a line written the usual way would first be read from memory.

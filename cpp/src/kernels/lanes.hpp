@@ -1,4 +1,4 @@
-// The lanes traversal: a statistic is reduced across steps, with vectors along the contiguous columns.
+// The lanes traversal, forward: a statistic is reduced across steps, with vectors along the contiguous columns.
 //
 //     columns = lanes x run        chunk = 128 steps of a tile of 4 vectors -> spans -> one column -> fold of run columns
 //
@@ -10,14 +10,22 @@ namespace {
 
 constexpr int kTile = 4;  // vectors
 
-/// What is written of each column once its statistic is known, as arrays of the compute type. Forward: y from mean, scale and
-/// shift. Backward: dx from mean, a, b, c. x_hat from mean, unit and origin.
+/// What is known of each column once its statistic is, as arrays of the compute type. Forward: y from mean, a, b. Backward: dx
+/// from mean, a, b, c; x_hat from mean, unit, origin; and z, to which an activation was applied, as forward had it.
 template <class S> struct Table {
-  S *mean, *a, *b, *c, *unit, *origin;
+  S *mean, *a, *b, *c, *unit, *origin, *z_mean, *z_scale, *z_shift;
   Table(double* memory, std::int64_t columns) {
     S* next = reinterpret_cast<S*>(memory);
-    for (S** array : {&mean, &a, &b, &c, &unit, &origin}) *array = next, next += columns;
+    for (S** array : {&mean, &a, &b, &c, &unit, &origin, &z_mean, &z_scale, &z_shift}) *array = next, next += columns;
   }
+};
+
+/// Moments of columns, one array a quantity.
+struct ColumnMoments {
+  double *mean, *m2, *n;
+  ColumnMoments(double* memory, std::int64_t columns) : mean(memory), m2(memory + columns), n(memory + 2 * columns) {}
+  NORMKIT_LOCAL Moments at(std::int64_t k) const { return {mean[k], m2[k], n[k]}; }
+  NORMKIT_LOCAL void set(std::int64_t k, Moments m) const { mean[k] = m.mean, m2[k] = m.m2, n[k] = m.n; }
 };
 
 /// Calls f(vectors as a constant, first column, columns) for each tile; the columns after the last full tile go one vector
@@ -41,170 +49,187 @@ template <class V, int kVectors, class F> NORMKIT_LOCAL void for_vectors(Count<k
 
 // ---- forward ---------------------------------------------------------------------------------------------------
 
-/// Sums of differences to a pivot, of one tile over one chunk, in the compute type.
+/// Sums of differences to a pivot over the members of one tile of one chunk, in the compute type.
 template <class S> struct TileSums {
   static constexpr int kWidth = kTile * (sizeof(S) == 8 ? 8 : 16);
-  alignas(64) S pivot[kWidth], sum[kWidth], squares[kWidth];
+  alignas(64) S pivot[kWidth], sum[kWidth], squares[kWidth], members[kWidth];
+};
+
+/// One tile over one chunk: n columns of `rows` steps.
+template <class X> struct Tile {
+  const X* x;
+  std::int64_t stride, rows, n;
 };
 
 /// The pivots of a tile: the mean of the first four steps, so that no column is far from its own.
 template <class X, int kVectors>
-NORMKIT_LOCAL void first_pivots(const X* x, std::int64_t stride, std::int64_t rows, std::int64_t n,
-                                Count<kVectors> vectors, ScalarOf<X>* pivot) {
+NORMKIT_LOCAL void first_pivots(Tile<X> tile, Count<kVectors> vectors, ScalarOf<X>* pivot, Everyone) {
   using V = VectorOf<X>;
-  for_vectors<V>(vectors, n, [&](int, auto place) NORMKIT_INLINE_LAMBDA {
+  const X* x = tile.x;
+  for_vectors<V>(vectors, tile.n, [&](int, auto place) NORMKIT_INLINE_LAMBDA {
     V p = place.load(x);
-    if (rows >= 4)
-      p = ((p + place.load(x + stride)) + (place.load(x + 2 * stride) + place.load(x + 3 * stride))) *
+    if (tile.rows >= 4)
+      p = ((p + place.load(x + tile.stride)) + (place.load(x + 2 * tile.stride) + place.load(x + 3 * tile.stride))) *
           broadcast<V>(ScalarOf<X>(0.25));
     store(pivot + place.i, p);
   });
 }
+/// With a mask: the first member of each column.
+template <class X, int kVectors>
+void first_pivots(Tile<X> tile, Count<kVectors>, ScalarOf<X>* pivot, const Masked& members) {
+  for (std::int64_t k = 0; k < tile.n; ++k)
+    pivot[k] = first(load(members.from(k).first(tile.x + k, tile.stride, tile.rows, 1), 1));
+}
 
 /// kMagnified: the differences are scaled so that only those of a constant column square to 0.
-template <bool kMagnified, class X, int kVectors>
-NORMKIT_LOCAL void tile_sums(const X* x, std::int64_t stride, std::int64_t rows, std::int64_t n,
-                             Count<kVectors> vectors, TileSums<ScalarOf<X>>& out) {
+template <bool kMagnified, class X, int kVectors, class Members>
+NORMKIT_LOCAL void tile_sums(Tile<X> tile, Count<kVectors> vectors, TileSums<ScalarOf<X>>& out, Members members) {
   using V = VectorOf<X>;
   constexpr std::int64_t kShortSum = 16;  // steps; a sum of sums rounds an eighth as much as one of kChunkSteps
-  const V zero = broadcast<V>(ScalarOf<X>(0));
-  V p[kVectors], total_s[kVectors], total_q[kVectors];
+  const V zero = broadcast<V>(ScalarOf<X>(0)), one = broadcast<V>(ScalarOf<X>(1));
+  V p[kVectors], total_s[kVectors], total_q[kVectors], total_n[kVectors];
   for (int j = 0; j < kVectors; ++j) {
     p[j] = load(out.pivot + j * kLanes<V>);
-    total_s[j] = total_q[j] = zero;
+    total_s[j] = total_q[j] = total_n[j] = zero;
   }
-  for (std::int64_t row = 0; row < rows;) {
+  const X* x = tile.x;
+  for (std::int64_t row = 0; row < tile.rows;) {
     V s[kVectors], q[kVectors];
     for (int j = 0; j < kVectors; ++j) s[j] = q[j] = zero;
-    for (const std::int64_t last = least(rows, row + kShortSum); row < last; ++row, x += stride)
-      for_vectors<V>(vectors, n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
-        V d = place.load(x) - p[j];
+    for (const std::int64_t last = least(tile.rows, row + kShortSum); row < last;
+         ++row, x += tile.stride, members.next_row())
+      for_vectors<V>(vectors, tile.n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
+        V d = members.only(place, place.load(x) - p[j]);
         if constexpr (kMagnified) d = d * broadcast<V>(kMagnify<ScalarOf<X>>);
         s[j] = s[j] + d;
         q[j] = mul_add(d, d, q[j]);
+        if constexpr (!Members::kAll) total_n[j] = total_n[j] + members.only(place, one);
       });
     for (int j = 0; j < kVectors; ++j) total_s[j] = total_s[j] + s[j], total_q[j] = total_q[j] + q[j];
   }
+  if constexpr (Members::kAll)
+    for (V& n : total_n) n = broadcast<V>(static_cast<ScalarOf<X>>(tile.rows));
   for (int j = 0; j < kVectors; ++j) {
     store(out.sum + j * kLanes<V>, total_s[j]);
     store(out.squares + j * kLanes<V>, total_q[j]);
+    store(out.members + j * kLanes<V>, total_n[j]);
   }
 }
 
-/// Moments of one column in double, in two passes: for data that defeats the pivots.
-template <class X>
-[[gnu::noinline]] Moments<double> careful_column(const X* x, std::int64_t stride, std::int64_t rows, bool centered) {
-  const double count = static_cast<double>(rows);
+/// Moments of the n members of one column in double, in two passes: for data that defeats the pivots.
+template <class X, class Members>
+[[gnu::noinline]] Moments careful_column(const X* x, std::int64_t stride, std::int64_t rows, double n, bool centered,
+                                         const Members& members) {
   const auto sums_about = [&](double pivot) {
     double s = 0, q = 0;
-    for (std::int64_t row = 0; row < rows; ++row) {
+    Members row_members = members;
+    for (std::int64_t row = 0; row < rows; ++row, row_members.next_row()) {
+      if (row_members.count(1, 1) == 0) continue;
       const double d = static_cast<double>(first(load(x + row * stride, 1))) - pivot;
       s += d;
       q = mul_add(d, d, q);
     }
-    return from_pivot(pivot, s, q, count);
+    return from_pivot(pivot, s, q, n);
   };
-  if (centered) return sums_about(sums_about(static_cast<double>(first(load(x, 1)))).mean);
-  const Moments<double> m = sums_about(0);
-  return {0, mul_add(m.mean * m.mean, count, m.m2)};
+  if (centered)
+    return sums_about(sums_about(static_cast<double>(first(load(members.first(x, stride, rows, 1), 1)))).mean);
+  const Moments m = sums_about(0);
+  return {0, mul_add(m.mean * m.mean, n, m.m2), n};
 }
 
 /// The columns of a tile whose sums say nothing: constant ones keep their pivot, others are taken once more in double. A column
 /// is judged by itself, so that none depends on its neighbors.
-template <class X, int kVectors>
-[[gnu::noinline]] void mend_columns(const X* x, std::int64_t stride, std::int64_t rows, std::int64_t n, bool centered,
-                                    Count<kVectors> vectors, TileSums<ScalarOf<X>>& sums, const bool* doubtful,
-                                    double* mean, double* m2) {
-  tile_sums<true>(x, stride, rows, n, vectors, sums);
-  for (std::int64_t k = 0; k < n; ++k) {
+template <class X, int kVectors, class Members>
+[[gnu::noinline]] void mend_columns(Tile<X> tile, bool centered, Count<kVectors> vectors, TileSums<ScalarOf<X>>& sums,
+                                    const bool* doubtful, const Members& members, ColumnMoments out, std::int64_t at) {
+  tile_sums<true>(tile, vectors, sums, members);
+  for (std::int64_t k = 0; k < tile.n; ++k) {
     if (!doubtful[k]) continue;
+    const double n = static_cast<double>(sums.members[k]);
     const bool constant = sums.squares[k] == 0;
-    const Moments<double> m = constant ? Moments<double>{static_cast<double>(sums.pivot[k]), 0}
-                                       : careful_column(x + k, stride, rows, centered);
-    mean[k] = m.mean, m2[k] = m.m2;
+    out.set(at + k, constant ? Moments{static_cast<double>(sums.pivot[k]), 0, n}
+                             : careful_column(tile.x + k, tile.stride, tile.rows, n, centered, members.from(k)));
   }
 }
 
-/// Moments of the columns of one chunk of one tile.
-template <class X, int kVectors>
-[[gnu::noinline]] void chunk_columns(const X* x, std::int64_t stride, std::int64_t rows, std::int64_t n, bool centered,
-                                     Count<kVectors> vectors, TileSums<ScalarOf<X>>& sums, double* mean, double* m2) {
+/// Moments of the columns of one chunk of one tile, into columns `at` and on.
+template <class X, int kVectors, class Members>
+[[gnu::noinline]] void chunk_columns(Tile<X> tile, bool centered, Count<kVectors> vectors, TileSums<ScalarOf<X>>& sums,
+                                     const Members& members, ColumnMoments out, std::int64_t at) {
   using S = ScalarOf<X>;
-  tile_sums<false>(x, stride, rows, n, vectors, sums);
-  const double count = static_cast<double>(rows);
+  tile_sums<false>(tile, vectors, sums, members);
   bool doubtful[TileSums<S>::kWidth], any = false;
-  for (std::int64_t k = 0; k < n; ++k) {
+  for (std::int64_t k = 0; k < tile.n; ++k) {
     const double s = static_cast<double>(sums.sum[k]), q = static_cast<double>(sums.squares[k]);
-    const Moments<double> m = from_pivot(static_cast<double>(sums.pivot[k]), s, q, count);
-    mean[k] = centered ? m.mean : 0;
-    m2[k] = centered ? m.m2 : q;
-    doubtful[k] = !(centered ? trustworthy<S>(s, q, count) : q > kVanishing<S> && q < kOverflowing<S>);
+    const double n = static_cast<double>(sums.members[k]);
+    const Moments m = from_pivot(static_cast<double>(sums.pivot[k]), s, q, n);
+    out.set(at + k, centered ? m : Moments{0, q, n});
+    doubtful[k] = n > 0 && !(centered ? trustworthy<S>(s, q, n) : q > kVanishing<S> && q < kOverflowing<S>);
     any |= doubtful[k];
   }
-  if (any) mend_columns(x, stride, rows, n, centered, vectors, sums, doubtful, mean, m2);
+  if (any) mend_columns(tile, centered, vectors, sums, doubtful, members, out, at);
 }
 
-/// Merges the moments of n columns, nb members each, into those of na members.
-NORMKIT_LOCAL void merge_columns(double* mean, double* m2, double na, const double* more_mean, const double* more_m2,
-                                 double nb, std::int64_t n) {
-  for (std::int64_t k = 0; k < n; ++k) {
-    const Moments<double> m = merge<double>({mean[k], m2[k]}, na, {more_mean[k], more_m2[k]}, nb);
-    mean[k] = m.mean, m2[k] = m.m2;
-  }
+NORMKIT_LOCAL void merge_columns(ColumnMoments into, std::int64_t at, ColumnMoments more, std::int64_t n) {
+  for (std::int64_t k = 0; k < n; ++k) into.set(at + k, merge(into.at(at + k), more.at(k)));
+}
+
+/// Steps [begin, end) of a span.
+NORMKIT_LOCAL std::int64_t span_begin(std::int64_t span) { return span * kSpanChunks * kChunkSteps; }
+NORMKIT_LOCAL std::int64_t span_end(const Geometry& g, std::int64_t span) {
+  return least(g.steps, span_begin(span + 1));
 }
 
 /// Moments of all columns over one span.
-template <class X>
-void span_columns(const Task& t, std::int64_t o, Chunks c, std::int64_t span, double* mean, double* m2) {
+template <class X> void span_columns(const Task& t, std::int64_t o, std::int64_t span, ColumnMoments out) {
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
-  const std::int64_t first = span * kSpanChunks * c.rows, last = least(g.steps, first + kSpanChunks * c.rows);
+  const std::int64_t begin = span_begin(span), end = span_end(g, span);
   TileSums<S> sums;
-  double chunk_mean[TileSums<S>::kWidth], chunk_m2[TileSums<S>::kWidth];
-  for (std::int64_t step = first; step < last; step += c.rows) {
-    const std::int64_t rows = least(c.rows, last - step);
-    const X* from = at<X>(t.x, o, step, 0);
+  double chunk[3 * TileSums<S>::kWidth];
+  const ColumnMoments chunk_out(chunk, TileSums<S>::kWidth);
+  for (std::int64_t step = begin; step < end; step += kChunkSteps) {
+    const std::int64_t rows = least(kChunkSteps, end - step);
+    if (t.residual.data) form_sum<X>(t, o, step, 0, rows, 0, g.columns());
     for_tiles<X>(g.columns(), [&](auto vectors, std::int64_t k, std::int64_t n) {
-      if (!t.centered)
-        for (S& p : sums.pivot) p = 0;
-      else if (step == first) first_pivots(from + k, t.x.strides.step, rows, n, vectors, sums.pivot);
-      else
-        for (std::int64_t j = 0; j < n; ++j) sums.pivot[j] = static_cast<S>(mean[k + j]);
-      const bool fresh = step == first;
-      chunk_columns(from + k, t.x.strides.step, rows, n, t.centered, vectors, sums, fresh ? mean + k : chunk_mean,
-                    fresh ? m2 + k : chunk_m2);
-      if (!fresh)
-        merge_columns(mean + k, m2 + k, static_cast<double>(step - first), chunk_mean, chunk_m2,
-                      static_cast<double>(rows), n);
+      const Tile<X> tile{at<X>(t.x, o, step, 0) + k, t.x.strides.step, rows, n};
+      with_members(t, o, step, 0, k, [&](const auto& members) {
+        const bool fresh = step == begin;
+        if (!t.centered)
+          for (S& p : sums.pivot) p = 0;
+        else if (fresh) first_pivots(tile, vectors, sums.pivot, members);
+        else
+          for (std::int64_t j = 0; j < n; ++j) sums.pivot[j] = static_cast<S>(out.mean[k + j]);
+        chunk_columns(tile, t.centered, vectors, sums, members, fresh ? out : chunk_out, fresh ? k : 0);
+        if (!fresh) merge_columns(out, k, chunk_out, n);
+      });
     });
   }
 }
 
-NORMKIT_LOCAL std::int64_t lanes_span_steps(const Geometry& g, std::int64_t span) {
-  return least(g.steps - span * kSpanChunks * kChunkSteps, kSpanChunks * kChunkSteps);
+/// From the moments of columns to those of a statistic, whose columns they are.
+NORMKIT_LOCAL Moments fold_columns(const Geometry& g, std::int64_t lane, ColumnMoments columns) {
+  Moments m = columns.at(lane * g.run);
+  for (std::int64_t k = lane * g.run + 1; k < (lane + 1) * g.run; ++k) m = merge(m, columns.at(k));
+  return m;
+}
+
+/// The factors of z = x_hat * weight + bias for one column; where weights follow the elements, those of x_hat.
+template <class S>
+NORMKIT_LOCAL Affine<S> column_affine(const Task& t, std::int64_t o, std::int64_t column, Statistic<S> s) {
+  if (!constant_in_column(t.geometry)) return forward_affine(s, 1, 0);
+  const std::int64_t parameter = t.geometry.parameter(o, t.geometry.offset(o, 0, 0, column));
+  return forward_affine(s, element(t.weight, parameter, 1), element(t.bias, parameter, 0));
 }
 
 /// From the moments of columns to statistics, and to the table that apply reads.
-template <class S>
-void lanes_finish(const Task& t, std::int64_t o, const double* mean, const double* m2, Table<S> table) {
+template <class S> void lanes_finish(const Task& t, std::int64_t o, ColumnMoments columns, Table<S> table) {
   const Geometry& g = t.geometry;
-  const bool by_column = constant_in_column(g);
   for (std::int64_t lane = 0; lane < g.lanes; ++lane) {
-    const std::int64_t r = o * g.lanes + lane, first = lane * g.run;
-    Statistic<S> s;
-    if (t.frozen) {
-      s = given_statistic<S>(t, r);
-    } else {
-      Moments<double> m{mean[first], m2[first]};
-      for (std::int64_t j = 1; j < g.run; ++j)
-        m = merge(m, static_cast<double>(j * g.steps), {mean[first + j], m2[first + j]}, static_cast<double>(g.steps));
-      s = publish<S>(t, r, m);
-    }
-    for (std::int64_t k = first; k < first + g.run; ++k) {
-      const std::int64_t parameter = by_column ? g.parameter(o, g.offset(o, 0, 0, k)) : 0;
-      const Affine<S> affine = by_column
-                                   ? forward_affine(s, element(t.weight, parameter, 1), element(t.bias, parameter, 0))
-                                   : forward_affine(s, 1, 0);
+    const std::int64_t r = o * g.lanes + lane;
+    const Statistic<S> s = t.frozen ? given_statistic<S>(t, r) : publish<S>(t, r, fold_columns(g, lane, columns));
+    for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k) {
+      const Affine<S> affine = column_affine(t, o, k, s);
       table.mean[k] = s.mean, table.a[k] = affine.scale, table.b[k] = affine.shift;
     }
   }
@@ -230,6 +255,14 @@ NORMKIT_LOCAL void for_blocks(const Geometry& g, std::int64_t begin, std::int64_
   }
 }
 
+/// Stores a vector, past the caches where `streaming` says so and it is whole.
+template <class P, class Y, class V> NORMKIT_LOCAL void put(P place, Y* y, V v, bool streaming) {
+  if constexpr (P::kWhole) {
+    if (streaming) return stream(y + place.i, v);
+  }
+  place.store(y, v);
+}
+
 template <class X, class Y>
 void lanes_forward_steps(const Task& t, std::int64_t o, std::int64_t begin, std::int64_t end,
                          Table<ScalarOf<X>> table) {
@@ -237,6 +270,8 @@ void lanes_forward_steps(const Task& t, std::int64_t o, std::int64_t begin, std:
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
   const bool by_column = constant_in_column(g), streaming = t.stream_stores && rows_on_lines<Y>(t.y, g);
+  const bool active = t.activation.kind != ActivationKind::none;
+  if (t.residual.data && t.frozen) form_sum<X>(t, o, begin, 0, end - begin, 0, g.columns());
   ParamBuffer<S> weights, biases;
   for_blocks<X>(g, begin, end,
                 [&](auto vectors, std::int64_t k, std::int64_t n, std::int64_t first, std::int64_t last) {
@@ -256,10 +291,8 @@ void lanes_forward_steps(const Task& t, std::int64_t o, std::int64_t begin, std:
       for_vectors<V>(vectors, n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
         V v = forward(place.load(x), mean[j], scale[j], shift[j]);
         if (!by_column) v = mul_add(v, place.load(weight), place.load(bias));
-        if constexpr (decltype(place)::kWhole) {
-          if (streaming) return stream(y + place.i, v);
-        }
-        place.store(y, v);
+        if (active) v = activated(t.activation, v);
+        put(place, y, v, streaming);
       });
     }
   });
@@ -269,246 +302,45 @@ template <class X, class Y> void lanes_forward(const Task& t, std::int64_t begin
   const Geometry& g = t.geometry;
   const Chunks c = chunks_of(g, Traversal::lanes);
   const std::int64_t columns = g.columns();
-  double *mean = scratch, *m2 = mean + columns, *span_mean = m2 + columns, *span_m2 = span_mean + columns;
-  const Table<ScalarOf<X>> table(scratch + 6 * columns, columns);
+  const ColumnMoments all(scratch, columns), part(scratch + 3 * columns, columns);
+  const Table<ScalarOf<X>> table(scratch + 8 * columns, columns);
   for (std::int64_t o = begin; o < end; ++o) {
-    if (!t.frozen) {
-      span_columns<X>(t, o, c, 0, mean, m2);
-      for (std::int64_t span = 1; span < c.spans; ++span) {
-        span_columns<X>(t, o, c, span, span_mean, span_m2);
-        merge_columns(mean, m2, static_cast<double>(span * kSpanChunks * kChunkSteps), span_mean, span_m2,
-                      static_cast<double>(lanes_span_steps(g, span)), columns);
-      }
+    for (std::int64_t span = 0; span < (t.frozen ? 0 : c.spans); ++span) {
+      span_columns<X>(t, o, span, span == 0 ? all : part);
+      if (span > 0) merge_columns(all, 0, part, columns);
     }
-    lanes_finish(t, o, mean, m2, table);
-    lanes_forward_steps<X, Y>(t, o, 0, g.steps, table);
+    lanes_finish(t, o, all, table);
+    if (t.phase != Phase::reduce) lanes_forward_steps<X, Y>(t, o, 0, g.steps, table);
   }
 }
 
 template <class X> void lanes_forward_sums(const Task& t, std::int64_t begin, std::int64_t end) {
   const Chunks c = chunks_of(t.geometry, Traversal::lanes);
   const std::int64_t columns = t.geometry.columns();
-  for (std::int64_t unit = begin; unit < end; ++unit) {
-    double* mean = t.partials + 2 * columns * unit;
-    span_columns<X>(t, unit / c.spans, c, unit % c.spans, mean, mean + columns);
-  }
+  for (std::int64_t unit = begin; unit < end; ++unit)
+    span_columns<X>(t, unit / c.spans, unit % c.spans, ColumnMoments(t.partials + 3 * columns * unit, columns));
 }
 
-template <class X> void lanes_forward_finish(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
+template <class X> void lanes_forward_finish(const Task& t, std::int64_t begin, std::int64_t end) {
   const Geometry& g = t.geometry;
   const Chunks c = chunks_of(g, Traversal::lanes);
   const std::int64_t columns = g.columns();
-  double *mean = scratch, *m2 = mean + columns;
   for (std::int64_t o = begin; o < end; ++o) {
-    for (std::int64_t span = 0; span < (t.frozen ? 0 : c.spans); ++span) {
-      const double* part = t.partials + 2 * columns * (o * c.spans + span);
-      if (span == 0) copy(part, 2 * columns, mean);
-      else
-        merge_columns(mean, m2, static_cast<double>(span * kSpanChunks * kChunkSteps), part, part + columns,
-                      static_cast<double>(lanes_span_steps(g, span)), columns);
-    }
-    lanes_finish(t, o, mean, m2, Table<ScalarOf<X>>(t.solved + 6 * columns * o, columns));
+    double* part = t.partials + 3 * columns * o * c.spans;
+    const ColumnMoments all(part, columns);
+    for (std::int64_t span = 1; span < (t.frozen ? 0 : c.spans); ++span)
+      merge_columns(all, 0, ColumnMoments(part + 3 * columns * span, columns), columns);
+    lanes_finish(t, o, all, Table<ScalarOf<X>>(t.solved + kTableColumns * columns * o, columns));
   }
 }
-
-/// Steps [begin, end) of a span.
-NORMKIT_LOCAL std::int64_t span_begin(std::int64_t span) { return span * kSpanChunks * kChunkSteps; }
 
 template <class X, class Y> void lanes_forward_apply(const Task& t, std::int64_t begin, std::int64_t end) {
   const Geometry& g = t.geometry;
   const Chunks c = chunks_of(g, Traversal::lanes);
   for (std::int64_t unit = end; unit-- > begin;) {
-    const std::int64_t o = unit / c.spans, first = span_begin(unit % c.spans);
-    lanes_forward_steps<X, Y>(t, o, first, first + lanes_span_steps(g, unit % c.spans),
-                              Table<ScalarOf<X>>(t.solved + 6 * g.columns() * o, g.columns()));
-  }
-}
-
-// ---- backward --------------------------------------------------------------------------------------------------
-
-/// Adds the sums of one chunk of one tile to three arrays of columns: g, g * (x - mean), x - mean.
-template <class X, int kVectors>
-[[gnu::noinline]] void add_tile(const Task& t, std::int64_t o, std::int64_t step, std::int64_t rows, std::int64_t k,
-                                std::int64_t n, const ScalarOf<X>* mean, bool by_column, Count<kVectors> vectors,
-                                double* const (&sums)[3]) {
-  using V = VectorOf<X>;
-  using S = ScalarOf<X>;
-  const Geometry& g = t.geometry;
-  ParamBuffer<S> weights;
-  V m[kVectors];
-  Sums<V> s[kVectors];
-  for_vectors<V>(vectors, n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
-    m[j] = place.load(mean + k);
-    s[j].g = s[j].gx = s[j].d = broadcast<V>(S(0));
-  });
-  for (std::int64_t row = step; row < step + rows; ++row) {
-    const X *x = at<X>(t.x, o, row, 0) + k, *dy = at<X>(t.dy, o, row, 0) + k;
-    const S* weight = by_column ? nullptr : weights.read(t.weight, g.parameter(o, g.offset(o, row, 0, 0)) + k, n, 1);
-    for_vectors<V>(vectors, n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
-      V dy_w = place.load(dy);
-      if (!by_column) dy_w = dy_w * place.load(weight);
-      const V d = place.load(x) - m[j];
-      s[j].g = s[j].g + dy_w;
-      s[j].gx = mul_add(dy_w, d, s[j].gx);
-      s[j].d = s[j].d + d;
-    });
-  }
-  alignas(64) S lane[3][kVectors * kLanes<V>];
-  for (int j = 0; j < kVectors; ++j) {
-    store(lane[0] + j * kLanes<V>, s[j].g);
-    store(lane[1] + j * kLanes<V>, s[j].gx);
-    store(lane[2] + j * kLanes<V>, s[j].d);
-  }
-  for (int quantity = 0; quantity < 3; ++quantity)
-    for (std::int64_t j = 0; j < n; ++j) sums[quantity][k + j] += static_cast<double>(lane[quantity][j]);
-}
-
-/// Sums over one span, as three arrays of columns in `out`.
-template <class X>
-void span_column_sums(const Task& t, std::int64_t o, std::int64_t span, const ScalarOf<X>* mean, double* out) {
-  const Geometry& g = t.geometry;
-  const std::int64_t columns = g.columns(), first = span_begin(span), last = first + lanes_span_steps(g, span);
-  const bool by_column = constant_in_column(g);
-  double* const sums[3] = {out, out + columns, out + 2 * columns};
-  for (std::int64_t k = 0; k < 3 * columns; ++k) out[k] = 0;
-  for (std::int64_t step = first; step < last; step += kChunkSteps)
-    for_tiles<X>(columns, [&](auto vectors, std::int64_t k, std::int64_t n) {
-      add_tile<X>(t, o, step, least(kChunkSteps, last - step), k, n, mean, by_column, vectors, sums);
-    });
-}
-
-/// The given means of all columns of one outer index, which sums are taken about.
-template <class S> void column_means(const Task& t, std::int64_t o, S* mean) {
-  const Geometry& g = t.geometry;
-  for (std::int64_t lane = 0; lane < g.lanes; ++lane) {
-    const S value = given_statistic<S>(t, o * g.lanes + lane).mean;
-    for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k) mean[k] = value;
-  }
-}
-
-/// From the sums of columns to statistics, their gradients and the parameters', and to the table that apply reads.
-template <class S> void lanes_solve(const Task& t, std::int64_t o, const double* column_sums, Table<S> table) {
-  const Geometry& g = t.geometry;
-  const std::int64_t columns = g.columns();
-  const double n = static_cast<double>(g.members());
-  const bool by_column = constant_in_column(g);
-  for (std::int64_t lane = 0; lane < g.lanes; ++lane) {
-    const std::int64_t first = lane * g.run, last = first + g.run;
-    const auto weight = [&](std::int64_t k) {
-      return by_column ? element(t.weight, g.parameter(o, g.offset(o, 0, 0, k)), 1) : 1.0;
-    };
-    Sums<double> sums{0, 0, 0};
-    for (std::int64_t k = first; k < last; ++k) {
-      const double w = weight(k);
-      sums = sums + Sums<double>{w * column_sums[k], w * column_sums[columns + k], column_sums[2 * columns + k]};
-    }
-    Statistic<S> s = given_statistic<S>(t, o * g.lanes + lane);
-    const double shift = mean_shift(t, s, sums);
-    if (t.centered && !t.frozen) s = statistic_of<S>(static_cast<double>(s.mean) + shift, s.rstd);
-    sums = recenter(sums, shift);
-    const Gradient<S> gradient = t.frozen ? Gradient<S>{0, 0, 0} : gradient_of(s, sums, n, t.centered);
-    const Affine<S> standard = forward_affine(s, 1, 0);
-    for (std::int64_t k = first; k < last; ++k) {
-      table.mean[k] = s.mean, table.a[k] = static_cast<S>(s.rstd * weight(k));
-      table.b[k] = gradient.b, table.c[k] = gradient.c;
-      table.unit[k] = standard.scale, table.origin[k] = standard.shift;
-      if (t.kind != ParamKind::column) continue;
-      double* d = t.dparams + 2 * (o * columns + k);
-      d[0] = s.rstd * mul_add(-shift, column_sums[k], column_sums[columns + k]), d[1] = column_sums[k];
-    }
-  }
-}
-
-template <class X>
-void lanes_backward_steps(const Task& t, std::int64_t o, std::int64_t begin, std::int64_t end,
-                          Table<ScalarOf<X>> table) {
-  using V = VectorOf<X>;
-  using S = ScalarOf<X>;
-  const Geometry& g = t.geometry;
-  const bool by_column = constant_in_column(g), streaming = t.stream_stores && rows_on_lines<X>(t.dx, g);
-  ParamBuffer<S> weights;
-  for_blocks<X>(g, begin, end,
-                [&](auto vectors, std::int64_t k, std::int64_t n, std::int64_t first, std::int64_t last) {
-    constexpr int kVectors = decltype(vectors)::value;
-    V mean[kVectors], a[kVectors], b[kVectors], c[kVectors];
-    for_vectors<V>(vectors, n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
-      mean[j] = place.load(table.mean + k), a[j] = place.load(table.a + k);
-      b[j] = place.load(table.b + k), c[j] = place.load(table.c + k);
-    });
-    for (std::int64_t step = first; step < last; ++step) {
-      const X *x = at<X>(t.x, o, step, 0) + k, *dy = at<X>(t.dy, o, step, 0) + k;
-      X* dx = t.dx.data ? at<X>(t.dx, o, step, 0) + k : nullptr;
-      const std::int64_t offset = g.offset(o, step, 0, 0);
-      const S* weight = by_column ? nullptr : weights.read(t.weight, g.parameter(o, offset) + k, n, 1);
-      for_vectors<V>(vectors, n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
-        const V x_v = place.load(x), dy_v = place.load(dy);
-        if (t.dweight_out) {
-          const V x_hat = forward(x_v, mean[j], place.load(table.unit + k), place.load(table.origin + k));
-          place.store(at<S>(t.dweight_out, offset + k), x_hat * dy_v);
-        }
-        if (t.dbias_out) place.store(at<S>(t.dbias_out, offset + k), dy_v);
-        if (!dx) return;
-        const V v = backward(x_v, by_column ? dy_v : dy_v * place.load(weight), mean[j], a[j], b[j], c[j]);
-        if constexpr (decltype(place)::kWhole) {
-          if (streaming) return stream(dx + place.i, v);
-        }
-        place.store(dx, v);
-      });
-    }
-  });
-}
-
-template <class X> void lanes_backward(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
-  const Geometry& g = t.geometry;
-  const Chunks c = chunks_of(g, Traversal::lanes);
-  const std::int64_t columns = g.columns();
-  double *sums = scratch, *part = sums + 3 * columns;
-  const Table<ScalarOf<X>> table(scratch + 6 * columns, columns);
-  for (std::int64_t o = begin; o < end; ++o) {
-    column_means(t, o, table.mean);
-    for (std::int64_t span = 0; span < c.spans; ++span) {
-      span_column_sums<X>(t, o, span, table.mean, span == 0 ? sums : part);
-      if (span > 0)
-        for (std::int64_t k = 0; k < 3 * columns; ++k) sums[k] += part[k];
-    }
-    lanes_solve(t, o, sums, table);
-    if (t.dx.data || t.kind == ParamKind::element) lanes_backward_steps<X>(t, o, 0, g.steps, table);
-  }
-}
-
-template <class X> void lanes_backward_sums(const Task& t, std::int64_t begin, std::int64_t end) {
-  using S = ScalarOf<X>;
-  const Geometry& g = t.geometry;
-  const Chunks c = chunks_of(g, Traversal::lanes);
-  for (std::int64_t unit = begin; unit < end; ++unit) {
-    const std::int64_t o = unit / c.spans;
-    double* out = t.partials + 4 * g.columns() * unit;
-    S* mean = reinterpret_cast<S*>(out + 3 * g.columns());
-    column_means(t, o, mean);
-    span_column_sums<X>(t, o, unit % c.spans, mean, out);
-  }
-}
-
-template <class X> void lanes_backward_finish(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
-  const Geometry& g = t.geometry;
-  const Chunks c = chunks_of(g, Traversal::lanes);
-  const std::int64_t columns = g.columns();
-  for (std::int64_t o = begin; o < end; ++o) {
-    const double* part = t.partials + 4 * columns * o * c.spans;
-    copy(part, 3 * columns, scratch);
-    for (std::int64_t span = 1; span < c.spans; ++span)
-      for (std::int64_t k = 0; k < 3 * columns; ++k) scratch[k] += part[4 * columns * span + k];
-    lanes_solve(t, o, scratch, Table<ScalarOf<X>>(t.solved + 6 * columns * o, columns));
-  }
-}
-
-template <class X> void lanes_backward_apply(const Task& t, std::int64_t begin, std::int64_t end) {
-  const Geometry& g = t.geometry;
-  const Chunks c = chunks_of(g, Traversal::lanes);
-  for (std::int64_t unit = end; unit-- > begin;) {
-    const std::int64_t o = unit / c.spans, first = span_begin(unit % c.spans);
-    lanes_backward_steps<X>(t, o, first, first + lanes_span_steps(g, unit % c.spans),
-                            Table<ScalarOf<X>>(t.solved + 6 * g.columns() * o, g.columns()));
+    const std::int64_t o = unit / c.spans, span = unit % c.spans;
+    lanes_forward_steps<X, Y>(t, o, span_begin(span), span_end(g, span),
+                              Table<ScalarOf<X>>(t.solved + kTableColumns * g.columns() * o, g.columns()));
   }
 }
 

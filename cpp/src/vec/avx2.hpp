@@ -21,6 +21,23 @@ inline Reg64 reg_add(Reg64 a, Reg64 b) { return _mm256_add_pd(a, b); }
 inline Reg64 reg_sub(Reg64 a, Reg64 b) { return _mm256_sub_pd(a, b); }
 inline Reg64 reg_mul(Reg64 a, Reg64 b) { return _mm256_mul_pd(a, b); }
 inline Reg64 reg_mul_add(Reg64 a, Reg64 b, Reg64 c) { return _mm256_fmadd_pd(a, b, c); }
+inline Reg32 reg_div(Reg32 a, Reg32 b) { return _mm256_div_ps(a, b); }
+inline Reg64 reg_div(Reg64 a, Reg64 b) { return _mm256_div_pd(a, b); }
+
+inline Reg32 reg_positive(Reg32 z, Reg32 a, Reg32 b) {
+  return _mm256_blendv_ps(b, a, _mm256_cmp_ps(z, _mm256_setzero_ps(), _CMP_GT_OQ));
+}
+inline Reg64 reg_positive(Reg64 z, Reg64 a, Reg64 b) {
+  return _mm256_blendv_pd(b, a, _mm256_cmp_pd(z, _mm256_setzero_pd(), _CMP_GT_OQ));
+}
+inline Reg32 reg_where(Reg32 m, Reg32 v) {
+  return _mm256_and_ps(v, _mm256_cmp_ps(m, _mm256_setzero_ps(), _CMP_NEQ_UQ));
+}
+inline Reg64 reg_where(Reg64 m, Reg64 v) {
+  return _mm256_and_pd(v, _mm256_cmp_pd(m, _mm256_setzero_pd(), _CMP_NEQ_UQ));
+}
+inline Reg32 reg_shift_exponent(Reg32 t) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t), 23)); }
+inline Reg64 reg_shift_exponent(Reg64 t) { return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(t), 52)); }
 
 inline Reg32 reg_keep(Reg32 v, int n) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);

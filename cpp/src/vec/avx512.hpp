@@ -21,6 +21,24 @@ inline Reg64 reg_add(Reg64 a, Reg64 b) { return _mm512_add_pd(a, b); }
 inline Reg64 reg_sub(Reg64 a, Reg64 b) { return _mm512_sub_pd(a, b); }
 inline Reg64 reg_mul(Reg64 a, Reg64 b) { return _mm512_mul_pd(a, b); }
 inline Reg64 reg_mul_add(Reg64 a, Reg64 b, Reg64 c) { return _mm512_fmadd_pd(a, b, c); }
+inline Reg32 reg_div(Reg32 a, Reg32 b) { return _mm512_div_ps(a, b); }
+inline Reg64 reg_div(Reg64 a, Reg64 b) { return _mm512_div_pd(a, b); }
+
+// z > 0 ? a : b in every lane; v where m is not 0, else 0; the last bits of t moved to where the exponent is.
+inline Reg32 reg_positive(Reg32 z, Reg32 a, Reg32 b) {
+  return _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_GT_OQ), a);
+}
+inline Reg64 reg_positive(Reg64 z, Reg64 a, Reg64 b) {
+  return _mm512_mask_mov_pd(b, _mm512_cmp_pd_mask(z, _mm512_setzero_pd(), _CMP_GT_OQ), a);
+}
+inline Reg32 reg_where(Reg32 m, Reg32 v) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(m, _mm512_setzero_ps(), _CMP_NEQ_UQ), v);
+}
+inline Reg64 reg_where(Reg64 m, Reg64 v) {
+  return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(m, _mm512_setzero_pd(), _CMP_NEQ_UQ), v);
+}
+inline Reg32 reg_shift_exponent(Reg32 t) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t), 23)); }
+inline Reg64 reg_shift_exponent(Reg64 t) { return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(t), 52)); }
 
 inline __mmask16 first16(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 inline __mmask8 first8(int n) { return static_cast<__mmask8>((1u << n) - 1u); }

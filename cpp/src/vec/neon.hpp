@@ -21,6 +21,19 @@ inline Reg64 reg_add(Reg64 a, Reg64 b) { return vaddq_f64(a, b); }
 inline Reg64 reg_sub(Reg64 a, Reg64 b) { return vsubq_f64(a, b); }
 inline Reg64 reg_mul(Reg64 a, Reg64 b) { return vmulq_f64(a, b); }
 inline Reg64 reg_mul_add(Reg64 a, Reg64 b, Reg64 c) { return vfmaq_f64(c, a, b); }
+inline Reg32 reg_div(Reg32 a, Reg32 b) { return vdivq_f32(a, b); }
+inline Reg64 reg_div(Reg64 a, Reg64 b) { return vdivq_f64(a, b); }
+
+inline Reg32 reg_positive(Reg32 z, Reg32 a, Reg32 b) { return vbslq_f32(vcgtzq_f32(z), a, b); }
+inline Reg64 reg_positive(Reg64 z, Reg64 a, Reg64 b) { return vbslq_f64(vcgtzq_f64(z), a, b); }
+inline Reg32 reg_where(Reg32 m, Reg32 v) {
+  return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vceqzq_f32(m)));
+}
+inline Reg64 reg_where(Reg64 m, Reg64 v) {
+  return vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(v), vceqzq_f64(m)));
+}
+inline Reg32 reg_shift_exponent(Reg32 t) { return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(t), 23)); }
+inline Reg64 reg_shift_exponent(Reg64 t) { return vreinterpretq_f64_u64(vshlq_n_u64(vreinterpretq_u64_f64(t), 52)); }
 
 inline Reg32 reg_keep(Reg32 v, int n) {
   const int32x4_t lane = {0, 1, 2, 3};

@@ -8,7 +8,10 @@ namespace {
 using ::normkit::mul_add;  // the scalar ones, beside those of vectors
 
 /// A vector as native registers: a wider vector type would be split and spilled by the compiler.
-template <class Reg, int kRegs> struct Pack { Reg r[kRegs]; };
+template <class Reg, int kRegs> struct Pack {
+  using Lane = decltype(first_lane(static_cast<const Reg*>(nullptr)));
+  Reg r[kRegs];
+};
 using F32 = Pack<Reg32, 16 / kLanes32>;
 using F64 = Pack<Reg64, 8 / kLanes64>;
 
@@ -45,15 +48,37 @@ template <class Reg, int kRegs> NORMKIT_LOCAL Pack<Reg, kRegs> operator-(Pack<Re
 template <class Reg, int kRegs> NORMKIT_LOCAL Pack<Reg, kRegs> operator*(Pack<Reg, kRegs> a, Pack<Reg, kRegs> b) {
   return each(a, b, [](Reg x, Reg y) NORMKIT_INLINE_LAMBDA { return reg_mul(x, y); });
 }
+template <class Reg, int kRegs> NORMKIT_LOCAL Pack<Reg, kRegs> operator/(Pack<Reg, kRegs> a, Pack<Reg, kRegs> b) {
+  return each(a, b, [](Reg x, Reg y) NORMKIT_INLINE_LAMBDA { return reg_div(x, y); });
+}
 template <class Reg, int kRegs>
 NORMKIT_LOCAL Pack<Reg, kRegs> mul_add(Pack<Reg, kRegs> a, Pack<Reg, kRegs> b, Pack<Reg, kRegs> c) {
   for (int i = 0; i < kRegs; ++i) c.r[i] = reg_mul_add(a.r[i], b.r[i], c.r[i]);
   return c;
 }
+/// a where z > 0, else b, also where z is NaN.
+template <class Reg, int kRegs>
+NORMKIT_LOCAL Pack<Reg, kRegs> positive(Pack<Reg, kRegs> z, Pack<Reg, kRegs> a, Pack<Reg, kRegs> b) {
+  for (int i = 0; i < kRegs; ++i) b.r[i] = reg_positive(z.r[i], a.r[i], b.r[i]);
+  return b;
+}
+/// v where m != 0, else 0, whatever is in v there; m has no NaN.
+template <class Reg, int kRegs> NORMKIT_LOCAL Pack<Reg, kRegs> where(Pack<Reg, kRegs> m, Pack<Reg, kRegs> v) {
+  return each(m, v, [](Reg x, Reg y) NORMKIT_INLINE_LAMBDA { return reg_where(x, y); });
+}
+/// 2^k from t = k + (1.5 * 2^23 + 127), or (1.5 * 2^52 + 1023) of doubles.
+template <class Reg, int kRegs> NORMKIT_LOCAL Pack<Reg, kRegs> shifted_to_exponent(Pack<Reg, kRegs> t) {
+  for (auto& reg : t.r) reg = reg_shift_exponent(reg);
+  return t;
+}
 template <class V, class S> NORMKIT_LOCAL V broadcast(S value) {
   V v;
   for (auto& reg : v.r) reg = reg_set(value);
   return v;
+}
+/// What formulas for scalars and vectors alike take their numbers from; the first argument only says for which.
+template <class Reg, int kRegs> NORMKIT_LOCAL Pack<Reg, kRegs> constant(Pack<Reg, kRegs>, double value) {
+  return broadcast<Pack<Reg, kRegs>>(static_cast<typename Pack<Reg, kRegs>::Lane>(value));
 }
 /// The first n lanes; zeros elsewhere.
 template <class V> NORMKIT_LOCAL V keep(V v, int n) {
@@ -104,6 +129,13 @@ NORMKIT_LOCAL Wide widen(F32 v) {
   constexpr int kRegs = 8 / kLanes64;
   for (int i = 0; i < kRegs; ++i) w.low.r[i] = widen_piece(v.r, i), w.high.r[i] = widen_piece(v.r, kRegs + i);
   return w;
+}
+
+/// The first n <= kLanes bytes as numbers, zeros elsewhere; never touches memory past them.
+template <class V> NORMKIT_LOCAL V flags(const std::uint8_t* p, int n) {
+  const F32 f = n == kLanes<F32> ? load(p) : load(p, n);
+  if constexpr (kLanes<V> == kLanes<F32>) return f;
+  else return widen(f).low;
 }
 
 }  // namespace

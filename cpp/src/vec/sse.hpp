@@ -21,6 +21,15 @@ inline Reg64 reg_add(Reg64 a, Reg64 b) { return _mm_add_pd(a, b); }
 inline Reg64 reg_sub(Reg64 a, Reg64 b) { return _mm_sub_pd(a, b); }
 inline Reg64 reg_mul(Reg64 a, Reg64 b) { return _mm_mul_pd(a, b); }
 inline Reg64 reg_mul_add(Reg64 a, Reg64 b, Reg64 c) { return _mm_add_pd(_mm_mul_pd(a, b), c); }
+inline Reg32 reg_div(Reg32 a, Reg32 b) { return _mm_div_ps(a, b); }
+inline Reg64 reg_div(Reg64 a, Reg64 b) { return _mm_div_pd(a, b); }
+
+inline Reg32 reg_positive(Reg32 z, Reg32 a, Reg32 b) { return _mm_blendv_ps(b, a, _mm_cmpgt_ps(z, _mm_setzero_ps())); }
+inline Reg64 reg_positive(Reg64 z, Reg64 a, Reg64 b) { return _mm_blendv_pd(b, a, _mm_cmpgt_pd(z, _mm_setzero_pd())); }
+inline Reg32 reg_where(Reg32 m, Reg32 v) { return _mm_and_ps(v, _mm_cmpneq_ps(m, _mm_setzero_ps())); }
+inline Reg64 reg_where(Reg64 m, Reg64 v) { return _mm_and_pd(v, _mm_cmpneq_pd(m, _mm_setzero_pd())); }
+inline Reg32 reg_shift_exponent(Reg32 t) { return _mm_castsi128_ps(_mm_slli_epi32(_mm_castps_si128(t), 23)); }
+inline Reg64 reg_shift_exponent(Reg64 t) { return _mm_castsi128_pd(_mm_slli_epi64(_mm_castpd_si128(t), 52)); }
 
 inline Reg32 reg_keep(Reg32 v, int n) {
   return _mm_and_ps(v, _mm_castsi128_ps(_mm_cmpgt_epi32(_mm_set1_epi32(n), _mm_setr_epi32(0, 1, 2, 3))));

@@ -1,0 +1,402 @@
+// The runs traversal, backward. What the sums of a statistic hold decides dx; where parameters are constant over a statistic
+// or over pieces of it, the same sums are their gradients.
+#pragma once
+
+namespace normkit {
+namespace {
+
+/// Sums of backward over a part of a statistic, and its members.
+struct Reduced {
+  Sums<double> sums{0, 0, 0};
+  double n = 0;
+};
+NORMKIT_LOCAL Reduced operator+(Reduced a, Reduced b) { return {a.sums + b.sums, a.n + b.n}; }
+NORMKIT_LOCAL void put(Reduced r, double* to) { to[0] = r.sums.g, to[1] = r.sums.gx, to[2] = r.sums.d, to[3] = r.n; }
+NORMKIT_LOCAL Reduced reduced_at(const double* from) { return {{from[0], from[1], from[2]}, from[3]}; }
+
+/// True where options ask for more than the plain loops do: a mask, an activation, a gradient to add.
+NORMKIT_LOCAL bool is_detailed(const Task& t) {
+  return t.where.data || t.residual.data || t.activation.kind != ActivationKind::none;
+}
+
+/// Sums over `rows` segments of n elements of dy and x; of dy * weight where `weight` gives one factor an element.
+template <class X, bool kWeighted>
+[[gnu::noinline]] Sums<double> chunk_sums(const X* dy, std::int64_t dy_stride, const X* x, std::int64_t x_stride,
+                                          std::int64_t rows, std::int64_t n, ScalarOf<X> mean,
+                                          const ScalarOf<X>* weight) {
+  using V = VectorOf<X>;
+  using S = ScalarOf<X>;
+  constexpr int kWidth = kLanes<V>;
+  const V m = broadcast<V>(mean);
+  Sums<V> s[2];
+  for (auto& part : s) part.g = part.gx = part.d = broadcast<V>(S(0));
+  const auto add = [&](int k, auto place) NORMKIT_INLINE_LAMBDA {
+    V g = place.load(dy);
+    if constexpr (kWeighted) g = g * place.load(weight);
+    const V d = place.keep(place.load(x) - m);
+    s[k].g = s[k].g + g;
+    s[k].gx = mul_add(g, d, s[k].gx);
+    s[k].d = s[k].d + d;
+  };
+  for (std::int64_t row = 0; row < rows; ++row, x += x_stride, dy += dy_stride) {
+    std::int64_t i = 0;
+    for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
+      for (std::int64_t line = 0; line < 4 * kWidth * static_cast<std::int64_t>(sizeof(X)); line += 64) {
+        prefetch_first(reinterpret_cast<const char*>(x + i) + kAhead + line);
+        prefetch_first(reinterpret_cast<const char*>(dy + i) + kAhead + line);
+      }
+      for (int k = 0; k < 4; ++k) add(k % 2, Full{i + k * kWidth});
+    }
+    for (; i + kWidth <= n; i += kWidth) add(0, Full{i});
+    if (i < n) add(1, Part{i, static_cast<int>(n - i)});
+  }
+  const Sums<V> all = s[0] + s[1];
+  return {static_cast<double>(sum(all.g)), static_cast<double>(sum(all.gx)), static_cast<double>(sum(all.d))};
+}
+
+/// The gradient that reaches z = x_hat * weight + bias: dy, or that times the slope of the activation.
+template <class X, class P>
+NORMKIT_LOCAL VectorOf<X> incoming(const Task& t, const Preactivation<X>& z, P place, const X* dy, VectorOf<X> x) {
+  const VectorOf<X> g = place.load(dy);
+  return t.activation.kind == ActivationKind::none ? g : g * slope_at(t.activation, z.at(place, x));
+}
+
+/// chunk_sums() where a mask or an activation has its say. What no gradient reaches adds nothing, even where it is NaN, as
+/// what is no member may be.
+template <class X, class Members>
+[[gnu::noinline]] Sums<double> detailed_sums(const Task& t, const X* dy, const X* x, std::int64_t rows, std::int64_t n,
+                                             ScalarOf<X> mean, const Preactivation<X>& z, Members members) {
+  using V = VectorOf<X>;
+  using S = ScalarOf<X>;
+  constexpr int kWidth = kLanes<V>;
+  const V m = broadcast<V>(mean), zero = broadcast<V>(S(0));
+  Sums<V> s{zero, zero, zero};
+  const auto add = [&](auto place) NORMKIT_INLINE_LAMBDA {
+    const V x_v = place.load(x), d = x_v - m;
+    V g = incoming(t, z, place, dy, x_v);
+    if (z.weight) g = g * place.load(z.weight);
+    s.g = s.g + place.keep(g);
+    s.gx = mul_add(place.keep(g), where(g, d), s.gx);
+    s.d = s.d + members.keep(place, d);
+  };
+  for (std::int64_t row = 0; row < rows; ++row, x += t.x.strides.step, dy += t.dy.strides.step, members.next_row()) {
+    std::int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) add(Full{i});
+    if (i < n) add(Part{i, static_cast<int>(n - i)});
+  }
+  return {static_cast<double>(sum(s.g)), static_cast<double>(sum(s.gx)), static_cast<double>(sum(s.d))};
+}
+
+/// One range of a statistic's run, or several whole runs, whose place it knows.
+struct Range { std::int64_t o, step, lane, rows, begin, end; };
+
+/// The sums of a range in which one parameter holds, or in which weights follow the elements.
+template <class X>
+Sums<double> piece_sums(const Task& t, Range range, Piece piece, Statistic<ScalarOf<X>> s,
+                        ParamBuffer<ScalarOf<X>>& weights, ParamBuffer<ScalarOf<X>>& biases) {
+  const X* x = at<X>(t.x, range.o, range.step, range.lane) + piece.begin;
+  const X* dy = at<X>(t.dy, range.o, range.step, range.lane) + piece.begin;
+  if (is_detailed(t)) {
+    const Preactivation<X> z = preactivation<X>(t, piece, s, weights, biases);
+    return with_members(t, range.o, range.step, range.lane, piece.begin, [&](const auto& members) {
+      return detailed_sums(t, dy, x, range.rows, piece.n, s.mean, z, members);
+    });
+  }
+  if (piece.linear)
+    return chunk_sums<X, true>(dy, 0, x, 0, 1, piece.n, s.mean, weights.read(t.weight, piece.parameter, piece.n, 1));
+  return chunk_sums<X, false>(dy, t.dy.strides.step, x, t.x.strides.step, range.rows, piece.n, s.mean, nullptr);
+}
+
+/// Where the parameters change within a statistic: the sums of a range of one run, each piece with its own weight. What a
+/// piece adds to its own gradients goes to `dparams`.
+template <class X> Sums<double> piecewise_sums(const Task& t, Range range, Statistic<ScalarOf<X>> s) {
+  const Geometry& g = t.geometry;
+  ParamBuffer<ScalarOf<X>> weights, biases;
+  Sums<double> total{0, 0, 0};
+  const std::int64_t offset = g.offset(range.o, range.step, range.lane, 0);
+  for_pieces(t, range.o, offset, range.begin, range.end, follows_elements(g) ? kBuffer : range.end, [&](Piece piece) {
+    const Sums<double> sums = piece_sums<X>(t, range, piece, s, weights, biases);
+    const double w = piece.linear ? 1 : element(t.weight, piece.parameter, 1);
+    total = total + Sums<double>{w * sums.g, w * sums.gx, sums.d};
+    if (t.kind == ParamKind::piece) {
+      double* d = t.dparams + 2 * ((offset + piece.begin) / g.params.stride);
+      d[0] += sums.gx, d[1] += sums.g;
+    }
+  });
+  return total;
+}
+
+/// The sums of one span of a statistic; where one weight serves all of it, without that weight.
+template <class X>
+Reduced span_sums(const Task& t, std::int64_t o, std::int64_t lane, Chunks c, std::int64_t span,
+                  Statistic<ScalarOf<X>> s) {
+  const Geometry& g = t.geometry;
+  const bool constant = constant_in_statistic(g);
+  const std::int64_t parameter = constant ? g.parameter(o, g.offset(o, 0, lane, 0)) : 0;
+  const std::int64_t first = span * kSpanChunks, last = least(c.count, first + kSpanChunks);
+  ParamBuffer<ScalarOf<X>> unused[2];
+  Reduced total;
+  for_chunks(g, c, first, last, [&](std::int64_t step, std::int64_t rows, std::int64_t begin, std::int64_t end) {
+    total.n +=
+        with_members(t, o, step, lane, begin, [&](const auto& members) { return members.count(rows, end - begin); });
+    if (constant) {
+      const Piece piece{begin, end - begin, parameter, false};
+      total.sums = total.sums + piece_sums<X>(t, {o, step, lane, rows, begin, end}, piece, s, unused[0], unused[1]);
+      return;
+    }
+    for (std::int64_t row = step; row < step + rows; ++row)
+      total.sums = total.sums + piecewise_sums<X>(t, {o, row, lane, 1, begin, end}, s);
+  });
+  return total;
+}
+
+/// From the mean that sums of backward were taken about to the one that they are wanted about: the whole of a given mean, or,
+/// since a given mean is rounded, the mean of the data.
+template <class S> NORMKIT_LOCAL double mean_shift(const Task& t, Statistic<S> given, double sum_d, double n) {
+  if (!t.centered || n == 0) return 0;
+  return t.frozen ? static_cast<double>(given.mean_low) : sum_d / n;
+}
+
+/// The pairs of `dparams` that belong to the pieces of one statistic.
+template <class F> NORMKIT_LOCAL void for_own_dparams(const Task& t, std::int64_t o, std::int64_t lane, F f) {
+  if (t.kind != ParamKind::piece) return;
+  const Geometry& g = t.geometry;
+  const std::int64_t first = g.offset(o, 0, lane, 0) / g.params.stride;
+  for (std::int64_t k = 0; k < g.run / g.params.stride; ++k) f(t.dparams + 2 * (first + k));
+}
+
+/// Gradients of parameters that follow the elements are summed while dx is written, not before.
+NORMKIT_LOCAL bool writes_element_gradients(const Task& t) {
+  return t.kind == ParamKind::row || t.kind == ParamKind::element;
+}
+
+/// Frozen statistics leave no sums in dx: without gradients of parameters to collect from them, they are not taken.
+NORMKIT_LOCAL bool needs_sums(const Task& t) {
+  const bool collects = t.kind == ParamKind::statistic || t.kind == ParamKind::piece;
+  return collects || t.phase == Phase::reduce || (!t.frozen && (t.dx.data || writes_element_gradients(t)));
+}
+
+/// The weight that all of a statistic shares; where it has several, sums are taken with them.
+NORMKIT_LOCAL double common_weight(const Task& t, std::int64_t o, std::int64_t lane) {
+  const Geometry& g = t.geometry;
+  return constant_in_statistic(g) ? element(t.weight, g.parameter(o, g.offset(o, 0, lane, 0)), 1) : 1;
+}
+
+/// From the sums of a whole statistic to the coefficients of its gradient, and its share of dweight and dbias.
+template <class S> Solved<S> solve(const Task& t, std::int64_t r, std::int64_t o, std::int64_t lane, Reduced reduced) {
+  Sums<double> sums = reduced.sums;
+  Statistic<S> s = given_statistic<S>(t, r);
+  // The sums are about s.mean: the low part of a given mean, or the distance to the mean of the data, is still to come.
+  const double shift = mean_shift(t, s, sums.d, reduced.n);
+  if (t.centered && !t.frozen) s = statistic_of<S>(static_cast<double>(s.mean) + shift, s.rstd);
+  sums = recenter(sums, shift);
+  for_own_dparams(t, o, lane, [&](double* d) { d[0] = s.rstd * mul_add(-shift, d[1], d[0]); });
+  if (t.kind == ParamKind::statistic) t.dparams[2 * r] = s.rstd * sums.gx, t.dparams[2 * r + 1] = sums.g;
+  if (t.frozen) return {s, {static_cast<S>(s.rstd), 0, 0}};
+  const double weight = t.phase == Phase::apply ? 1 : common_weight(t, o, lane);  // given sums hold it already
+  return {s, gradient_of(s, Sums<double>{weight * sums.g, weight * sums.gx, sums.d}, reduced.n, t.centered)};
+}
+
+/// The sums of statistic r for Phase::apply, as Phase::reduce and the caller's additions left them, and back.
+NORMKIT_LOCAL Reduced given_sums(const Task& t, std::int64_t r) {
+  return {{t.sums[3 * r], t.sums[3 * r + 1], t.sums[3 * r + 2]}, t.counts[r]};
+}
+NORMKIT_LOCAL void put_sums(const Task& t, std::int64_t r, Sums<double> sums, double weight) {
+  t.sums[3 * r] = weight * sums.g, t.sums[3 * r + 1] = weight * sums.gx, t.sums[3 * r + 2] = sums.d;
+}
+
+/// What backward_range() reads and writes, each from the first element of a run on.
+template <class X> struct BackwardRows {
+  const X *dy, *x, *residual;
+  X* dx;  // null: not wanted
+  ScalarOf<X>* row_sums;  // ParamKind::row: dweight and then dbias of this row's group
+};
+
+/// What a piece adds to the gradients of parameters that follow the elements. `dy` is what reaches the weights.
+template <class X, class G>
+NORMKIT_LOCAL void add_element_gradients(const Task& t, const G* dy, const X* x, std::int64_t offset,
+                                         std::int64_t begin, std::int64_t n, Statistic<ScalarOf<X>> s,
+                                         ScalarOf<X>* row_sums) {
+  using V = VectorOf<X>;
+  using S = ScalarOf<X>;
+  const Affine<S> standard = forward_affine(s, 1, 0);
+  const V mean = broadcast<V>(s.mean), scale = broadcast<V>(standard.scale), shift = broadcast<V>(standard.shift);
+  const bool masked = t.where.data;
+  const auto x_hat = [&](auto place) NORMKIT_INLINE_LAMBDA {
+    const V v = forward(place.load(x), mean, scale, shift);
+    return masked ? where(place.load(dy), v) : v;
+  };
+  if (row_sums) {
+    S *dweight = row_sums + begin, *dbias = row_sums + t.geometry.run + begin;
+    map(dweight, n, kPlain<S>, nullptr,
+        [&](auto place) NORMKIT_INLINE_LAMBDA { return mul_add(x_hat(place), place.load(dy), place.load(dweight)); });
+    map(dbias, n, kPlain<S>, nullptr,
+        [&](auto place) NORMKIT_INLINE_LAMBDA { return place.load(dbias) + place.load(dy); });
+  }
+  if (t.dweight_out)
+    map(at<S>(t.dweight_out, offset + begin), n, kPlain<S>, nullptr,
+        [&](auto place) NORMKIT_INLINE_LAMBDA { return x_hat(place) * place.load(dy); });
+  if (t.dbias_out)
+    map(at<S>(t.dbias_out, offset + begin), n, kPlain<S>, nullptr,
+        [&](auto place) NORMKIT_INLINE_LAMBDA { return place.load(dy); });
+}
+
+/// dx over one range of a run, and, where the parameters follow the elements, what the range adds to their gradients.
+/// dx may lie over x or dy, so it comes last.
+template <class X>
+[[gnu::noinline]] void backward_range(const Task& t, BackwardRows<X> rows, std::int64_t o, std::int64_t offset,
+                                      std::int64_t begin, std::int64_t end, const Solved<ScalarOf<X>>& known,
+                                      Streamer<X>* streamer) {
+  using V = VectorOf<X>;
+  using S = ScalarOf<X>;
+  const V mean = broadcast<V>(known.statistic.mean);
+  const V b = broadcast<V>(known.gradient.b), c = broadcast<V>(known.gradient.c);
+  ParamBuffer<S> weights;
+  for_pieces(t, o, offset, begin, end, follows_elements(t.geometry) ? kBuffer : end,
+             [&](Piece piece) NORMKIT_INLINE_LAMBDA {
+    const X *dy = rows.dy + piece.begin, *x = rows.x + piece.begin;
+    if (writes_element_gradients(t))
+      add_element_gradients(t, dy, x, offset, piece.begin, piece.n, known.statistic, rows.row_sums);
+    if (rows.dx && piece.linear) {
+      const V a = broadcast<V>(known.gradient.a);
+      const S* weight = weights.read(t.weight, piece.parameter, piece.n, 1);
+      map(rows.dx + piece.begin, piece.n, streamer, nullptr, [&](auto place) NORMKIT_INLINE_LAMBDA {
+        return backward(place.load(dy) * place.load(weight), a, through_statistics(place.load(x), mean, b, c));
+      });
+    } else if (rows.dx) {
+      const V a = broadcast<V>(static_cast<S>(known.statistic.rstd * element(t.weight, piece.parameter, 1)));
+      map(rows.dx + piece.begin, piece.n, streamer, nullptr, [&](auto place) NORMKIT_INLINE_LAMBDA {
+        return backward(place.load(dy), a, through_statistics(place.load(x), mean, b, c));
+      });
+    }
+  });
+}
+
+/// backward_range() with a mask, an activation or a gradient to add. The gradient that reaches the weights is put into a buffer
+/// first; z comes from the statistics that the caller gave, as the sums had it.
+template <class X, class Members>
+[[gnu::noinline]] void detailed_range(const Task& t, BackwardRows<X> rows, std::int64_t o, std::int64_t offset,
+                                      std::int64_t begin, std::int64_t end, const Solved<ScalarOf<X>>& known,
+                                      Statistic<ScalarOf<X>> given, Members members, Streamer<X>* streamer) {
+  using V = VectorOf<X>;
+  using S = ScalarOf<X>;
+  const V mean = broadcast<V>(known.statistic.mean), a = broadcast<V>(known.gradient.a);
+  const V b = broadcast<V>(known.gradient.b), c = broadcast<V>(known.gradient.c);
+  ParamBuffer<S> weights, biases;
+  alignas(64) S reaching[kBuffer];
+  for_pieces(t, o, offset, begin, end, kBuffer, [&](Piece piece) NORMKIT_INLINE_LAMBDA {
+    const X *dy = rows.dy + piece.begin, *x = rows.x + piece.begin;
+    const Preactivation<X> z = preactivation<X>(t, piece, given, weights, biases);
+    map(reaching, piece.n, kPlain<S>, nullptr,
+        [&](auto place) NORMKIT_INLINE_LAMBDA { return incoming(t, z, place, dy, place.load(x)); });
+    if (writes_element_gradients(t))
+      add_element_gradients(t, reaching, x, offset, piece.begin, piece.n, known.statistic, rows.row_sums);
+    if (!rows.dx) return;
+    const V weight = broadcast<V>(static_cast<S>(piece.linear ? 1 : element(t.weight, piece.parameter, 1)));
+    const X* residual = rows.residual ? rows.residual + piece.begin : nullptr;
+    const Members piece_members = members.from(piece.begin - begin);
+    map(rows.dx + piece.begin, piece.n, streamer, nullptr, [&](auto place) NORMKIT_INLINE_LAMBDA {
+      const V g = place.load(reaching) * (z.weight ? place.load(z.weight) : weight);
+      const V dx = backward(g, a, piece_members.only(place, through_statistics(place.load(x), mean, b, c)));
+      return residual ? dx + place.load(residual) : dx;
+    });
+  });
+}
+
+template <class X>
+void backward_span(const Task& t, std::int64_t r, Chunks c, std::int64_t span, const Solved<ScalarOf<X>>& known,
+                   Streamer<X>* streamer) {
+  using S = ScalarOf<X>;
+  const Geometry& g = t.geometry;
+  const std::int64_t o = r / g.lanes, lane = r % g.lanes;
+  S* row_sums = nullptr;
+  if (t.kind == ParamKind::row)
+    row_sums = reinterpret_cast<S*>(t.dparams + 2 * (o * row_groups(g) + lane / kRowGroup) * g.run);
+  for_ranges(g, c, span, [&](std::int64_t step, std::int64_t begin, std::int64_t end) {
+    const BackwardRows<X> rows{at<X>(t.dy, o, step, lane), at<X>(t.x, o, step, lane),
+                               t.residual.data ? at<X>(t.residual, o, step, lane) : nullptr,
+                               t.dx.data ? at<X>(t.dx, o, step, lane) : nullptr, row_sums};
+    const std::int64_t offset = g.offset(o, step, lane, 0);
+    if (!is_detailed(t)) return backward_range(t, rows, o, offset, begin, end, known, streamer);
+    with_members(t, o, step, lane, begin, [&](const auto& members) {
+      detailed_range(t, rows, o, offset, begin, end, known, given_statistic<S>(t, r), members, streamer);
+    });
+  });
+}
+
+template <class X> void backward_statistic(const Task& t, std::int64_t r, Chunks c, Streamer<X>* streamer) {
+  using S = ScalarOf<X>;
+  const Geometry& g = t.geometry;
+  const std::int64_t o = r / g.lanes, lane = r % g.lanes;
+  Reduced reduced;
+  if (t.phase == Phase::apply) {
+    reduced = given_sums(t, r);
+  } else if (needs_sums(t)) {
+    const Statistic<S> given = given_statistic<S>(t, r);
+    for (std::int64_t span = 0; span < c.spans; ++span) reduced = reduced + span_sums<X>(t, o, lane, c, span, given);
+  }
+  if (t.phase == Phase::reduce) return put_sums(t, r, reduced.sums, common_weight(t, o, lane));
+  const Solved<S> known = solve<S>(t, r, o, lane, reduced);
+  if (t.dx.data || writes_element_gradients(t))
+    for (std::int64_t span = c.spans; span-- > 0;) backward_span<X>(t, r, c, span, known, streamer);
+}
+
+/// The statistics of one unit of the schedule: one, or where weights along the row want their gradients summed, those of a
+/// group. Its rows add to the same sums, so one thread takes them, in order.
+struct Rows { std::int64_t first, last; };
+NORMKIT_LOCAL Rows rows_of(const Task& t, std::int64_t unit) {
+  if (t.kind != ParamKind::row) return {unit, unit + 1};
+  const std::int64_t lanes = t.geometry.lanes, groups = row_groups(t.geometry);
+  const std::int64_t begin = unit / groups * lanes, first = unit % groups * kRowGroup;
+  return {begin + first, begin + least(lanes, first + kRowGroup)};
+}
+
+template <class X> void runs_backward(const Task& t, std::int64_t begin, std::int64_t end) {
+  const Chunks c = chunks_of(t.geometry, Traversal::runs);
+  Streamer<X> streamer;
+  for (std::int64_t unit = begin; unit < end; ++unit) {
+    const Rows rows = rows_of(t, unit);
+    for (std::int64_t r = rows.first; r < rows.last; ++r)
+      backward_statistic<X>(t, r, c, t.stream_stores ? &streamer : nullptr);
+  }
+}
+
+template <class X> void runs_backward_sums(const Task& t, std::int64_t begin, std::int64_t end) {
+  const Geometry& g = t.geometry;
+  const Chunks c = chunks_of(g, Traversal::runs);
+  for (std::int64_t unit = begin; unit < end; ++unit) {
+    const std::int64_t r = unit / c.spans;
+    const Statistic<ScalarOf<X>> given = given_statistic<ScalarOf<X>>(t, r);
+    put(span_sums<X>(t, r / g.lanes, r % g.lanes, c, unit % c.spans, given), t.partials + 4 * unit);
+  }
+}
+
+template <class X> void runs_backward_finish(const Task& t, std::int64_t begin, std::int64_t end) {
+  using S = ScalarOf<X>;
+  const Geometry& g = t.geometry;
+  const Chunks c = chunks_of(g, Traversal::runs);
+  for (std::int64_t r = begin; r < end; ++r) {
+    const std::int64_t o = r / g.lanes, lane = r % g.lanes;
+    Reduced reduced;
+    if (t.phase == Phase::apply) reduced = given_sums(t, r);
+    else
+      for (std::int64_t unit = r * c.spans; unit < (r + 1) * c.spans; ++unit)
+        reduced = reduced + reduced_at(t.partials + 4 * unit);
+    if (t.phase == Phase::reduce) put_sums(t, r, reduced.sums, common_weight(t, o, lane));
+    else *solved<S>(t, r) = solve<S>(t, r, o, lane, reduced);
+  }
+}
+
+/// Here a range counts spans of units.
+template <class X> void runs_backward_apply(const Task& t, std::int64_t begin, std::int64_t end) {
+  const Chunks c = chunks_of(t.geometry, Traversal::runs);
+  Streamer<X> streamer;
+  for (std::int64_t unit = end; unit-- > begin;) {
+    const Rows rows = rows_of(t, unit / c.spans);
+    for (std::int64_t r = rows.first; r < rows.last; ++r)
+      backward_span<X>(t, r, c, unit % c.spans, *solved<ScalarOf<X>>(t, r), t.stream_stores ? &streamer : nullptr);
+  }
+}
+
+}  // namespace
+}  // namespace normkit

@@ -1,0 +1,282 @@
+"""The two phases of a normalization, for data in parts: tiles of an image, files larger than memory, several machines.
+
+    whole = nk.merge([nk.moments(part, axis=0) for part in parts])
+    ys = [nk.apply(part, whole.mean, whole.rstd(1e-5), axis=0) for part in parts]
+
+Moments of parts merge, sums of the backward add. Both are held in float64, so that parts lose nothing by being parts.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from . import _core as _typed_core
+from ._arrays import (
+    Activation,
+    Array,
+    NDArray,
+    apply_anywhere,
+    apply_backward_anywhere,
+    as_numpy,
+    backward_sums_anywhere,
+    moments_anywhere,
+)
+
+_core: Any = _typed_core  # it takes and gives arrays of any library, which no stub can say
+
+
+class Moments:
+    """Number, mean and sum of squared deviations of the members of each statistic, in float64.
+
+    count, mean, m2 : the shape of x without `axis`
+        Where count is 0, so are the others. Without centering mean is None and m2 the sum of squares.
+    """
+
+    __slots__ = ("_centered", "_give_back", "_triples")
+
+    def __init__(self, triples: NDArray, centered: bool, give_back: Callable[[Any], Any]) -> None:
+        self._triples, self._centered, self._give_back = triples, centered, give_back
+
+    @classmethod
+    def of(cls, kind: int, axes: Any, x: Array, where: Array = None) -> "Moments":
+        """Those of any normalization: what is given to the compiled core, and what comes back."""
+        give_back: Callable[[Any], Any] = as_numpy
+        triples = _core.moments(kind, axes, x, where)
+        if triples is NotImplemented:
+            triples, give_back = moments_anywhere(kind, axes, x, where)
+        return cls(triples, kind not in (_core.NORMALIZE_RMS, _core.LAYER_RMS), give_back)
+
+    def __repr__(self) -> str:
+        return f"Moments(count={self.count!r}, mean={self.mean!r}, m2={self.m2!r})"
+
+    @property
+    def count(self) -> Array:
+        return self._give_back(self._triples[..., 2])
+
+    @property
+    def mean(self) -> Array:
+        return self._give_back(self._triples[..., 0]) if self._centered else None
+
+    @property
+    def m2(self) -> Array:
+        return self._give_back(self._triples[..., 1])
+
+    def merge(self, other: "Moments") -> "Moments":
+        """The moments of the members of both, which share none.
+
+        Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
+        """
+        if not isinstance(other, Moments):
+            raise TypeError(f"other is {other!r}, expected Moments")
+        if other._triples.shape != self._triples.shape:
+            raise ValueError(
+                f"other has statistics of shape {other._triples.shape[:-1]}, expected {self._triples.shape[:-1]}"
+            )
+        if other._centered != self._centered:
+            raise ValueError("other is centered and this is not, or the other way round: expected both alike")
+        a, b = (np.ascontiguousarray(m._triples) for m in (self, other))
+        return Moments(_core.merge_moments(a, b), self._centered, self._give_back)
+
+    def var(self, correction: float = 0) -> Array:
+        """m2 / (count - correction); 0 where there are no members, NaN where `correction` leaves none."""
+        count, m2 = self._triples[..., 2], self._triples[..., 1]
+        left = count - correction
+        undefined = np.where(count == 0, 0.0, np.nan)
+        return self._give_back(np.divide(m2, left, out=undefined, where=left > 0))
+
+    def std(self, eps: float = 0.0) -> Array:
+        """sqrt(var + eps)."""
+        triples = self._triples
+        return self._give_back(np.sqrt(triples[..., 1] / np.maximum(triples[..., 2], 1) + eps))
+
+    def rstd(self, eps: float = 1e-5) -> Array:
+        """1 / sqrt(var + eps), as the normalizations have it: 0 where there are no members, or where var + eps is 0."""
+        return self._give_back(_core.rstd_of_moments(np.ascontiguousarray(self._triples), eps))
+
+
+def merge(moments: Iterable[Moments]) -> Moments:
+    """The moments of all parts together, merged from the first to the last."""
+    parts = list(moments)
+    if not parts:
+        raise ValueError("moments is empty, expected at least one")
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = whole.merge(part)
+    return whole
+
+
+def _kind(center: bool) -> int:
+    kind: int = _core.NORMALIZE if center else _core.NORMALIZE_RMS
+    return kind
+
+
+def moments(x: Array, *, axis: int | tuple[int, ...], center: bool = True, where: Array = None) -> Moments:
+    """The moments of x over `axis`: the first phase of `normalize`, and of every named normalization.
+
+    Parameters
+    ----------
+    x : any dtype that `normalize` takes, any shape and strides
+    axis
+        One axis or several, each from -x.ndim to x.ndim - 1.
+    center
+        False: the sum of squares, for a root mean square.
+    where : bool, broadcasts against x, optional
+        The members; the others may be NaN.
+
+    Returns
+    -------
+    Moments
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        Naming the argument.
+
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> left, right = np.array([1.0, 2.0]), np.array([3.0, 6.0])
+    >>> m = nk.moments(left, axis=0).merge(nk.moments(right, axis=0))
+    >>> float(m.count), float(m.mean), float(m.var())
+    (4.0, 3.0, 3.5)
+    """
+    return Moments.of(_kind(center), axis, x, where)
+
+
+def apply(
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array = None,
+    bias: Array = None,
+    *,
+    axis: int | tuple[int, ...],
+    out: Array = None,
+    out_dtype: Any = None,
+    activation: Activation = None,
+    weight_offset: float = 0.0,
+) -> Array:
+    """Normalize x by statistics that are given: the second phase of `normalize`.
+
+        y = (x - mean) * rstd * weight + bias
+
+    Parameters
+    ----------
+    x : as for `normalize`
+    mean, rstd : the shape of x without `axis`, float32 or float64
+        A mean of None is 0. In float64, as `Moments` has them, they keep what a float32 rounds off.
+    weight, bias : broadcast against x, optional
+    axis
+        The axes that mean and rstd do not have.
+    out, out_dtype, activation, weight_offset
+        As in `instance_norm`.
+
+    Returns
+    -------
+    y, like x
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        Naming the argument, before anything is written.
+    """
+    kind = _kind(mean is not None)
+    return apply_any(kind, axis, x, mean, rstd, weight, bias, out, out_dtype, activation, weight_offset)
+
+
+def apply_any(*call: Any) -> Array:
+    """`apply` for any normalization."""
+    y = _core.apply(*call)
+    return apply_anywhere(*call) if y is NotImplemented else y
+
+
+def backward_sums(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array = None,
+    *,
+    axis: int | tuple[int, ...],
+    where: Array = None,
+    bias: Array = None,
+    activation: Activation = None,
+    weight_offset: float = 0.0,
+) -> Array:
+    """What the gradient of each statistic needs to know of a part: the first phase of `normalize_backward`.
+
+    Sums of g, of g * (x - mean) and of x - mean, where g = dy * weight. The last one, over the members alone, makes
+    good what a rounded mean lost.
+
+    Parameters
+    ----------
+    dy, x : the same shape, float32, float64, float16 or bfloat16
+    mean, rstd : the shape of x without `axis`, float32 or float64; a mean of None is 0
+    weight : broadcasts against x, optional
+    where, bias, activation, weight_offset
+        As in `instance_norm_backward`.
+
+    Returns
+    -------
+    sums : the shape of x without `axis`, and 3; float64
+        Those of parts add, whatever the library: ``sums + others``.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        Naming the argument.
+    """
+    call = (
+        _kind(mean is not None), axis, dy, x, mean, rstd, weight, where, bias, activation, weight_offset,
+    )  # fmt: skip
+    sums = _core.backward_sums(*call)
+    return backward_sums_anywhere(*call) if sums is NotImplemented else sums
+
+
+def apply_backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    sums: Array,
+    count: Array,
+    weight: Array = None,
+    *,
+    axis: int | tuple[int, ...],
+    out: Array = None,
+    where: Array = None,
+    bias: Array = None,
+    activation: Activation = None,
+    weight_offset: float = 0.0,
+    dresidual: Array = None,
+) -> Array:
+    """The gradient of a part, once the sums of all parts are known: the second phase of `normalize_backward`.
+
+        dx = rstd * (g - sum(g) / count - x_hat * sum(g * x_hat) / count),    g = dy * weight
+
+    Parameters
+    ----------
+    dy, x, mean, rstd, weight : as in `backward_sums`, of this part
+    sums
+        Those of all parts, added.
+    count : a number, or an array of the shape of rstd
+        The members of each statistic, all parts together.
+    out, where, bias, activation, weight_offset, dresidual
+        As in `instance_norm_backward`.
+
+    Returns
+    -------
+    dx, like x
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        Naming the argument, before anything is written.
+    """
+    call = (
+        _kind(mean is not None), axis, dy, x, mean, rstd, sums, count, weight, out, where, bias, activation,
+        weight_offset, dresidual,
+    )  # fmt: skip
+    dx = _core.apply_backward(*call)
+    return apply_backward_anywhere(*call) if dx is NotImplemented else dx
