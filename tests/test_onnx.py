@@ -43,8 +43,8 @@ def batch_norm(node, x, weight, bias, mean, var):
 
 
 def mean_variance_norm(node, x):
-    """ONNX adds 1e-9 to the standard deviation, not to the variance: nothing in float32, unless a channel is constant;
-    and such a channel gives 0 by either rule."""
+    """ONNX adds 1e-9 to the standard deviation, not to the variance: less than half an ulp of those above 1 / 59, as
+    all are here. A constant channel gives 0 by either rule."""
     return (normkit.normalize(x, axis=tuple(node.axes), eps=0.0),)
 
 
