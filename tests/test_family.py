@@ -1,4 +1,4 @@
-"""What the named normalizations add to normalize(): running statistics, groups, defaults; and PyTorch as a witness."""
+"""What the named normalizations add to normalize(): running statistics, groups, defaults."""
 
 import normkit
 import numpy as np
@@ -93,59 +93,3 @@ def test_errors(call, message, rng):
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared whole
         call(uniform(rng, SHAPE))
     assert str(error.value) == message
-
-
-def close(found, expected):
-    """Both sides are float32: each within a hundred roundings of the truth, of numbers of the size of the largest."""
-    expected = expected.detach().numpy()
-    assert found.dtype == expected.dtype
-    assert np.abs(found - expected).max() <= 200 * UNIT["float32"] * max(1.0, np.abs(expected).max())
-
-
-def test_like_torch(rng):
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    functional = torch.nn.functional
-    x, dy = uniform(rng, SHAPE), uniform(rng, SHAPE)
-    channel, last = rng.standard_normal((2, 6)).astype(np.float32), rng.standard_normal((2, 7)).astype(np.float32)
-
-    def compare(ours, backward, theirs, params):
-        leaves = [torch.from_numpy(a.copy()).requires_grad_() for a in (x, *params)]
-        y, *stats = ours(x, *params)
-        expected = theirs(*leaves)
-        close(y, expected)
-        gradients = torch.autograd.grad(expected, leaves, torch.from_numpy(dy))
-        for found, gradient in zip(backward(stats, params[0]), gradients, strict=False):
-            close(found, gradient)
-
-    compare(
-        lambda x, w, b: normkit.group_norm(x, 3, w, b, return_stats=True),
-        lambda stats, w: normkit.group_norm_backward(dy, x, 3, *stats, w),
-        lambda x, w, b: functional.group_norm(x, 3, w, b),
-        channel,
-    )
-    compare(
-        lambda x, w, b: normkit.layer_norm(x, w, b, return_stats=True),
-        lambda stats, w: normkit.layer_norm_backward(dy, x, *stats, w),
-        lambda x, w, b: functional.layer_norm(x, (7,), w, b),
-        last,
-    )
-    compare(
-        lambda x, w: normkit.rms_norm(x, w, return_stats=True),
-        lambda stats, w: normkit.rms_norm_backward(dy, x, *stats, w)[:2],
-        lambda x, w: functional.rms_norm(x, (7,), w),
-        last[:1],
-    )
-    ours, theirs = np.ones((2, 6), np.float32), torch.ones((2, 6))
-    compare(
-        lambda x, w, b: normkit.batch_norm(
-            x, w, b, running_mean=ours[0], running_var=ours[1], training=True, return_stats=True
-        ),
-        lambda stats, w: normkit.batch_norm_backward(dy, x, *stats, w),
-        lambda x, w, b: functional.batch_norm(x, theirs[0], theirs[1], w, b, training=True),
-        channel,
-    )
-    close(ours, theirs)
-    close(
-        normkit.batch_norm(x, *channel, running_mean=ours[0], running_var=ours[1]),
-        functional.batch_norm(torch.from_numpy(x), theirs[0], theirs[1], *map(torch.from_numpy, channel)),
-    )
