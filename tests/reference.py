@@ -272,6 +272,9 @@ class Operation:
         ddweight, ddbias = param(dds[1]), param(dds[2])
         axis, kept = self.reduced(shape), self._kept_shape(shape)
         mean, rstd = (None if s is None else np.asarray(s).astype(real).reshape(kept) for s in (mean, rstd))
+        if self.center:  # whatever is subtracted from both; near zero the longest double has digits to spare
+            origin = arguments[1].flat[0]
+            arguments[1], mean = arguments[1] - origin, mean - origin
         with np.errstate(divide="ignore"):
             eps = 1 / rstd**2 - forward(self._seen(arguments[1], shape), 1, 0, axis, center=self.center).var
 

@@ -132,22 +132,25 @@ def _of_block(
     and the rest is made of that. Nothing divides by rstd, which is 0 for constant data without eps.
     """
     rows, members = rstd.size, x.size // rstd.size
-    kind = _core.NORMALIZE_RMS if mean is None else _core.NORMALIZE
-    data = x.reshape(rows, members), None if mean is None else mean.ravel(), rstd.ravel(), np.ones((rows, 1))
 
     def average(u: NDArray) -> NDArray:
         sums: NDArray = u.reshape(rows, members).sum(axis=1)
         return sums.reshape(rstd.shape) / members
 
+    if mean is not None:
+        x = x - mean
+        if not frozen:
+            x -= average(x)  # a mean is rounded: the rest of it is in the data
+    x_hat = x * rstd
+    # About zero from here on: a mean far from it would round once more.
+    kind = _core.NORMALIZE_RMS if mean is None else _core.NORMALIZE
+    zero = None if mean is None else np.zeros(rows)
+    data = x.reshape(rows, members), zero, rstd.ravel(), np.ones((rows, 1)), not frozen
+
     def projected(u: NDArray) -> tuple[NDArray, NDArray]:
         """rp(u) and the mean of u * x_hat."""
-        rp, sums, _ = _backward(kind, 1, u.reshape(rows, members), *data, not frozen, ("dx", "dweight"))
+        rp, sums, _ = _backward(kind, 1, u.reshape(rows, members), *data, ("dx", "dweight"))
         return rp.reshape(x.shape), sums.reshape(rstd.shape) / members
-
-    x_hat = x.copy() if mean is None else x - mean
-    if mean is not None and not frozen:
-        x_hat -= average(x_hat)  # a mean is rounded: the rest of it is in the data
-    x_hat *= rstd
 
     d_dy: Any = 0.0
     d_x: Any = 0.0
