@@ -115,6 +115,26 @@ def backward(
     )
 
 
+def gradient(f: Callable[..., Any], arguments: list, k: int) -> Any:
+    """The derivative of a scalar f(*arguments) with respect to each element of argument k.
+
+    A step along the imaginary axis: nothing cancels, and what is left out is of the order of the step squared.
+    """
+    found = np.zeros(arguments[k].shape, np.longdouble)
+    for index in np.ndindex(found.shape):
+        direction = np.zeros(found.shape, np.longdouble)
+        direction[index] = 1
+        found[index] = slope(f, arguments, k, direction)
+    return found
+
+
+def slope(f: Callable[..., Any], arguments: list, k: int, direction: Any) -> Any:
+    """The derivative of a scalar f(*arguments) when argument k moves along `direction`."""
+    step = np.longdouble(2.0**-100)
+    moved = [a + 1j * step * direction if i == k else a for i, a in enumerate(arguments)]
+    return f(*moved).imag / step
+
+
 @dataclass(frozen=True)
 class Operation:
     """How the tests call one normalization, and what it means.
@@ -169,6 +189,16 @@ class Operation:
             options[self.stats_option] = options.pop("use_input_stats")
         return f(dy, x, *self.arguments(x.shape), *given, weight, **self.options(x.shape), **options)
 
+    def double_backward(
+        self, dds: Any, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any = None, **options: Any
+    ) -> Any:
+        """`dds`: ddx, ddweight, ddbias."""
+        f = getattr(normkit, self.function + "_double_backward")
+        given = (mean, rstd) if self.backward_takes_mean else (rstd,)
+        if "use_input_stats" in options:
+            options[self.stats_option] = options.pop("use_input_stats")
+        return f(*dds, dy, x, *self.arguments(x.shape), *given, weight, **self.options(x.shape), **options)
+
     def statistics_shape(self, shape: Shape) -> Shape:
         blocks = self.blocks(shape)
         return tuple(extent for a, extent in enumerate(blocks) if a not in self.reduced(shape))
@@ -211,6 +241,69 @@ class Operation:
             mean=self._kept(mean, shape, x),
             center=self.center,
             use_input_stats=use_input_stats,
+        )
+
+    def reference_double_backward(
+        self,
+        dds: Any,
+        dy: Any,
+        x: Any,
+        mean: Any,
+        rstd: Any,
+        weight: Any = None,
+        *,
+        use_input_stats: bool = True,
+        weight_offset: float = 0.0,
+    ) -> SimpleNamespace:
+        """The scalar sum(ddx * dx) + sum(ddweight * dweight) + sum(ddbias * dbias) as a function of dy, x and weight,
+        and the arguments it is differentiated at. All in the longest double.
+
+        Statistics are functions of x. eps is what makes rstd at x that of the caller, to the last digit.
+        """
+        shape, real = x.shape, np.dtype(np.longdouble)
+        arguments = [np.asarray(a).astype(real) for a in (dy, x, np.ones(()) if weight is None else weight)]
+        absent = self.absent(shape)
+        own, aligned = absent if weight is None else (weight.shape, self.aligned(weight.shape, shape))
+
+        def param(p: Any) -> Any:
+            return self._seen(np.zeros((), real) if p is None else p.astype(real).reshape(aligned), shape)
+
+        ddx = self._seen(np.zeros((), real) if dds[0] is None else np.asarray(dds[0]).astype(real), shape)
+        ddweight, ddbias = param(dds[1]), param(dds[2])
+        axis, kept = self.reduced(shape), self._kept_shape(shape)
+        mean, rstd = (None if s is None else np.asarray(s).astype(real).reshape(kept) for s in (mean, rstd))
+        if self.center:  # whatever is subtracted from both; near zero the longest double has digits to spare
+            origin = arguments[1].flat[0]
+            arguments[1], mean = arguments[1] - origin, mean - origin
+        with np.errstate(divide="ignore"):
+            eps = 1 / rstd**2 - forward(self._seen(arguments[1], shape), 1, 0, axis, center=self.center).var
+
+        def used(w: Any) -> Any:
+            return self._seen(w if weight is None else w.reshape(aligned) + weight_offset, shape)
+
+        def scalar(dy: Any, x: Any, w: Any) -> Any:
+            x, dy = self._seen(x, shape), self._seen(dy, shape)
+            moving = forward(x, 1, 0, axis, center=self.center, eps=eps).rstd if use_input_stats else rstd
+            b = backward(
+                dy, x, used(w), axis, rstd=moving, mean=mean, center=self.center, use_input_stats=use_input_stats
+            )
+            return (ddx * b.dx + ddweight * b.dweight + ddbias * b.dbias).sum()
+
+        dy, x, w = arguments
+        return SimpleNamespace(
+            scalar=scalar,
+            arguments=arguments,
+            dds=(ddx, ddweight, ddbias),
+            dy=self._seen(dy, shape),
+            x=self._seen(x, shape),
+            w=used(w),
+            mean=np.zeros_like(rstd) if mean is None else mean,
+            rstd=rstd,
+            axis=axis,
+            members=math.prod(self.blocks(shape)[a] for a in axis),
+            frozen=not use_input_stats,
+            center=self.center,
+            weight_shape=own,
         )
 
     def to_weight(self, terms: Any, shape: Shape, weight: Any) -> Any:

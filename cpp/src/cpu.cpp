@@ -335,6 +335,7 @@ void run(ForwardJob& job, double* workspace) {
 
 void run(BackwardJob& job, double* workspace) {
   Task& t = job.task;
+  if (t.phase == Phase::both && !t.dx.data && !job.dweight.data && !job.dbias.data) return;
   const Isa& isa = *chosen_isa().load(std::memory_order_relaxed);
   const Schedule s = schedule_of(t, job.threads);
   Carver carver{workspace};

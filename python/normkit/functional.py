@@ -9,6 +9,7 @@ from typing import Any
 
 from . import _core
 from ._arrays import Activation, Array, backward_anywhere, called, forward_anywhere
+from ._double_backward import double_backward
 from .phases import Moments, apply_any
 
 _NORMALIZE, _NORMALIZE_RMS, _INSTANCE, _GROUP = _core.NORMALIZE, _core.NORMALIZE_RMS, _core.INSTANCE, _core.GROUP
@@ -170,6 +171,71 @@ def instance_norm_backward(
     return result
 
 
+def instance_norm_double_backward(
+    ddx: Array,
+    ddweight: Array,
+    ddbias: Array,
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array = None,
+    *,
+    channel_axis: int = 1,
+    use_input_stats: bool = True,
+    weight_offset: float = 0.0,
+) -> tuple[Any, Any, Any]:
+    """The gradient of a scalar through `instance_norm_backward`, as a penalty on gradients needs it.
+
+        P(u) = u - mean(u) - x_hat * mean(u * x_hat),    x_hat = (x - mean) * rstd
+        g = dy * w,    q = dy * ddweight,                w = weight + weight_offset
+
+        d_dy     = w * rstd * P(ddx) + ddweight * x_hat + ddbias
+        d_x      = rstd * P(q) - rstd**2 * (c * x_hat + b * P(g) + a * P(ddx))
+        d_weight = sum(dy * rstd * P(ddx))               over all elements that share the parameter
+
+        a = mean(g * x_hat),    b = mean(ddx * x_hat),    c = mean(P(ddx) * g)
+
+    `mean` and `rstd` are functions of x here: d_x is the whole derivative. With ``use_input_stats=False`` they are
+    constants: P(u) = u and d_x = rstd * q.
+
+    Parameters
+    ----------
+    ddx : the shape and dtype of x, or None
+    ddweight, ddbias : the shape of weight, without one (C,), or None
+        The gradients of the scalar with respect to what `instance_norm_backward` returned: float32, float64 or the
+        dtype of x. None stands for zeros; not all three of them may be.
+    dy, x, mean, rstd, weight
+        As they were given to `instance_norm_backward`.
+    weight_offset
+        Added to weight, where there is one.
+
+    Returns
+    -------
+    (d_dy, d_x, d_weight)
+        d_dy and d_x are like x, d_weight is like weight, or None without one. All is computed in float64, and rounded
+        to the dtype of each.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        Naming the argument, before anything is computed.
+
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> x, dy = np.array([[[0.0, 1.0, 5.0]]]), np.array([[[1.0, 0.0, 0.0]]])
+    >>> _, mean, rstd = nk.instance_norm(x, return_stats=True)
+    >>> dx, _, _ = nk.instance_norm_backward(dy, x, mean, rstd)
+    >>> d_dy, d_x, _ = nk.instance_norm_double_backward(2 * dx, None, None, dy, x, mean, rstd)  # of sum(dx**2)
+    >>> d_dy.round(4).tolist()
+    [[[0.1633, -0.2041, 0.0408]]]
+    """
+    return double_backward(
+        _INSTANCE, channel_axis, ddx, ddweight, ddbias, dy, x, mean, rstd, weight, use_input_stats, weight_offset
+    )
+
+
 def group_norm(
     x: Array,
     num_groups: int,
@@ -252,6 +318,35 @@ def group_norm_backward(
     return result
 
 
+def group_norm_double_backward(
+    ddx: Array,
+    ddweight: Array,
+    ddbias: Array,
+    dy: Array,
+    x: Array,
+    num_groups: int,
+    mean: Array,
+    rstd: Array,
+    weight: Array = None,
+    *,
+    channel_axis: int = 1,
+    use_input_stats: bool = True,
+    weight_offset: float = 0.0,
+) -> tuple[Any, Any, Any]:
+    """The gradient of a scalar through `group_norm_backward`.
+
+    Formulas, options and errors are those of `instance_norm_double_backward`.
+
+    mean, rstd : (N, num_groups)
+
+    Returns (d_dy, d_x, d_weight). Without weight, ddweight and ddbias are (C,).
+    """
+    axes = (channel_axis, num_groups)
+    return double_backward(
+        _GROUP, axes, ddx, ddweight, ddbias, dy, x, mean, rstd, weight, use_input_stats, weight_offset
+    )
+
+
 def layer_norm(
     x: Array,
     weight: Array = None,
@@ -327,6 +422,34 @@ def layer_norm_backward(
         where, bias, activation, weight_offset, dresidual,
     )  # fmt: skip
     return result
+
+
+def layer_norm_double_backward(
+    ddx: Array,
+    ddweight: Array,
+    ddbias: Array,
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array = None,
+    *,
+    axis: int | tuple[int, ...] = -1,
+    use_input_stats: bool = True,
+    weight_offset: float = 0.0,
+) -> tuple[Any, Any, Any]:
+    """The gradient of a scalar through `layer_norm_backward`.
+
+    Formulas, options and errors are those of `instance_norm_double_backward`.
+
+    ddweight, ddbias, weight : the extents of the normalized axes
+    mean, rstd : the shape of x without `axis`
+
+    Returns (d_dy, d_x, d_weight).
+    """
+    return double_backward(
+        _LAYER, axis, ddx, ddweight, ddbias, dy, x, mean, rstd, weight, use_input_stats, weight_offset
+    )
 
 
 def rms_norm(
@@ -410,6 +533,34 @@ def rms_norm_backward(
     return result
 
 
+def rms_norm_double_backward(
+    ddx: Array,
+    ddweight: Array,
+    ddbias: Array,
+    dy: Array,
+    x: Array,
+    rstd: Array,
+    weight: Array = None,
+    *,
+    axis: int | tuple[int, ...] = -1,
+    use_input_stats: bool = True,
+    weight_offset: float = 0.0,
+) -> tuple[Any, Any, Any]:
+    """The gradient of a scalar through `rms_norm_backward`.
+
+    The formulas of `instance_norm_double_backward` with x_hat = x * rstd and P(u) = u - x_hat * mean(u * x_hat).
+    Options and errors are the same.
+
+    ddweight, ddbias, weight : the extents of the normalized axes
+    rstd : the shape of x without `axis`, as `rms_norm` returned it
+
+    Returns (d_dy, d_x, d_weight).
+    """
+    return double_backward(
+        _LAYER_RMS, axis, ddx, ddweight, ddbias, dy, x, None, rstd, weight, use_input_stats, weight_offset
+    )
+
+
 def batch_norm(
     x: Array,
     weight: Array = None,
@@ -491,6 +642,33 @@ def batch_norm_backward(
         where, bias, activation, weight_offset, dresidual,
     )  # fmt: skip
     return result
+
+
+def batch_norm_double_backward(
+    ddx: Array,
+    ddweight: Array,
+    ddbias: Array,
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array = None,
+    *,
+    training: bool = True,
+    channel_axis: int = 1,
+    weight_offset: float = 0.0,
+) -> tuple[Any, Any, Any]:
+    """The gradient of a scalar through `batch_norm_backward`.
+
+    Formulas, options and errors are those of `instance_norm_double_backward`.
+
+    ddweight, ddbias, weight, mean, rstd : (C,). With ``training=False`` the statistics are constants.
+
+    Returns (d_dy, d_x, d_weight).
+    """
+    return double_backward(
+        _BATCH, channel_axis, ddx, ddweight, ddbias, dy, x, mean, rstd, weight, training, weight_offset
+    )
 
 
 def adaptive_instance_norm(
@@ -713,3 +891,32 @@ def normalize_backward(
         where, bias, activation, weight_offset, dresidual,
     )  # fmt: skip
     return result
+
+
+def normalize_double_backward(
+    ddx: Array,
+    ddweight: Array,
+    ddbias: Array,
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array = None,
+    *,
+    axis: int | tuple[int, ...],
+    center: bool = True,
+    use_input_stats: bool = True,
+    weight_offset: float = 0.0,
+) -> tuple[Any, Any, Any]:
+    """The gradient of a scalar through `normalize_backward`.
+
+    Formulas, options and errors are those of `instance_norm_double_backward`; without centering, those of
+    `rms_norm_double_backward`.
+
+    ddweight, ddbias : the shape of weight; without one, the extents of the normalized axes
+    mean, rstd : the shape of x without `axis`, as `normalize` returned them; `mean` is None without centering
+
+    Returns (d_dy, d_x, d_weight).
+    """
+    kind = _NORMALIZE if center else _NORMALIZE_RMS
+    return double_backward(kind, axis, ddx, ddweight, ddbias, dy, x, mean, rstd, weight, use_input_stats, weight_offset)
