@@ -20,6 +20,12 @@ from reference import compute, inside
 
 UNIT = {"float32": 2.0**-24, "float64": 2.0**-53, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 SMALLEST = {"float32": 2.0**-149, "float64": 2.0**-1074, "float16": 2.0**-24, "bfloat16": 2.0**-133}
+LARGEST = {
+    "float32": 2.0**128 * (1 - 2.0**-24),
+    "float64": np.inf,
+    "float16": 65504.0,
+    "bfloat16": 2.0**128 * (1 - 2.0**-8),
+}
 DOUBLE = UNIT["float64"]
 
 # An activation: its value relative to itself, its derivative relative to the steepest one, in units of u. Below TINY,
@@ -69,9 +75,9 @@ BACKWARD = 2048
 
 
 def stored(y: Any, dtype: Any) -> Any:
-    """Rounding to a storage type, subnormals included."""
+    """Rounding to a storage type, subnormals included; without bound where the type ends."""
     name = np.dtype(dtype).name
-    return UNIT[name] * np.abs(y) + SMALLEST[name]
+    return np.where(np.abs(y) > LARGEST[name], np.inf, UNIT[name] * np.abs(y) + SMALLEST[name])
 
 
 def _sum(x: Any, like: SimpleNamespace) -> Any:
@@ -249,7 +255,6 @@ def excess(found: Any, truth: Any, bound: Any) -> float:
     error = np.abs(found - truth)
     if error.size == 0:
         return 0.0
-    ratio = np.divide(
-        error, bound, out=np.where(error == 0, 0, np.inf).astype(error.dtype), where=np.asarray(bound) > 0
-    )
-    return float(np.where(np.isnan(error), np.inf, ratio).max())
+    usable = (bound > 0) & np.isfinite(bound)
+    ratio = np.divide(error, bound, out=np.where(error == 0, 0, np.inf).astype(error.dtype), where=usable)
+    return float(np.where(np.isinf(bound), 0, np.where(np.isnan(error), np.inf, ratio)).max())
