@@ -1,6 +1,7 @@
 """Errors that a correct kernel may make, as formulas. None of them is tuned.
 
 u      unit roundoff of the compute type: 2^-24, or 2^-53 where x is float64
+n      members of a statistic: those that a mask leaves. Zeros in the place of the others round nowhere
 h      roundings that one term of a sum meets, see depth()
 k      distance of a pivot from the mean of what is summed about it, in standard deviations, see _pivot()
 e      distance of a statistic's mean from what it rounds to in the compute type
@@ -13,26 +14,60 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from activations import split
 from cases import DTYPES
-from reference import compute
+from reference import compute, inside
 
 UNIT = {"float32": 2.0**-24, "float64": 2.0**-53, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 SMALLEST = {"float32": 2.0**-149, "float64": 2.0**-1074, "float16": 2.0**-24, "bfloat16": 2.0**-133}
+LARGEST = {
+    "float32": 2.0**128 * (1 - 2.0**-24),
+    "float64": np.inf,
+    "float16": 65504.0,
+    "bfloat16": 2.0**128 * (1 - 2.0**-8),
+}
 DOUBLE = UNIT["float64"]
+
+# An activation: its value relative to itself, its derivative relative to the steepest one, in units of u. Below TINY,
+# where exponentials run out, the error is absolute.
+ACTIVATION = 16
+TINY = {"float32": 1e-37, "float64": 1e-300}
+# The steepest derivative and the steepest of that, rounded up. Of those with a parameter, see steepest().
+STEEPEST = {
+    "relu": (1, 0),
+    "leaky_relu": (1, 0),
+    "silu": (1.1, 0.5),
+    "gelu": (1.13, 0.8),
+    "gelu_tanh": (1.13, 0.8),
+    "elu": (1, 1),
+    "sigmoid": (0.25, 0.0963),
+    "tanh": (1, 0.77),
+}
 
 
 def unit(dtype: Any) -> float:
     return UNIT[compute(dtype).name]
 
 
-def depth(terms: int, *, longest: int) -> int:
+def steepest(activation: Any) -> tuple[float, float, float]:
+    """The steepest derivative of an activation, the steepest of that, and by how much it jumps at 0."""
+    if activation is None:
+        return 1.0, 0.0, 0.0
+    name, parameter = split(activation)
+    first, second = STEEPEST[name]
+    if not parameter:
+        return first, second, float(name == "relu")
+    return max(first, abs(parameter[0])), second * abs(parameter[0]), abs(1 - parameter[0])
+
+
+def depth(terms: Any, *, longest: int) -> Any:
     """Roundings that one term of a sum meets: those of its accumulator, which adds at most `longest` terms in a row,
     and ten more, of a difference, a product, a weight, a sum of sums, and the 2 + 4 additions that fold accumulators.
 
     Chunks of at most 4096 elements are summed in the compute type; the rest is added in double. Several rows of a chunk
     add up in the same accumulators, once for each row that is shorter than a vector: 2048 times for rows of 2.
     """
-    return min(terms, longest) + 10
+    return np.minimum(terms, longest) + 10
 
 
 FORWARD = 16 + 2048 // 16  # sums of 16, and the sum of those
@@ -40,28 +75,33 @@ BACKWARD = 2048
 
 
 def stored(y: Any, dtype: Any) -> Any:
-    """Rounding to a storage type, subnormals included."""
+    """Rounding to a storage type, subnormals included; without bound where the type ends."""
     name = np.dtype(dtype).name
-    return UNIT[name] * np.abs(y) + SMALLEST[name]
+    return np.where(np.abs(y) > LARGEST[name], np.inf, UNIT[name] * np.abs(y) + SMALLEST[name])
+
+
+def _sum(x: Any, like: SimpleNamespace) -> Any:
+    return np.abs(x).sum(like.axis, keepdims=True)
 
 
 def _average(x: Any, like: SimpleNamespace) -> Any:
-    return np.abs(x).mean(like.axis, keepdims=True)
+    """Over the members, of a sum over all elements: the outputs of all of them depend on the statistics."""
+    return _sum(x, like) / np.maximum(like.members, 1)
 
 
 def _pivot(f: SimpleNamespace) -> Any:
     """k: a pivot averages members, so it is no farther from the mean than the farthest of them; nor farther than 4,
     where the kernel starts again in double."""
-    far = np.abs(f.x - f.mean).max(f.axis, keepdims=True)
     spread = np.sqrt(f.var)
-    return np.clip(np.divide(far, spread, out=np.ones_like(far), where=spread > 0), 1, 4)
+    return np.clip(np.divide(f.farthest, spread, out=np.ones_like(f.farthest), where=spread > 0), 1, 4)
 
 
 def mean_error(f: SimpleNamespace, dtype: Any, *, exact: bool = False) -> Any:
     """Of the mean before it is rounded: h u times the average |x - pivot|, at most sqrt(1 + k^2) standard deviations;
-    then one rounding of doubles for every merge, at most n / 128 + 18 of them. `exact`: the sums round nowhere."""
+    then one rounding of doubles for every merge, at most one for 128 elements and 18 more. `exact`: the sums round
+    nowhere."""
     h = 0 if exact else depth(f.members, longest=FORWARD)
-    merges = DOUBLE * (f.members / 128 + 18) * np.abs(f.x).max(f.axis, keepdims=True)
+    merges = DOUBLE * (f.elements / 128 + 18) * f.largest
     return h * unit(dtype) * np.sqrt((1 + _pivot(f) ** 2) * f.var) + merges
 
 
@@ -75,7 +115,7 @@ def rstd_error(f: SimpleNamespace, dtype: Any, *, exact: bool = False) -> Any:
     h, k = 0 if exact else depth(f.members, longest=FORWARD), _pivot(f)
     off = mean_error(f, dtype, exact=exact)
     change = h * unit(dtype) * f.var * (1 + k**2 + 2 * k * np.sqrt(1 + k**2)) + 2 * np.sqrt(f.var) * off + off**2
-    change = change + (f.members / 128 + 18) * DOUBLE * (f.var + f.eps)
+    change = change + (f.elements / 128 + 18) * DOUBLE * (f.var + f.eps)
     total = f.var + f.eps
     r = np.divide(change, total, out=np.zeros_like(change), where=total > 0)
     return r / 2 * (1 + 2 * r) + 4 * DOUBLE
@@ -89,19 +129,45 @@ def rstd(f: SimpleNamespace, dtype: Any) -> Any:
     return f.rstd * rstd_error(f, dtype) + stored(f.rstd, compute(dtype))
 
 
-def y(f: SimpleNamespace, dtype: Any, out_dtype: Any = None, *, exact: bool = False) -> Any:
-    """Of y = fma(x - mean, scale, shift), or fma of that and of weight and bias that follow the elements.
+def _offset(f: SimpleNamespace, dtype: Any) -> Any:
+    """Of weight + weight_offset: each rounded to the compute type, and their sum."""
+    if f.weight_offset == 0:
+        return 0.0
+    return unit(dtype) * (np.abs(f.weight - f.weight_offset) + np.abs(f.weight_offset) + np.abs(f.weight))
+
+
+def z(f: SimpleNamespace, dtype: Any) -> Any:
+    """Of z = fma(x - mean, scale, shift), or fma of that and of weight and bias that follow the elements. What given
+    statistics are off comes on top.
 
     Relative to x_hat * weight: the difference, the scale, the weight, two products and two sums, 7 u. Bias: 2 u. The
-    rounded mean is u |mean| off, which the shift makes good but for 4 more roundings of it. Given statistics (no var)
-    make no errors of their own.
+    rounded mean is u |mean| off, which the shift makes good but for 4 more roundings of it.
     """
     u = unit(dtype)
-    scaled = np.abs(f.x_hat * f.weight)
-    error = u * (7 * scaled + 2 * np.abs(f.bias) + np.abs(f.y)) + np.abs(f.weight) * f.rstd * 4 * u * u * np.abs(f.mean)
+    error = u * (7 * np.abs(f.x_hat * f.weight) + 2 * np.abs(f.bias) + np.abs(f.z))
+    error = error + np.abs(f.weight) * f.rstd * 4 * u * u * np.abs(f.mean)
+    return error + np.abs(f.x_hat) * _offset(f, dtype)
+
+
+def y(
+    f: SimpleNamespace,
+    dtype: Any,
+    out_dtype: Any = None,
+    *,
+    exact: bool = False,
+    off_weight: Any = 0,
+    off_bias: Any = 0,
+) -> Any:
+    """Of y, the activation of z. Statistics that are not given (they have a var) add their errors, and so do weight and
+    bias where they are off by `off_weight` and `off_bias`. The activation passes on what z is off, times its steepest
+    derivative, and adds its own."""
+    error = z(f, dtype) + np.abs(f.x_hat) * off_weight + off_bias
     if f.var is not None:
         error = error + np.abs(f.weight) * f.rstd * mean_error(f, dtype, exact=exact)
-        error = error + scaled * rstd_error(f, dtype, exact=exact)
+        error = error + np.abs(f.x_hat * f.weight) * rstd_error(f, dtype, exact=exact)
+    if f.activation is not None:
+        error = steepest(f.activation)[0] * error
+        error = error + ACTIVATION * unit(dtype) * (np.abs(f.y) + error) + TINY[compute(dtype).name]
     return error + stored(
         np.abs(f.y) + error, out_dtype or (dtype if np.dtype(dtype) in DTYPES.values() else np.float32)
     )
@@ -114,37 +180,68 @@ def _deviation(b: SimpleNamespace, dtype: Any) -> tuple[Any, Any]:
     return np.abs(b.x - b.mean) + e, e
 
 
-def dx(b: SimpleNamespace, dtype: Any, *, exact: bool = False) -> Any:
-    """Of dx = fma(g, a, fma(x - mean, b, c)).
+def dz(b: SimpleNamespace, dtype: Any) -> Any:
+    """Of dz = dy * activation'(z), beyond what a dy has that is given: the derivative's own error and that of z, which
+    is taken at the given mean or at that of the data, times the steepest second derivative; a product. Where z is
+    nearer to a kink than its error, the derivative may be that of the other side."""
+    if b.activation is None:
+        return 0.0
+    first, second, jump = steepest(b.activation)
+    u = unit(dtype)
+    off = z(b, dtype) + np.abs(b.weight) * b.rstd * (2 * u * np.abs(b.mean) + np.abs(b.given - b.mean))
+    derivative = second * off + jump * (np.abs(b.z) <= off) + ACTIVATION * u * first
+    return np.abs(b.dy) * derivative + u * np.abs(b.dz) + TINY[compute(dtype).name]
+
+
+def _through(b: SimpleNamespace, off_g: Any) -> Any:
+    """What dx is off where g is off by off_g: dx is linear in g."""
+    if b.frozen:
+        return b.rstd * off_g
+    averages = _average(off_g, b) * b.center + np.abs(b.x_hat) * _average(off_g * np.abs(b.x_hat), b)
+    return b.rstd * (off_g + inside(averages, b.where))
+
+
+def dx(b: SimpleNamespace, dtype: Any, *, exact: bool = False, off_weight: Any = 0) -> Any:
+    """Of dx = fma(g, a, fma(x - mean, b, c)), and of dresidual added to it.
 
     Roundings: 7 u of g * rstd and of (x - mean) * b, 4 u of c. The sums: mean(g) meets h roundings, mean(g (x - mean))
     too; taken about a mean that is e off, the latter is recentered with mean(x - mean), and both errors enter by e.
+    What no member is has neither. A g that is off, by its weight or by an activation, passes that on.
     """
-    u, h = unit(dtype), 0 if exact else depth(b.members, longest=BACKWARD)
+    u, h = unit(dtype), 0 if exact else depth(b.elements, longest=BACKWARD)
     far, e = _deviation(b, dtype)
+    near = inside(far, b.where)
     slope = b.rstd**2 * np.abs(b.mean_gx)
-    parts = 7 * np.abs(b.g * b.rstd) + 7 * far * slope + 4 * np.abs(b.mean_g * b.rstd)
-    error = u * parts
+    error = u * (7 * np.abs(b.g * b.rstd) + inside(7 * far * slope + 4 * np.abs(b.mean_g * b.rstd), b.where))
     if not b.frozen:
         off_g = h * u * _average(b.g, b)
-        off_mean = h * u * _average(far, b) + 4 * DOUBLE * np.abs(b.mean)
+        off_mean = h * u * _average(near, b) + 4 * DOUBLE * np.abs(b.mean)
         off_gx = h * u * _average(np.abs(b.g) * far, b) + e * off_g + off_mean * _average(b.g, b)
-        error = error + b.rstd**3 * far * off_gx + b.rstd * off_g * b.center + (off_mean * b.center + 4 * u * e) * slope
+        sums = b.rstd**3 * far * off_gx + b.rstd * off_g * b.center + (off_mean * b.center + 4 * u * e) * slope
+        error = error + inside(sums, b.where)
+    if b.activation is not None or b.weight_offset != 0 or np.ndim(off_weight):
+        off_weight = off_weight + _offset(b, dtype)
+        error = error + _through(b, np.abs(b.weight) * dz(b, dtype) + np.abs(b.dz) * off_weight)
+    if b.dresidual is not None:
+        error = error + u * np.abs(b.dx)
     return error + stored(np.abs(b.dx) + error, dtype)
 
 
 def dweight(b: SimpleNamespace, dtype: Any, count: int, *, exact: bool = False) -> Any:
-    """Of the terms of dweight = sum of dy * x_hat, `count` of them to a parameter: h roundings each, about a mean that
+    """Of the terms of dweight = sum of dz * x_hat, `count` of them to a parameter: h roundings each, about a mean that
     is off by what the sums of the statistic leave. For every element; the caller adds them up as it adds the terms."""
-    u, h = unit(dtype), 6 if exact else depth(max(b.members, count), longest=BACKWARD)
+    u, h = unit(dtype), 6 if exact else depth(max(b.elements, count), longest=BACKWARD)
     far, e = _deviation(b, dtype)
-    off_mean = 0 if b.frozen or exact else h * u * _average(far, b) * b.center + 4 * DOUBLE * np.abs(b.mean)
-    return b.rstd * np.abs(b.dy) * (h * u * (far + (e if not exact else 4 * u * e)) + off_mean)
+    off_mean = 0
+    if not (b.frozen or exact):
+        off_mean = h * u * _average(inside(far, b.where), b) * b.center + 4 * DOUBLE * np.abs(b.mean)
+    error = b.rstd * np.abs(b.dz) * (h * u * (far + (e if not exact else 4 * u * e)) + off_mean)
+    return error + np.abs(b.x_hat) * dz(b, dtype)
 
 
 def dbias(b: SimpleNamespace, dtype: Any, count: int) -> Any:
-    """Of the terms of dbias = sum of dy."""
-    return depth(count, longest=BACKWARD) * unit(dtype) * np.abs(b.dy) + np.zeros_like(b.x)
+    """Of the terms of dbias = sum of dz."""
+    return depth(count, longest=BACKWARD) * unit(dtype) * np.abs(b.dz) + dz(b, dtype) + np.zeros_like(b.x)
 
 
 def double_backward(d: SimpleNamespace) -> tuple[Any, Any, Any]:
@@ -183,7 +280,6 @@ def excess(found: Any, truth: Any, bound: Any) -> float:
     error = np.abs(found - truth)
     if error.size == 0:
         return 0.0
-    ratio = np.divide(
-        error, bound, out=np.where(error == 0, 0, np.inf).astype(error.dtype), where=np.asarray(bound) > 0
-    )
-    return float(np.where(np.isnan(error), np.inf, ratio).max())
+    usable = (bound > 0) & np.isfinite(bound)
+    ratio = np.divide(error, bound, out=np.where(error == 0, 0, np.inf).astype(error.dtype), where=usable)
+    return float(np.where(np.isinf(bound), 0, np.where(np.isnan(error), np.inf, ratio)).max())

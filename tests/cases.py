@@ -159,3 +159,38 @@ def few_bits(rng: np.random.Generator, shape: Shape, dtype: Any = np.float32) ->
 def bits(x: np.ndarray) -> bytes:
     """What two arrays must share to be the same to the last bit."""
     return np.ascontiguousarray(x).tobytes()
+
+
+def _lengths(rng: np.random.Generator, shape: Shape) -> np.ndarray:
+    lengths = rng.integers(1, shape[-1], shape[0], endpoint=True)
+    return np.arange(shape[-1]) < lengths.reshape(-1, *[1] * (len(shape) - 1))
+
+
+def _single(shape: Shape) -> np.ndarray:
+    mask = np.zeros(shape, bool)
+    mask[(-1,) * len(shape)] = True
+    return mask
+
+
+def _random(rng: np.random.Generator, shape: Shape) -> np.ndarray:
+    return rng.random(shape) < 0.7
+
+
+# Which elements are members, by the name of a mask; all of them broadcast against x.
+MASKS: dict[str, Callable[[np.random.Generator, Shape], np.ndarray]] = {
+    "random": _random,
+    "sparse": lambda rng, shape: rng.random(shape) < 0.1,
+    "all": lambda rng, shape: np.ones(shape, bool),
+    "none": lambda rng, shape: np.zeros(shape, bool),
+    "one-flag": lambda rng, shape: np.array(True),
+    "single-member": lambda rng, shape: _single(shape),
+    "image-and-position": lambda rng, shape: _random(rng, (shape[0], 1, *shape[2:])),
+    "position": lambda rng, shape: _random(rng, shape[2:]),
+    "channel": lambda rng, shape: _random(rng, (shape[1], *[1] * (len(shape) - 2))),
+    "lengths": _lengths,
+    "tokens": lambda rng, shape: _random(rng, (*shape[:-1], 1)),
+    "no-first-image": lambda rng, shape: np.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1)) > 0,
+    "transposed": lambda rng, shape: _random(rng, shape[::-1]).T,
+    "stepped": lambda rng, shape: _random(rng, (*shape[:-1], 2 * shape[-1]))[..., ::2],
+    "reversed": lambda rng, shape: _random(rng, shape)[..., ::-1],
+}

@@ -28,6 +28,14 @@ def result_dtype(x: np.ndarray) -> np.dtype:
     return x.dtype if x.dtype in DTYPES.values() else np.dtype(np.float32)
 
 
+# Options that the reference knows by the same name.
+MEANING = ("where", "weight_offset", "activation")
+
+
+def _meaning(options: dict) -> dict:
+    return {name: options[name] for name in MEANING if name in options}
+
+
 def check_forward(
     op: Operation,
     x: np.ndarray,
@@ -41,9 +49,9 @@ def check_forward(
 ) -> np.ndarray:
     if out_dtype is not None:
         options["out_dtype"] = out_dtype
-    with unchanged(x, weight, bias):
+    with unchanged(x, weight, bias, options.get("where")):
         y, mean, rstd = op.statistics(x, weight=weight, bias=bias, eps=eps, **options)
-    truth = op.reference(x, weight, bias, eps=eps)
+    truth = op.reference(x, weight, bias, eps=eps, **_meaning(options))
     kept = op.statistics_shape(x.shape)
     assert (y.shape, y.dtype) == (x.shape, np.dtype(out_dtype) if out_dtype is not None else result_dtype(x))
     assert (rstd.shape, rstd.dtype) == (kept, compute(x.dtype))
@@ -68,10 +76,12 @@ def check_backward(
     **options: Any,
 ) -> tuple:
     """Gradients at the statistics that forward returned, or at those that are given."""
-    mean, rstd = stats or op.statistics(x, eps=eps)[1:]
-    with unchanged(dy, x, weight, mean, rstd):
+    where = {name: options[name] for name in ("where",) if name in options}
+    mean, rstd = stats or op.statistics(x, eps=eps, **where)[1:]
+    with unchanged(dy, x, weight, mean, rstd, *(options.get(name) for name in ("where", "bias", "dresidual"))):
         dx, dweight, dbias = op.backward(dy, x, mean, rstd, weight, **options)
-    truth = op.reference_backward(dy, x, mean, rstd, weight, use_input_stats=options.get("use_input_stats", True))
+    given = {name: options[name] for name in ("use_input_stats", "bias", "dresidual") if name in options}
+    truth = op.reference_backward(dy, x, mean, rstd, weight, **given, **_meaning(options))
     assert (dx.shape, dx.dtype) == (x.shape, x.dtype)
     assert bounds.excess(dx.reshape(truth.dx.shape), truth.dx, bounds.dx(truth, x.dtype, exact=exact)) <= 1
 

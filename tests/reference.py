@@ -11,6 +11,7 @@ from typing import Any
 
 import normkit
 import numpy as np
+from activations import activated, slope
 
 Shape = tuple[int, ...]
 
@@ -40,33 +41,74 @@ def rstd_of(var: Any, eps: float) -> Any:
         return np.where(var + eps == 0, 0, 1 / np.sqrt(var + eps))
 
 
-def forward(x: Any, weight: Any, bias: Any, axis: Shape, *, center: bool = True, eps: float = 1e-5) -> SimpleNamespace:
-    """Normalizes x over `axis`; weight and bias broadcast against x. Statistics keep their axes."""
-    mean = x.mean(axis, keepdims=True) if center else np.zeros_like(x.mean(axis, keepdims=True))
-    var = ((x - mean) ** 2).mean(axis, keepdims=True)
-    rstd = rstd_of(var, eps)
-    return applied(x, weight, bias, axis, mean=mean, rstd=rstd, var=var, eps=eps)
+def forward(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    axis: Shape,
+    *,
+    center: bool = True,
+    eps: float = 1e-5,
+    where: Any = True,
+    **affine: Any,
+) -> SimpleNamespace:
+    """Normalizes x over `axis`; weight and bias broadcast against x. Statistics keep their axes.
+
+    Those of no members are 0, rstd as well.
+    """
+    count = members(where, x.shape, axis)
+    mean = inside(x, where).sum(axis, keepdims=True) / np.maximum(count, 1)
+    mean = mean if center else np.zeros_like(mean)
+    var = inside((x - mean) ** 2, where).sum(axis, keepdims=True) / np.maximum(count, 1)
+    rstd = np.where(count > 0, rstd_of(var, eps), 0)
+    f = applied(x, weight, bias, axis, mean=mean, rstd=rstd, **affine)
+    f.var, f.eps, f.members = var, eps, count
+    f.elements = math.prod(x.shape[a] for a in axis)
+    f.farthest = inside(np.abs(x - mean), where).max(axis, keepdims=True)
+    f.largest = inside(np.abs(x), where).max(axis, keepdims=True)
+    return f
+
+
+def members(where: Any, shape: Shape, axis: Shape) -> Any:
+    """How many elements feed each statistic."""
+    if where is True:
+        return math.prod(shape[a] for a in axis)
+    return where.sum(axis, keepdims=True)
+
+
+def inside(x: Any, where: Any) -> Any:
+    """x, and 0 for what is no member."""
+    return x if where is True else np.where(where, x, 0)
 
 
 def applied(
-    x: Any, weight: Any, bias: Any, axis: Shape, *, mean: Any, rstd: Any, var: Any = None, eps: float = 0.0
+    x: Any,
+    weight: Any,
+    bias: Any,
+    axis: Shape,
+    *,
+    mean: Any,
+    rstd: Any,
+    weight_offset: float = 0.0,
+    activation: Any = None,
 ) -> SimpleNamespace:
-    """The second half of forward(), for statistics that are given."""
+    """The second half of forward(), for statistics that are given: z is what the activation is taken of."""
     x_hat = (x - mean) * rstd
-    y = x_hat * weight + bias
-    members = math.prod(x.shape[a] for a in axis)
+    weight = weight + weight_offset
+    z = x_hat * weight + bias
     return SimpleNamespace(
         x=x,
         weight=weight,
+        weight_offset=weight_offset,
         bias=bias,
         axis=axis,
         mean=mean,
-        var=var,
+        var=None,
         rstd=rstd,
-        eps=eps,
         x_hat=x_hat,
-        y=y,
-        members=members,
+        z=z,
+        activation=activation,
+        y=activated(z, activation),
     )
 
 
@@ -80,36 +122,61 @@ def backward(
     mean: Any = None,
     center: bool = True,
     use_input_stats: bool = True,
+    where: Any = True,
+    bias: Any = 0.0,
+    weight_offset: float = 0.0,
+    activation: Any = None,
+    dresidual: Any = None,
 ) -> SimpleNamespace:
-    """Gradients of sum(dy * y). The mean is that of the data unless it is frozen; rstd is what the caller holds.
+    """Gradients of sum(dy * y). The mean is that of the data unless it is frozen; rstd is what the caller holds, and so
+    is the mean that the activation sees, if there is one.
 
     dweight and dbias come with the shape of x, one term for every element; sum_to() adds them up.
     """
+    where = where if use_input_stats else True
+    count = members(where, x.shape, axis)
+
+    def average(terms: Any) -> Any:
+        return terms.sum(axis, keepdims=True) / np.maximum(count, 1)
+
+    given = mean
     if not center:
-        mean = np.zeros_like(rstd)
+        mean = given = np.zeros_like(rstd)
     elif use_input_stats:
-        mean = x.mean(axis, keepdims=True)
+        mean = average(inside(x, where))
+        given = mean if given is None else given
     x_hat = (x - mean) * rstd
-    g = dy * weight
-    mean_g = g.mean(axis, keepdims=True) if center and use_input_stats else np.zeros_like(rstd)
-    mean_gx = (g * x_hat).mean(axis, keepdims=True) if use_input_stats else np.zeros_like(rstd)
-    dx = rstd * (g - mean_g - x_hat * mean_gx)
-    members = math.prod(x.shape[a] for a in axis)
+    weight = weight + weight_offset
+    z = (x - given) * rstd * weight + bias
+    dz = dy * slope(z, activation)
+    g = dz * weight
+    mean_g = average(g) if center and use_input_stats else np.zeros_like(rstd)
+    mean_gx = average(g * x_hat) if use_input_stats else np.zeros_like(rstd)
+    dx = rstd * (g - inside(mean_g + x_hat * mean_gx, where))
     return SimpleNamespace(
         dy=dy,
         x=x,
         weight=weight,
+        weight_offset=weight_offset,
+        bias=bias,
         axis=axis,
         mean=mean,
+        given=given,
         rstd=rstd,
         x_hat=x_hat,
+        z=z,
+        activation=activation,
+        dz=dz,
         g=g,
         mean_g=mean_g,
         mean_gx=mean_gx,
-        dx=dx,
-        dweight=dy * x_hat,
-        dbias=dy + np.zeros_like(x),
-        members=members,
+        dresidual=dresidual,
+        dx=dx if dresidual is None else dx + dresidual,
+        dweight=dz * x_hat,
+        dbias=dz + np.zeros_like(x),
+        where=where,
+        members=count,
+        elements=math.prod(x.shape[a] for a in axis),
         frozen=not use_input_stats,
         center=center,
     )
@@ -217,7 +284,17 @@ class Operation:
     def _kept_shape(self, shape: Shape) -> Shape:
         return tuple(1 if a in self.reduced(shape) else extent for a, extent in enumerate(self.blocks(shape)))
 
-    def reference(self, x: Any, weight: Any = None, bias: Any = None, *, eps: float = 1e-5) -> SimpleNamespace:
+    def reference(
+        self,
+        x: Any,
+        weight: Any = None,
+        bias: Any = None,
+        *,
+        eps: float = 1e-5,
+        where: Any = None,
+        weight_offset: float = 0.0,
+        activation: Any = None,
+    ) -> SimpleNamespace:
         shape, x = x.shape, wide(x)
         return forward(
             self._seen(x, shape),
@@ -226,10 +303,25 @@ class Operation:
             self.reduced(shape),
             center=self.center,
             eps=eps,
+            where=True if where is None else self._seen(where, shape),
+            weight_offset=0.0 if weight is None else weight_offset,
+            activation=activation,
         )
 
     def reference_backward(
-        self, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any = None, *, use_input_stats: bool = True
+        self,
+        dy: Any,
+        x: Any,
+        mean: Any,
+        rstd: Any,
+        weight: Any = None,
+        *,
+        use_input_stats: bool = True,
+        where: Any = None,
+        bias: Any = None,
+        weight_offset: float = 0.0,
+        activation: Any = None,
+        dresidual: Any = None,
     ) -> SimpleNamespace:
         shape, x = x.shape, wide(x)
         return backward(
@@ -241,6 +333,11 @@ class Operation:
             mean=self._kept(mean, shape, x),
             center=self.center,
             use_input_stats=use_input_stats,
+            where=True if where is None else self._seen(where, shape),
+            bias=self._param(bias, shape, 0, x),
+            weight_offset=0.0 if weight is None else weight_offset,
+            activation=activation,
+            dresidual=None if dresidual is None else self._seen(wide(dresidual), shape),
         )
 
     def reference_double_backward(
