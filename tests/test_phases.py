@@ -4,7 +4,6 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
 
 import bounds
 import normkit
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from activations import ACTIVATIONS, name_of
 from cases import DTYPES, INTEGERS, LAYOUTS, MASKS, SHAPES, Guarded, bits, lay, uniform
-from checks import check_backward, same_order, unchanged
+from checks import check_backward, check_sample, same_order, statistics_of, unchanged
 from reference import REGISTRY
 
 SMALL = (3, 5, 4, 7)
@@ -475,21 +474,6 @@ def test_a_file_larger_than_memory(tmp_path, rng):
     finally:
         source.unlink(missing_ok=True)
         target.unlink(missing_ok=True)
-
-
-def statistics_of(**known):
-    """What the bounds want to know of statistics that were found some other way."""
-    f = dict(eps=1e-5, axis=(0,), elements=known["members"], weight_offset=0.0, activation=None, **known)
-    f["rstd"] = 1 / np.sqrt(f["var"] + f["eps"])
-    f["farthest"] = np.broadcast_to(f["farthest"], np.shape(f["var"]))
-    return SimpleNamespace(**f)
-
-
-def check_sample(f, x, y):
-    """Some outputs, of statistics that are known."""
-    x_hat = (x.astype(np.float64) - f.mean) * f.rstd
-    f = SimpleNamespace(**vars(f), x_hat=x_hat, weight=1.0, bias=0.0, z=x_hat, y=x_hat)
-    assert bounds.excess(y, x_hat, bounds.y(f, x.dtype)) <= 1
 
 
 X = np.ones((2, 3, 8), np.float32)
