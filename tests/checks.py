@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import bounds
 import numpy as np
 from cases import DTYPES, bits
-from reference import Operation, compute
+from reference import Operation, compute, rstd_of
 
 
 def same_order(x: np.ndarray, y: np.ndarray) -> bool:
@@ -99,3 +100,25 @@ def check_backward(
         )
         assert bounds.excess(found, total, bound) <= 1
     return dx, dweight, dbias
+
+
+def statistics_of(*, mean: Any, var: Any, members: int, farthest: Any, largest: Any, eps: float = 1e-5) -> Any:
+    """Of data too large for the reference: what bounds want to know of statistics that were found some other way."""
+    return SimpleNamespace(
+        mean=mean,
+        var=var,
+        rstd=rstd_of(var, eps),
+        eps=eps,
+        members=members,
+        elements=members,
+        farthest=np.broadcast_to(farthest, np.shape(var)),
+        largest=largest,
+    )
+
+
+def check_sample(f: Any, x: np.ndarray, y: np.ndarray) -> None:
+    """Some outputs, of statistics that are known."""
+    x_hat = (x.astype(np.float64) - f.mean) * f.rstd
+    affine = {"weight": 1.0, "weight_offset": 0.0, "bias": 0.0, "activation": None}
+    f = SimpleNamespace(**vars(f), **affine, x_hat=x_hat, z=x_hat, y=x_hat)
+    assert bounds.excess(y, x_hat, bounds.y(f, x.dtype)) <= 1

@@ -4,7 +4,8 @@ import bounds
 import numpy as np
 import pytest
 import reference
-from cases import few_bits, uniform
+from activations import activated, slope
+from cases import MASKS, few_bits, uniform
 from reference import OPERATIONS, rstd_of
 
 AXIS = (2, 3)
@@ -151,3 +152,210 @@ def test_half_the_bound_is_too_little(dtype, unit, rng):
     assert used > (0.5 if dtype == "float16" else 1 / 32)
     assert used <= 1
     assert bounds.UNIT[dtype] == unit
+
+
+def masked(rng, dtype="float32"):
+    """Few bits, and a mask of whole sixteenths: what is no member is far away."""
+    x, where = few_bits(rng, SHAPE, dtype), MASKS["random"](rng, SHAPE)
+    x[~where] += 40
+    return x, where
+
+
+def over_members(x, where, count=None):
+    count = where.sum(AXIS, keepdims=True) if count is None else count
+    mean = np.where(where, x, 0).sum(AXIS, keepdims=True) / count
+    return mean, (np.where(where, x - mean, 0) ** 2).sum(AXIS, keepdims=True) / count
+
+
+MASKED = {
+    "no-mask": lambda x, m: statistics(x),
+    "mask-inverted": lambda x, m: over_members(x, ~m),
+    "divides-by-all": lambda x, m: over_members(x, m, 256),
+    "variance-divides-by-all": lambda x, m: (
+        over_members(x, m)[0],
+        over_members(x, m)[1] * m.sum(AXIS, keepdims=True) / 256,
+    ),
+    "unbiased": lambda x, m: (
+        over_members(x, m)[0],
+        over_members(x, m)[1] * m.sum(AXIS, keepdims=True) / (m.sum(AXIS, keepdims=True) - 1),
+    ),
+    "others-as-zeros": lambda x, m: statistics(np.where(m, x, 0)),
+    "one-more": lambda x, m: over_members(x, m | (np.arange(256).reshape(16, 16) == np.argmin(m.reshape(6, 256)[0]))),
+    "one-less": lambda x, m: over_members(x, m & (np.arange(256).reshape(16, 16) != np.argmax(m.reshape(6, 256)[0]))),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("mutant", MASKED)
+def test_members(mutant, dtype, rng):
+    x, where = masked(rng, dtype)
+    f = OPERATIONS["instance"].reference(x, where=where)
+    bound = bounds.y(f, x.dtype, exact=dtype != "float16")
+    assert bounds.excess(f.y, f.y, bound) == 0
+    mean, var = MASKED[mutant](f.x, where)
+    assert bounds.excess((f.x - mean) * rstd_of(var, f.eps), f.y, bound) > 1
+
+
+def test_members_alone_are_normalized(rng):
+    x, where = masked(rng)
+    f = OPERATIONS["instance"].reference(x, where=where)
+    assert bounds.excess(np.where(where, f.y, f.x), f.y, bounds.y(f, x.dtype)) > 1
+    assert bounds.excess(np.where(where, f.y, 0), f.y, bounds.y(f, x.dtype)) > 1
+
+
+def _term(b, where=None, mean_g=None, mean_gx=None):
+    mean_g, mean_gx = b.mean_g if mean_g is None else mean_g, b.mean_gx if mean_gx is None else mean_gx
+    return b.rstd * (b.g - np.where(b.where if where is None else where, mean_g + b.x_hat * mean_gx, 0))
+
+
+def _averages(b, over, count):
+    return [np.where(over, t, 0).sum(AXIS, keepdims=True) / count for t in (b.g, b.g * b.x_hat)]
+
+
+MASKED_BACKWARD = {
+    "term-on-all": lambda b: _term(b, True),
+    "term-on-the-others": lambda b: _term(b, ~b.where),
+    "sums-of-members": lambda b: _term(b, None, *_averages(b, b.where, b.members)),
+    "mean-g-of-members": lambda b: _term(b, None, _averages(b, b.where, b.members)[0]),
+    "mean-gx-of-members": lambda b: _term(b, None, None, _averages(b, b.where, b.members)[1]),
+    "averages-over-all": lambda b: _term(b, None, *_averages(b, True, b.elements)),
+    "others-without-gradient": lambda b: np.where(b.where, b.dx, 0),
+    "recentered-from-all": lambda b: reference.backward(b.dy, b.x, b.weight, b.axis, rstd=b.rstd).dx,
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("mutant", MASKED_BACKWARD)
+def test_backward_of_members(mutant, dtype, rng):
+    x, where = masked(rng, dtype)
+    dy = few_bits(rng, SHAPE, dtype) + np.asarray(1, dtype)
+    op = OPERATIONS["instance"]
+    b = op.reference_backward(dy, x, None, op.reference(x, where=where).rstd, where=where)
+    bound = bounds.dx(b, x.dtype)
+    assert bounds.excess(b.dx, b.dx, bound) == 0
+    assert bounds.excess(MASKED_BACKWARD[mutant](b), b.dx, bound) > 1
+
+
+ACTIVATED = {
+    "left-out": (("relu", "silu", "gelu", "elu", "tanh"), lambda f, a: f.z),
+    "before-the-affine": (
+        ("relu", "silu", "gelu", "elu", "tanh"),
+        lambda f, a: activated(f.x_hat, a) * f.weight + f.bias,
+    ),
+    "before-the-bias": (
+        ("relu", "silu", "gelu", "elu", "tanh"),
+        lambda f, a: activated(f.x_hat * f.weight, a) + f.bias,
+    ),
+    "twice": (("silu", "gelu", "elu", "tanh"), lambda f, a: activated(f.y, a)),
+    "gelu-by-tanh": (("gelu",), lambda f, a: activated(f.z, "gelu_tanh")),
+    "gelu-by-erf": (("gelu_tanh",), lambda f, a: activated(f.z, "gelu")),
+    "gelu-by-sigmoid": (("gelu", "gelu_tanh"), lambda f, a: f.z / (1 + np.exp(-1.702 * f.z))),
+    "another-slope": (("leaky_relu",), lambda f, a: activated(f.z, ("leaky_relu", 0.0101))),
+    "another-alpha": (("elu",), lambda f, a: activated(f.z, ("elu", 1.01))),
+    "in-float16": (("silu", "gelu", "elu", "tanh", "sigmoid"), lambda f, a: activated(f.z, a).astype(np.float16)),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("mutant", "activation"), [(m, a) for m, (names, _) in ACTIVATED.items() for a in names])
+def test_activations(mutant, activation, dtype, rng):
+    x = few_bits(rng, SHAPE, dtype)
+    weight, bias = rng.standard_normal((2, 3))
+    f = OPERATIONS["instance"].reference(x, weight, bias, activation=activation)
+    bound = bounds.y(f, x.dtype)
+    assert bounds.excess(f.y, f.y, bound) == 0
+    assert bounds.excess(ACTIVATED[mutant][1](f, activation), f.y, bound) > 1
+
+
+def _of(b, dz):
+    """dx of another dz."""
+    return reference.backward(dz, b.x, b.weight, b.axis, rstd=b.rstd).dx
+
+
+ACTIVATED_BACKWARD = {
+    "left-out": lambda b, a: _of(b, b.dy),
+    "at-y": lambda b, a: _of(b, b.dy * slope(activated(b.z, a), a)),
+    "without-bias": lambda b, a: _of(b, b.dy * slope(b.z - b.bias, a)),
+    "without-weight": lambda b, a: _of(b, b.dy * slope(b.x_hat + b.bias, a)),
+    "twice": lambda b, a: _of(b, b.dz * slope(b.z, a)),
+    "value": lambda b, a: _of(b, b.dy * activated(b.z, a)),
+    "after-the-sums": lambda b, a: _of(b, b.dy) * slope(b.z, a),
+}
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", ("elu", 0.5), "sigmoid", "tanh", "leaky_relu"])
+@pytest.mark.parametrize("mutant", ACTIVATED_BACKWARD)
+def test_activations_backward(mutant, activation, rng):
+    dy, x = few_bits(rng, SHAPE) + 1, few_bits(rng, SHAPE)
+    weight, bias = rng.standard_normal((2, 3))
+    op = OPERATIONS["instance"]
+    stats = op.reference(x)
+    b = op.reference_backward(dy, x, stats.mean, stats.rstd, weight, bias=bias, activation=activation)
+    bound = bounds.dx(b, x.dtype)
+    assert bounds.excess(b.dx, b.dx, bound) == 0
+    if (mutant, activation) == ("at-y", "leaky_relu"):
+        assert bounds.excess(ACTIVATED_BACKWARD[mutant](b, activation), b.dx, bound) <= 1  # of the same sign as z
+        return
+    assert bounds.excess(ACTIVATED_BACKWARD[mutant](b, activation), b.dx, bound) > 1
+
+
+@pytest.mark.parametrize("mutant", ["dweight-of-dy", "dbias-of-dy", "dweight-scaled"])
+def test_activated_parameters(mutant, rng):
+    dy, x = few_bits(rng, SHAPE) + 3, few_bits(rng, SHAPE)
+    weight, bias = rng.standard_normal((2, 3))
+    op = OPERATIONS["instance"]
+    stats = op.reference(x)
+    b = op.reference_backward(dy, x, stats.mean, stats.rstd, weight, bias=bias, activation="gelu", weight_offset=1.0)
+    truth, bound, found = {
+        "dweight-of-dy": (b.dweight, bounds.dweight(b, x.dtype, 512), b.dy * b.x_hat),
+        "dbias-of-dy": (b.dbias, bounds.dbias(b, x.dtype, 512), b.dy),
+        "dweight-scaled": (b.dweight, bounds.dweight(b, x.dtype, 512), b.dweight * b.weight),
+    }[mutant]
+    truth, bound, found = (op.to_weight(t, SHAPE, weight) for t in (truth, bound, found))
+    assert bounds.excess(found, truth, bound + bounds.stored(truth, F32)) > 1
+
+
+def test_a_kink_excuses_no_more_than_its_own_elements(rng):
+    """Where z is within its error of 0 the derivative may be that of either side; elsewhere the wrong side shows."""
+    dy, x = few_bits(rng, SHAPE) + 1, uniform(rng, SHAPE)
+    op = OPERATIONS["instance"]
+    stats = op.reference(x)
+    b = op.reference_backward(dy, x, stats.mean, stats.rstd, activation="relu")
+    flipped = np.zeros(SHAPE, bool)
+    flipped.reshape(-1)[np.argsort(np.abs(b.z).ravel())[:3]] = True
+    wrong = _of(b, np.where(flipped, b.dy - b.dz, b.dz))
+    assert bounds.excess(wrong, b.dx, bounds.dx(b, x.dtype)) > 1
+
+
+@pytest.mark.parametrize("weight_offset", [1.0, 0.25])
+@pytest.mark.parametrize(
+    "mutant",
+    {
+        "left-out": lambda f, o: f.x_hat * (f.weight - o) + f.bias,
+        "on-the-bias": lambda f, o: f.x_hat * (f.weight - o) + f.bias + o,
+        "twice": lambda f, o: f.x_hat * (f.weight + o) + f.bias,
+        "rounded-to-float16": lambda f, o: f.x_hat * f.weight.astype(np.float16) + f.bias,
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_weight_offsets(mutant, weight_offset, rng):
+    x = few_bits(rng, SHAPE)
+    weight, bias = rng.standard_normal((2, 3))
+    f = OPERATIONS["instance"].reference(x, weight, bias, weight_offset=weight_offset)
+    bound = bounds.y(f, x.dtype, exact=True)
+    assert bounds.excess(f.y, f.y, bound) == 0
+    assert bounds.excess(mutant[1](f, weight_offset), f.y, bound) > 1
+
+
+def test_a_residual_gradient_added_after_rounding(rng):
+    """In float16, where dx and dresidual nearly cancel: two roundings, and the first is of a larger number."""
+    dy, x = uniform(rng, SHAPE, "float16"), uniform(rng, SHAPE, "float16")
+    op = OPERATIONS["instance"]
+    stats = op.reference(x)
+    plain = op.reference_backward(dy, x, stats.mean, stats.rstd).dx
+    dresidual = (-plain + 0.01).astype(np.float16)
+    b = op.reference_backward(dy, x, stats.mean, stats.rstd, dresidual=dresidual)
+    bound = bounds.dx(b, x.dtype)
+    assert bounds.excess(b.dx.astype(np.float16), b.dx, bound) <= 1
+    assert bounds.excess((plain.astype(np.float16) + dresidual).astype(np.float16), b.dx, bound) > 1
+    assert bounds.excess(plain, b.dx, bound) > 1

@@ -1,7 +1,13 @@
 """The reference itself: against differences of its own forward, and against NumPy's words for the same thing."""
 
+import math
+
+import activations
+import bounds
 import numpy as np
 import pytest
+from activations import ACTIVATIONS, activated, erfc, name_of, slope
+from cases import MASKS
 from reference import OPERATIONS, REGISTRY, sum_to, wide
 
 SHAPE, STEP = (3, 4, 2, 3), 1e-6
@@ -13,24 +19,35 @@ def central(f, at, rng):
     return (f(at + STEP * direction) - f(at - STEP * direction)) / (2 * STEP), direction
 
 
+OPTIONS = {
+    "plain": lambda rng: {},
+    "mask": lambda rng: {"where": MASKS["random"](rng, SHAPE)},
+    "mask-of-positions": lambda rng: {"where": MASKS["image-and-position"](rng, SHAPE)},
+    "weight-offset": lambda rng: {"weight_offset": 1.5},
+    "everything": lambda rng: {"where": MASKS["random"](rng, SHAPE), "weight_offset": 1.5, "activation": "gelu"},
+} | {name_of(a): lambda rng, a=a: {"activation": a} for a in ("silu", "gelu_tanh", "elu", "sigmoid", "tanh")}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("kind", ["pixel", "channel"])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
-def test_backward_is_the_derivative_of_forward(op, kind, rng):
+def test_backward_is_the_derivative_of_forward(op, kind, options, rng):
     shape = op.weight_shape(SHAPE, kind)
     x, dy = rng.standard_normal((2, *SHAPE))
     weight, bias = rng.standard_normal((2, *shape))
+    options = options(rng)
 
     def loss(x, weight, bias):
-        return float((wide(dy).reshape(op.blocks(SHAPE)) * op.reference(x, weight, bias).y).sum())
+        return float((wide(dy).reshape(op.blocks(SHAPE)) * op.reference(x, weight, bias, eps=0.1, **options).y).sum())
 
-    stats = op.reference(x)
-    b = op.reference_backward(dy, x, None, stats.rstd, weight)
+    stats = op.reference(x, eps=0.1, where=options.get("where"))
+    b = op.reference_backward(dy, x, None, stats.rstd, weight, bias=bias, **options)
     gradients = b.dx.reshape(SHAPE), op.to_weight(b.dweight, SHAPE, weight), op.to_weight(b.dbias, SHAPE, weight)
     for argument, (at, gradient) in enumerate(zip((x, weight, bias), gradients, strict=True)):
         arguments = [x, weight, bias]
         slope, direction = central(lambda v: loss(*arguments[:argument], v, *arguments[argument + 1 :]), at, rng)  # noqa: B023
         # The difference of two sums of x.size terms, each rounded, over twice the step; and the third derivative.
-        scale = np.abs(dy).sum() * (np.abs(weight).max() + 1) * float(np.abs(stats.x_hat).max() + 1)
+        scale = np.abs(dy).sum() * (np.abs(weight).max() + 3) * float(np.abs(stats.x_hat).max() + 1)
         error = 8 * 2.0**-52 * scale / STEP + 100 * scale * float(stats.rstd.max()) ** 3 * STEP**2
         assert abs(slope - (gradient * direction).sum()) <= error
 
@@ -51,3 +68,68 @@ def test_sum_to_is_the_adjoint_of_broadcasting():
 
 def test_registry_names_are_unique():
     assert len(OPERATIONS) == len(REGISTRY)
+
+
+@pytest.mark.parametrize("t", [0.0, 1e-9, 0.3, 1.4999, 1.5, 1.5001, 3.0, 9.0, 26.0])
+def test_erfc(t):
+    """Against the C library's, which is exact to a few roundings of a double."""
+    for dtype in (np.float64, np.longdouble):
+        assert abs(float(erfc(dtype(t))) - math.erfc(t)) <= 2.0**-48 * math.erfc(t)
+
+
+def test_erfc_is_smooth_where_its_formulas_meet():
+    """In long double: what the last digits of a double are compared with."""
+    t = np.longdouble(1.5) + np.arange(-4, 5) * np.longdouble(1e-6)
+    third = np.diff(erfc(t), 3)
+    # The third derivative there is 0.83; a jump of d would show in two of the differences, three times.
+    assert np.abs(third / 1e-18).max() < 1 + 8 * np.finfo(np.longdouble).eps / 1e-18
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=name_of)
+def test_an_activation_and_its_derivative(activation):
+    """Central differences, away from the kinks, and the bounds on how steep either is."""
+    z = np.arange(-20, 20, 1 / 64) + 1 / 128
+    step = 2.0**-16
+    difference = (activated(z + step, activation) - activated(z - step, activation)) / (2 * step)
+    assert np.abs(difference - slope(z, activation)).max() <= step**2 * 2 + 40 * 2.0**-52 / step
+    first, second, jump = bounds.steepest(activation)
+    assert np.abs(slope(z, activation)).max() <= first
+    change = np.abs(np.diff(slope(z, activation)))
+    assert (change <= second / 64 + jump * (z[:-1] * z[1:] < 0) + 1e-12).all()
+    # Neither is loose: the steepest is found, the bound is not twice that.
+    assert np.abs(slope(z, activation)).max() >= first / 2
+    assert change.max() >= (second / 64 + jump) / 2.2
+
+
+def test_activations_by_another_formula():
+    z = np.linspace(-5, 5, 101)
+    expected = {
+        "silu": z / (1 + np.exp(-z)),
+        "gelu": z * (1 + np.array([math.erf(v / math.sqrt(2)) for v in z])) / 2,
+        "gelu_tanh": z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) / 2,
+        "sigmoid": (1 + np.tanh(z / 2)) / 2,
+        "leaky_relu": np.maximum(z, 0) + 0.01 * np.minimum(z, 0),
+        "elu": np.maximum(z, 0) + np.exp(np.minimum(z, 0)) - 1,
+    }
+    for name, y in expected.items():
+        assert np.abs(activated(z, name) - y).max() <= 1e-14
+    assert activations.split(("elu", 2)) == ("elu", (2,))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("op", REGISTRY, ids=repr)
+def test_statistics_of_members_by_another_way(op, mask, rng):
+    """Member by member, statistic by statistic."""
+    x, where = rng.standard_normal(SHAPE), MASKS[mask](rng, SHAPE)
+    f = op.reference(x, where=where)
+    reduced = op.reduced(SHAPE)
+    kept = [a for a in range(len(op.blocks(SHAPE))) if a not in reduced]
+    seen = [np.broadcast_to(a, SHAPE).reshape(op.blocks(SHAPE)).transpose(*kept, *reduced) for a in (x, where)]
+    count = math.prod(f.mean.shape)
+    for values, flags, mean, rstd in zip(
+        *(a.reshape(count, -1) for a in seen), f.mean.ravel(), f.rstd.ravel(), strict=True
+    ):
+        chosen = values[flags]
+        assert abs(mean - (chosen.mean() if chosen.size and op.center else 0)) < 1e-14
+        spread = (chosen.var() if op.center else (chosen**2).mean()) if chosen.size else 0
+        assert abs(rstd - (1 / math.sqrt(spread + 1e-5) if chosen.size else 0)) < 1e-9
