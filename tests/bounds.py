@@ -31,6 +31,7 @@ DOUBLE = UNIT["float64"]
 # An activation: its value relative to itself, its derivative relative to the steepest one, in units of u. Below TINY,
 # where exponentials run out, the error is absolute.
 ACTIVATION = 16
+GELU_TANH = 8
 TINY = {"float32": 1e-37, "float64": 1e-300}
 # The steepest derivative and the steepest of that, rounded up. Of those with a parameter, see steepest().
 STEEPEST = {
@@ -47,6 +48,16 @@ STEEPEST = {
 
 def unit(dtype: Any) -> float:
     return UNIT[compute(dtype).name]
+
+
+def evaluation(activation: Any, z: Any) -> Any:
+    """Units of u, relative, that the value of an activation is off by itself: ACTIVATION. gelu_tanh is z * sigmoid(v)
+    with a cubic v, and the sigmoid of a rounded v is off by |v| roundings of it."""
+    if activation is None or split(activation)[0] != "gelu_tanh":
+        return ACTIVATION
+    v = 2 * math.sqrt(2 / math.pi) * np.abs(z) * (1 + 0.044715 * z * z)
+    # Where the sigmoid has vanished nothing is left to be off.
+    return GELU_TANH * (1 + np.minimum(v, 800))
 
 
 def steepest(activation: Any) -> tuple[float, float, float]:
@@ -167,7 +178,7 @@ def y(
         error = error + np.abs(f.x_hat * f.weight) * rstd_error(f, dtype, exact=exact)
     if f.activation is not None:
         error = steepest(f.activation)[0] * error
-        error = error + ACTIVATION * unit(dtype) * (np.abs(f.y) + error) + TINY[compute(dtype).name]
+        error = error + evaluation(f.activation, f.z) * unit(dtype) * (np.abs(f.y) + error) + TINY[compute(dtype).name]
     return error + stored(
         np.abs(f.y) + error, out_dtype or (dtype if np.dtype(dtype) in DTYPES.values() else np.float32)
     )

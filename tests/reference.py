@@ -191,11 +191,11 @@ def gradient(f: Callable[..., Any], arguments: list, k: int) -> Any:
     for index in np.ndindex(found.shape):
         direction = np.zeros(found.shape, np.longdouble)
         direction[index] = 1
-        found[index] = slope(f, arguments, k, direction)
+        found[index] = derivative_along(f, arguments, k, direction)
     return found
 
 
-def slope(f: Callable[..., Any], arguments: list, k: int, direction: Any) -> Any:
+def derivative_along(f: Callable[..., Any], arguments: list, k: int, direction: Any) -> Any:
     """The derivative of a scalar f(*arguments) when argument k moves along `direction`."""
     step = np.longdouble(2.0**-100)
     moved = [a + 1j * step * direction if i == k else a for i, a in enumerate(arguments)]

@@ -40,7 +40,7 @@ def test_values_of_the_activation_alone(activation, dtype, isa):
     x = arguments(dtype)
     truth = activations.activated(wide(x), activation)
     u = bounds.unit(dtype)
-    bound = bounds.ACTIVATION * u * np.abs(truth) + bounds.TINY[compute(dtype).name]
+    bound = bounds.evaluation(activation, wide(x)) * u * np.abs(truth) + bounds.TINY[compute(dtype).name]
     y = INSTANCE.forward(x, activation=activation, **plain(x))
     assert y.dtype == x.dtype
     assert bounds.excess(y, truth, bound + bounds.stored(np.abs(truth) + bound, dtype)) <= 1

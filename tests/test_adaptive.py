@@ -260,7 +260,7 @@ ERRORS = {
     "images": (np.ones((3, 3, 4, 4), np.float32), ValueError),
     "channels": (np.ones((2, 4, 4, 4), np.float32), ValueError),
     "too-few-axes": (np.ones(3, np.float32), ValueError),
-    "dtype": (np.ones((2, 3, 4, 4)), TypeError),
+    "complex": (np.ones((2, 3, 4, 4), complex), TypeError),
     "object": (np.ones((2, 3, 4, 4), object), TypeError),
 }
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cases import DTYPES, LAYOUTS, SHARED_MEMORY, lay, uniform
 from checks import same_order, unchanged
-from reference import OPERATIONS, REGISTRY, compute, gradient, slope
+from reference import OPERATIONS, REGISTRY, compute, derivative_along, gradient
 
 SMALL = (2, 4, 3, 5)
 # Of more than one block: of statistics along an inner and an outer axis, of few members and of many.
@@ -50,7 +50,7 @@ def check(op, dds, dy, x, weight=None, *, eps=1e-5, stats=None, directions=0, **
             along = np.zeros(values.size)
             along[np.random.default_rng(k).choice(values.size, min(values.size, 8), replace=False)] = 1
             along = along.reshape(values.shape)
-            expected = slope(truth.scalar, truth.arguments, k, along)
+            expected = derivative_along(truth.scalar, truth.arguments, k, along)
             assert bounds.excess((values * along).sum(), expected, (bound * along).sum()) <= 1, NAMES[k]
     return found
 

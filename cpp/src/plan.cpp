@@ -112,11 +112,14 @@ Bounds bounds_of(const Array& a) {
   return b;
 }
 
-bool same_view(const Array& a, const Array& b) {
-  if (a.data != b.data || a.dtype != b.dtype || !equal(a.shape, b.shape)) return false;
+bool same_strides(const Array& a, const Array& b) {
   for (int axis = 0; axis < a.ndim(); ++axis)
     if (a.shape[axis] > 1 && a.stride(axis) != b.stride(axis)) return false;
   return true;
+}
+
+bool same_view(const Array& a, const Array& b) {
+  return a.data == b.data && a.dtype == b.dtype && equal(a.shape, b.shape) && same_strides(a, b);
 }
 
 bool bounds_overlap(const Array& a, const Array& b) {
@@ -598,8 +601,9 @@ ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec, Phase phase)
   const bool frozen = !spec.use_input_stats;
   if (!frozen) operands.add_mask(args.where, x);
   const std::optional<Layout> layout = operands.canonicalised(params.axes);
-  shapes.fits = layout.has_value();
-  if (!layout) return plan;
+  // A residual that lies otherwise would change the geometry, and with it the order in which the sum is summed.
+  shapes.fits = layout.has_value() && (!residual || same_strides(args.residual, x));
+  if (!shapes.fits) return plan;
 
   Task& t = plan.job.task;
   t.geometry = layout->geometry;

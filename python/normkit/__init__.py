@@ -1,5 +1,6 @@
 """normkit: normalization of NumPy arrays and DLPack tensors, forward and backward, at the speed of memory."""
 
+from . import functional
 from ._config import (
     cuda_available,
     get_num_threads,
@@ -11,63 +12,23 @@ from ._config import (
     use_isa,
 )
 from ._core import version as __version__
-from .functional import (
-    adaptive_instance_norm,
-    adaptive_instance_norm_backward,
-    batch_norm,
-    batch_norm_backward,
-    batch_norm_double_backward,
-    group_norm,
-    group_norm_backward,
-    group_norm_double_backward,
-    instance_norm,
-    instance_norm_backward,
-    instance_norm_double_backward,
-    layer_norm,
-    layer_norm_backward,
-    layer_norm_double_backward,
-    normalize,
-    normalize_backward,
-    normalize_double_backward,
-    rms_norm,
-    rms_norm_backward,
-    rms_norm_double_backward,
-)
+from .functional import *
 from .phases import Moments, apply, apply_backward, backward_sums, merge, moments
 
 __all__ = [
+    *functional.__all__,
     "Moments",
     "__version__",
-    "adaptive_instance_norm",
-    "adaptive_instance_norm_backward",
     "apply",
     "apply_backward",
     "backward_sums",
-    "batch_norm",
-    "batch_norm_backward",
-    "batch_norm_double_backward",
     "cuda_available",
     "get_num_threads",
-    "group_norm",
-    "group_norm_backward",
-    "group_norm_double_backward",
-    "instance_norm",
-    "instance_norm_backward",
-    "instance_norm_double_backward",
     "isa",
     "isas",
-    "layer_norm",
-    "layer_norm_backward",
-    "layer_norm_double_backward",
     "merge",
     "moments",
-    "normalize",
-    "normalize_backward",
-    "normalize_double_backward",
     "num_threads",
-    "rms_norm",
-    "rms_norm_backward",
-    "rms_norm_double_backward",
     "set_num_threads",
     "show_config",
     "use_isa",

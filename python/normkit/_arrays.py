@@ -142,6 +142,13 @@ def _narrow(values: NDArray, dtype: np.dtype[Any]) -> NDArray:
     return np.where(np.isnan(values), quiet, rounded).astype(np.uint16).view(_BFLOAT16_BITS)
 
 
+def _sum_of(x: NDArray, residual: NDArray) -> NDArray:
+    """x + residual where x lies, in its dtype, rounded once."""
+    total = np.empty_like(x, order="K", subok=False)
+    total[...] = _narrow(_widen(x, x) + _widen(residual, x), x.dtype)
+    return total
+
+
 def _dtype_named(name: str, *, numpy: bool) -> Any:
     """The NumPy dtype that stands for `name` in an array of NumPy, or in one of another library."""
     if name != "bfloat16":
@@ -197,10 +204,18 @@ class _Packing:
         layer = self.kind in (_core.LAYER, _core.LAYER_RMS)
         return layer or (bool(self.channels) and len(shape) < self.x.ndim)
 
+    def absent(self) -> tuple[int, ...]:
+        """The shape of the gradients of a weight that is not there."""
+        reduced = sorted(self.order[self.x.ndim - len(self.axes) :]) if not self.channels else self.channels[-1:]
+        return tuple(self.x.shape[axis] for axis in reduced)
+
     def ones(self) -> NDArray:
-        """The weight that a missing one stands for. Only weights of channels ever fail to fit a packed x."""
+        """The weight that a missing one stands for."""
         dtype = np.float64 if self.x.dtype == np.float64 else np.float32
-        return np.ones(self.x.shape[self.channels[-1]], dtype)
+        if self.channels or self.kind in (_core.LAYER, _core.LAYER_RMS):
+            return np.ones(self.absent(), dtype)
+        kept = self.order[: self.x.ndim - len(self.axes)]
+        return np.ones([1 if axis in kept else extent for axis, extent in enumerate(self.x.shape)], dtype)
 
     def param(self, param: NDArray | None, *, expand: bool) -> NDArray | None:
         if param is None or (self._stays(param.shape) and not expand):
@@ -254,20 +269,29 @@ def forward_anywhere(
 
     result = core(axes, v["x"], v["weight"], v["bias"], v["out"], name, v["where"], v["residual"])
     several = return_stats or return_residual
-    if result is NotImplemented:
+    if result is NotImplemented and residual is not None:
+        # The sum where x lies, so that its statistics are summed in the order that they would be without a residual.
+        total = _sum_of(v["x"], v["residual"])
+        y, *others = forward_anywhere(
+            kind, axes, total, v["weight"], v["bias"], eps, *running, None, name, True, v["where"], None, False,
+            activation, weight_offset,
+        )  # fmt: skip
+        if v["out"] is not None:
+            np.copyto(v["out"], y)
+            y = v["out"]
+        result = (y, *others[: len(others) * return_stats], *[total][: int(return_residual)])
+        result = result if several else y
+    elif result is NotImplemented:
         packing = _Packing(kind, axes, v["x"])
-        data = packing.data(v["x"]), packing.optional(v["where"]), packing.optional(v["residual"])
+        data, mask = packing.data(v["x"]), packing.optional(v["where"])
         # Another dtype than that of x is reached from the compute type, by one more rounding of a float.
         wide = None if name is None else "float64" if v["x"].dtype == np.float64 else "float32"
         result, _ = packing.call(
-            lambda w, b: core(packing.axes, data[0], w, b, None, wide, data[1], data[2]), v["weight"], v["bias"]
+            lambda w, b: core(packing.axes, data, w, b, None, wide, mask, None), v["weight"], v["bias"]
         )
-        results: list[Any] = list(result) if several else [result]
-        y, others = results[0], results[1:]
-        if return_residual:
-            others[-1] = packing.like_x(others[-1])
+        y, *others = result if return_stats else (result,)
         y = packing.like_x(y, _target(v["x"], v["out"], name, numpy=isinstance(x, np.ndarray)))
-        result = (y, *others) if several else y
+        result = (y, *others) if return_stats else y
     if not several:
         return give_back(result) if out is None else out
     return (give_back(result[0]) if out is None else out, *map(give_back, result[1:]))
@@ -338,7 +362,10 @@ def backward_anywhere(
             )
         dx, *gradients = result
         dx = None if dx is None else packing.like_x(dx, v["out"])
-        result = (dx, *(packing.gradient(g, weight, expanded=expanded) for g in gradients))
+        gradients = [packing.gradient(g, weight, expanded=expanded) for g in gradients]
+        if weight is not v["weight"]:
+            gradients = [None if g is None else g.reshape(packing.absent()) for g in gradients]
+        result = (dx, *gradients)
     dx, dweight, dbias = result
     if out is not None and dx is not None:
         return out, give_back(dweight), give_back(dbias)

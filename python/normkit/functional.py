@@ -12,6 +12,29 @@ from ._arrays import Activation, Array, backward_anywhere, called, forward_anywh
 from ._double_backward import double_backward
 from .phases import Moments, apply_any
 
+__all__ = [
+    "adaptive_instance_norm",
+    "adaptive_instance_norm_backward",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_double_backward",
+    "group_norm",
+    "group_norm_backward",
+    "group_norm_double_backward",
+    "instance_norm",
+    "instance_norm_backward",
+    "instance_norm_double_backward",
+    "layer_norm",
+    "layer_norm_backward",
+    "layer_norm_double_backward",
+    "normalize",
+    "normalize_backward",
+    "normalize_double_backward",
+    "rms_norm",
+    "rms_norm_backward",
+    "rms_norm_double_backward",
+]
+
 _NORMALIZE, _NORMALIZE_RMS, _INSTANCE, _GROUP = _core.NORMALIZE, _core.NORMALIZE_RMS, _core.INSTANCE, _core.GROUP
 _BATCH, _LAYER, _LAYER_RMS = _core.BATCH, _core.LAYER, _core.LAYER_RMS
 _ALL = ("dx", "dweight", "dbias")

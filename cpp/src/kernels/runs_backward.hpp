@@ -14,10 +14,11 @@ NORMKIT_LOCAL Reduced operator+(Reduced a, Reduced b) { return {a.sums + b.sums,
 NORMKIT_LOCAL void put(Reduced r, double* to) { to[0] = r.sums.g, to[1] = r.sums.gx, to[2] = r.sums.d, to[3] = r.n; }
 NORMKIT_LOCAL Reduced reduced_at(const double* from) { return {{from[0], from[1], from[2]}, from[3]}; }
 
-/// True where options ask for more than the plain loops do: a mask, an activation, a gradient to add.
-NORMKIT_LOCAL bool is_detailed(const Task& t) {
-  return t.where.data || t.residual.data || t.activation.kind != ActivationKind::none;
+/// True where a mask or an activation asks more of the sums than the plain loops do; writing dx has a gradient to add, too.
+NORMKIT_LOCAL bool has_detailed_sums(const Task& t) {
+  return t.where.data || t.activation.kind != ActivationKind::none;
 }
+NORMKIT_LOCAL bool has_detailed_ranges(const Task& t) { return t.residual.data || has_detailed_sums(t); }
 
 /// Sums over `rows` segments of n elements of dy and x; of dy * weight where `weight` gives one factor an element.
 template <class X, bool kWeighted>
@@ -96,7 +97,7 @@ Sums<double> piece_sums(const Task& t, Range range, Piece piece, Statistic<Scala
                         ParamBuffer<ScalarOf<X>>& weights, ParamBuffer<ScalarOf<X>>& biases) {
   const X* x = at<X>(t.x, range.o, range.step, range.lane) + piece.begin;
   const X* dy = at<X>(t.dy, range.o, range.step, range.lane) + piece.begin;
-  if (is_detailed(t)) {
+  if (has_detailed_sums(t)) {
     const Preactivation<X> z = preactivation<X>(t, piece, s, weights, biases);
     return with_members(t, range.o, range.step, range.lane, piece.begin, [&](const auto& members) {
       return detailed_sums(t, dy, x, range.rows, piece.n, s.mean, z, members);
@@ -280,7 +281,7 @@ template <class X, class Members>
                                       Statistic<ScalarOf<X>> given, Members members, Streamer<X>* streamer) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
-  const V mean = broadcast<V>(known.statistic.mean), a = broadcast<V>(known.gradient.a);
+  const V mean = broadcast<V>(known.statistic.mean);
   const V b = broadcast<V>(known.gradient.b), c = broadcast<V>(known.gradient.c);
   ParamBuffer<S> weights, biases;
   alignas(64) S reaching[kBuffer];
@@ -292,11 +293,13 @@ template <class X, class Members>
     if (writes_element_gradients(t))
       add_element_gradients(t, reaching, x, offset, piece.begin, piece.n, known.statistic, rows.row_sums);
     if (!rows.dx) return;
-    const V weight = broadcast<V>(static_cast<S>(piece.linear ? 1 : element(t.weight, piece.parameter, 1)));
+    const double weight = piece.linear ? 1 : element(t.weight, piece.parameter, 1);
+    const V a = broadcast<V>(static_cast<S>(known.statistic.rstd * weight));
     const X* residual = rows.residual ? rows.residual + piece.begin : nullptr;
     const Members piece_members = members.from(piece.begin - begin);
     map(rows.dx + piece.begin, piece.n, streamer, nullptr, [&](auto place) NORMKIT_INLINE_LAMBDA {
-      const V g = place.load(reaching) * (z.weight ? place.load(z.weight) : weight);
+      V g = place.load(reaching);
+      if (z.weight) g = g * place.load(z.weight);
       const V dx = backward(g, a, piece_members.only(place, through_statistics(place.load(x), mean, b, c)));
       return residual ? dx + place.load(residual) : dx;
     });
@@ -317,7 +320,7 @@ void backward_span(const Task& t, std::int64_t r, Chunks c, std::int64_t span, c
                                t.residual.data ? at<X>(t.residual, o, step, lane) : nullptr,
                                t.dx.data ? at<X>(t.dx, o, step, lane) : nullptr, row_sums};
     const std::int64_t offset = g.offset(o, step, lane, 0);
-    if (!is_detailed(t)) return backward_range(t, rows, o, offset, begin, end, known, streamer);
+    if (!has_detailed_ranges(t)) return backward_range(t, rows, o, offset, begin, end, known, streamer);
     with_members(t, o, step, lane, begin, [&](const auto& members) {
       detailed_range(t, rows, o, offset, begin, end, known, given_statistic<S>(t, r), members, streamer);
     });
