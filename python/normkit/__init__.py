@@ -12,7 +12,7 @@ from ._config import (
     use_isa,
 )
 from ._core import version as __version__
-from .functional import *
+from .functional import *  # noqa: F403 - every normalization, as listed there
 from .phases import Moments, apply, apply_backward, backward_sums, merge, moments
 
 __all__ = [
