@@ -303,60 +303,82 @@ nb::object new_like_x(Dtype dtype, const View& xv, nb::handle x, const Shapes& s
 
 // ---- forward -----------------------------------------------------------------------------------------------------
 
+/// The arrays of a call of forward and its plan.
+struct ForwardCall {
+  View v[8];  // x, weight, bias, running_mean, running_var, out, residual, where
+  View sum_view;
+  Spec spec;
+  normkit::ForwardArgs args;
+  normkit::ForwardPlan plan;
+  nb::object owners[2], sum;
+
+  const View& x() const { return v[0]; }
+  void put_args() {
+    args.x = v[0].array, args.weight = v[1].array, args.bias = v[2].array, args.running_mean = v[3].array;
+    args.running_var = v[4].array, args.y = v[5].array, args.residual = v[6].array, args.where = v[7].array;
+    args.sum = sum_view.array;
+  }
+  /// False where the geometry does not hold the arrays.
+  bool planned(nb::handle x_, nb::handle weight, nb::handle bias, bool return_residual) {
+    put_args();
+    plan = normkit::plan_forward(args, spec);
+    const Shapes& s = plan.shapes;
+    if (!s.fits) return false;
+    const bool sums = return_residual || s.wants_sum;
+    if (!sums && !s.repack_params) return true;
+    if (sums) {
+      sum = new_like_x(x().array.dtype, x(), x_, s);
+      view(sum, sum_view);
+    }
+    if (s.repack_params) {
+      repack(owners[0], weight, v[1], v[1].array.ndim(), s.param_strides.data());
+      repack(owners[1], bias, v[2], v[2].array.ndim(), s.param_strides.data());
+    }
+    put_args();
+    plan = normkit::plan_forward(args, spec);
+    return true;
+  }
+};
+
 nb::object forward(int kind, nb::handle axes, nb::handle x, nb::handle weight, nb::handle bias, nb::handle eps,
                    nb::handle running_mean, nb::handle running_var, bool use_input_stats, nb::handle momentum,
                    nb::handle out, nb::handle out_dtype, bool return_stats, nb::handle where, nb::handle residual,
                    bool return_residual, nb::handle activation, nb::handle weight_offset) {
-  View v[8];
-  auto& [xv, wv, bv, mv, vv, yv, rv, kv] = v;
-  if (x.is_none() || !view_all({x, weight, bias, running_mean, running_var, out, residual, where}, v) ||
+  ForwardCall call;
+  if (x.is_none() || !view_all({x, weight, bias, running_mean, running_var, out, residual, where}, call.v) ||
       !(out_dtype.is_none() || PyUnicode_Check(out_dtype.ptr())))
     return nb::borrow(Py_NotImplemented);
-  Spec spec = spec_of(kind, axes, xv.array);
-  spec.eps = eps_of(eps, kind, xv.array.dtype);
-  spec.use_input_stats = use_input_stats;
+  Spec& spec = call.spec;
+  const Dtype dtype = call.x().array.dtype;
+  spec = spec_of(kind, axes, call.x().array);
+  spec.eps = eps_of(eps, kind, dtype), spec.use_input_stats = use_input_stats;
   if (momentum.is_none())
     throw Error(Error::Kind::value, "momentum is None, expected a number from 0 to 1: keep the count yourself");
   spec.momentum = number("momentum", momentum, "a number from 0 to 1");
   spec.activation = activation_of(activation), spec.weight_offset = number("weight_offset", weight_offset, "a number");
   if (return_residual && residual.is_none())
     throw Error(Error::Kind::value, "residual is None, expected an array like x to return the sum with");
-  normkit::ForwardArgs args;
-  args.x = xv.array, args.y = yv.array, args.weight = wv.array, args.bias = bv.array;
-  args.running_mean = mv.array, args.running_var = vv.array, args.residual = rv.array, args.where = kv.array;
-  args.y_dtype = dtype_named(out_dtype), args.y_is_apart = known_apart(out, yv, x, xv);
-  normkit::ForwardPlan plan = normkit::plan_forward(args, spec);
-  if (!plan.shapes.fits) return nb::borrow(Py_NotImplemented);
-  nb::object owners[2], sum, mean, rstd;
-  if (return_residual || plan.shapes.wants_sum) {
-    View sum_view;
-    sum = new_like_x(xv.array.dtype, xv, x, plan.shapes);
-    view(sum, sum_view);
-    args.sum = sum_view.array;
-  }
-  if (plan.shapes.repack_params) {
-    repack(owners[0], weight, wv, wv.array.ndim(), plan.shapes.param_strides.data());
-    repack(owners[1], bias, bv, bv.array.ndim(), plan.shapes.param_strides.data());
-    args.weight = wv.array, args.bias = bv.array;
-  }
-  if (args.sum.present || owners[0].is_valid() || owners[1].is_valid()) plan = normkit::plan_forward(args, spec);
-  const Shapes& shapes = plan.shapes;
-  normkit::Task& task = plan.job.task;
-  const nb::object y = out.is_none() ? new_like_x(shapes.out_dtype, xv, x, shapes) : nb::borrow(out);
+  call.args.y_dtype = dtype_named(out_dtype), call.args.y_is_apart = known_apart(out, call.v[5], x, call.x());
+  if (!call.planned(x, weight, bias, return_residual)) return nb::borrow(Py_NotImplemented);
+
+  const Shapes& shapes = call.plan.shapes;
+  normkit::Task& task = call.plan.job.task;
+  const nb::object y = out.is_none() ? new_like_x(shapes.out_dtype, call.x(), x, shapes) : nb::borrow(out);
   task.y.data = data_of(y);
-  if (!residual.is_none() && !sum.is_valid()) task.x.data = task.y.data;
+  if (!residual.is_none() && !call.sum.is_valid()) task.x.data = task.y.data;
+  nb::object mean, rstd;
   if (return_stats) {
-    if (spec.centered) mean = new_statistic(normkit::compute_dtype(xv.array.dtype), shapes);
-    rstd = new_statistic(normkit::compute_dtype(xv.array.dtype), shapes);
+    if (spec.centered) mean = new_statistic(normkit::compute_dtype(dtype), shapes);
+    rstd = new_statistic(normkit::compute_dtype(dtype), shapes);
     task.mean = data_of(mean), task.rstd = data_of(rstd);
   }
-  if (!shapes.empty) run_job(plan.job);
-  nb::list results;
+  if (!shapes.empty) run_job(call.plan.job);
   if (!return_stats && !return_residual) return y;
+  nb::list results;
   results.append(y);
   for (const nb::object& extra : {mean, rstd})
     if (extra.is_valid()) results.append(extra);
-  if (return_residual) results.append(sum);
+  if (return_residual) results.append(call.sum);
   return nb::tuple(results);
 }
 

@@ -549,18 +549,61 @@ Running running_of(const ForwardArgs& args, const Spec& spec, const AxisOrder& o
           spec.momentum};
 }
 
-/// x + residual is written where x will be read: into `sum`, or into y itself.
-void put_sum(Task& t, const ForwardArgs& args, const Layout& layout, std::size_t residual, std::size_t sum) {
-  if (!args.residual.present) return;
-  t.source = t.x;
-  t.residual = operand_of(args.residual, layout.strides[residual]);
-  t.x = args.sum.present || sum ? operand_of(args.sum, layout.strides[sum]) : t.y;
-  t.x.dtype = args.x.dtype;
-}
-
 bool statistics_in_order(const Array& mean, const Array& rstd, const Shapes& shapes) {
   return (!mean.present || has_strides(mean, shapes.stat_strides)) &&
          (!rstd.present || has_strides(rstd, shapes.stat_strides));
+}
+
+/// Puts the arrays of forward into one geometry; false where none holds them.
+bool place_forward(Task& t, const ForwardArgs& args, AxisMask param_axes, const Blocks& blocks, const Shapes& shapes) {
+  const Array& x = args.x;
+  Operands operands(blocks);
+  operands.add(x, shapes.out_strides);
+  operands.add(args.y, shapes.out_strides);
+  const bool has_sum = args.residual.present && (args.sum.present || shapes.wants_sum);
+  const std::size_t residual = args.residual.present ? operands.add(args.residual, shapes.out_strides) : 0;
+  const std::size_t sum = has_sum ? operands.add(args.sum, shapes.out_strides) : 0;
+  const int dense = static_cast<int>(operands.count);
+  if (!t.frozen) operands.add_mask(args.where, x);
+  const std::optional<Layout> layout = operands.canonicalised(param_axes);
+  // A residual that lies otherwise would change the geometry, and with it the order in which the sum is summed.
+  if (!layout || (residual && !same_strides(args.residual, x))) return false;
+
+  t.geometry = layout->geometry;
+  t.x = operand_of(x, layout->strides[0]);
+  t.y = operand_of(args.y, layout->strides[1]);
+  t.y.dtype = shapes.out_dtype;
+  t.where = mask_of(args.where, operands, *layout);
+  if (residual) {  // the sum is written where x will be read: into `sum`, or into y itself
+    t.source = t.x;
+    t.residual = operand_of(args.residual, layout->strides[residual]);
+    t.x = sum ? operand_of(args.sum, layout->strides[sum]) : t.y;
+    t.x.dtype = x.dtype;
+  }
+  return choose_traversal(t, dense, *layout);
+}
+
+/// The same of backward.
+bool place_backward(Task& t, const BackwardArgs& args, AxisMask param_axes, const Blocks& blocks,
+                    const Shapes& shapes) {
+  Operands operands(blocks);
+  operands.add(args.x, shapes.out_strides);
+  operands.add(args.dy, shapes.out_strides);
+  operands.add(args.dx, shapes.out_strides);
+  const std::size_t residual = args.dresidual.present ? operands.add(args.dresidual, shapes.out_strides) : 0;
+  const int dense = static_cast<int>(operands.count);
+  if (!t.frozen) operands.add_mask(args.where, args.x);
+  const std::optional<Layout> layout = operands.canonicalised(param_axes);
+  if (!layout) return false;
+
+  t.geometry = layout->geometry;
+  t.x = operand_of(args.x, layout->strides[0]);
+  t.dy = operand_of(args.dy, layout->strides[1]);
+  t.dx = operand_of(args.dx, layout->strides[2]);
+  t.dx.dtype = args.x.dtype;
+  if (residual) t.residual = operand_of(args.dresidual, layout->strides[residual]);
+  t.where = mask_of(args.where, operands, *layout);
+  return choose_traversal(t, dense, *layout);
 }
 
 }  // namespace
@@ -591,32 +634,12 @@ ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec, Phase phase)
                 (!args.residual.present || on_elements(args.residual));
   if (!shapes.fits) return plan;
 
-  Operands operands(blocks);
-  operands.add(x, shapes.out_strides);
-  operands.add(args.y, shapes.out_strides);
-  const bool has_sum = args.sum.present || shapes.wants_sum;
-  const std::size_t residual = args.residual.present ? operands.add(args.residual, shapes.out_strides) : 0;
-  const std::size_t sum = args.residual.present && has_sum ? operands.add(args.sum, shapes.out_strides) : 0;
-  const int dense = static_cast<int>(operands.count);
-  const bool frozen = !spec.use_input_stats;
-  if (!frozen) operands.add_mask(args.where, x);
-  const std::optional<Layout> layout = operands.canonicalised(params.axes);
-  // A residual that lies otherwise would change the geometry, and with it the order in which the sum is summed.
-  shapes.fits = layout.has_value() && (!residual || same_strides(args.residual, x));
-  if (!shapes.fits) return plan;
-
   Task& t = plan.job.task;
-  t.geometry = layout->geometry;
-  t.x = operand_of(x, layout->strides[0]);
-  t.y = operand_of(args.y, layout->strides[1]);
-  t.y.dtype = shapes.out_dtype;
-  t.where = mask_of(args.where, operands, *layout);
-  put_sum(t, args, *layout, residual, sum);
-  shapes.fits = choose_traversal(t, dense, *layout);
+  put_spec(t, spec, phase);
+  shapes.fits = place_forward(t, args, params.axes, blocks, shapes);
   if (!shapes.fits) return plan;
   shapes.repack_params = !params_in_order(args.weight, shapes) || !params_in_order(args.bias, shapes);
   shapes.repack_stats = !statistics_in_order(args.mean, args.rstd, shapes);
-  put_spec(t, spec, phase);
   t.weight = param_of(args.weight, spec.weight_offset), t.bias = param_of(args.bias, 0);
   if (phase == Phase::apply) t.given = given_of(args.mean, args.rstd, t.geometry);
   else t.mean = args.mean.data, t.rstd = args.rstd.data;
@@ -656,30 +679,12 @@ BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardN
   shapes.fits = on_elements(x) && on_elements(args.dy) && (!args.dx.present || on_elements(args.dx)) &&
                 (!args.dresidual.present || on_elements(args.dresidual)) && !params.expand;
   if (!shapes.fits) return plan;
-  Operands operands(blocks);
-  operands.add(x, shapes.out_strides);
-  operands.add(args.dy, shapes.out_strides);
-  operands.add(args.dx, shapes.out_strides);
-  const std::size_t residual = args.dresidual.present ? operands.add(args.dresidual, shapes.out_strides) : 0;
-  const int dense = static_cast<int>(operands.count);
-  if (spec.use_input_stats) operands.add_mask(args.where, x);
-  const AxisMask param_axes = wants_params || args.weight.present || bias.present ? params.axes : 0;
-  const std::optional<Layout> layout = operands.canonicalised(param_axes);
-  shapes.fits = layout.has_value();
-  if (!layout) return plan;
-
   Task& t = plan.job.task;
-  t.geometry = layout->geometry;
-  t.x = operand_of(x, layout->strides[0]);
-  t.dy = operand_of(args.dy, layout->strides[1]);
-  t.dx = operand_of(args.dx, layout->strides[2]);
-  t.dx.dtype = x.dtype;
-  if (residual) t.residual = operand_of(args.dresidual, layout->strides[residual]);
-  t.where = mask_of(args.where, operands, *layout);
-  shapes.fits = choose_traversal(t, dense, *layout) && (!wants_params || choose_kind(t));
+  put_spec(t, spec, phase);
+  const AxisMask param_axes = wants_params || args.weight.present || bias.present ? params.axes : 0;
+  shapes.fits = place_backward(t, args, param_axes, blocks, shapes) && (!wants_params || choose_kind(t));
   if (!shapes.fits) return plan;
   shapes.repack_params = !params_in_order(args.weight, shapes) || !params_in_order(bias, shapes);
-  put_spec(t, spec, phase);
   t.weight = param_of(args.weight, spec.weight_offset), t.bias = param_of(bias, 0);
   t.given = given_of(args.mean, args.rstd, t.geometry);
   t.sums = reinterpret_cast<double*>(args.sums.data);
