@@ -125,22 +125,25 @@ struct BackwardArgs {
 
 /// Normalizes x over `spec.reduce_axes`, then scales and shifts it.
 ///
-///     y = (x - mean) / sqrt(var + eps) * weight + bias        var divides by the number of members
+///     y = activation((x - mean) / sqrt(var + eps) * weight + bias)        var divides by the number of members
 ///
 /// Shapes, dtypes and aliasing are those of ForwardArgs. A constant statistic gives exactly bias. NaN and Inf stay in their
-/// own statistic. A statistic without members has mean 0 and rstd 0: y is bias. The bits of y do not depend on the number of threads, on what else is in the batch, or on alignment, and
-/// are the same on every instruction set that has a fused multiply-add.
+/// own statistic. A mask says which elements are members; all are normalized. A statistic without members has mean 0 and
+/// rstd 0, so that y is bias. The bits of y do not depend on the number of threads, on what else is in the batch, or on
+/// alignment, and are the same on every instruction set that has a fused multiply-add.
 /// Allocates only scratch, on the heap. Throws Error, naming the argument, before any memory is written; also where
 /// the strides of the arrays do not fit the geometry (see canonicalise()): pack such arrays first.
 void forward(const ForwardArgs& args, const Spec& spec);
 
 /// The gradient of forward().
 ///
-///     dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat))     g = dy * weight, x_hat = (x - mean) * rstd
-///     dweight = sum(dy * x_hat)    dbias = sum(dy)            over all elements that share the parameter
+///     dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat))     g = dz * weight, x_hat = (x - mean) * rstd
+///     dweight = sum(dz * x_hat)    dbias = sum(dz)            over all elements that share the parameter
 ///
-/// With spec.use_input_stats false, dx = rstd * g. `mean` is rounded; it is corrected from the data, so that dx is as exact far
-/// from zero as it is near it. Deterministic: sums are taken in an order that depends on the shape alone.
+/// dz is dy, or with an activation dy times its slope. With a mask the averages are sums over all elements, divided by the
+/// number of members, and only members have them in their dx. With spec.use_input_stats false, dx = rstd * g. `mean` is
+/// rounded; it is corrected from the data, so that dx is as exact far from zero as it is near it; the slope of an activation
+/// is taken at the statistics as they are given. Deterministic: sums are taken in an order that depends on the shape alone.
 /// Aliasing, allocation and errors as for forward().
 void backward(const BackwardArgs& args, const Spec& spec);
 
