@@ -136,14 +136,30 @@ void store_scalar(std::byte* p, Dtype dtype, double v) {
 
 // ---- forward -----------------------------------------------------------------------------------------------------
 
+/// A statistic of up to this many bytes stays in the second-level cache from its statistics to its output.
+constexpr std::int64_t kRowBytes = std::int64_t{256} << 10;
+
+/// Doubles of a row that x + residual may be formed in, one for each thread, so that y need not hold it: 0 where the caller
+/// wants the sum, or where it is not a short run.
+std::int64_t sum_row_doubles(const Task& t, const Schedule& s) {
+  const Geometry& g = t.geometry;
+  const std::int64_t bytes = g.run * size_of(t.x.dtype);
+  const bool in_y = t.residual.data && t.x.data == t.y.data;
+  if (!in_y || s.split || t.traversal != Traversal::runs || g.steps != 1 || bytes > kRowBytes) return 0;
+  return bytes / 8 + 8;
+}
+
 struct ForwardSpace {
   Common common;
+  double* rows;        // of each thread: x + residual
+  std::int64_t row;    // doubles of one
   double* given;    // running statistics as dense doubles: means, then variances
   double* moments;  // of each statistic, for the update of running statistics
 };
 
 ForwardSpace carve(Carver& carver, ForwardJob& job, const Schedule& s) {
-  ForwardSpace space{carve(carver, job.task, s, false), nullptr, nullptr};
+  ForwardSpace space{carve(carver, job.task, s, false), nullptr, sum_row_doubles(job.task, s), nullptr, nullptr};
+  space.rows = carver.take(space.row * s.threads);
   if (!job.running.mean) return space;
   if (job.task.frozen) space.given = carver.take(2 * job.running.count);
   else if (!job.task.moments) space.moments = carver.take(3 * job.task.geometry.statistics());
@@ -312,12 +328,17 @@ void run(ForwardJob& job, double* workspace) {
   Carver carver{workspace};
   const ForwardSpace space = carve(carver, job, s);
   if (space.moments) t.moments = space.moments;
-  t.stream_stores = streams(t, t.y, &t.x, 1);
+  const Operand inputs[] = {space.row ? t.source : t.x};
+  t.stream_stores = streams(t, t.y, inputs, 1);
   if (t.frozen && job.running.mean) read_running(t, job.running, space.given), copy_given(t);
   const auto scratch = [&](int slot) { return space.common.scratch + slot * space.common.scratch_stride; };
   if (!s.split) {
-    over(0, s.units, s.threads,
-         [&](std::int64_t begin, std::int64_t end, int slot) { isa.forward(t, begin, end, scratch(slot)); });
+    over(0, s.units, s.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
+      if (!space.row) return isa.forward(t, begin, end, scratch(slot));
+      Task mine = t;  // every statistic is formed in the same row
+      mine.x = {reinterpret_cast<std::byte*>(space.rows + slot * space.row), t.x.dtype, {}};
+      isa.forward(mine, begin, end, scratch(slot));
+    });
   } else {
     for (std::int64_t k = 0; k < s.statistics; ++k) {
       const std::int64_t first = k * s.spans, last = first + s.spans;

@@ -204,9 +204,15 @@ NORMKIT_LOCAL auto with_members(const Task& t, std::int64_t o, std::int64_t step
 
 // ---- activation --------------------------------------------------------------------------------------------------
 
-/// Not inlined into the loops that call them: eight functions in each would be most of the library.
-template <class V> [[gnu::noinline]] V activated(const Activation& a, V z) { return activate(a, z); }
-template <class V> [[gnu::noinline]] V slope_at(const Activation& a, V z) { return activation_slope(a, z); }
+/// Not inlined into the loops that call them, but for relu: eight functions in each would be most of the library.
+template <class V> [[gnu::noinline]] V curved(const Activation& a, V z) { return activate(a, z); }
+template <class V> NORMKIT_LOCAL V activated(const Activation& a, V z) {
+  return a.kind == ActivationKind::relu ? relu(z) : curved(a, z);
+}
+template <class V> [[gnu::noinline]] V curved_slope(const Activation& a, V z) { return activation_slope(a, z); }
+template <class V> NORMKIT_LOCAL V slope_at(const Activation& a, V z) {
+  return a.kind == ActivationKind::relu ? kink_slope(z, 0) : curved_slope(a, z);
+}
 
 /// z = x_hat * weight + bias, to which an activation is applied. A constant weight and bias are in scale and shift; those that
 /// follow the elements are apart.

@@ -188,8 +188,11 @@ void form_sum(const Task& t, std::int64_t o, std::int64_t step, std::int64_t lan
   if constexpr (kFloating<X>) {
     for (std::int64_t row = step; row < step + rows; ++row) {
       const X *source = at<X>(t.source, o, row, lane) + begin, *residual = at<X>(t.residual, o, row, lane) + begin;
-      map(at<X>(t.x, o, row, lane) + begin, end - begin, kPlain<X>, nullptr,
-          [&](auto place) NORMKIT_INLINE_LAMBDA { return place.load(source) + place.load(residual); });
+      map(at<X>(t.x, o, row, lane) + begin, end - begin, kPlain<X>, nullptr, [&](auto place) NORMKIT_INLINE_LAMBDA {
+        prefetch_first(reinterpret_cast<const char*>(source + place.i) + kAhead);
+        prefetch_first(reinterpret_cast<const char*>(residual + place.i) + kAhead);
+        return place.load(source) + place.load(residual);
+      });
     }
   }
 }
@@ -363,8 +366,9 @@ template <class X, class Y> void runs_forward(const Task& t, std::int64_t begin,
     const Statistic<S> s = forward_statistic<X>(t, r, c);
     if (t.phase == Phase::reduce) continue;
     const char* ahead = nullptr;
+    const Operand& next = t.residual.data ? t.source : t.x;
     if (contiguous && r + 1 < end)
-      ahead = reinterpret_cast<const char*>(at<X>(t.x, (r + 1) / g.lanes, 0, (r + 1) % g.lanes)) + kHalfPage;
+      ahead = reinterpret_cast<const char*>(at<X>(next, (r + 1) / g.lanes, 0, (r + 1) % g.lanes)) + kHalfPage;
     // Backwards: what was read last is still in cache.
     for (std::int64_t span = c.spans; span-- > 0;)
       forward_span<X, Y>(t, o, lane, c, span, s, t.stream_stores ? &streamer : nullptr, span == 0 ? ahead : nullptr);

@@ -73,6 +73,8 @@ template <class X, class Members>
   const V m = broadcast<V>(mean), zero = broadcast<V>(S(0));
   Sums<V> s{zero, zero, zero};
   const auto add = [&](auto place) NORMKIT_INLINE_LAMBDA {
+    prefetch_first(reinterpret_cast<const char*>(x + place.i) + kAhead);
+    prefetch_first(reinterpret_cast<const char*>(dy + place.i) + kAhead);
     const V x_v = place.load(x), d = x_v - m;
     V g = incoming(t, z, place, dy, x_v);
     if (z.weight) g = g * place.load(z.weight);
@@ -297,7 +299,8 @@ template <class X, class Members>
     const V a = broadcast<V>(static_cast<S>(known.statistic.rstd * weight));
     const X* residual = rows.residual ? rows.residual + piece.begin : nullptr;
     const Members piece_members = members.from(piece.begin - begin);
-    map(rows.dx + piece.begin, piece.n, streamer, nullptr, [&](auto place) NORMKIT_INLINE_LAMBDA {
+    const char* ahead = residual ? reinterpret_cast<const char*>(residual) + kAhead : nullptr;
+    map(rows.dx + piece.begin, piece.n, streamer, ahead, [&](auto place) NORMKIT_INLINE_LAMBDA {
       V g = place.load(reaching);
       if (z.weight) g = g * place.load(z.weight);
       const V dx = backward(g, a, piece_members.only(place, through_statistics(place.load(x), mean, b, c)));
