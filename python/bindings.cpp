@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "normkit/formula.hpp"
+#include "output_cache.hpp"
 #include "plan.hpp"
 
 namespace nb = nanobind;
@@ -86,6 +87,25 @@ int type_number(Dtype dtype) {
   }
 }
 
+/// While it lives, NumPy takes the memory of large arrays from the cache of outputs.
+class CachedMemory {
+ public:
+  explicit CachedMemory(npy_intp bytes) {
+    if (static_cast<std::size_t>(bytes) < output_cache::kLeastBytes || output_cache::limit() == 0) return;
+    static PyObject* const capsule = PyCapsule_New(output_cache::handler(), "mem_handler", nullptr);
+    before_ = PyDataMem_SetHandler(capsule);
+    if (!before_) throw nb::python_error();
+  }
+  CachedMemory(const CachedMemory&) = delete;
+  CachedMemory& operator=(const CachedMemory&) = delete;
+  ~CachedMemory() {
+    if (before_) Py_XDECREF(PyDataMem_SetHandler(before_)), Py_DECREF(before_);
+  }
+
+ private:
+  PyObject* before_ = nullptr;
+};
+
 /// A new array of the type of `like` where the dtypes agree, dense with these strides.
 nb::object allocate(Dtype dtype, const View& like, nb::handle like_object, int ndim, const std::int64_t* shape,
                     const std::int64_t* strides) {
@@ -105,8 +125,12 @@ nb::object allocate(Dtype dtype, const View& like, nb::handle like_object, int n
     if (dims[axis] != 1) c_order = c_order && bytes[axis] == dense;
     dense *= dims[axis];
   }
-  PyObject* out = PyArray_NewFromDescr(&PyArray_Type, descr, ndim, dims, c_order || dense == 0 ? nullptr : bytes,
-                                       nullptr, 0, nullptr);
+  PyObject* out = nullptr;
+  {
+    const CachedMemory cached(dense);
+    out = PyArray_NewFromDescr(&PyArray_Type, descr, ndim, dims, c_order || dense == 0 ? nullptr : bytes, nullptr, 0,
+                               nullptr);
+  }
   if (!out) throw nb::python_error();
   return nb::steal(out);
 }
@@ -729,5 +753,8 @@ NB_MODULE(_core, m) {
   m.def("isas", &normkit::isas);
   m.def("use_isa", &normkit::use_isa, "name"_a);
   m.def("num_threads", &normkit::num_threads);
+  m.def("cache_limit", &output_cache::limit);
+  m.def("set_cache_limit", &output_cache::set_limit, "bytes"_a);
+  m.def("cache_held", &output_cache::held);
   m.def("set_num_threads", &normkit::set_num_threads, "n"_a);
 }

@@ -1,5 +1,5 @@
-"""Threads and instruction sets: the only settings that a process has. Results do not depend on the threads, nor on the
-instruction set as long as it has a fused multiply-add."""
+"""Threads, instruction sets and the cache of outputs: the only settings that a process has. Results do not depend on
+threads and cache, nor on the instruction set as long as it has a fused multiply-add."""
 
 import os
 import warnings
@@ -60,16 +60,45 @@ def use_isa(name: str) -> Iterator[None]:
         _core.use_isa(before)
 
 
+def set_cache_limit(n: int) -> None:
+    """Keep up to `n` bytes of the memory of outputs that have been freed, for the next ones; 0 switches that off.
+
+    New memory comes from the system page by page, which takes several times as long as writing to it. So the memory of
+    freed outputs of 1 MB and more is kept: at most 256 MB, or what NORMKIT_CACHE_BYTES says. Raises ValueError below 0.
+    """
+    if n < 0:
+        raise ValueError(f"n is {n}, expected at least 0")
+    _core.set_cache_limit(n)
+
+
+def get_cache_limit() -> int:
+    """The most bytes of freed outputs that are kept."""
+    return _core.cache_limit()
+
+
+def cache_size() -> int:
+    """Bytes of freed outputs that are kept at the moment."""
+    return _core.cache_held()
+
+
+def clear_cache() -> None:
+    """Give the memory of all freed outputs back to the system."""
+    limit = get_cache_limit()
+    set_cache_limit(0)
+    set_cache_limit(limit)
+
+
 def cuda_available() -> bool:
     """True where CUDA arrays can be normalized: a build with CUDA, a driver and a device. This release has none."""
     return False
 
 
 def show_config() -> None:
-    """Print version, instruction sets and the one in use, threads, and the state of CUDA."""
+    """Print version, instruction sets and the one in use, threads, the cache of outputs, and the state of CUDA."""
     print(f"normkit {_core.version}")
     print(f"instruction sets: {', '.join(isas())}; in use: {isa()}")
     print(f"threads: {get_num_threads()}")
+    print(f"cache of freed outputs: {cache_size()} of {get_cache_limit()} bytes")
     print(f"CUDA: {'available' if cuda_available() else 'not in this build'}")
 
 
@@ -78,6 +107,10 @@ def _check_environment() -> None:
     if wanted and wanted not in isas():
         expected = ", ".join(map(repr, isas()))
         warnings.warn(f"NORMKIT_ISA is {wanted!r}, expected one of {expected}; using {isa()!r}", stacklevel=2)
+    wanted = os.environ.get("NORMKIT_CACHE_BYTES", "")
+    if wanted and not wanted.isdecimal():
+        message = f"NORMKIT_CACHE_BYTES is {wanted!r}, expected a number of bytes; using {get_cache_limit()}"
+        warnings.warn(message, stacklevel=2)
 
 
 _check_environment()

@@ -1,0 +1,152 @@
+#include "output_cache.hpp"
+
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <vector>
+
+#include <Python.h>
+#define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
+#define NPY_TARGET_VERSION NPY_2_0_API_VERSION
+#include <numpy/ndarraytypes.h>
+
+namespace output_cache {
+namespace {
+
+constexpr std::size_t kLine = 64;
+constexpr std::size_t kDefaultLimit = std::size_t{256} << 20;
+/// Memory of this size is worth the system's large pages: 32 times fewer of them to fill.
+constexpr std::size_t kHugePages = std::size_t{4} << 20;
+
+/// In front of the elements, which begin at the next line.
+struct Header { std::size_t capacity; };
+
+Header* header_of(void* elements) { return reinterpret_cast<Header*>(static_cast<std::byte*>(elements) - kLine); }
+void* elements_of(Header* h) { return reinterpret_cast<std::byte*>(h) + kLine; }
+
+void* from_system(std::size_t bytes) {
+  const std::size_t capacity = (bytes + kLine - 1) / kLine * kLine;
+  void* memory = std::aligned_alloc(kLine, kLine + capacity);
+  if (!memory) return nullptr;
+#if defined(MADV_HUGEPAGE)
+  if (capacity >= kHugePages) {
+    constexpr std::uintptr_t kPage = 4096;
+    const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+    const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(memory) + kLine + capacity) / kPage * kPage;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: refused, it changes nothing
+  }
+#endif
+  Header* h = static_cast<Header*>(memory);
+  h->capacity = capacity;
+  return elements_of(h);
+}
+
+/// What has been freed, the oldest first. Never destroyed: arrays may be freed after everything else is gone.
+class Cache {
+ public:
+  std::mutex mutex;
+
+  Cache() {
+    const char* wanted = std::getenv("NORMKIT_CACHE_BYTES");
+    char* end = nullptr;
+    const unsigned long long bytes = wanted ? std::strtoull(wanted, &end, 10) : 0;
+    if (wanted && *wanted && !*end) limit_ = static_cast<std::size_t>(bytes);  // else _config.py warns
+  }
+
+  /// The newest that is large enough, as it may still be in the processor's caches, but not twice as large.
+  void* take(std::size_t bytes) {
+    const std::lock_guard lock(mutex);
+    for (std::size_t k = free_.size(); k-- > 0;) {
+      Header* h = free_[k];
+      if (h->capacity < bytes || h->capacity / 2 > bytes) continue;
+      free_.erase(free_.begin() + static_cast<std::ptrdiff_t>(k));
+      held_ -= h->capacity;
+      return elements_of(h);
+    }
+    return nullptr;
+  }
+  /// Keeps what fits, and lets the oldest go for it.
+  void give(void* elements) {
+    Header* h = header_of(elements);
+    const std::lock_guard lock(mutex);
+    free_.push_back(h);
+    held_ += h->capacity;
+    shrink();
+  }
+  std::size_t limit() {
+    const std::lock_guard lock(mutex);
+    return limit_;
+  }
+  void set_limit(std::size_t bytes) {
+    const std::lock_guard lock(mutex);
+    limit_ = bytes;
+    shrink();
+  }
+  std::size_t held() {
+    const std::lock_guard lock(mutex);
+    return held_;
+  }
+
+ private:
+  void shrink() {
+    std::size_t gone = 0;
+    for (; held_ > limit_; ++gone) {
+      held_ -= free_[gone]->capacity;
+      std::free(free_[gone]);
+    }
+    free_.erase(free_.begin(), free_.begin() + static_cast<std::ptrdiff_t>(gone));
+  }
+
+  std::vector<Header*> free_;
+  std::size_t held_ = 0, limit_ = kDefaultLimit;
+};
+
+Cache& cache() {
+  static Cache* const all = [] {
+    Cache* made = new Cache;
+    static Cache* shared = made;
+    // A fork while another thread holds the lock would leave the child with a lock that nobody opens.
+    pthread_atfork([] { shared->mutex.lock(); }, [] { shared->mutex.unlock(); }, [] { shared->mutex.unlock(); });
+    return made;
+  }();
+  return *all;
+}
+
+void* allocate(void*, std::size_t bytes) {
+  void* elements = cache().take(bytes);
+  return elements ? elements : from_system(bytes);
+}
+
+void* allocate_zeros(void*, std::size_t count, std::size_t size) {
+  void* elements = allocate(nullptr, count * size);
+  if (elements) std::memset(elements, 0, count * size);
+  return elements;
+}
+
+void release(void*, void* elements, std::size_t) {
+  if (elements) cache().give(elements);
+}
+
+/// For ndarray.resize, which may change an array of ours.
+void* reallocate(void*, void* elements, std::size_t bytes) {
+  void* fresh = from_system(bytes);
+  if (!fresh || !elements) return fresh;
+  const std::size_t old = header_of(elements)->capacity;
+  std::memcpy(fresh, elements, old < bytes ? old : bytes);
+  cache().give(elements);
+  return fresh;
+}
+
+PyDataMem_Handler the_handler = {"normkit_output_cache", 1, {nullptr, allocate, allocate_zeros, reallocate, release}};
+
+}  // namespace
+
+void* handler() { return &the_handler; }
+std::size_t limit() { return cache().limit(); }
+void set_limit(std::size_t bytes) { cache().set_limit(bytes); }
+std::size_t held() { return cache().held(); }
+
+}  // namespace output_cache

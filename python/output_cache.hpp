@@ -1,0 +1,25 @@
+// Memory of large outputs, kept for the next one when an array is freed.
+//
+// New memory of this size comes from the system page by page, each filled with zeros when it is first touched: three times
+// the time of a normalization that writes into memory it has seen. NumPy gives the memory of an array back through the
+// handler that it came from, whoever frees it and when, so arrays may outlive everything.
+#pragma once
+
+#include <cstddef>
+
+namespace output_cache {
+
+/// Outputs from here on are cached; below, malloc is fast.
+inline constexpr std::size_t kLeastBytes = std::size_t{1} << 20;
+
+/// A PyDataMem_Handler, for PyDataMem_SetHandler; called with or without the interpreter lock, from any thread.
+void* handler();
+
+/// The most that is kept of what has been freed; 0 switches the cache off. Starts at NORMKIT_CACHE_BYTES, or 256 MB.
+std::size_t limit();
+void set_limit(std::size_t bytes);
+
+/// What is kept at the moment.
+std::size_t held();
+
+}  // namespace output_cache
