@@ -333,7 +333,6 @@ struct ForwardCall {
   View sum_view;
   Spec spec;
   normkit::ForwardArgs args;
-  normkit::ForwardPlan plan;
   nb::object owners[2], sum;
 
   const View& x() const { return v[0]; }
@@ -342,14 +341,12 @@ struct ForwardCall {
     args.running_var = v[4].array, args.y = v[5].array, args.residual = v[6].array, args.where = v[7].array;
     args.sum = sum_view.array;
   }
-  /// False where the geometry does not hold the arrays.
-  bool planned(nb::handle x_, nb::handle weight, nb::handle bias, bool return_residual) {
+  normkit::ForwardPlan planned(nb::handle x_, nb::handle weight, nb::handle bias, bool return_residual) {
     put_args();
-    plan = normkit::plan_forward(args, spec);
+    normkit::ForwardPlan plan = normkit::plan_forward(args, spec);  // some kilobytes: returned in place, never copied
     const Shapes& s = plan.shapes;
-    if (!s.fits) return false;
     const bool sums = return_residual || s.wants_sum;
-    if (!sums && !s.repack_params) return true;
+    if (!s.fits || (!sums && !s.repack_params)) return plan;
     if (sums) {
       sum = new_like_x(x().array.dtype, x(), x_, s);
       view(sum, sum_view);
@@ -360,7 +357,7 @@ struct ForwardCall {
     }
     put_args();
     plan = normkit::plan_forward(args, spec);
-    return true;
+    return plan;
   }
 };
 
@@ -383,10 +380,11 @@ nb::object forward(int kind, nb::handle axes, nb::handle x, nb::handle weight, n
   if (return_residual && residual.is_none())
     throw Error(Error::Kind::value, "residual is None, expected an array like x to return the sum with");
   call.args.y_dtype = dtype_named(out_dtype), call.args.y_is_apart = known_apart(out, call.v[5], x, call.x());
-  if (!call.planned(x, weight, bias, return_residual)) return nb::borrow(Py_NotImplemented);
+  normkit::ForwardPlan plan = call.planned(x, weight, bias, return_residual);
+  if (!plan.shapes.fits) return nb::borrow(Py_NotImplemented);
 
-  const Shapes& shapes = call.plan.shapes;
-  normkit::Task& task = call.plan.job.task;
+  const Shapes& shapes = plan.shapes;
+  normkit::Task& task = plan.job.task;
   const nb::object y = out.is_none() ? new_like_x(shapes.out_dtype, call.x(), x, shapes) : nb::borrow(out);
   task.y.data = data_of(y);
   if (!residual.is_none() && !call.sum.is_valid()) task.x.data = task.y.data;
@@ -396,7 +394,7 @@ nb::object forward(int kind, nb::handle axes, nb::handle x, nb::handle weight, n
     rstd = new_statistic(normkit::compute_dtype(dtype), shapes);
     task.mean = data_of(mean), task.rstd = data_of(rstd);
   }
-  if (!shapes.empty) run_job(call.plan.job);
+  if (!shapes.empty) run_job(plan.job);
   if (!return_stats && !return_residual) return y;
   nb::list results;
   results.append(y);
@@ -476,7 +474,6 @@ struct BackwardCall {
   normkit::BackwardNeed need;
   normkit::Phase phase = normkit::Phase::both;
   normkit::BackwardArgs args;
-  normkit::BackwardPlan plan;
   nb::object owners[6];
 
   /// Where `out` interleaves with an input, NumPy is asked.
@@ -492,14 +489,12 @@ struct BackwardCall {
     args.where = where.array, args.dresidual = dresidual.array, args.dx = out.array;
     args.sums = sums.array, args.count = count.array;
   }
-  /// False where the geometry does not hold the arrays.
-  bool planned(nb::handle mean_, nb::handle rstd_, nb::handle weight_, nb::handle bias_, nb::handle sums_ = {},
-               nb::handle count_ = {}) {
+  normkit::BackwardPlan planned(nb::handle mean_, nb::handle rstd_, nb::handle weight_, nb::handle bias_,
+                                nb::handle sums_ = {}, nb::handle count_ = {}) {
     put_args();
-    plan = normkit::plan_backward(args, spec, need, phase);
-    if (!plan.shapes.fits) return false;
+    normkit::BackwardPlan plan = normkit::plan_backward(args, spec, need, phase);
     const Shapes& s = plan.shapes;
-    if (phase != normkit::Phase::apply && !s.repack_params && !s.repack_stats) return true;
+    if (!s.fits || (phase != normkit::Phase::apply && !s.repack_params && !s.repack_stats)) return plan;
     repack(owners[0], weight_, weight, weight.array.ndim(), s.param_strides.data());
     repack(owners[1], bias_, bias, bias.array.ndim(), s.param_strides.data());
     if (spec.centered) repack(owners[2], mean_, mean, mean.array.ndim(), s.stat_strides.data());
@@ -508,16 +503,13 @@ struct BackwardCall {
     repack(owners[5], count_, count, count.array.ndim(), s.stat_strides.data());
     put_args();
     plan = normkit::plan_backward(args, spec, need, phase);
-    return true;
+    return plan;
   }
-  nb::object dx(nb::handle out_array, nb::handle x_array) {
+  nb::object dx(normkit::BackwardPlan& plan, nb::handle out_array, nb::handle x_array) {
     nb::object result =
         out_array.is_none() ? new_like_x(x.array.dtype, x, x_array, plan.shapes) : nb::borrow(out_array);
     plan.job.task.dx.data = data_of(result);
     return result;
-  }
-  void run() {
-    if (!plan.shapes.empty) run_job(plan.job);
   }
 };
 
@@ -534,14 +526,15 @@ nb::object backward(int kind, nb::handle axes, nb::handle dy, nb::handle x, nb::
   call.spec.weight_offset = number("weight_offset", weight_offset, "a number");
   call.need = need_of(need);
   call.find_apart(out, x, dy);
-  if (!call.planned(mean, rstd, weight, bias)) return nb::borrow(Py_NotImplemented);
-  const Shapes& shapes = call.plan.shapes;
+  normkit::BackwardPlan plan = call.planned(mean, rstd, weight, bias);
+  if (!plan.shapes.fits) return nb::borrow(Py_NotImplemented);
+  const Shapes& shapes = plan.shapes;
   nb::object gradients[2] = {nb::none(), nb::none()};
-  const nb::object dx = call.need.dx ? call.dx(out, x) : nb::none();
-  if (!call.need.dx) call.plan.job.task.dx.data = nullptr;
+  const nb::object dx = call.need.dx ? call.dx(plan, out, x) : nb::none();
+  if (!call.need.dx) plan.job.task.dx.data = nullptr;
   const View& like = call.weight;
   const Dtype dtype = like.array.present ? like.array.dtype : normkit::compute_dtype(call.x.array.dtype);
-  normkit::ParamGradient* jobs[2] = {&call.plan.job.dweight, &call.plan.job.dbias};
+  normkit::ParamGradient* jobs[2] = {&plan.job.dweight, &plan.job.dbias};
   for (int k = 0; k < 2; ++k) {
     if (!(k == 0 ? call.need.dweight : call.need.dbias)) continue;
     gradients[k] =
@@ -549,7 +542,7 @@ nb::object backward(int kind, nb::handle axes, nb::handle dy, nb::handle x, nb::
                shapes);
     *jobs[k] = {data_of(gradients[k]), dtype};
   }
-  call.run();
+  if (!plan.shapes.empty) run_job(plan.job);
   return nb::make_tuple(dx, gradients[0], gradients[1]);
 }
 
@@ -564,10 +557,11 @@ nb::object backward_sums(int kind, nb::handle axes, nb::handle dy, nb::handle x,
   call.spec.activation = activation_of(activation);
   call.spec.weight_offset = number("weight_offset", weight_offset, "a number");
   call.need = {false, false, false}, call.phase = normkit::Phase::reduce;
-  if (!call.planned(mean, rstd, weight, bias)) return nb::borrow(Py_NotImplemented);
-  nb::object sums = new_triples(call.plan.shapes);
-  call.plan.job.task.sums = reinterpret_cast<double*>(data_of(sums));
-  call.run();
+  normkit::BackwardPlan plan = call.planned(mean, rstd, weight, bias);
+  if (!plan.shapes.fits) return nb::borrow(Py_NotImplemented);
+  nb::object sums = new_triples(plan.shapes);
+  plan.job.task.sums = reinterpret_cast<double*>(data_of(sums));
+  if (!plan.shapes.empty) run_job(plan.job);
   return sums;
 }
 
@@ -584,9 +578,10 @@ nb::object apply_backward(int kind, nb::handle axes, nb::handle dy, nb::handle x
   call.spec.weight_offset = number("weight_offset", weight_offset, "a number");
   call.need = {true, false, false}, call.phase = normkit::Phase::apply;
   call.find_apart(out, x, dy);
-  if (!call.planned(mean, rstd, weight, bias, sums, count)) return nb::borrow(Py_NotImplemented);
-  const nb::object dx = call.dx(out, x);
-  call.run();
+  normkit::BackwardPlan plan = call.planned(mean, rstd, weight, bias, sums, count);
+  if (!plan.shapes.fits) return nb::borrow(Py_NotImplemented);
+  const nb::object dx = call.dx(plan, out, x);
+  if (!plan.shapes.empty) run_job(plan.job);
   return dx;
 }
 
