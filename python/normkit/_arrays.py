@@ -39,6 +39,8 @@ def called(name: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
+        if type(error) not in (TypeError, ValueError, np.exceptions.AxisError):  # not of this library
+            raise
         raise type(error)(re.sub(r"\bx\b", name, str(error))) from None
 
 
@@ -403,8 +405,7 @@ def apply_backward_anywhere(
         dresidual=dresidual, **numbers,
     )  # fmt: skip
     shape = v["rstd"].shape if v["rstd"] is not None else ()
-    given = v.get("count")
-    counts = np.full(shape, count, np.float64) if given is None else given.astype(np.float64)
+    counts = v["count"] if numbers else np.full(shape, count, np.float64)
 
     def core(axes: Any, dy: Any, x: Any, weight: Any, bias: Any, out: Any, where: Any, dresidual: Any) -> Any:
         options = where, bias, activation, weight_offset, dresidual
