@@ -146,6 +146,20 @@ void repack(nb::object& owner, nb::handle source, View& v, int ndim, const std::
   v.array.other_dtype = v.name;
 }
 
+/// An array of any real dtype in float64; others stay, to be refused.
+nb::object as_doubles(nb::handle source, View& v) {
+  if (!v.array.present || v.array.dtype == Dtype::float64) return nb::borrow(source);
+  const int type = PyArray_TYPE(as_array(source));
+  if (!PyTypeNum_ISINTEGER(type) && !PyTypeNum_ISFLOAT(type)) return nb::borrow(source);
+  PyObject* cast = PyArray_CastToType(as_array(source), PyArray_DescrFromType(NPY_DOUBLE), 0);
+  if (!cast) throw nb::python_error();
+  View fresh;
+  view(cast, fresh);
+  v = std::move(fresh);
+  v.array.other_dtype = v.name;
+  return nb::steal(cast);
+}
+
 // ---- arguments ---------------------------------------------------------------------------------------------------
 
 double number(const char* name, nb::handle h, const char* expected) {
@@ -223,14 +237,16 @@ normkit::Activation activation_of(nb::handle h) {
     const bool leaky = a.kind == ActivationKind::leaky_relu, elu = a.kind == ActivationKind::elu;
     a.parameter = leaky ? 0.01 : elu ? 1.0 : 0.0;
     if (!pair) return a;
-    if (!leaky && !elu) bad_activation(h, Error::Kind::value);
+    const std::string given = std::string("activation is ") + nb::repr(h).c_str();
+    if (!leaky && !elu)
+      throw Error(Error::Kind::value, given + ", expected '" + text + "': only leaky_relu and elu have a parameter");
     const nb::object parameter = h[1];
     a.parameter = PyFloat_AsDouble(parameter.ptr());
     if (a.parameter == -1.0 && PyErr_Occurred()) {
       PyErr_Clear();
-      bad_activation(h, Error::Kind::type);
+      throw Error(Error::Kind::type, given + ", expected a number as its parameter");
     }
-    if (!std::isfinite(a.parameter)) bad_activation(h, Error::Kind::value);
+    if (!std::isfinite(a.parameter)) throw Error(Error::Kind::value, given + ", expected a finite parameter");
     return a;
   }
   bad_activation(h, Error::Kind::value);
@@ -353,7 +369,7 @@ struct ForwardCall {
     }
     if (s.repack_params) {
       repack(owners[0], weight, v[1], v[1].array.ndim(), s.param_strides.data());
-      repack(owners[1], bias, v[2], v[2].array.ndim(), s.param_strides.data());
+      repack(owners[1], bias, v[2], v[2].array.ndim(), s.bias_strides.data());
     }
     put_args();
     plan = normkit::plan_forward(args, spec);
@@ -376,9 +392,10 @@ nb::object forward(int kind, nb::handle axes, nb::handle x, nb::handle weight, n
   if (momentum.is_none())
     throw Error(Error::Kind::value, "momentum is None, expected a number from 0 to 1: keep the count yourself");
   spec.momentum = number("momentum", momentum, "a number from 0 to 1");
-  spec.activation = activation_of(activation), spec.weight_offset = number("weight_offset", weight_offset, "a number");
+  spec.activation = activation_of(activation),
+  spec.weight_offset = number("weight_offset", weight_offset, "a finite number");
   if (return_residual && residual.is_none())
-    throw Error(Error::Kind::value, "residual is None, expected an array like x to return the sum with");
+    throw Error(Error::Kind::value, "residual is None, expected an array like x: return_residual is True");
   call.args.y_dtype = dtype_named(out_dtype), call.args.y_is_apart = known_apart(out, call.v[5], x, call.x());
   normkit::ForwardPlan plan = call.planned(x, weight, bias, return_residual);
   if (!plan.shapes.fits) return nb::borrow(Py_NotImplemented);
@@ -429,7 +446,8 @@ nb::object apply(int kind, nb::handle axes, nb::handle x, nb::handle mean, nb::h
     return nb::borrow(Py_NotImplemented);
   Spec spec = spec_of(kind, axes, xv.array);
   spec.use_input_stats = false;
-  spec.activation = activation_of(activation), spec.weight_offset = number("weight_offset", weight_offset, "a number");
+  spec.activation = activation_of(activation),
+  spec.weight_offset = number("weight_offset", weight_offset, "a finite number");
   normkit::ForwardArgs args;
   args.x = xv.array, args.y = yv.array, args.weight = wv.array, args.bias = bv.array;
   args.mean = mv.array, args.rstd = rv.array;
@@ -440,7 +458,7 @@ nb::object apply(int kind, nb::handle axes, nb::handle x, nb::handle mean, nb::h
   if (plan.shapes.repack_params || plan.shapes.repack_stats) {
     const Shapes& s = plan.shapes;
     repack(owners[0], weight, wv, wv.array.ndim(), s.param_strides.data());
-    repack(owners[1], bias, bv, bv.array.ndim(), s.param_strides.data());
+    repack(owners[1], bias, bv, bv.array.ndim(), s.bias_strides.data());
     repack(owners[2], mean, mv, mv.array.ndim(), s.stat_strides.data());
     repack(owners[3], rstd, rv, rv.array.ndim(), s.stat_strides.data());
     args.weight = wv.array, args.bias = bv.array, args.mean = mv.array, args.rstd = rv.array;
@@ -496,7 +514,7 @@ struct BackwardCall {
     const Shapes& s = plan.shapes;
     if (!s.fits || (phase != normkit::Phase::apply && !s.repack_params && !s.repack_stats)) return plan;
     repack(owners[0], weight_, weight, weight.array.ndim(), s.param_strides.data());
-    repack(owners[1], bias_, bias, bias.array.ndim(), s.param_strides.data());
+    repack(owners[1], bias_, bias, bias.array.ndim(), s.bias_strides.data());
     if (spec.centered) repack(owners[2], mean_, mean, mean.array.ndim(), s.stat_strides.data());
     repack(owners[3], rstd_, rstd, rstd.array.ndim(), s.stat_strides.data());
     repack(owners[4], sums_, sums, sums.array.ndim(), Triples(s).strides.data());
@@ -523,7 +541,7 @@ nb::object backward(int kind, nb::handle axes, nb::handle dy, nb::handle x, nb::
     return nb::borrow(Py_NotImplemented);
   call.spec = spec_of(kind, axes, call.x.array);
   call.spec.use_input_stats = use_input_stats, call.spec.activation = activation_of(activation);
-  call.spec.weight_offset = number("weight_offset", weight_offset, "a number");
+  call.spec.weight_offset = number("weight_offset", weight_offset, "a finite number");
   call.need = need_of(need);
   call.find_apart(out, x, dy);
   normkit::BackwardPlan plan = call.planned(mean, rstd, weight, bias);
@@ -555,7 +573,7 @@ nb::object backward_sums(int kind, nb::handle axes, nb::handle dy, nb::handle x,
     return nb::borrow(Py_NotImplemented);
   call.spec = spec_of(kind, axes, call.x.array);
   call.spec.activation = activation_of(activation);
-  call.spec.weight_offset = number("weight_offset", weight_offset, "a number");
+  call.spec.weight_offset = number("weight_offset", weight_offset, "a finite number");
   call.need = {false, false, false}, call.phase = normkit::Phase::reduce;
   normkit::BackwardPlan plan = call.planned(mean, rstd, weight, bias);
   if (!plan.shapes.fits) return nb::borrow(Py_NotImplemented);
@@ -573,9 +591,10 @@ nb::object apply_backward(int kind, nb::handle axes, nb::handle dy, nb::handle x
       !view(rstd, call.rstd) || !view(weight, call.weight) || !view(out, call.out) || !view(where, call.where) ||
       !view(bias, call.bias) || !view(dresidual, call.dresidual) || !view(sums, call.sums) || !view(count, call.count))
     return nb::borrow(Py_NotImplemented);
+  const nb::object counts = as_doubles(count, call.count);
   call.spec = spec_of(kind, axes, call.x.array);
   call.spec.activation = activation_of(activation);
-  call.spec.weight_offset = number("weight_offset", weight_offset, "a number");
+  call.spec.weight_offset = number("weight_offset", weight_offset, "a finite number");
   call.need = {true, false, false}, call.phase = normkit::Phase::apply;
   call.find_apart(out, x, dy);
   normkit::BackwardPlan plan = call.planned(mean, rstd, weight, bias, sums, count);
@@ -594,8 +613,8 @@ nb::object merge_moments(nb::handle a, nb::handle b) {
   return result;
 }
 
-/// 1 / sqrt(var + eps) of triples.
-nb::object rstd_of_moments(nb::handle triples, nb::handle eps) {
+/// 1 / sqrt(var + eps) of triples, or sqrt(var + eps).
+nb::object deviation_of_moments(nb::handle triples, nb::handle eps, bool inverse) {
   const double value = number("eps", eps, "a number that is at least 0");
   if (!(value >= 0) || std::isinf(value))
     throw Error(Error::Kind::value,
@@ -604,9 +623,10 @@ nb::object rstd_of_moments(nb::handle triples, nb::handle eps) {
   PyObject* result = PyArray_SimpleNew(PyArray_NDIM(from) - 1, PyArray_DIMS(from), NPY_DOUBLE);
   if (!result) throw nb::python_error();
   const double* m = static_cast<const double*>(PyArray_DATA(from));
-  double* rstd = static_cast<double*>(PyArray_DATA(as_array(result)));
-  for (npy_intp k = 0; k < PyArray_SIZE(from) / 3; ++k)
-    rstd[k] = normkit::rstd_of(normkit::Moments{m[3 * k], m[3 * k + 1], m[3 * k + 2]}, value);
+  double* deviation = static_cast<double*>(PyArray_DATA(as_array(result)));
+  for (npy_intp k = 0; k < PyArray_SIZE(from) / 3; ++k, m += 3)
+    deviation[k] = inverse ? normkit::rstd_of(normkit::Moments{m[0], m[1], m[2]}, value)
+                           : std::sqrt(m[1] / (m[2] == 0 ? 1 : m[2]) + value);
   return nb::steal(result);
 }
 
@@ -740,7 +760,7 @@ NB_MODULE(_core, m) {
         "rstd"_a.none(), "sums"_a.none(), "count"_a.none(), "weight"_a.none(), "out"_a.none(), "where"_a.none(),
         "bias"_a.none(), "activation"_a.none(), "weight_offset"_a.none(), "dresidual"_a.none());
   m.def("merge_moments", &merge_moments, "a"_a, "b"_a);
-  m.def("rstd_of_moments", &rstd_of_moments, "triples"_a, "eps"_a.none());
+  m.def("deviation_of_moments", &deviation_of_moments, "triples"_a, "eps"_a.none(), "inverse"_a);
   m.def("from_capsule", &from_capsule, "name"_a, "capsule"_a);
   m.def("to_dlpack", &to_dlpack, "array"_a);
   m.def("geometry", &geometry, "shape"_a, "strides"_a, "reduce_axes"_a, "param_axes"_a);

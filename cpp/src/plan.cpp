@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <sstream>
@@ -211,9 +212,9 @@ Extents dense_strides(std::span<const std::int64_t> shape, AxisMask axes, const 
   return strides;
 }
 
-/// What weight, bias and their gradients share: shape, strides, map.
+/// What weight, bias and their gradients share: the axes that they vary along.
 struct Params {
-  AxisMask axes = 0;
+  AxisMask axes = 0, bias_axes = 0;  // they differ in axes of extent 1 at most, else `expand`
   bool expand = false;  // weight and bias vary along different axes
 };
 
@@ -225,9 +226,9 @@ Params judge_params(const Array& x, const Array& weight, const Array& bias, cons
   }
   if (bias.present) {
     check_param_dtype("bias", bias, x.dtype);
-    const AxisMask axes = match_params("bias", bias, x.shape, spec);
-    if (!weight.present) params.axes = axes;
-    AxisMask differ = axes ^ params.axes;
+    params.bias_axes = match_params("bias", bias, x.shape, spec);
+    if (!weight.present) params.axes = params.bias_axes;
+    AxisMask differ = params.bias_axes ^ params.axes;
     for (int a = 0; a < x.ndim(); ++a)
       if (x.shape[a] == 1) differ &= ~axis_bit(a);
     params.expand = differ != 0;
@@ -235,22 +236,27 @@ Params judge_params(const Array& x, const Array& weight, const Array& bias, cons
   return params;
 }
 
-bool params_in_order(const Array& a, const Shapes& shapes) {
-  return !a.present || has_strides(a, shapes.param_strides);
+bool params_in_order(const Array& weight, const Array& bias, const Shapes& shapes) {
+  return (!weight.present || has_strides(weight, shapes.param_strides)) &&
+         (!bias.present || has_strides(bias, shapes.bias_strides));
+}
+
+/// The strides of a parameter array that lies as the kernels count.
+void put_param_strides(const Array& x, const Array& a, const Spec& spec, AxisMask axes, const AxisOrder& order,
+                       Extents& out) {
+  const Extents strides = dense_strides(x.shape, axes, order);
+  for (int axis = 0; axis < a.ndim(); ++axis)
+    out[axis] = a.shape[axis] == 1 ? 1 : strides[param_axis(spec, axes, x.ndim(), a.ndim(), axis)];
 }
 
 void describe_params(const Array& x, const Array& like, const Spec& spec, AxisMask axes, const AxisOrder& order,
                      Shapes& shapes) {
-  const Extents strides = dense_strides(x.shape, axes, order);
   if (like.present) {
     shapes.param_ndim = like.ndim();
-    for (int a = 0; a < like.ndim(); ++a) {
-      const int axis = param_axis(spec, axes, x.ndim(), like.ndim(), a);
-      shapes.param_shape[a] = like.shape[a];
-      shapes.param_strides[a] = like.shape[a] == 1 ? 1 : strides[axis];
-    }
-    return;
+    std::copy(like.shape.begin(), like.shape.end(), shapes.param_shape.begin());
+    return put_param_strides(x, like, spec, axes, order, shapes.param_strides);
   }
+  const Extents strides = dense_strides(x.shape, axes, order);
   for (int axis = 0; axis < x.ndim(); ++axis)
     if (axes & axis_bit(axis)) {
       shapes.param_shape[shapes.param_ndim] = x.shape[axis];
@@ -289,6 +295,14 @@ void check_residual(const ForwardArgs& args) {
   if (!is_floating(args.x.dtype))
     bad_dtype("x", args.x, "float32, float64, float16 or bfloat16 with a residual to add");
   check_like_x("residual", args.residual, args.x);
+}
+
+/// The members of each statistic, of float64.
+void check_counts(const Array& a, const Shapes& shapes) {
+  if (!a.present) value_error("count is None, expected an array: one element per statistic");
+  check_same_dtype("count", a, Dtype::float64, "");
+  check_shape("count", a, {shapes.stat_shape.data(), static_cast<std::size_t>(shapes.stat_ndim)},
+              ": one element per statistic");
 }
 
 /// `a`, of float64, has the kept axes of x and 3.
@@ -484,7 +498,7 @@ void check_forward(const ForwardArgs& args, Phase phase, Shapes& shapes) {
   const Dtype like_x = is_floating(x.dtype) ? x.dtype : Dtype::float32;
   shapes.out_dtype = args.y_dtype == Dtype::other ? like_x : args.y_dtype;
   shapes.fits = (shapes.out_dtype == like_x || shapes.out_dtype == compute_dtype(x.dtype));
-  shapes.wants_sum = args.residual.present && shapes.out_dtype != x.dtype;
+  shapes.wants_sum = args.residual.present && (shapes.out_dtype != x.dtype || phase == Phase::reduce);
   for (const auto& [name, a] : {std::pair{"mean", &args.mean}, std::pair{"rstd", &args.rstd}})
     if (a->present) check_shape(name, *a, stat_shape(shapes), ": one element per statistic");
   if (phase == Phase::reduce && args.moments.present) check_triples("moments", args.moments, shapes);
@@ -509,16 +523,17 @@ void check_backward(const BackwardArgs& args, const Spec& spec, Phase phase, Sha
   check_statistic("rstd", args.rstd, shapes, true);
   if (phase == Phase::apply) {
     check_triples("sums", args.sums, shapes);
-    if (args.count.present) check_shape("count", args.count, stat_shape(shapes), ": one element per statistic");
+    check_counts(args.count, shapes);
   }
   if (!args.dx.present) return;
   check_shape("out", args.dx, args.x.shape, ", the shape of x");
   check_same_dtype("out", args.dx, args.x.dtype, "");
   check_writable("out", args.dx);
   const std::pair<const char*, const Array*> others[] = {
-      {"x", &args.x},       {"dy", &args.dy},     {"weight", &args.weight}, {"bias", &args.bias},
-      {"mean", &args.mean}, {"rstd", &args.rstd}, {"where", &args.where},   {"dresidual", &args.dresidual}};
-  for (int k = 0; k < 8; ++k)
+      {"x", &args.x},       {"dy", &args.dy},      {"weight", &args.weight}, {"bias", &args.bias},
+      {"mean", &args.mean}, {"rstd", &args.rstd},  {"where", &args.where},   {"dresidual", &args.dresidual},
+      {"sums", &args.sums}, {"count", &args.count}};
+  for (int k = 0; k < 10; ++k)
     check_apart("out", args.dx, others[k].first, *others[k].second, k < 2, k < 2 && args.dx_is_apart);
 }
 
@@ -629,22 +644,23 @@ ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec, Phase phase)
     shapes.fits = true;
     return plan;
   }
-  describe_params(x, args.weight.present ? args.weight : args.bias, spec, params.axes, order, shapes);
+  describe_params(x, args.weight, spec, params.axes, order, shapes);
+  if (args.bias.present) put_param_strides(x, args.bias, spec, params.bias_axes, order, shapes.bias_strides);
   shapes.fits = shapes.fits && on_elements(x) && (!args.y.present || on_elements(args.y)) && !params.expand &&
-                (!args.residual.present || on_elements(args.residual));
+                (!args.residual.present || on_elements(args.residual)) && (!args.sum.present || on_elements(args.sum));
   if (!shapes.fits) return plan;
 
   Task& t = plan.job.task;
   put_spec(t, spec, phase);
   shapes.fits = place_forward(t, args, params.axes, blocks, shapes);
   if (!shapes.fits) return plan;
-  shapes.repack_params = !params_in_order(args.weight, shapes) || !params_in_order(args.bias, shapes);
+  shapes.repack_params = !params_in_order(args.weight, args.bias, shapes);
   shapes.repack_stats = !statistics_in_order(args.mean, args.rstd, shapes);
   t.weight = param_of(args.weight, spec.weight_offset), t.bias = param_of(args.bias, 0);
   if (phase == Phase::apply) t.given = given_of(args.mean, args.rstd, t.geometry);
   else t.mean = args.mean.data, t.rstd = args.rstd.data;
-  t.moments = reinterpret_cast<double*>(args.moments.data);
-  if (args.running_mean.present) plan.job.running = running_of(args, spec, order);
+  if (phase == Phase::reduce) t.moments = reinterpret_cast<double*>(args.moments.data);
+  if (phase == Phase::both && args.running_mean.present) plan.job.running = running_of(args, spec, order);
   plan.job.threads = num_threads();
   return plan;
 }
@@ -669,11 +685,11 @@ BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardN
   // Without weights, gradients belong to what weights would be: the first form, or the normalized axes.
   const bool wants_params = need.dweight || need.dbias;
   if (!args.weight.present && (wants_params || !bias.present)) {
-    const AxisMask bias_axes = params.axes;
     params.axes = spec.param_forms ? spec.param_axes[0] : spec.reduce_axes;
-    params.expand = bias.present && bias_axes != params.axes;
+    params.expand = bias.present && params.bias_axes != params.axes;
   }
   describe_params(x, args.weight, spec, params.axes, order, shapes);
+  if (args.bias.present) put_param_strides(x, args.bias, spec, params.bias_axes, order, shapes.bias_strides);
   if (shapes.empty) return plan;
 
   shapes.fits = on_elements(x) && on_elements(args.dy) && (!args.dx.present || on_elements(args.dx)) &&
@@ -684,7 +700,7 @@ BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardN
   const AxisMask param_axes = wants_params || args.weight.present || bias.present ? params.axes : 0;
   shapes.fits = place_backward(t, args, param_axes, blocks, shapes) && (!wants_params || choose_kind(t));
   if (!shapes.fits) return plan;
-  shapes.repack_params = !params_in_order(args.weight, shapes) || !params_in_order(bias, shapes);
+  shapes.repack_params = !params_in_order(args.weight, bias, shapes);
   t.weight = param_of(args.weight, spec.weight_offset), t.bias = param_of(bias, 0);
   t.given = given_of(args.mean, args.rstd, t.geometry);
   t.sums = reinterpret_cast<double*>(args.sums.data);
@@ -799,12 +815,49 @@ template <class Job> void run_with_workspace(Job& job) {
   run(job, workspace.get());
 }
 
-void require_fit(const Shapes& shapes) {
-  if (!shapes.fits || shapes.repack_params || shapes.repack_stats)
-    value_error("x has strides that the geometry cannot hold, expected dense arrays: pack them first");
+void require_fit(const Shapes& shapes, const Array& x,
+                 std::initializer_list<std::pair<const char*, const Array*>> companions) {
+  if (shapes.fits) return;
+  for (const auto& [name, a] : companions)
+    if (a->present && (!same_strides(*a, x) || !on_elements(*a)))
+      value_error(std::string(name) + " has strides that do not go with those of x, expected the same: pack it first");
+  value_error("x has strides that the geometry cannot hold, expected dense arrays: pack them first");
 }
 
-/// Gradients of parameters over no elements at all.
+[[noreturn]] void bad_mask() {
+  value_error("where has strides that do not go with those of x, expected one element for each of x: expand it first");
+}
+
+/// Statistics and parameters lie as the kernels count, dense in the order in which their axes lie in the memory of x.
+void require_order(const char* name, const Array& a, const Extents& strides) {
+  if (!a.present || has_strides(a, strides)) return;
+  std::vector<std::int64_t> given, expected;
+  for (int axis = 0; axis < a.ndim(); ++axis) {
+    if (a.shape[axis] == 0) return;
+    given.push_back(a.stride(axis)), expected.push_back(strides[axis] * size_of(a.dtype));
+  }
+  value_error(std::string(name) + " has strides " + tuple(given) + ", expected " + tuple(expected) +
+              ", aligned: dense, its axes in the order in which they lie in x");
+}
+
+/// The same of an output, which is not `input` either.
+void require_output(const char* name, const Array& a, const Extents& strides, const char* input_name,
+                    const Array& input) {
+  if (!a.present) return;
+  check_writable(name, a);
+  require_order(name, a, strides);
+  check_apart(name, a, input_name, input, false, false);
+}
+
+/// Three numbers for each statistic.
+Extents triple_strides(const Shapes& shapes) {
+  Extents strides;
+  for (int axis = 0; axis < shapes.stat_ndim; ++axis) strides[axis] = 3 * shapes.stat_strides[axis];
+  strides[shapes.stat_ndim] = 1;
+  return strides;
+}
+
+/// What is summed over no elements at all.
 void zero(const Array& a) {
   if (!a.present) return;
   std::int64_t bytes = size_of(a.dtype);
@@ -816,6 +869,25 @@ void zero(const Array& a) {
 
 namespace {
 
+void check_outputs(const ForwardArgs& args, const Spec& spec, Phase phase, const Shapes& shapes) {
+  if (phase == Phase::apply) {
+    if (spec.centered) require_order("mean", args.mean, shapes.stat_strides);
+    require_order("rstd", args.rstd, shapes.stat_strides);
+  } else {
+    require_output("mean", args.mean, shapes.stat_strides, "x", args.x);
+    require_output("rstd", args.rstd, shapes.stat_strides, "x", args.x);
+  }
+  if (phase == Phase::reduce) require_output("moments", args.moments, triple_strides(shapes), "x", args.x);
+  if (shapes.wants_sum && !args.sum.present)
+    value_error("sum is None, expected an array like x: there is no y of its dtype to hold x + residual");
+  if (!args.sum.present) return;
+  if (!args.residual.present) value_error("residual is None, expected an array like x: sum is x + residual");
+  check_writable("sum", args.sum);
+  check_apart("sum", args.sum, "x", args.x, true, false);
+  check_apart("sum", args.sum, "residual", args.residual, true, false);
+  if (args.y.present) check_apart("sum", args.sum, "out", args.y, false, false);
+}
+
 void run_forward(const ForwardArgs& args, Spec spec, Phase phase) {
   if (phase != Phase::reduce && !args.y.present) value_error("out is None, expected an array like x");
   if (phase == Phase::reduce && !args.moments.present)
@@ -825,27 +897,58 @@ void run_forward(const ForwardArgs& args, Spec spec, Phase phase) {
     for (const auto& [name, a] : {std::pair{"mean", &args.mean}, std::pair{"rstd", &args.rstd}})
       if (a->present) check_same_dtype(name, *a, compute_dtype(args.x.dtype), "");
   ForwardPlan plan = plan_forward(args, spec, phase);
-  if (plan.shapes.empty) return zero(args.moments);
-  require_fit(plan.shapes);
-  if (plan.shapes.wants_sum && !args.sum.present)
-    value_error("sum is None, expected an array like x: y has another dtype");
+  const Shapes& shapes = plan.shapes;
+  check_outputs(args, spec, phase, shapes);
+  if (shapes.empty) {
+    if (phase == Phase::apply) return;
+    return zero(args.mean), zero(args.rstd), zero(args.moments);
+  }
+  if (!shapes.fits && args.where.present) {
+    ForwardArgs unmasked = args;
+    unmasked.where = {};
+    if (plan_forward(unmasked, spec, phase).shapes.fits) bad_mask();
+  }
+  require_fit(shapes, args.x, {{"out", &args.y}, {"residual", &args.residual}, {"sum", &args.sum}});
+  require_order("weight", args.weight, shapes.param_strides);
+  require_order("bias", args.bias, shapes.bias_strides);
   run_with_workspace(plan.job);
 }
 
 void run_backward(const BackwardArgs& args, const Spec& spec, Phase phase) {
-  BackwardPlan plan = plan_backward(args, spec, {args.dx.present, args.dweight.present, args.dbias.present}, phase);
-  const std::span<const std::int64_t> shape(plan.shapes.param_shape.data(),
-                                            static_cast<std::size_t>(plan.shapes.param_ndim));
-  for (const auto& [name, a] : {std::pair{"dweight", &args.dweight}, std::pair{"dbias", &args.dbias}})
-    if (a->present) {
-      check_data_dtype(name, *a, false);
-      check_shape(name, *a, shape, ", the shape of weight");
-    }
-  if (plan.shapes.empty) {
+  const BackwardNeed need{args.dx.present, args.dweight.present, args.dbias.present};
+  BackwardPlan plan = plan_backward(args, spec, need, phase);
+  const Shapes& shapes = plan.shapes;
+  const std::span<const std::int64_t> shape(shapes.param_shape.data(), static_cast<std::size_t>(shapes.param_ndim));
+  for (const auto& [name, a] : {std::pair{"dweight", &args.dweight}, std::pair{"dbias", &args.dbias}}) {
+    if (!a->present) continue;
+    if (phase != Phase::both) value_error(std::string(name) + " is given, expected None: phases have no such gradient");
+    check_data_dtype(name, *a, false);
+    check_shape(name, *a, shape, ", the shape of weight");
+    require_output(name, *a, shapes.param_strides, "x", args.x);
+  }
+  if (spec.centered) require_order("mean", args.mean, shapes.stat_strides);
+  require_order("rstd", args.rstd, shapes.stat_strides);
+  if (phase == Phase::reduce) {
+    check_triples("sums", args.sums, shapes);
+    require_output("sums", args.sums, triple_strides(shapes), "x", args.x);
+    check_apart("sums", args.sums, "dy", args.dy, false, false);
+  }
+  if (phase == Phase::apply) {
+    require_order("sums", args.sums, triple_strides(shapes));
+    require_order("count", args.count, shapes.stat_strides);
+  }
+  if (shapes.empty) {
     if (phase == Phase::reduce) zero(args.sums);
     return zero(args.dweight), zero(args.dbias);
   }
-  require_fit(plan.shapes);
+  if (!shapes.fits && args.where.present) {
+    BackwardArgs unmasked = args;
+    unmasked.where = {};
+    if (plan_backward(unmasked, spec, need, phase).shapes.fits) bad_mask();
+  }
+  require_fit(shapes, args.x, {{"dy", &args.dy}, {"out", &args.dx}, {"dresidual", &args.dresidual}});
+  require_order("weight", args.weight, shapes.param_strides);
+  if (spec.activation.kind != ActivationKind::none) require_order("bias", args.bias, shapes.bias_strides);
   run_with_workspace(plan.job);
 }
 
@@ -856,12 +959,9 @@ void moments(const ForwardArgs& args, const Spec& spec) { run_forward(args, spec
 void apply(const ForwardArgs& args, const Spec& spec) { run_forward(args, spec, Phase::apply); }
 
 void backward(const BackwardArgs& args, const Spec& spec) { run_backward(args, spec, Phase::both); }
-void backward_sums(const BackwardArgs& args, const Spec& spec) {
-  if (!args.sums.present) value_error("sums is None, expected an array: three numbers per statistic");
-  run_backward(args, spec, Phase::reduce);
-}
+void backward_sums(const BackwardArgs& args, const Spec& spec) { run_backward(args, spec, Phase::reduce); }
 void apply_backward(const BackwardArgs& args, const Spec& spec) {
-  if (!args.count.present) value_error("count is None, expected an array: one element per statistic");
+  if (!args.dx.present) value_error("out is None, expected an array like x");
   run_backward(args, spec, Phase::apply);
 }
 

@@ -18,7 +18,8 @@ struct Shapes {
   Extents out_strides;    // y or dx, where the caller did not pass one: the memory order of x
   Extents stat_shape, stat_strides;
   int stat_ndim = 0;
-  Extents param_shape, param_strides;  // dweight, dbias; weight and bias where `repack_params`
+  Extents param_shape, param_strides;  // dweight, dbias; weight where `repack_params`
+  Extents bias_strides;                // bias where `repack_params`: it may have more axes, of extent 1
   int param_ndim = 0;
   bool empty = false;          // x has no elements: nothing to run
   bool repack_params = false;  // weight or bias must be copied into param_strides first

@@ -39,6 +39,8 @@ def called(name: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
+        if type(error) not in (TypeError, ValueError, np.exceptions.AxisError):  # not of this library
+            raise
         raise type(error)(re.sub(r"\bx\b", name, str(error))) from None
 
 
@@ -90,12 +92,15 @@ def _give_back(library: Any) -> Callable[[Any], Any]:
     return lambda result: None if result is None else namespace.from_dlpack(_core.to_dlpack(result))
 
 
-def _views(**arrays: Any) -> tuple[dict[str, Any], Callable[[Any], Any]]:
+_REQUIRED = ("x", "dy", "content", "style")
+
+
+def views_of(**arrays: Any) -> tuple[dict[str, Any], Callable[[Any], Any]]:
     """The arrays of a call as NumPy arrays, and the way back. The first one says which library it is."""
     first = next(iter(arrays.values()))
     views: dict[str, Any] = {}
     for name, array in arrays.items():
-        views[name] = None if array is None and array is not first else _as_numpy(name, array)
+        views[name] = None if array is None and name not in _REQUIRED else _as_numpy(name, array)
         if array is None or (isinstance(array, np.ndarray) and isinstance(first, np.ndarray)):
             continue
         if _library(array) != _library(first):
@@ -105,6 +110,13 @@ def _views(**arrays: Any) -> tuple[dict[str, Any], Callable[[Any], Any]]:
         if _library(array) == "jax":  # its arrays never change
             views[name].flags.writeable = False
     return views, _give_back(first)
+
+
+def hand_back(result: Any, give_back: Callable[[Any], Any], out: Any) -> Any:
+    """What a call on views returned as the caller's library has it; its first array is `out`, where one was given."""
+    first, *others = result if isinstance(result, tuple) else (result,)
+    first = first if first is None else give_back(first) if out is None else out
+    return (first, *map(give_back, others)) if isinstance(result, tuple) else first
 
 
 def _dtype_name(dtype: Any) -> str | None:
@@ -256,7 +268,7 @@ def forward_anywhere(
     return_residual: bool, activation: Any, weight_offset: float,
 ) -> Any:  # fmt: skip
     """`_core.forward` for any library, layout and output dtype."""
-    v, give_back = _views(
+    v, give_back = views_of(
         x=x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var, out=out, where=where,
         residual=residual,
     )  # fmt: skip
@@ -268,7 +280,6 @@ def forward_anywhere(
         return _core.forward(kind, axes, x, weight, bias, eps, *running, out, name, return_stats, *options)
 
     result = core(axes, v["x"], v["weight"], v["bias"], v["out"], name, v["where"], v["residual"])
-    several = return_stats or return_residual
     if result is NotImplemented and residual is not None:
         # The sum where x lies, so that its statistics are summed in the order that they would be without a residual.
         total = _sum_of(v["x"], v["residual"])
@@ -280,7 +291,7 @@ def forward_anywhere(
             np.copyto(v["out"], y)
             y = v["out"]
         result = (y, *others[: len(others) * return_stats], *[total][: int(return_residual)])
-        result = result if several else y
+        result = result if len(result) > 1 else y
     elif result is NotImplemented:
         packing = _Packing(kind, axes, v["x"])
         data, mask = packing.data(v["x"]), packing.optional(v["where"])
@@ -292,9 +303,7 @@ def forward_anywhere(
         y, *others = result if return_stats else (result,)
         y = packing.like_x(y, _target(v["x"], v["out"], name, numpy=isinstance(x, np.ndarray)))
         result = (y, *others) if return_stats else y
-    if not several:
-        return give_back(result) if out is None else out
-    return (give_back(result[0]) if out is None else out, *map(give_back, result[1:]))
+    return hand_back(result, give_back, out)
 
 
 def _target(x: NDArray, out: NDArray | None, name: str | None, *, numpy: bool) -> NDArray | None:
@@ -309,7 +318,7 @@ def apply_anywhere(
     activation: Any, weight_offset: float,
 ) -> Any:  # fmt: skip
     """`_core.apply` for any library, layout and output dtype."""
-    v, give_back = _views(x=x, mean=mean, rstd=rstd, weight=weight, bias=bias, out=out)
+    v, give_back = views_of(x=x, mean=mean, rstd=rstd, weight=weight, bias=bias, out=out)
     name = _dtype_name(out_dtype)
 
     def core(axes: Any, x: Any, weight: Any, bias: Any, out: Any, name: str | None) -> Any:
@@ -327,7 +336,7 @@ def apply_anywhere(
 
 def moments_anywhere(kind: int, axes: Any, x: Any, where: Any) -> tuple[NDArray, Callable[[Any], Any]]:
     """`_core.moments` for any library and layout, as a NumPy array, and the way back to the library of x."""
-    v, give_back = _views(x=x, where=where)
+    v, give_back = views_of(x=x, where=where)
     result = _core.moments(kind, axes, v["x"], v["where"])
     if result is NotImplemented:
         packing = _Packing(kind, axes, v["x"])
@@ -340,7 +349,7 @@ def backward_anywhere(
     need: Collection[str], out: Any, where: Any, bias: Any, activation: Any, weight_offset: float, dresidual: Any,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     """`_core.backward` for any library and layout."""
-    v, give_back = _views(
+    v, give_back = views_of(
         x=x, dy=dy, mean=mean, rstd=rstd, weight=weight, out=out, where=where, bias=bias, dresidual=dresidual
     )
 
@@ -366,10 +375,8 @@ def backward_anywhere(
         if weight is not v["weight"]:
             gradients = [None if g is None else g.reshape(packing.absent()) for g in gradients]
         result = (dx, *gradients)
-    dx, dweight, dbias = result
-    if out is not None and dx is not None:
-        return out, give_back(dweight), give_back(dbias)
-    return give_back(dx), give_back(dweight), give_back(dbias)
+    dx, dweight, dbias = hand_back(result, give_back, out)
+    return dx, dweight, dbias
 
 
 def backward_sums_anywhere(
@@ -377,7 +384,7 @@ def backward_sums_anywhere(
     activation: Any, weight_offset: float,
 ) -> Any:  # fmt: skip
     """`_core.backward_sums` for any library and layout."""
-    v, give_back = _views(x=x, dy=dy, mean=mean, rstd=rstd, weight=weight, where=where, bias=bias)
+    v, give_back = views_of(x=x, dy=dy, mean=mean, rstd=rstd, weight=weight, where=where, bias=bias)
 
     def core(axes: Any, dy: Any, x: Any, weight: Any, bias: Any, where: Any) -> Any:
         options = where, bias, activation, weight_offset
@@ -398,13 +405,12 @@ def apply_backward_anywhere(
 ) -> Any:  # fmt: skip
     """`_core.apply_backward` for any library and layout; `count` may be a number."""
     numbers = {} if isinstance(count, int | float | np.number) else {"count": count}
-    v, give_back = _views(
+    v, give_back = views_of(
         x=x, dy=dy, mean=mean, rstd=rstd, sums=sums, weight=weight, out=out, where=where, bias=bias,
         dresidual=dresidual, **numbers,
     )  # fmt: skip
     shape = v["rstd"].shape if v["rstd"] is not None else ()
-    given = v.get("count")
-    counts = np.full(shape, count, np.float64) if given is None else given.astype(np.float64)
+    counts = v["count"] if numbers else np.full(shape, count, np.float64)
 
     def core(axes: Any, dy: Any, x: Any, weight: Any, bias: Any, out: Any, where: Any, dresidual: Any) -> Any:
         options = where, bias, activation, weight_offset, dresidual

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from . import _core as _typed_core
-from ._arrays import _BFLOAT16_BITS, NDArray, _as_numpy, _narrow, _views, _widen
+from ._arrays import _BFLOAT16_BITS, NDArray, _narrow, _widen, views_of
 
 _core: Any = _typed_core  # it takes and gives arrays of any library, which no stub can say
 
@@ -203,9 +203,7 @@ def double_backward(
     """(d_dy, d_x, d_weight) of any normalization, for any library and layout."""
     if ddx is None and ddweight is None and ddbias is None:
         raise ValueError("ddx, ddweight and ddbias are None, expected an array for at least one of them")
-    v, give_back = _views(x=x, dy=dy, mean=mean, rstd=rstd, weight=weight, ddx=ddx, ddweight=ddweight, ddbias=ddbias)
-    if dy is None:
-        _as_numpy("dy", dy)  # raises
+    v, give_back = views_of(x=x, dy=dy, mean=mean, rstd=rstd, weight=weight, ddx=ddx, ddweight=ddweight, ddbias=ddbias)
     if kind in (_core.NORMALIZE_RMS, _core.LAYER_RMS):
         v["mean"] = None  # whatever was passed for it
     x, weight = v["x"], v["weight"]

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 from . import _core
-from ._arrays import Activation, Array, backward_anywhere, called, forward_anywhere
+from ._arrays import Activation, Array, backward_anywhere, called, forward_anywhere, hand_back, views_of
 from ._double_backward import double_backward
 from .phases import Moments, apply_any
 
@@ -734,12 +734,14 @@ def adaptive_instance_norm(
     TypeError, ValueError, numpy.exceptions.AxisError
         Naming the argument, before anything is written.
     """
-    of_style = _style_moments(content, style, channel_axis)
+    v, give_back = views_of(content=content, style=style, out=out, where=where, residual=residual)
+    of_style = _style_moments(v["content"], v["style"], channel_axis)
     with called("content"):
-        return _forward(
-            _INSTANCE, channel_axis, content, of_style.std(eps), of_style.mean, eps, None, None, True, 0.0, out,
-            out_dtype, return_stats, where, residual, return_residual, activation, 0.0,
+        result = _forward(
+            _INSTANCE, channel_axis, v["content"], of_style.std(eps), of_style.mean, eps, None, None, True, 0.0,
+            v["out"], out_dtype, return_stats, v["where"], v["residual"], return_residual, activation, 0.0,
         )  # fmt: skip
+    return hand_back(result, give_back, out)
 
 
 def adaptive_instance_norm_backward(
@@ -788,24 +790,32 @@ def adaptive_instance_norm_backward(
     unknown = [name for name in need if name not in ("dcontent", "dstyle")]
     if unknown:
         raise ValueError(f"need has {unknown[0]!r}, expected names from ('dcontent', 'dstyle')")
-    of_style = _style_moments(content, style, channel_axis)
+    v, give_back = views_of(
+        content=content, style=style, dy=dy, mean=mean, rstd=rstd, out=out, where=where, dresidual=dresidual
+    )
+    if v["style"].dtype.kind in "iu":
+        raise TypeError(f"style has dtype {v['style'].dtype}, expected float32, float64, float16 or bfloat16")
+    of_style = _style_moments(v["content"], v["style"], channel_axis)
     wanted = ("dx",) if "dcontent" in need else ()
     if "dstyle" in need:
         wanted = (*wanted, "dweight", "dbias")
     with called("content"):
         dcontent, dweight, dbias = _backward(
-            _INSTANCE, channel_axis, dy, content, mean, rstd, of_style.std(eps), True, wanted, out,
-            where, of_style.mean, activation, 0.0, dresidual,
+            _INSTANCE, channel_axis, v["dy"], v["content"], v["mean"], v["rstd"], of_style.std(eps), True, wanted,
+            v["out"], v["where"], of_style.mean, activation, 0.0, v["dresidual"],
         )  # fmt: skip
+    gradients: tuple[Any, Any]
     if "dstyle" not in need:
-        return dcontent, None
+        gradients = hand_back((dcontent, None), give_back, out)
+        return gradients
     # sqrt(var + eps) and mean of style are weight and bias of content.
     weight, bias = dweight / of_style.count, dbias / of_style.count
     with called("style"):
         dstyle = apply_any(
-            _INSTANCE, channel_axis, style, of_style.mean, of_style.rstd(eps), weight, bias, None, None, None, 0.0
+            _INSTANCE, channel_axis, v["style"], of_style.mean, of_style.rstd(eps), weight, bias, None, None, None, 0.0
         )
-    return dcontent, dstyle
+    gradients = hand_back((dcontent, dstyle), give_back, out)
+    return gradients
 
 
 def _style_moments(content: Array, style: Array, channel_axis: int) -> Moments:

@@ -80,6 +80,8 @@ class Moments:
 
     def var(self, correction: float = 0) -> Array:
         """m2 / (count - correction); 0 where there are no members, NaN where `correction` leaves none."""
+        if not isinstance(correction, int | float | np.number):
+            raise TypeError(f"correction is {correction!r}, expected a number")
         count, m2 = self._triples[..., 2], self._triples[..., 1]
         left = count - correction
         undefined = np.where(count == 0, 0.0, np.nan)
@@ -87,12 +89,11 @@ class Moments:
 
     def std(self, eps: float = 0.0) -> Array:
         """sqrt(var + eps)."""
-        triples = self._triples
-        return self._give_back(np.sqrt(triples[..., 1] / np.maximum(triples[..., 2], 1) + eps))
+        return self._give_back(_core.deviation_of_moments(np.ascontiguousarray(self._triples), eps, False))
 
     def rstd(self, eps: float = 1e-5) -> Array:
         """1 / sqrt(var + eps), as the normalizations have it: 0 where there are no members, or where var + eps is 0."""
-        return self._give_back(_core.rstd_of_moments(np.ascontiguousarray(self._triples), eps))
+        return self._give_back(_core.deviation_of_moments(np.ascontiguousarray(self._triples), eps, True))
 
 
 def merge(moments: Iterable[Moments]) -> Moments:
@@ -100,6 +101,9 @@ def merge(moments: Iterable[Moments]) -> Moments:
     parts = list(moments)
     if not parts:
         raise ValueError("moments is empty, expected at least one")
+    for part in parts:
+        if not isinstance(part, Moments):
+            raise TypeError(f"moments has {part!r}, expected Moments")
     whole = parts[0]
     for part in parts[1:]:
         whole = whole.merge(part)

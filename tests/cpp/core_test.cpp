@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <functional>
+#include <limits>
 #include <random>
 #include <string>
 #include <thread>
@@ -26,24 +28,27 @@ void expect(bool holds, const std::string& what) {
 }
 
 /// A shape whose axes lie in memory in the order `order`, with poison on both sides of the elements.
-struct Buffer {
+template <class T> struct BufferOf {
   Shape shape, strides;  // bytes
-  std::vector<float> memory;
+  std::vector<T> memory;
   static constexpr std::size_t kGuard = 32;
 
-  Buffer(const Shape& extents, const std::vector<int>& order) : shape(extents), strides(extents.size()) {
+  BufferOf(const Shape& extents, const std::vector<int>& order) : shape(extents), strides(extents.size()) {
     std::int64_t elements = 1;
     for (std::size_t k = order.size(); k-- > 0;) {
-      strides[order[k]] = elements * static_cast<std::int64_t>(sizeof(float));
+      strides[order[k]] = elements * static_cast<std::int64_t>(sizeof(T));
       elements *= shape[order[k]];
     }
-    memory.assign(static_cast<std::size_t>(elements) + 2 * kGuard, std::nanf(""));
+    memory.assign(static_cast<std::size_t>(elements) + 2 * kGuard, std::numeric_limits<T>::quiet_NaN());
   }
-  float* data() { return memory.data() + kGuard; }
+  T* data() { return memory.data() + kGuard; }
   std::size_t size() const { return memory.size() - 2 * kGuard; }
-  Array view() { return {reinterpret_cast<std::byte*>(data()), Dtype::float32, true, false, shape, strides, {}}; }
-  float& operator()(std::int64_t n, std::int64_t c, std::int64_t s) {
-    return data()[(n * strides[0] + c * strides[1] + s * strides[2]) / static_cast<std::int64_t>(sizeof(float))];
+  Array view() {
+    const Dtype dtype = sizeof(T) == 8 ? Dtype::float64 : Dtype::float32;
+    return {reinterpret_cast<std::byte*>(data()), dtype, true, false, shape, strides, {}};
+  }
+  T& operator()(std::int64_t n, std::int64_t c, std::int64_t s) {
+    return data()[(n * strides[0] + c * strides[1] + s * strides[2]) / static_cast<std::int64_t>(sizeof(T))];
   }
   bool guards_whole() const {
     for (std::size_t k = 0; k < kGuard; ++k)
@@ -51,6 +56,8 @@ struct Buffer {
     return true;
   }
 };
+using Buffer = BufferOf<float>;
+using Doubles = BufferOf<double>;
 
 struct Truth { long double mean = 0, rstd = 0, g = 0, gx = 0; };
 
@@ -120,6 +127,210 @@ void run_case(const Case& c, const std::string& label) {
     expect(b->guards_whole(), label + ": wrote past the end");
 }
 
+/// All options at once, and the two phases over two parts of the positions.
+struct OptionCase {
+  Shape shape;
+  std::vector<int> order;
+  bool batch;  // else instance norm
+  Shape mask;  // extents of 1 are broadcast; empty: no mask
+  bool own_sum;
+  const char* name;
+};
+
+/// The mask of a case, no byte longer than it must be, so that the address sanitizer sees a read past its end.
+struct Mask {
+  Shape shape, strides;
+  std::vector<std::uint8_t> bytes;
+
+  Mask(const OptionCase& c, std::mt19937& random) : shape(c.mask), strides(c.mask.size()) {
+    std::int64_t elements = 1;
+    if (shape.empty()) return;
+    for (std::size_t k = c.order.size(); k-- > 0;) {
+      const std::int64_t extent = shape[c.order[k]];
+      strides[c.order[k]] = extent > 1 ? elements : 0;
+      elements *= extent;
+    }
+    bytes.resize(static_cast<std::size_t>(elements));
+    for (std::uint8_t& b : bytes) b = random() % 3 != 0;
+  }
+  Array view() {
+    if (shape.empty()) return {};
+    return {reinterpret_cast<std::byte*>(bytes.data()), Dtype::boolean, true, false, shape, strides, {}};
+  }
+  bool operator()(std::int64_t n, std::int64_t c, std::int64_t s) const {
+    return shape.empty() || bytes[static_cast<std::size_t>(n * strides[0] + c * strides[1] + s * strides[2])];
+  }
+};
+
+struct OptionCall {
+  const OptionCase& c;
+  std::mt19937 random{11};
+  std::int64_t images = c.shape[0], channels = c.shape[1], positions = c.shape[2];
+  Shape kept = c.batch ? Shape{channels} : Shape{images, channels}, per_channel{channels};
+  std::vector<int> kept_order = c.batch ? std::vector<int>{0} : std::vector<int>{0, 1};
+  Buffer x{c.shape, c.order}, residual{x}, sum{x}, y{x}, y_of_parts{x}, dy{x}, dresidual{x}, dx{x}, dx_of_parts{x};
+  Buffer weight{per_channel, {0}}, bias{weight}, dweight{weight}, dbias{weight}, mean{kept, kept_order}, rstd{mean};
+  Doubles means{kept, kept_order}, rstds{means}, counts{means};
+  Mask mask{c, random};
+  normkit::Spec spec = c.batch ? normkit::batch_spec(3) : normkit::instance_spec(3);
+
+  explicit OptionCall(const OptionCase& given) : c(given) {
+    std::normal_distribution<float> normal(1, 2);
+    for (Buffer* b : {&x, &residual, &dy, &dresidual, &weight, &bias})
+      for (std::size_t k = 0; k < b->size(); ++k) b->data()[k] = normal(random);
+    spec.activation = {normkit::ActivationKind::silu};
+    spec.weight_offset = 1;
+  }
+
+  void whole() {
+    normkit::ForwardArgs forward;
+    forward.x = x.view(), forward.residual = residual.view(), forward.y = y.view(), forward.where = mask.view();
+    forward.weight = weight.view(), forward.bias = bias.view(), forward.mean = mean.view(), forward.rstd = rstd.view();
+    if (c.own_sum) forward.sum = sum.view();
+    normkit::forward(forward, spec);
+    for (std::size_t k = 0; k < x.size() && !c.own_sum; ++k) sum.data()[k] = x.data()[k] + residual.data()[k];
+    normkit::BackwardArgs backward;
+    backward.x = sum.view(), backward.dy = dy.view(), backward.dx = dx.view(), backward.where = mask.view();
+    backward.mean = mean.view(), backward.rstd = rstd.view(), backward.dresidual = dresidual.view();
+    backward.weight = weight.view(), backward.bias = bias.view();
+    backward.dweight = dweight.view(), backward.dbias = dbias.view();
+    normkit::backward(backward, spec);
+  }
+
+  /// Calls f with the cut of each half of the positions: what an array has of it. Of one position, the second has none.
+  void for_halves(const std::function<void(const std::function<Array(Array)>&)>& f) {
+    const std::int64_t half = positions - positions / 2;
+    for (const auto& [begin, end] : {std::pair{std::int64_t{0}, half}, std::pair{half, positions}}) {
+      Shape shape = c.shape, mask_shape = mask.shape;
+      shape[2] = end - begin;
+      f([&, begin = begin, end = end](Array a) {
+        const bool is_mask = a.dtype == Dtype::boolean;
+        if (is_mask && (a.shape.empty() || mask.shape[2] != positions)) return a;
+        if (is_mask) mask_shape[2] = end - begin;
+        a.data += begin * a.stride(2);
+        a.shape = is_mask ? mask_shape : shape;
+        return a;
+      });
+    }
+  }
+
+  /// Moments, then the rest with statistics in double.
+  void parts() {
+    Shape triple = kept;
+    std::vector<int> order = kept_order;
+    triple.push_back(3), order.push_back(static_cast<int>(order.size()));
+    const Doubles none(triple, order);
+    std::vector<Doubles> moments, sums;
+    for_halves([&](const auto& cut) {
+      normkit::ForwardArgs args;
+      moments.push_back(none);
+      args.x = cut(sum.view()), args.where = cut(mask.view()), args.moments = moments.back().view();
+      normkit::moments(args, spec);
+    });
+    const std::int64_t statistics = static_cast<std::int64_t>(means.size());
+    normkit::merge_moments(moments[0].data(), moments[1].data(), statistics);
+    for (std::int64_t r = 0; r < statistics; ++r) {
+      const double* m = moments[0].data() + 3 * r;
+      means.data()[r] = m[0], counts.data()[r] = m[2];
+      rstds.data()[r] = m[2] == 0 ? 0 : 1 / std::sqrt(m[1] / m[2] + spec.eps);
+    }
+    const auto backward_args = [&](const auto& cut) {
+      normkit::BackwardArgs args;
+      args.x = cut(sum.view()), args.dy = cut(dy.view()), args.where = cut(mask.view());
+      args.mean = means.view(), args.rstd = rstds.view(), args.weight = weight.view(), args.bias = bias.view();
+      return args;
+    };
+    for_halves([&](const auto& cut) {
+      normkit::ForwardArgs args;
+      args.x = cut(x.view()), args.residual = cut(residual.view()), args.y = cut(y_of_parts.view());
+      args.mean = means.view(), args.rstd = rstds.view(), args.weight = weight.view(), args.bias = bias.view();
+      normkit::apply(args, spec);
+      normkit::BackwardArgs backward = backward_args(cut);
+      sums.push_back(none);
+      backward.sums = sums.back().view();
+      normkit::backward_sums(backward, spec);
+    });
+    for (std::size_t k = 0; k < none.size(); ++k) sums[0].data()[k] += sums[1].data()[k];
+    for_halves([&](const auto& cut) {
+      normkit::BackwardArgs args = backward_args(cut);
+      args.sums = sums[0].view(), args.count = counts.view();
+      args.dresidual = cut(dresidual.view()), args.dx = cut(dx_of_parts.view());
+      normkit::apply_backward(args, spec);
+    });
+  }
+
+  template <class F> void for_elements(F f) {
+    for (std::int64_t n = 0; n < images; ++n)
+      for (std::int64_t k = 0; k < channels; ++k)
+        for (std::int64_t s = 0; s < positions; ++s)
+          f(static_cast<std::size_t>(c.batch ? k : n * channels + k), n, k, s);
+  }
+
+  /// Errors in roundings of the largest intermediate, as in run_case().
+  long double worst() {
+    struct Sums { long double members = 0, mean = 0, var = 0, rstd = 0, g = 0, gx = 0, scale = 0; };
+    struct Element { long double x_hat, g, dz, y, scale; };
+    std::vector<Sums> of(means.size()), of_channel(static_cast<std::size_t>(channels));
+    for_elements([&](std::size_t r, auto n, auto k, auto s) {
+      if (mask(n, k, s)) of[r].members += 1, of[r].mean += sum(n, k, s);
+    });
+    for (Sums& t : of) t.mean /= std::fmax(t.members, 1.0L);
+    for_elements([&](std::size_t r, auto n, auto k, auto s) {
+      const long double d = sum(n, k, s) - of[r].mean;
+      if (mask(n, k, s)) of[r].var += d * d / of[r].members;
+    });
+    for (Sums& t : of) t.rstd = t.members > 0 ? 1 / std::sqrt(t.var + spec.eps) : 0;
+    const auto element = [&](std::size_t r, auto n, auto k, auto s) {
+      const long double x_hat = (sum(n, k, s) - of[r].mean) * of[r].rstd, w = weight.data()[k] + 1.0L;
+      const long double z = x_hat * w + bias.data()[k], sigmoid = 1 / (1 + std::exp(-z));
+      const long double dz = dy(n, k, s) * sigmoid * (1 + z * (1 - sigmoid));
+      const long double scale = 1 + std::fabs(bias.data()[k]) + std::fabs(w) * (1 + std::fabs(x_hat));
+      return Element{x_hat, dz * w, dz, z * sigmoid, scale};
+    };
+    for_elements([&](std::size_t r, auto n, auto k, auto s) {
+      const Element e = element(r, n, k, s);
+      Sums& channel = of_channel[static_cast<std::size_t>(k)];
+      channel.g += e.dz, channel.gx += e.dz * e.x_hat, of[r].g += e.g, of[r].gx += e.g * e.x_hat;
+      const long double scale = std::fabs(dy(n, k, s)) * e.scale * (1 + std::fabs(e.x_hat));
+      channel.scale += scale, of[r].scale += scale * std::fabs(weight.data()[k] + 1.0L);
+    });
+    long double most = 0;
+    const auto judge = [&](long double found, long double wanted, long double scale) {
+      most = std::fmax(most, std::isnan(found) ? HUGE_VALL : std::fabs(found - wanted) / std::ldexp(scale, -24));
+    };
+    for_elements([&](std::size_t r, auto n, auto k, auto s) {
+      const Element e = element(r, n, k, s);
+      const Sums& t = of[r];
+      const long double own = 1 + std::fabs(dy(n, k, s) * (weight.data()[k] + 1.0L)) * e.scale;
+      long double through = 0, scale = own;
+      if (mask(n, k, s)) {
+        through = (t.g + e.x_hat * t.gx) / t.members;
+        scale += t.scale * (1 + std::fabs(e.x_hat)) / t.members;
+      }
+      const long double want = t.rstd * (e.g - through) + dresidual(n, k, s);
+      for (Buffer* b : {&y, &y_of_parts}) judge((*b)(n, k, s), e.y, e.scale);
+      for (Buffer* b : {&dx, &dx_of_parts}) judge((*b)(n, k, s), want, std::fabs(want) + 1 + t.rstd * scale);
+      judge(sum(n, k, s), x(n, k, s) + residual(n, k, s), 0x1p-24L);
+    });
+    for (std::int64_t k = 0; k < channels; ++k) {
+      const Sums& channel = of_channel[static_cast<std::size_t>(k)];
+      judge(dweight.data()[k], channel.gx, 1 + channel.scale);
+      judge(dbias.data()[k], channel.g, 1 + channel.scale);
+    }
+    return most;
+  }
+};
+
+void run_options(const OptionCase& c, const std::string& label) {
+  OptionCall call(c);
+  call.whole();
+  call.parts();
+  const double worst = static_cast<double>(call.worst());
+  expect(worst < 256, label + ": " + std::to_string(worst) + " roundings");
+  for (const Buffer* b : {&call.y, &call.sum, &call.dx, &call.y_of_parts, &call.dx_of_parts, &call.dweight})
+    expect(b->guards_whole(), label + ": wrote past the end");
+}
+
 /// Calls from several threads at once give what one gives.
 void run_together() {
   const Shape shape{3, 2, 40000};
@@ -140,18 +351,86 @@ void run_together() {
     expect(std::memcmp(y.data(), results[0].data(), y.size() * sizeof(float)) == 0, "calls at once differ");
 }
 
+template <class F> std::string message_of(F call) {
+  try {
+    call();
+  } catch (const normkit::Error& e) {
+    return e.what();
+  }
+  return "no error";
+}
+
 void run_errors() {
   Buffer x({2, 3, 4}, {0, 1, 2}), y({2, 3, 4}, {0, 1, 2}), weight({4}, {0});
   normkit::ForwardArgs args;
   args.x = x.view(), args.y = y.view(), args.weight = weight.view();
-  std::string message;
-  try {
-    normkit::forward(args, normkit::instance_spec(3));
-  } catch (const normkit::Error& e) {
-    message = e.what();
-  }
+  const std::string message = message_of([&] { normkit::forward(args, normkit::instance_spec(3)); });
   expect(message == "weight has shape (4,), expected (3,), (2, 3) or (2, 3, 4): one element per channel of x",
          "message: " + message);
+  for (std::size_t k = 0; k < y.size(); ++k) expect(std::isnan(y.data()[k]), "an error came after a write");
+}
+
+/// What only C++ callers can get wrong: arrays of statistics that do not lie as the kernels count, or are not there.
+void run_phase_errors() {
+  const normkit::Spec spec = normkit::instance_spec(3);
+  Buffer x({2, 3, 4}, {0, 1, 2}), y(x), other({2, 3, 4}, {2, 1, 0}), dweight({3}, {0});
+  for (std::size_t k = 0; k < x.size(); ++k) x.data()[k] = other.data()[k] = static_cast<float>(k);
+  Doubles triples({2, 3, 3}, {0, 1, 2}), turned({2, 3, 3}, {1, 0, 2}), pairs({2, 3, 2}, {0, 1, 2});
+  Doubles statistic({2, 3}, {0, 1}), turned_statistic({2, 3}, {1, 0}), few({3}, {0});
+  const std::string order = ", aligned: dense, its axes in the order in which they lie in x";
+  const auto forward = [&](void (*call)(const normkit::ForwardArgs&, const normkit::Spec&), auto change,
+                           const std::string& wanted) {
+    normkit::ForwardArgs args;
+    args.x = x.view(), args.y = y.view(), args.moments = triples.view();
+    args.mean = args.rstd = call == &normkit::apply ? statistic.view() : Array{};
+    change(args);
+    const std::string message = message_of([&] { call(args, spec); });
+    expect(message == wanted, "message: " + message);
+  };
+  const auto backward = [&](void (*call)(const normkit::BackwardArgs&, const normkit::Spec&), auto change,
+                            const std::string& wanted) {
+    normkit::BackwardArgs args;
+    args.x = args.dy = x.view(), args.dx = y.view(), args.mean = args.rstd = statistic.view();
+    args.sums = triples.view(), args.count = statistic.view();
+    change(args);
+    const std::string message = message_of([&] { call(args, spec); });
+    expect(message == wanted, "message: " + message);
+  };
+  const std::string shape3 = ", expected (2, 3, 3): three numbers per statistic";
+  const std::string strides3 = " has strides (24, 48, 8), expected (72, 24, 8)" + order;
+  const std::string strides = " has strides (8, 16), expected (24, 8)" + order;
+  forward(&normkit::moments, [&](auto& a) { a.moments = {}; },
+          "moments is None, expected an array: three numbers per statistic");
+  forward(&normkit::moments, [&](auto& a) { a.moments = turned.view(); }, "moments" + strides3);
+  forward(&normkit::moments, [&](auto& a) { a.moments = pairs.view(); }, "moments has shape (2, 3, 2)" + shape3);
+  forward(&normkit::moments, [&](auto& a) { a.moments.read_only = true; },
+          "moments is read-only, expected a writable array");
+  forward(&normkit::moments, [&](auto& a) { a.residual = x.view(); },
+          "sum is None, expected an array like x: there is no y of its dtype to hold x + residual");
+  forward(&normkit::forward, [&](auto& a) { a.sum = other.view(); },
+          "residual is None, expected an array like x: sum is x + residual");
+  forward(&normkit::forward, [&](auto& a) { a.residual = x.view(), a.sum = other.view(); },
+          "sum has strides that do not go with those of x, expected the same: pack it first");
+  forward(&normkit::forward, [&](auto& a) { a.residual = x.view(), a.sum = y.view(); },
+          "sum overlaps out, expected memory apart");
+  forward(&normkit::apply, [&](auto& a) { a.rstd = turned_statistic.view(); }, "rstd" + strides);
+  backward(&normkit::backward_sums, [&](auto& a) { a.sums = {}; },
+           "sums is None, expected an array: three numbers per statistic");
+  backward(&normkit::backward_sums, [&](auto& a) { a.sums = turned.view(); }, "sums" + strides3);
+  backward(&normkit::backward_sums, [&](auto& a) { a.sums = pairs.view(); }, "sums has shape (2, 3, 2)" + shape3);
+  backward(&normkit::backward_sums, [&](auto& a) { a.dweight = dweight.view(); },
+           "dweight is given, expected None: phases have no such gradient");
+  backward(&normkit::apply_backward, [&](auto& a) { a.dx = {}; }, "out is None, expected an array like x");
+  backward(&normkit::apply_backward, [&](auto& a) { a.sums = turned.view(); }, "sums" + strides3);
+  backward(&normkit::apply_backward, [&](auto& a) { a.count = {}; },
+           "count is None, expected an array: one element per statistic");
+  backward(&normkit::apply_backward, [&](auto& a) { a.count = few.view(); },
+           "count has shape (3,), expected (2, 3): one element per statistic");
+  backward(&normkit::apply_backward, [&](auto& a) { a.count = turned_statistic.view(); }, "count" + strides);
+  backward(&normkit::apply_backward, [&](auto& a) { a.count.dtype = Dtype::float32; },
+           "count has dtype float32, expected float64");
+  for (Doubles* b : {&triples, &turned, &pairs, &statistic, &turned_statistic, &few})
+    for (std::size_t k = 0; k < b->size(); ++k) expect(std::isnan(b->data()[k]), "an error came after a write");
   for (std::size_t k = 0; k < y.size(); ++k) expect(std::isnan(y.data()[k]), "an error came after a write");
 }
 
@@ -164,15 +443,39 @@ int main() {
       {{2, 17, 65}, {0, 2, 1}, "channels-last"},     {{1, 70, 1500}, {0, 2, 1}, "channels-last spans"},
       {{3, 5, 33}, {1, 0, 2}, "channels outermost"}, {{40, 8, 300}, {0, 1, 2}, "many rows"},
   };
+  const std::vector<int> contiguous{0, 1, 2}, channels_last{0, 2, 1};
+  const std::vector<OptionCase> options = {
+      {{2, 3, 1}, contiguous, false, {2, 3, 1}, true, "one member or none"},
+      {{2, 3, 49}, contiguous, false, {}, true, "rows in registers"},
+      {{2, 3, 49}, contiguous, false, {2, 3, 49}, false, "masked rows"},
+      {{2, 3, 49}, contiguous, false, {2, 3, 1}, true, "rows in or out"},
+      {{2, 2, 4097}, contiguous, false, {2, 1, 4097}, true, "a chunk and one, a mask for all channels"},
+      {{1, 2, 35003}, contiguous, false, {1, 2, 35003}, false, "spans shared by threads"},
+      {{1, 2, 35003}, contiguous, false, {1, 1, 35003}, true, "spans shared by threads, a mask for all channels"},
+      {{2, 17, 65}, channels_last, false, {2, 17, 65}, true, "channels-last"},
+      {{2, 17, 65}, channels_last, false, {2, 1, 65}, false, "channels-last, a mask for all channels"},
+      {{2, 17, 65}, channels_last, false, {2, 17, 1}, true, "channels-last, channels in or out"},
+      {{1, 70, 1500}, channels_last, false, {}, true, "channels-last spans"},
+      {{1, 70, 1500}, channels_last, false, {1, 70, 1500}, false, "channels-last spans, masked"},
+      {{1, 70, 1500}, channels_last, false, {1, 1, 1500}, true, "channels-last spans, a mask for all channels"},
+      {{5, 3, 77}, contiguous, true, {5, 3, 77}, true, "batch"},
+      {{5, 3, 77}, contiguous, true, {5, 1, 77}, false, "batch, a mask for all channels"},
+      {{5, 3, 77}, contiguous, true, {5, 1, 1}, true, "batch, images in or out"},
+      {{9, 3, 33}, contiguous, true, {9, 3, 33}, false, "batch across steps"},
+      {{9, 3, 33}, contiguous, true, {9, 1, 1}, true, "batch across steps, images in or out"},
+  };
   for (const std::string& isa : normkit::isas()) {
     normkit::use_isa(isa);
     for (const int threads : {1, 3}) {
       normkit::set_num_threads(threads);
-      for (const Case& c : cases) run_case(c, isa + ", " + std::to_string(threads) + " threads, " + c.name);
+      const std::string label = isa + ", " + std::to_string(threads) + " threads, ";
+      for (const Case& c : cases) run_case(c, label + c.name);
+      for (const OptionCase& c : options) run_options(c, label + "options, " + c.name);
     }
   }
   run_together();
   run_errors();
+  run_phase_errors();
   std::printf("%s\n", failures ? "core test failed" : "core test passed");
   return failures;
 }
