@@ -597,7 +597,7 @@ nb::object apply_backward(int kind, nb::handle axes, nb::handle dy, nb::handle x
   call.spec.weight_offset = number("weight_offset", weight_offset, "a finite number");
   call.need = {true, false, false}, call.phase = normkit::Phase::apply;
   call.find_apart(out, x, dy);
-  normkit::BackwardPlan plan = call.planned(mean, rstd, weight, bias, sums, count);
+  normkit::BackwardPlan plan = call.planned(mean, rstd, weight, bias, sums, counts);
   if (!plan.shapes.fits) return nb::borrow(Py_NotImplemented);
   const nb::object dx = call.dx(plan, out, x);
   if (!plan.shapes.empty) run_job(plan.job);
