@@ -1,0 +1,139 @@
+"""Every case that is measured: a normalization, a shape, a dtype, a layout, a direction."""
+
+import math
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`shape` is (N, C, *spatial), or (rows, members) of layer and RMS norm; channels-last it lies in memory as
+    (N, *spatial, C). The properties describe what lies in memory."""
+
+    operation: str  # instance, group, layer, rms, batch, or eval: batch norm by its running statistics
+    shape: Shape
+    dtype: str = "float32"
+    channels_last: bool = False
+    direction: str = "forward"
+    groups: int = 0
+    smoke: bool = False
+
+    def __str__(self) -> str:
+        groups = f"-G{self.groups}" if self.groups else ""
+        layout = "-last" if self.channels_last else ""
+        return f"{self.operation}{groups}-{'x'.join(map(str, self.shape))}-{self.dtype}{layout}-{self.direction}"
+
+    @property
+    def rows(self) -> bool:
+        return self.operation in ("layer", "rms")
+
+    @property
+    def channels(self) -> int:
+        return self.shape[1]
+
+    @property
+    def memory(self) -> Shape:
+        """The shape of x in memory."""
+        n, c, *spatial = self.shape
+        return (n, *spatial, c) if self.channels_last else self.shape
+
+    @property
+    def channel_axis(self) -> int:
+        return len(self.shape) - 1 if self.channels_last else 1
+
+    @property
+    def blocks(self) -> Shape:
+        """The same with the channels split into groups, where there are any."""
+        a, shape = self.channel_axis, self.memory
+        return (*shape[:a], self.groups, shape[a] // self.groups, *shape[a + 1 :]) if self.groups else shape
+
+    @property
+    def reduced(self) -> Shape:
+        """The axes of `blocks` that a statistic is taken over."""
+        kept = {0, self.channel_axis}
+        if self.rows:
+            kept = {0}
+        elif self.operation in ("batch", "eval"):
+            kept = {self.channel_axis}
+        return tuple(a for a in range(len(self.blocks)) if a not in kept)
+
+    @property
+    def statistics(self) -> Shape:
+        """The shape of mean and rstd, broadcasting against `blocks`."""
+        return tuple(1 if a in self.reduced else extent for a, extent in enumerate(self.blocks))
+
+    @property
+    def parameters(self) -> Shape:
+        """The shape of weight and bias, broadcasting against `blocks`."""
+        a = 1 if self.rows else self.channel_axis
+        own = range(a, a + 2) if self.groups else (a,)
+        return tuple(extent if axis in own else 1 for axis, extent in enumerate(self.blocks))
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def array_bytes(self) -> int:
+        return self.elements * {"float64": 8, "float32": 4}.get(self.dtype, 2)
+
+    @property
+    def moved_bytes(self) -> int:
+        """The fewest that any implementation must move: x and y, or dy, x and dx."""
+        return self.array_bytes * (2 if self.direction == "forward" else 3)
+
+
+VOLUME = (1, 1, 256, 256, 256)
+HALVES = ("float16", "bfloat16")
+
+FORWARD = [
+    Case("instance", (2, 8, 32, 32), smoke=True),
+    *(
+        Case("instance", shape)
+        for shape in (
+            (16, 256, 32, 32),
+            (8, 64, 128, 128),
+            (1, 64, 512, 512),
+            (8, 128, 16000),  # audio
+            (32, 512, 7, 7),
+            (1, 3, 224, 224),
+            (2, 32, 96, 96, 96),
+            VOLUME,
+        )
+    ),
+    Case("instance", (16, 256, 32, 32), channels_last=True),
+    Case("instance", (8, 64, 128, 128), channels_last=True),
+    Case("group", (8, 320, 64, 64), groups=32),
+    Case("group", (8, 320, 64, 64), groups=32, channels_last=True),
+    *(Case(operation, s) for operation in ("layer", "rms") for s in ((4096, 768), (4096, 4096), (65536, 128))),
+    *(
+        Case(operation, (32, 64, 112, 112), channels_last=last)
+        for operation in ("batch", "eval")
+        for last in (False, True)
+    ),
+    Case("eval", (32, 256, 14, 14)),
+    *(Case("instance", shape, dtype) for shape in ((8, 64, 128, 128), VOLUME) for dtype in HALVES),
+    *(Case("layer", (4096, 4096), dtype) for dtype in HALVES),
+    *(
+        Case("group", (8, 320, 64, 64), dtype, groups=32, channels_last=last)
+        for last in (False, True)
+        for dtype in HALVES
+    ),
+]
+
+BACKWARD = [
+    Case("layer", (256, 256), direction="backward", smoke=True),
+    *(
+        Case("instance", shape, direction="backward")
+        for shape in ((16, 256, 32, 32), (8, 64, 128, 128), (1, 64, 512, 512), VOLUME)
+    ),
+    *(Case("instance", (8, 64, 128, 128), dtype, direction="backward") for dtype in HALVES),
+    Case("group", (8, 320, 64, 64), groups=32, direction="backward"),
+    Case("batch", (32, 64, 112, 112), direction="backward"),
+    *(Case("layer", shape, direction="backward") for shape in ((4096, 768), (4096, 4096), (65536, 128))),
+    *(Case("rms", shape, direction="backward") for shape in ((4096, 768), (4096, 4096))),
+]
+
+# From 1 KB to 1 GB of x and y together.
+SIZES = [Case("instance", (64, 1, 2**k)) for k in range(1, 22, 2)]

@@ -1,0 +1,104 @@
+"""What the memory allows: the fastest of several copies of the same bytes, or of a ^ b where two arrays are read.
+
+limits.cpp is compiled once for this machine, into the user's cache folder. Without a compiler NumPy does the same less
+well, and `kind` says so.
+"""
+
+import ctypes
+import hashlib
+import itertools
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+FLAGS = ["-std=c++20", "-O3", "-march=native", "-shared", "-fPIC", "-pthread"]
+TRIES = 5  # of each kernel, to learn which is the fastest
+
+
+def cache_folder() -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "normkit-benchmarks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _this_machine() -> str:
+    """What `-march=native` depends on."""
+    info = Path("/proc/cpuinfo")
+    flags = [line for line in info.read_text().splitlines() if line.startswith("flags")][:1] if info.exists() else []
+    return "".join([platform.machine(), platform.processor(), *flags])
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    compiler = os.environ.get("CXX") or shutil.which("c++")
+    if not compiler:
+        return None
+    source = Path(__file__).with_name("limits.cpp")
+    key = hashlib.sha256(source.read_bytes() + " ".join([compiler, *FLAGS, _this_machine()]).encode()).hexdigest()
+    built = cache_folder() / f"limits-{key[:16]}.so"
+    if not built.exists():
+        new = built.with_suffix(f".{os.getpid()}")
+        subprocess.run([*compiler.split(), *FLAGS, str(source), "-o", str(new)], check=True)
+        new.replace(built)
+    library = ctypes.CDLL(str(built))
+    library.limit_seconds.restype = ctypes.c_double
+    library.limit_seconds.argtypes = [ctypes.c_int] * 2 + [ctypes.c_void_p] * 3 + [ctypes.c_size_t]
+    return library
+
+
+def kind() -> str:
+    if _library() is None:
+        return "NumPy's copy: a weaker limit, for want of a C++ compiler"
+    return "compiled: memcpy, plain, prefetching, streaming"
+
+
+Timed = Callable[[int, int], float]  # (kernel, k) -> seconds
+
+
+def _compiled(library: ctypes.CDLL, sets: Sequence[tuple[np.ndarray, ...]], threads: int) -> Timed:
+    """Sets of arrays: one or two to read, one to write."""
+    pointers = [(s[0].ctypes.data, s[1].ctypes.data if len(s) == 3 else None, s[-1].ctypes.data) for s in sets]
+    size = sets[0][0].nbytes
+    return lambda kernel, k: library.limit_seconds(kernel, threads, *pointers[k], size)
+
+
+def _in_numpy(sets: Sequence[tuple[np.ndarray, ...]], threads: int) -> Timed:
+    flat = [[np.array_split(a.reshape(-1).view(np.uint8), threads) for a in s] for s in sets]
+    pool = ThreadPoolExecutor(threads)
+
+    def part(*arrays: np.ndarray) -> None:
+        np.copyto(arrays[-1], arrays[0]) if len(arrays) == 2 else np.bitwise_xor(*arrays)
+
+    def timed(kernel: int, k: int) -> float:
+        start = time.perf_counter()
+        if threads == 1:
+            part(*(a[0] for a in flat[k]))
+        else:
+            list(pool.map(part, *flat[k]))
+        return time.perf_counter() - start
+
+    return timed
+
+
+class Limit:
+    """Sets of arrays (read, written) or (read, read, written), dense: `seconds(k)` moves set k at full speed."""
+
+    def __init__(self, sets: Sequence[tuple[np.ndarray, ...]], threads: int):
+        library = _library()
+        self._timed = _compiled(library, sets, threads) if library else _in_numpy(sets, threads)
+        kernels = range(library.limit_kernels() if library else 1)
+        turn = itertools.cycle(range(len(sets)))
+        times = [[self._timed(kernel, next(turn)) for kernel in kernels] for _ in range(TRIES)]
+        self._kernel = min(kernels, key=lambda kernel: statistics.median(t[kernel] for t in times))
+
+    def seconds(self, k: int) -> float:
+        return self._timed(self._kernel, k)

@@ -1,0 +1,489 @@
+"""normkit and those it is measured against, each at its best path: to add one, write a class here.
+
+A rival is a subclass of Rival. A method named after an operation and a direction, such as `instance_forward`, makes the
+call of a workload: a function of k that normalizes set k and returns what it found, y or (dx, dweight, dbias). What has
+no method is left out, and so is a rival that cannot be imported.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import normkit
+import numpy as np
+from cases import Case
+from workload import EPS, Workload
+
+Call = Callable[[int], Any]
+HALVES = ("float16", "bfloat16")
+
+
+def everywhere() -> int:
+    """All CPUs that this process may use: the other number of threads that is measured, beside 1."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Rival:
+    """`package` is what has a version; `dtypes` and `channels_last` are what the methods can do. `threaded` tells
+    whether threads help, `lingers` for how many seconds idle threads keep the cores busy after a call, so that the
+    limit has to wait."""
+
+    name: str
+    package: str
+    dtypes: tuple[str, ...] = ("float32", *HALVES)
+    channels_last = True
+    threaded = True
+    lingers = 0.0
+
+    def takes(self, case: Case, threads: int) -> bool:
+        return (
+            hasattr(self, self._method(case))
+            and case.dtype in self.dtypes
+            and (self.channels_last or not case.channels_last)
+            and (self.threaded or threads == 1)
+        )
+
+    def prepare(self, w: Workload, threads: int) -> Call:
+        return getattr(self, self._method(w.case))(w, threads)
+
+    @contextmanager
+    def threads(self, count: int) -> Iterator[None]:
+        """Within, calls use so many threads."""
+        yield
+
+    def to_numpy(self, array: Any) -> np.ndarray:
+        return np.asarray(array)
+
+    def version(self) -> str:
+        return f"{self.package} {version(self.package)}"
+
+    def _method(self, case: Case) -> str:
+        return f"{case.operation}_{case.direction}"
+
+
+# ---- normkit -----------------------------------------------------------------------------------------------------
+
+
+class Normkit(Rival):
+    """Into given outputs."""
+
+    name, package = "normkit", "normkit"
+    given = True
+
+    @contextmanager
+    def threads(self, count: int) -> Iterator[None]:
+        with normkit.num_threads(count):
+            yield
+
+    def _out(self, w: Workload) -> list[np.ndarray | None]:
+        return w.y if self.given else [None] * w.sets
+
+    def _forward(self, w: Workload, function: Callable, *args: Any, **options: Any) -> Call:
+        weight, bias, out = w.weight, w.bias, self._out(w)
+        return lambda k: function(w.x[k], *args, weight, bias, eps=EPS, out=out[k], **options)
+
+    def _backward(self, w: Workload, function: Callable, *args: Any, **options: Any) -> Call:
+        out = self._out(w)
+        return lambda k: function(w.dy[k], w.x[k], *args, w.weight, out=out[k], **options)
+
+    def _saved(self, w: Workload) -> list[np.ndarray]:
+        """mean and rstd with the shape that the forward gives them: without the axes they were taken over."""
+        return [s.squeeze(w.case.reduced) for s in w.statistics]
+
+    def instance_forward(self, w: Workload, threads: int) -> Call:
+        return self._forward(w, normkit.instance_norm, channel_axis=w.case.channel_axis)
+
+    def group_forward(self, w: Workload, threads: int) -> Call:
+        return self._forward(w, normkit.group_norm, w.case.groups, channel_axis=w.case.channel_axis)
+
+    def layer_forward(self, w: Workload, threads: int) -> Call:
+        return self._forward(w, normkit.layer_norm)
+
+    def rms_forward(self, w: Workload, threads: int) -> Call:
+        return self._forward(w, normkit.rms_norm)
+
+    def batch_forward(self, w: Workload, threads: int) -> Call:
+        return self._forward(w, normkit.batch_norm, training=True, channel_axis=w.case.channel_axis)
+
+    def eval_forward(self, w: Workload, threads: int) -> Call:
+        running = {"running_mean": w.running_mean, "running_var": w.running_var}
+        return self._forward(w, normkit.batch_norm, **running, channel_axis=w.case.channel_axis)
+
+    def instance_backward(self, w: Workload, threads: int) -> Call:
+        return self._backward(w, normkit.instance_norm_backward, *self._saved(w), channel_axis=w.case.channel_axis)
+
+    def group_backward(self, w: Workload, threads: int) -> Call:
+        saved = w.case.groups, *self._saved(w)
+        return self._backward(w, normkit.group_norm_backward, *saved, channel_axis=w.case.channel_axis)
+
+    def layer_backward(self, w: Workload, threads: int) -> Call:
+        return self._backward(w, normkit.layer_norm_backward, *self._saved(w))
+
+    def rms_backward(self, w: Workload, threads: int) -> Call:
+        return self._backward(w, normkit.rms_norm_backward, self._saved(w)[1])
+
+    def batch_backward(self, w: Workload, threads: int) -> Call:
+        return self._backward(w, normkit.batch_norm_backward, *self._saved(w), channel_axis=w.case.channel_axis)
+
+
+class NormkitNew(Normkit):
+    """Into new outputs, as every rival writes them that cannot be given any."""
+
+    name = "normkit, new y"
+    given = False
+
+
+# ---- the formulas, for NumPy and jax -----------------------------------------------------------------------------
+
+
+def two_lines(xp: Any, x: Any, weight: Any, bias: Any, axis: tuple[int, ...], center: bool = True) -> Any:
+    x = x - x.mean(axis, keepdims=True) if center else x
+    return x / xp.sqrt((x * x).mean(axis, keepdims=True) + EPS) * weight + bias
+
+
+def evaluated(xp: Any, x: Any, weight: Any, bias: Any, mean: Any, var: Any) -> Any:
+    return (x - mean) / xp.sqrt(var + EPS) * weight + bias
+
+
+def gradients(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, axis: tuple[int, ...], center: bool) -> Any:
+    x_hat = (x - mean) * rstd
+    g = dy * weight
+    mean_g = g.mean(axis, keepdims=True) if center else 0
+    dx = rstd * (g - mean_g - x_hat * (g * x_hat).mean(axis, keepdims=True))
+    rest = tuple(a for a, extent in enumerate(weight.shape) if extent == 1)
+    return dx, (dy * x_hat).sum(rest, keepdims=True), dy.sum(rest, keepdims=True)
+
+
+class Formulas(Rival):
+    """What is written above, by `call` of a module that has the interface of NumPy; x seen in blocks."""
+
+    def call(self, w: Workload, function: Callable, arrays: list[list], *constants: Any) -> Call:
+        raise NotImplementedError
+
+    xp: Any
+
+    def _parameters(self, w: Workload) -> list[np.ndarray]:
+        return [p.reshape(w.case.parameters) for p in (w.weight, w.bias)]
+
+    def forward(self, w: Workload, threads: int) -> Call:
+        axis, center, xp = w.case.reduced, w.case.operation != "rms", self.xp
+        return self.call(w, lambda x, *p: two_lines(xp, x, *p, axis, center), [w.x], *self._parameters(w))
+
+    def eval_forward(self, w: Workload, threads: int) -> Call:
+        running = [s.reshape(w.case.parameters) for s in (w.running_mean, w.running_var)]
+        xp = self.xp
+        return self.call(w, lambda x, *p: evaluated(xp, x, *p), [w.x], *self._parameters(w), *running)
+
+    def backward(self, w: Workload, threads: int) -> Call:
+        axis, center = w.case.reduced, w.case.operation != "rms"
+        mean, rstd = w.statistics
+        weight = self._parameters(w)[0]
+        return self.call(w, lambda dy, x, *s: gradients(dy, x, *s, axis, center), [w.dy, w.x], mean, rstd, weight)
+
+    instance_forward = group_forward = layer_forward = rms_forward = batch_forward = forward
+    instance_backward = group_backward = layer_backward = rms_backward = batch_backward = backward
+
+
+class NumPy(Formulas):
+    name, package, xp = "NumPy, two lines", "numpy", np
+    threaded = False
+    dtypes = ("float32", "float16")  # bfloat16 takes many times as long as anything else
+
+    def call(self, w: Workload, function: Callable, arrays: list[list], *constants: Any) -> Call:
+        constants = tuple(c.astype(w.dtype) for c in constants)
+        seen = [[a.reshape(w.case.blocks) for a in sets] for sets in arrays]
+        return lambda k: function(*(sets[k] for sets in seen), *constants)
+
+
+class Jax(Formulas):
+    """Compiled. It has a thread for every CPU from the start: fewer are had by keeping the process to fewer CPUs."""
+
+    name, package = "jax", "jax"
+
+    def __init__(self) -> None:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        import jax
+
+        self.jax, self.xp = jax, jax.numpy
+
+    def call(self, w: Workload, function: Callable, arrays: list[list], *constants: Any) -> Call:
+        jax, dtype = self.jax, self.xp.dtype(w.dtype)
+        given = [jax.numpy.asarray(c) for c in constants]
+
+        @jax.jit
+        def compiled(*arrays: Any) -> Any:
+            wide = [a.reshape(w.case.blocks).astype(np.float32) for a in arrays[: -len(given)]]
+            found = function(*wide, *arrays[-len(given) :])
+            first, *rest = found if isinstance(found, tuple) else (found,)
+            return first.reshape(w.case.memory).astype(dtype), *rest
+
+        seen = [[jax.numpy.asarray(a) for a in sets] for sets in arrays]
+        return lambda k: jax.block_until_ready(compiled(*(sets[k] for sets in seen), *given))
+
+    @contextmanager
+    def threads(self, count: int) -> Iterator[None]:
+        tasks = [int(t.name) for t in Path("/proc/self/task").glob("*")] if hasattr(os, "sched_setaffinity") else []
+        allowed = os.sched_getaffinity(0) if tasks else set()
+        fewer = sorted(allowed)[-count:]
+
+        def keep_to(cpus: Any) -> None:
+            for task in tasks:
+                if Path(f"/proc/self/task/{task}").exists():
+                    os.sched_setaffinity(task, cpus)
+
+        keep_to(fewer)
+        try:
+            yield
+        finally:
+            keep_to(allowed)
+
+
+# ---- frameworks --------------------------------------------------------------------------------------------------
+
+
+class Torch(Rival):
+    """Instance norm is `native_group_norm` with one channel a group, or backward `native_batch_norm_backward` of a
+    single image of N * C channels, which leave `F.instance_norm` behind. The `out=` of the native calls is a call and a
+    copy, so outputs are new."""
+
+    name, package = "torch", "torch"
+    lingers = 0.002
+
+    def __init__(self) -> None:
+        import torch
+
+        self.torch, self.aten = torch, torch.ops.aten
+
+    @contextmanager
+    def threads(self, count: int) -> Iterator[None]:
+        before = self.torch.get_num_threads()
+        self.torch.set_num_threads(count)
+        yield
+        self.torch.set_num_threads(before)
+
+    def to_numpy(self, array: Any) -> np.ndarray:
+        array = array.detach()
+        array = array.permute(0, *range(2, array.ndim), 1) if self._is_last(array) else array
+        return (array.float() if array.dtype == self.torch.bfloat16 else array).numpy()
+
+    def _is_last(self, array: Any) -> bool:
+        return array.ndim == 4 and not array.is_contiguous() and array.permute(0, 2, 3, 1).is_contiguous()
+
+    def _seen(self, w: Workload, arrays: list[np.ndarray]) -> list[Any]:
+        """As tensors of (N, C, *spatial), whatever the layout."""
+        torch, last = self.torch, w.case.channel_axis if w.case.channels_last else None
+
+        def seen(a: np.ndarray) -> Any:
+            t = torch.from_numpy(a.view(np.int16)).view(torch.bfloat16) if w.case.dtype == "bfloat16" else None
+            t = torch.from_numpy(a) if t is None else t
+            return t if last is None else t.permute(0, last, *range(1, last))
+
+        return [seen(a) for a in arrays]
+
+    def _group(self, w: Workload, groups: int) -> Call:
+        n, c, *_ = w.case.shape
+        x, rest = self._seen(w, w.x), (n, c, w.case.elements // (n * c), groups, EPS)
+        weight, bias = map(self.torch.from_numpy, (w.weight, w.bias))
+        return lambda k: self.aten.native_group_norm(x[k], weight, bias, *rest)[0]
+
+    def instance_forward(self, w: Workload, threads: int) -> Call:
+        return self._group(w, w.case.channels)
+
+    def group_forward(self, w: Workload, threads: int) -> Call:
+        return self._group(w, w.case.groups)
+
+    def layer_forward(self, w: Workload, threads: int) -> Call:
+        x = self._seen(w, w.x)
+        weight, bias = map(self.torch.from_numpy, (w.weight, w.bias))
+        return lambda k: self.aten.native_layer_norm(x[k], weight.shape, weight, bias, EPS)[0]
+
+    def rms_forward(self, w: Workload, threads: int) -> Call:
+        x = self._seen(w, w.x)
+        weight, bias = map(self.torch.from_numpy, (w.weight, w.bias))
+        return lambda k: self.aten.rms_norm(x[k], weight.shape, weight, EPS).add_(bias)
+
+    def _batch(self, w: Workload, training: bool) -> Call:
+        x = self._seen(w, w.x)
+        rest = *map(self.torch.from_numpy, (w.weight, w.bias, w.running_mean.copy(), w.running_var.copy())), training
+        return lambda k: self.aten.native_batch_norm(x[k], *rest, 0.1, EPS)[0]
+
+    def batch_forward(self, w: Workload, threads: int) -> Call:
+        return self._batch(w, True)
+
+    def eval_forward(self, w: Workload, threads: int) -> Call:
+        return self._batch(w, False)
+
+    def _batch_backward(self, w: Workload, images: int) -> Call:
+        """The gradient of batch norm; `images` of them share the weight, but no statistics."""
+        c = w.case.channels
+        shape = (-1, images * c, *w.case.shape[2:])
+        dy, x = ([t.view(shape) for t in self._seen(w, arrays)] for arrays in (w.dy, w.x))
+        weight = self.torch.from_numpy(w.weight).repeat(images)
+        saved = [self.torch.from_numpy(s.reshape(-1)) for s in w.statistics]
+        rest = (weight, None, None, *saved, True, EPS, (True, True, True))
+
+        def call(k: int) -> Any:
+            dx, dweight, dbias = self.aten.native_batch_norm_backward(dy[k], x[k], *rest)
+            if images > 1:
+                dweight, dbias = dweight.view(images, c).sum(0), dbias.view(images, c).sum(0)
+            return dx, dweight, dbias
+
+        return call
+
+    def instance_backward(self, w: Workload, threads: int) -> Call:
+        return self._batch_backward(w, w.case.shape[0])
+
+    def batch_backward(self, w: Workload, threads: int) -> Call:
+        return self._batch_backward(w, 1)
+
+    def group_backward(self, w: Workload, threads: int) -> Call:
+        n, c, *_ = w.case.shape
+        dy, x = self._seen(w, w.dy), self._seen(w, w.x)
+        mean, rstd = (self.torch.from_numpy(s.reshape(n, w.case.groups)) for s in w.statistics)
+        weight = self.torch.from_numpy(w.weight)
+        rest = (mean, rstd, weight, n, c, w.case.elements // (n * c), w.case.groups, (True, True, True))
+        return lambda k: self.aten.native_group_norm_backward(dy[k], x[k], *rest)
+
+    def layer_backward(self, w: Workload, threads: int) -> Call:
+        dy, x = self._seen(w, w.dy), self._seen(w, w.x)
+        saved = map(self.torch.from_numpy, w.statistics)
+        weight, bias = map(self.torch.from_numpy, (w.weight, w.bias))
+        rest = (weight.shape, *saved, weight, bias, (True, True, True))
+        return lambda k: self.aten.native_layer_norm_backward(dy[k], x[k], *rest)
+
+    def rms_backward(self, w: Workload, threads: int) -> Call:
+        """Through autograd, which adds some microseconds: there is no native call."""
+        dy, x = self._seen(w, w.dy), [t.requires_grad_() for t in self._seen(w, w.x)]
+        weight, bias = (self.torch.from_numpy(p).requires_grad_() for p in (w.weight, w.bias))
+        y = [self.aten.rms_norm(t, weight.shape, weight, EPS) + bias for t in x]
+        return lambda k: self.torch.autograd.grad(y[k], (x[k], weight, bias), dy[k], retain_graph=True)
+
+
+class OnnxRuntime(Rival):
+    """One node, outputs given."""
+
+    name, package = "onnxruntime", "onnxruntime"
+    dtypes = ("float32",)
+    channels_last = False
+
+    def __init__(self) -> None:
+        import onnx
+        import onnxruntime
+
+        self.onnx, self.runtime = onnx, onnxruntime
+
+    def _run(self, w: Workload, threads: int, operator: str, *more: np.ndarray, **attributes: Any) -> Call:
+        helper, ort = self.onnx.helper, self.runtime
+        shapes = [("x", w.case.memory), ("y", w.case.memory)]
+        x, y = (helper.make_tensor_value_info(name, self.onnx.TensorProto.FLOAT, shape) for name, shape in shapes)
+        given = [self.onnx.numpy_helper.from_array(a, str(i)) for i, a in enumerate([w.weight, w.bias, *more])]
+        node = helper.make_node(operator, ["x", *(g.name for g in given)], ["y"], epsilon=EPS, **attributes)
+        graph = helper.make_graph([node], "norm", [x], [y], given)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        value = ort.OrtValue.ortvalue_from_numpy
+        bindings = []
+        for k in range(w.sets):
+            bindings.append(session.io_binding())
+            bindings[k].bind_ortvalue_input("x", value(w.x[k]))
+            bindings[k].bind_output("y", "cpu", 0, np.float32, w.y[k].shape, w.y[k].ctypes.data)
+
+        def call(k: int) -> np.ndarray:
+            session.run_with_iobinding(bindings[k])
+            return w.y[k]
+
+        return call
+
+    def instance_forward(self, w: Workload, threads: int) -> Call:
+        return self._run(w, threads, "InstanceNormalization")
+
+    def group_forward(self, w: Workload, threads: int) -> Call:
+        return self._run(w, threads, "GroupNormalization", num_groups=w.case.groups)
+
+    def layer_forward(self, w: Workload, threads: int) -> Call:
+        return self._run(w, threads, "LayerNormalization")
+
+    def eval_forward(self, w: Workload, threads: int) -> Call:
+        return self._run(w, threads, "BatchNormalization", w.running_mean, w.running_var)
+
+
+class OpenVino(Rival):
+    """One graph, compiled for float32, outputs given."""
+
+    name, package = "openvino", "openvino"
+    dtypes = ("float32",)
+    channels_last = False
+
+    def __init__(self) -> None:
+        import openvino
+        from openvino import opset13
+
+        self.ov, self.ops = openvino, opset13
+
+    def _run(self, w: Workload, threads: int, graph: Callable[[Any], Any]) -> Call:
+        ov = self.ov
+        x = self.ops.parameter(w.case.memory, np.float32)
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+        compiled = ov.compile_model(ov.Model([graph(x)], [x]), "CPU", settings)
+        requests = []
+        for k in range(w.sets):
+            requests.append(compiled.create_infer_request())
+            requests[k].set_input_tensor(ov.Tensor(w.x[k], shared_memory=True))
+            requests[k].set_output_tensor(ov.Tensor(w.y[k], shared_memory=True))
+
+        def call(k: int) -> np.ndarray:
+            requests[k].infer()
+            return w.y[k]
+
+        return call
+
+    def _scaled(self, w: Workload, x: Any) -> Any:
+        weight, bias = (p.reshape(w.case.parameters) for p in (w.weight, w.bias))
+        return self.ops.add(self.ops.multiply(x, self.ops.constant(weight)), self.ops.constant(bias))
+
+    def _normalized(self, w: Workload, threads: int) -> Call:
+        axes = self.ops.constant(np.array(w.case.reduced, np.int64))
+        return self._run(w, threads, lambda x: self._scaled(w, self.ops.mvn(x, axes, True, EPS, "inside_sqrt")))
+
+    instance_forward = layer_forward = batch_forward = _normalized
+
+    def group_forward(self, w: Workload, threads: int) -> Call:
+        p = [self.ops.constant(a) for a in (w.weight, w.bias)]
+        return self._run(w, threads, lambda x: self.ops.group_normalization(x, *p, w.case.groups, EPS))
+
+    def rms_forward(self, w: Workload, threads: int) -> Call:
+        ops, axis = self.ops, self.ops.constant(np.array([1], np.int64))
+
+        def graph(x: Any) -> Any:
+            square = ops.reduce_mean(ops.power(x, np.float32(2)), axis, keep_dims=True)
+            return self._scaled(
+                w, ops.multiply(x, ops.divide(np.float32(1), ops.sqrt(ops.add(square, np.float32(EPS)))))
+            )
+
+        return self._run(w, threads, graph)
+
+    def eval_forward(self, w: Workload, threads: int) -> Call:
+        p = [self.ops.constant(a) for a in (w.weight, w.bias, w.running_mean, w.running_var)]
+        return self._run(w, threads, lambda x: self.ops.batch_norm_inference(x, *p, EPS))
+
+
+RIVALS = (Normkit, NormkitNew, NumPy, Torch, OnnxRuntime, OpenVino, Jax)
+
+
+@cache
+def available() -> tuple[dict[str, Rival], list[str]]:
+    """Rivals that can be imported, by name, and a line about each of the others."""
+    found: dict[str, Rival] = {}
+    left_out = []
+    for rival in RIVALS:
+        try:
+            found[rival.name] = rival()
+        except ImportError as error:
+            left_out.append(f"{rival.name} left out: {error}")
+    return found, left_out
