@@ -2,12 +2,13 @@
 
 import gc
 import weakref
+from functools import partial
 
 import bounds
 import normkit
 import numpy as np
 import pytest
-from cases import uniform
+from cases import bits, lay, uniform
 from reference import OPERATIONS
 
 SHAPE = (2, 3, 5, 7)
@@ -27,6 +28,21 @@ class Producer:
 
     def __dlpack_device__(self):
         return self.array.__dlpack_device__()
+
+
+class Own(Producer):
+    """A library with a namespace, and with the arithmetic that callers do on sums."""
+
+    @staticmethod
+    def __array_namespace__(**options):
+        return Own
+
+    @staticmethod
+    def from_dlpack(x):
+        return Own(np.from_dlpack(x))
+
+    def __add__(self, other):
+        return Own(self.array + other.array)
 
 
 @pytest.fixture
@@ -179,16 +195,127 @@ def test_jax(rng):
 
 
 def test_a_library_with_a_namespace_gets_its_own_arrays(rng):
-    class Own(Producer):
-        @staticmethod
-        def __array_namespace__(**options):
-            return Own
-
-        @staticmethod
-        def from_dlpack(x):
-            return Own(np.from_dlpack(x))
-
     values = uniform(rng, SHAPE)
     y = normkit.instance_norm(Own(values))
     assert type(y) is Own
     assert y.array.tobytes() == normkit.instance_norm(values).tobytes()
+
+
+def arrays_of(library):
+    """From NumPy to the library, and back."""
+    if library == "torch":
+        torch = pytest.importorskip("torch", reason="torch is not installed")
+        return torch.from_numpy, torch.Tensor.numpy
+    return Own, lambda result: result.array
+
+
+def same(found, expected, to_numpy):
+    """The same bits in the same places, as arrays of the library."""
+    if not isinstance(expected, tuple):
+        found, expected = (found,), (expected,)
+    assert len(found) == len(expected)
+    for f, e in zip(found, expected, strict=True):
+        f = None if f is None else to_numpy(f)
+        assert (f is None) == (e is None)
+        if e is not None:
+            assert (f.shape, f.dtype, np.ascontiguousarray(f).tobytes()) == (e.shape, e.dtype, bits(e))
+
+
+LIBRARIES = ["torch", "own"]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "crop"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_options_are_those_of_numpy(library, layout, rng):
+    of, to_numpy = arrays_of(library)
+    x, dy, residual, dresidual = (lay(uniform(rng, SHAPE), layout) for _ in range(4))
+    weight, bias = rng.standard_normal((2, 3)).astype(np.float32)
+    where = rng.random((2, 1, 5, 7)) < 0.6
+    options = {"activation": "silu", "weight_offset": 1.0}
+    arrays = {"residual": residual, "where": where}
+    given = {name: of(a) for name, a in arrays.items()}
+    results = normkit.instance_norm(x, weight, bias, return_stats=True, return_residual=True, **arrays, **options)
+    found = normkit.instance_norm(
+        of(x), of(weight), of(bias), return_stats=True, return_residual=True, **given, **options
+    )
+    same(found, results, to_numpy)
+    _, mean, rstd, s = results
+    arrays = {"bias": bias, "where": where, "dresidual": dresidual}
+    gradients = normkit.instance_norm_backward(dy, s, mean, rstd, weight, **arrays, **options)
+    given = {name: of(a) for name, a in arrays.items()}
+    found = normkit.instance_norm_backward(of(dy), of(s), of(mean), of(rstd), of(weight), **given, **options)
+    same(found, gradients, to_numpy)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_adaptive_is_that_of_numpy(library, rng):
+    of, to_numpy = arrays_of(library)
+    content, dy, style = uniform(rng, SHAPE), uniform(rng, SHAPE), uniform(rng, (2, 3, 4, 6))
+    where = rng.random(SHAPE) < 0.6
+    results = normkit.adaptive_instance_norm(content, style, where=where, return_stats=True)
+    found = normkit.adaptive_instance_norm(of(content), of(style), where=of(where), return_stats=True)
+    same(found, results, to_numpy)
+    _, mean, rstd = results
+    gradients = normkit.adaptive_instance_norm_backward(dy, content, style, mean, rstd, where=where)
+    views = (of(a) for a in (dy, content, style, mean, rstd))
+    same(normkit.adaptive_instance_norm_backward(*views, where=of(where)), gradients, to_numpy)
+    out = of(np.full(SHAPE, np.nan, np.float32))
+    assert normkit.adaptive_instance_norm(of(content), of(style), where=of(where), out=out) is out
+    same(out, results[0], to_numpy)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "step"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_phases_are_those_of_numpy(library, layout, rng):
+    of, to_numpy = arrays_of(library)
+    x, dy = (lay(uniform(rng, SHAPE), layout) for _ in range(2))
+    where = rng.random((5, 1)) < 0.6
+    weight, bias = rng.standard_normal((2, 3, 1, 1)).astype(np.float32)
+
+    def phases(of):
+        w, b = of(weight), of(bias)
+        halves = [(of(dy[:, :, :, part]), of(x[:, :, :, part])) for part in (slice(0, 3), slice(3, 7))]
+        moments = [normkit.moments(part, axis=(2, 3), where=of(where)) for _, part in halves]
+        m = normkit.merge(moments)
+        mean, rstd = m.mean, m.rstd()
+        options = {"axis": (2, 3), "bias": b, "activation": "gelu"}
+        first, second = (normkit.backward_sums(*half, mean, rstd, w, where=of(where), **options) for half in halves)
+        sums = first + second
+        for d, part in halves:
+            yield normkit.apply(part, mean, rstd, w, b, axis=(2, 3))
+            yield normkit.apply_backward(d, part, mean, rstd, sums, m.count, w, where=of(where), **options)
+        yield from (m.count, mean, m.m2, m.var(), m.var(correction=1), m.std(1e-5), rstd, first, second)
+
+    same(tuple(phases(of)), tuple(phases(lambda a: a)), to_numpy)
+
+
+ONES = np.ones(SHAPE, np.float32)
+STATISTICS = np.ones((2, 3), np.float32)
+MIXED = {
+    "where": (normkit.instance_norm, (ONES,)),
+    "residual": (normkit.instance_norm, (ONES,)),
+    "bias": (normkit.instance_norm_backward, (ONES, ONES, STATISTICS, STATISTICS)),
+    "dresidual": (normkit.instance_norm_backward, (ONES, ONES, STATISTICS, STATISTICS)),
+    "style": (normkit.adaptive_instance_norm, (ONES,)),
+    "mean": (normkit.adaptive_instance_norm_backward, (ONES, ONES, ONES)),
+    "rstd": (partial(normkit.apply, axis=(2, 3)), (ONES, STATISTICS)),
+    "count": (partial(normkit.apply_backward, axis=(2, 3)), (ONES, ONES, STATISTICS, STATISTICS, np.ones((2, 3, 3)))),
+    "sums": (partial(normkit.apply_backward, axis=(2, 3), count=1), (ONES, ONES, STATISTICS, STATISTICS)),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_options_of_another_library(name):
+    """The argument, its library and that of x."""
+    call, arrays = MIXED[name]
+    rest = {"rstd": STATISTICS} if name == "mean" else {}
+    own = type(Own(ONES)).__module__.partition(".")[0]
+    with pytest.raises(TypeError) as caught:
+        call(*arrays, **{name: Own(STATISTICS)}, **rest)
+    assert str(caught.value) == f"{name} is a {own} array, expected numpy: all arrays of a call share a library"
+
+
+def test_moments_of_another_library():
+    with pytest.raises(TypeError) as caught:
+        normkit.moments(Own(ONES), axis=1, where=ONES > 0)
+    assert str(caught.value).startswith("where is a numpy array, expected ")

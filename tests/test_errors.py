@@ -1,5 +1,8 @@
 """Every message, to the letter: the argument, what was given, what would be right. Nothing is written before it."""
 
+import math
+import re
+from functools import partial
 from typing import Any
 
 import normkit as nk
@@ -406,3 +409,302 @@ def test_an_error_leaves_the_library_usable():
         with pytest.raises(case[2]):
             case[0](**case[1])
     assert nk.instance_norm(x()).tobytes() == before
+
+
+# ---- options that many functions take --------------------------------------------------------------------------
+
+STATS = {name: np.ones((2, 3)) for name in ("mean", "rstd")}
+ROWS = {name: np.ones((2, 3, 8)) for name in ("mean", "rstd")}
+SUMS = {"sums": np.ones((2, 3, 8, 3)), "count": 8}
+
+
+def given(function: Any, /, *names: str, **fixed: Any) -> Any:
+    """The function, with arguments that are right where a case does not say otherwise."""
+
+    def call(**options: Any) -> Any:
+        data = options.pop("x", x())
+        arrays = {name: data if name in ("x", "content") else x() for name in names}
+        return function(**{**arrays, **fixed, **options})
+
+    return call
+
+
+FORWARD = {
+    "instance": given(nk.instance_norm, "x"),
+    "group": given(nk.group_norm, "x", num_groups=3),
+    "layer": given(nk.layer_norm, "x"),
+    "rms": given(nk.rms_norm, "x"),
+    "batch": given(nk.batch_norm, "x", training=True),
+    "normalize": given(nk.normalize, "x", axis=-1),
+}
+BACKWARD = {
+    "instance-backward": given(nk.instance_norm_backward, "dy", "x", **STATS),
+    "group-backward": given(nk.group_norm_backward, "dy", "x", num_groups=3, **STATS),
+    "layer-backward": given(nk.layer_norm_backward, "dy", "x", **ROWS),
+    "rms-backward": given(nk.rms_norm_backward, "dy", "x", rstd=ROWS["rstd"]),
+    "batch-backward": given(nk.batch_norm_backward, "dy", "x", mean=np.ones(3), rstd=np.ones(3)),
+    "normalize-backward": given(nk.normalize_backward, "dy", "x", axis=-1, **ROWS),
+}
+MOMENTS = {"moments": given(nk.moments, "x", axis=-1)}
+APPLY = {"apply": given(nk.apply, "x", axis=-1, **ROWS)}
+SUM = {"backward-sums": given(nk.backward_sums, "dy", "x", axis=-1, **ROWS)}
+APPLY_BACKWARD = {"apply-backward": given(nk.apply_backward, "dy", "x", axis=-1, **ROWS, **SUMS)}
+ADAPTIVE = {"adaptive": given(nk.adaptive_instance_norm, "content", "style")}
+ADAPTIVE_BACKWARD = {"adaptive-backward": given(nk.adaptive_instance_norm_backward, "dy", "content", "style", **STATS)}
+DOUBLE = {
+    "double-backward": given(nk.instance_norm_double_backward, "ddx", "dy", "x", ddweight=None, ddbias=None, **STATS)
+}
+WITHOUT_OUT = {*MOMENTS, *SUM, *DOUBLE}
+
+ACTIVATION = (
+    "expected None, 'relu', 'leaky_relu', 'silu', 'gelu', 'gelu_tanh', 'elu', 'sigmoid', 'tanh', "
+    "or a pair such as ('leaky_relu', 0.01) or ('elu', 1.0)"
+)
+# For each option: the functions that take it, and its errors. Masks of the named normalizations are in test_where.py.
+OPTIONS = {
+    "where": (
+        MOMENTS | SUM | APPLY_BACKWARD | ADAPTIVE | ADAPTIVE_BACKWARD,
+        {
+            "dtype": (f32(8), TypeError, "where has dtype float32, expected bool"),
+            "shape": (
+                np.ones(7, bool),
+                ValueError,
+                f"where has shape (7,), expected a shape that broadcasts against x: {X}",
+            ),
+            "flag": (True, TypeError, "where is a bool, expected a NumPy array or an object with __dlpack__"),
+        },
+    ),
+    "residual": (
+        FORWARD | ADAPTIVE,
+        {
+            "shape": (f32(2, 3, 8), ValueError, f"residual has shape (2, 3, 8), expected {X}, the shape of x"),
+            "dtype": (np.ones(X), TypeError, "residual has dtype float64, expected float32, the dtype of x"),
+            "list": ([1.0], TypeError, "residual is a list, expected a NumPy array or an object with __dlpack__"),
+        },
+    ),
+    "return_residual": (
+        FORWARD | ADAPTIVE,
+        {"alone": (True, ValueError, "residual is None, expected an array like x: return_residual is True")},
+    ),
+    "dresidual": (
+        BACKWARD | APPLY_BACKWARD | ADAPTIVE_BACKWARD,
+        {
+            "shape": (f32(2, 3, 8), ValueError, f"dresidual has shape (2, 3, 8), expected {X}, the shape of x"),
+            "dtype": (np.ones(X), TypeError, "dresidual has dtype float64, expected float32, the dtype of x"),
+        },
+    ),
+    "activation": (
+        FORWARD | BACKWARD | APPLY | SUM | APPLY_BACKWARD | ADAPTIVE | ADAPTIVE_BACKWARD,
+        {
+            "name": ("swish", ValueError, f"activation is 'swish', {ACTIVATION}"),
+            "none": ("none", ValueError, f"activation is 'none', {ACTIVATION}"),
+            "type": (3, TypeError, f"activation is 3, {ACTIVATION}"),
+            "triple": (("elu", 1.0, 2.0), TypeError, f"activation is ('elu', 1.0, 2.0), {ACTIVATION}"),
+            "parameter-of-none": (
+                ("relu", 1.0),
+                ValueError,
+                "activation is ('relu', 1.0), expected 'relu': only leaky_relu and elu have a parameter",
+            ),
+            "parameter-type": (
+                ("elu", "1"),
+                TypeError,
+                "activation is ('elu', '1'), expected a number as its parameter",
+            ),
+            "parameter-nan": (
+                ("elu", math.nan),
+                ValueError,
+                "activation is ('elu', nan), expected a finite parameter",
+            ),
+            "parameter-inf": (
+                ["leaky_relu", -math.inf],
+                ValueError,
+                "activation is ['leaky_relu', -inf], expected a finite parameter",
+            ),
+        },
+    ),
+    "weight_offset": (
+        FORWARD | BACKWARD | APPLY | SUM | APPLY_BACKWARD | DOUBLE,
+        {
+            "type": ("1", TypeError, "weight_offset is '1', expected a finite number"),
+            "none": (None, TypeError, "weight_offset is None, expected a finite number"),
+            "nan": (math.nan, ValueError, "weight_offset is nan, expected a finite number"),
+            "inf": (-math.inf, ValueError, "weight_offset is -inf, expected a finite number"),
+        },
+    ),
+}
+OPTION_CASES = {
+    f"{name}-{option}-{what}": (call, name, option, *error)
+    for option, (calls, errors) in OPTIONS.items()
+    for name, call in calls.items()
+    for what, error in errors.items()
+}
+
+
+@pytest.mark.parametrize("case", OPTION_CASES)
+def test_options_of_every_function(case):
+    """To the letter, and nothing is written before."""
+    call, name, option, value, kind, message = OPTION_CASES[case]
+    out = Guarded(X, np.float32)
+    if name not in WITHOUT_OUT:
+        call = partial(call, out=out.array)
+    with pytest.raises(kind) as caught:
+        call(**{option: value})
+    assert str(caught.value) == (re.sub(r"\bx\b", "content", message) if "adaptive" in name else message)
+    assert out.unwritten()
+
+
+@pytest.mark.parametrize("name", FORWARD | ADAPTIVE)
+def test_integers_take_no_residual(name):
+    call = (FORWARD | ADAPTIVE)[name]
+    with pytest.raises(TypeError) as caught:
+        call(x=np.ones(X, np.int16), residual=np.ones(X, np.int16))
+    data = "content" if name in ADAPTIVE else "x"
+    assert str(caught.value) == f"{data} has dtype int16, expected {FLOATS} with a residual to add"
+
+
+OVERLAPS = {
+    f"{name}-{argument}": (call, argument)
+    for argument, calls in {
+        "where": FORWARD | BACKWARD | APPLY_BACKWARD | ADAPTIVE | ADAPTIVE_BACKWARD,
+        "residual": ADAPTIVE,
+        "dresidual": BACKWARD | APPLY_BACKWARD | ADAPTIVE_BACKWARD,
+        "mean": APPLY | APPLY_BACKWARD | ADAPTIVE_BACKWARD,
+        "rstd": APPLY | APPLY_BACKWARD | ADAPTIVE_BACKWARD,
+        "sums": APPLY_BACKWARD,
+        "count": APPLY_BACKWARD,
+    }.items()
+    for name, call in calls.items()
+}
+
+
+@pytest.mark.parametrize("case", OVERLAPS)
+def test_out_overlaps_an_option(case):
+    """Its last element lies where the option begins."""
+    call, argument = OVERLAPS[case]
+    buffer = np.ones(4 * 800, np.uint8)
+    out = buffer[: 4 * 384].view(np.float32).reshape(X)
+    rest = buffer[4 * 382 :]
+    shape, dtype = {
+        "where": ((8,), np.bool_),
+        "residual": (X, np.float32),
+        "dresidual": (X, np.float32),
+        "sums": ((2, 3, 8, 3), np.float64),
+    }.get(argument, ((2, 3) if "adaptive" in case else (2, 3, 8), np.float64))
+    bytes_of = math.prod(shape) * np.dtype(dtype).itemsize
+    with pytest.raises(ValueError, match=rf"^out overlaps {argument}, expected memory apart$"):
+        call(out=out, **{argument: rest[:bytes_of].view(dtype).reshape(shape)})
+    assert (buffer == 1).all()
+
+
+# ---- phases and AdaIN ------------------------------------------------------------------------------------------
+
+PHASES = APPLY | SUM | APPLY_BACKWARD
+STATISTIC = "one element per statistic"
+PHASE_ERRORS = {
+    f"{name}-{what}": (call, *error)
+    for name, call in PHASES.items()
+    for what, error in {
+        "mean-shape": (
+            {"mean": np.ones((2, 3))},
+            ValueError,
+            f"mean has shape (2, 3), expected (2, 3, 8): {STATISTIC}",
+        ),
+        "mean-dtype": (
+            {"mean": np.ones((2, 3, 8), int)},
+            TypeError,
+            "mean has dtype int64, expected float32 or float64",
+        ),
+        "rstd-shape": ({"rstd": np.ones(X)}, ValueError, f"rstd has shape {X}, expected (2, 3, 8): {STATISTIC}"),
+        "rstd-dtype": (
+            {"rstd": np.ones((2, 3, 8), np.float16)},
+            TypeError,
+            "rstd has dtype float16, expected float32 or float64",
+        ),
+        "rstd-none": ({"rstd": None}, ValueError, f"rstd is None, expected an array: {STATISTIC}"),
+    }.items()
+} | {
+    f"apply-backward-{what}": (APPLY_BACKWARD["apply-backward"], *error)
+    for what, error in {
+        "sums-shape": (
+            {"sums": np.ones((2, 3, 8))},
+            ValueError,
+            "sums has shape (2, 3, 8), expected (2, 3, 8, 3): three numbers per statistic",
+        ),
+        "sums-dtype": ({"sums": f32(2, 3, 8, 3)}, TypeError, "sums has dtype float32, expected float64"),
+        "sums-none": ({"sums": None}, ValueError, "sums is None, expected an array: three numbers per statistic"),
+        "count-shape": ({"count": np.ones(8)}, ValueError, f"count has shape (8,), expected (2, 3, 8): {STATISTIC}"),
+        "count-dtype": ({"count": np.ones((2, 3, 8), bool)}, TypeError, "count has dtype bool, expected float64"),
+        "count-none": ({"count": None}, ValueError, f"count is None, expected an array: {STATISTIC}"),
+        "count-list": (
+            {"count": [8]},
+            TypeError,
+            "count is a list, expected a NumPy array or an object with __dlpack__",
+        ),
+    }.items()
+}
+
+
+@pytest.mark.parametrize("case", PHASE_ERRORS)
+def test_phases(case):
+    call, options, kind, message = PHASE_ERRORS[case]
+    out = Guarded(X, np.float32)
+    if not case.startswith("backward-sums"):
+        options = {**options, "out": out.array}
+    with pytest.raises(kind) as caught:
+        call(**options)
+    assert str(caught.value) == message
+    assert out.unwritten()
+
+
+EPS = "expected a finite number that is at least 0"
+MOMENTS_ERRORS = {
+    "rstd-negative": (lambda m: m.rstd(-1), ValueError, f"eps is -1, {EPS}"),
+    "std-negative": (lambda m: m.std(-1), ValueError, f"eps is -1, {EPS}"),
+    "std-nan": (lambda m: m.std(math.nan), ValueError, f"eps is nan, {EPS}"),
+    "std-type": (lambda m: m.std("a"), TypeError, "eps is 'a', expected a number that is at least 0"),
+    "var-type": (lambda m: m.var("a"), TypeError, "correction is 'a', expected a number"),
+    "merge-type": (lambda m: m.merge(3), TypeError, "other is 3, expected Moments"),
+    "merge-all-type": (lambda m: nk.merge([3]), TypeError, "moments has 3, expected Moments"),
+    "merge-none": (lambda m: nk.merge([]), ValueError, "moments is empty, expected at least one"),
+    "merge-shape": (
+        lambda m: m.merge(nk.moments(x(), axis=0)),
+        ValueError,
+        "other has statistics of shape (3, 8, 8), expected (2, 3, 8)",
+    ),
+    "adaptive-eps": (
+        lambda m: nk.adaptive_instance_norm(x(), x(), eps=-1),
+        ValueError,
+        f"eps is -1, {EPS}",
+    ),
+    "adaptive-eps-type": (
+        lambda m: nk.adaptive_instance_norm(x(), x(), eps="a"),
+        TypeError,
+        "eps is 'a', expected a number that is at least 0",
+    ),
+    "adaptive-integer-gradient": (
+        lambda m: nk.adaptive_instance_norm_backward(x(), x(), np.ones(X, np.uint8), **STATS),
+        TypeError,
+        f"style has dtype uint8, expected {FLOATS}",
+    ),
+    "adaptive-images": (
+        lambda m: nk.adaptive_instance_norm(x(), x()[:1]),
+        ValueError,
+        "style has images and channels (1, 3), expected (2, 3): those of content",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MOMENTS_ERRORS)
+def test_moments(case):
+    call, kind, message = MOMENTS_ERRORS[case]
+    m = nk.moments(x(), axis=-1)
+    with pytest.raises(kind) as caught:
+        call(m)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("name", BACKWARD | SUM | APPLY_BACKWARD | ADAPTIVE_BACKWARD)
+def test_no_gradient(name):
+    with pytest.raises(TypeError) as caught:
+        (BACKWARD | SUM | APPLY_BACKWARD | ADAPTIVE_BACKWARD)[name](dy=None)
+    assert str(caught.value) == "dy is a NoneType, expected a NumPy array or an object with __dlpack__"

@@ -25,7 +25,13 @@ def steps(x, dy, weight, mean, rstd, out, running) -> list[Callable]:
             normkit.instance_norm(x, weight[:2], out=out)
         with pytest.raises(TypeError, match="weight has dtype"):
             normkit.instance_norm_backward(dy, x, mean, rstd, weight.astype(np.int32))
+        with pytest.raises(TypeError, match="where has dtype"):
+            normkit.instance_norm(x, where=dy, activation="relu")
+        with pytest.raises(TypeError, match="count has dtype"):
+            normkit.apply_backward(dy, x, mean, rstd, triples, mean > 0, **over)
 
+    where, triples = weight > 0, np.ones((2, 3, 3))
+    over = {"axis": (2, 3)}
     return [
         lambda: normkit.instance_norm(x, weight, weight, return_stats=True),
         lambda: normkit.instance_norm(x, weight, weight, out=out),
@@ -35,11 +41,25 @@ def steps(x, dy, weight, mean, rstd, out, running) -> list[Callable]:
         lambda: normkit.instance_norm_backward(dy, x, mean, rstd, weight, out=out),
         lambda: normkit.normalize(x, dy, axis=(0, 2)),
         lambda: normkit.normalize(lay(x, "step"), axis=(0, 2)),
+        lambda: normkit.instance_norm(x, residual=dy, return_residual=True, activation="silu", where=x > 0),
+        lambda: normkit.instance_norm(x, residual=lay(dy, "step"), out_dtype=np.float64, activation=("elu", 0.5)),
+        lambda: normkit.instance_norm_backward(dy, x, mean, rstd, weight, dresidual=x, activation="gelu", where=x > 0),
+        lambda: normkit.adaptive_instance_norm(x, dy, out=out),
+        lambda: normkit.adaptive_instance_norm_backward(dy, x, x, mean, rstd),
+        lambda: normkit.instance_norm_double_backward(dy, weight, None, dy, x, mean, rstd, weight),
+        lambda: normkit.merge([normkit.moments(x, where=where[:1], **over) for _ in range(2)]).rstd(),
+        lambda: normkit.apply(x, mean.astype(np.float64), rstd, out=out, **over),
+        lambda: normkit.backward_sums(dy, x, mean, rstd, **over),
+        lambda: normkit.apply_backward(dy, x, mean, rstd, triples, mean, **over),
+        lambda: normkit.apply_backward(dy, lay(x, "step"), mean, rstd, triples, 20, **over),
         refused,
     ]
 
 
-@pytest.mark.parametrize("step", range(9))
+STEPS = range(20)
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_references_are_given_back(step, rng):
     held = arrays(rng)
     call = steps(*held)[step]
@@ -53,7 +73,7 @@ def test_references_are_given_back(step, rng):
     assert after == before
 
 
-@pytest.mark.parametrize("step", range(9))
+@pytest.mark.parametrize("step", STEPS)
 def test_no_objects_are_left(step, rng):
     call = steps(*arrays(rng))[step]
     for _ in range(3):

@@ -309,6 +309,16 @@ def test_backward_of_whole_arrays(op, layout, dtype, stats_dtype, rng):
     check_backward(op, dy, x, weight, stats=(mean, rstd))
 
 
+@pytest.mark.parametrize("dtype", ["int64", "int32", "uint8", "float32", "float16", ">f8"])
+def test_counts_of_any_dtype(dtype, rng):
+    dy, x = uniform(rng, (3, 70)), uniform(rng, (3, 70))
+    m = normkit.moments(x, axis=1)
+    sums = normkit.backward_sums(dy, x, m.mean, m.rstd(), axis=1)
+    dx = normkit.apply_backward(dy, x, m.mean, m.rstd(), sums, m.count, axis=1)
+    found = normkit.apply_backward(dy, x, m.mean, m.rstd(), sums, m.count.astype(dtype), axis=1)
+    assert bits(found) == bits(dx)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["channel", "kept"])
 @pytest.mark.parametrize("op", NORMALIZE, ids=repr)

@@ -21,6 +21,21 @@ def both_ways(x):
     return y.tobytes() + b"".join(a.tobytes() for a in normkit.instance_norm_backward(y, x, mean, rstd))
 
 
+def options_and_phases(x):
+    """All options, both ways, and the two phases."""
+    options = {"where": x > 0, "activation": "silu"}
+    y, mean, rstd, total = normkit.instance_norm(x, residual=x, return_residual=True, return_stats=True, **options)
+    dx, dweight, dbias = normkit.instance_norm_backward(y, total, mean, rstd, dresidual=x, **options)
+    over = {"axis": tuple(range(2, x.ndim))}
+    m = normkit.moments(x, where=x > 0, **over)
+    sums = normkit.backward_sums(y, x, m.mean, m.rstd(), **options, **over)
+    parts = (
+        normkit.apply(x, m.mean, m.rstd(), **over),
+        normkit.apply_backward(y, x, m.mean, m.rstd(), sums, m.count, **options, **over),
+    )
+    return b"".join(a.tobytes() for a in (y, mean, rstd, total, dx, dweight, dbias, m.mean, m.m2, sums, *parts))
+
+
 def test_count_is_kept():
     for count in (1, 2, 5):
         normkit.set_num_threads(count)
@@ -57,7 +72,8 @@ def test_the_first_count_is_at_most_what_this_process_may_use():
     assert 1 <= found <= (os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count())
 
 
-def test_many_callers_at_once(rng):
+@pytest.mark.parametrize("both_ways", [both_ways, options_and_phases])
+def test_many_callers_at_once(both_ways, rng):
     """A busy pool runs the call inline: slower, with the same bits."""
     normkit.set_num_threads(3)
     inputs = [uniform(rng, LARGE) for _ in range(4)]
@@ -186,3 +202,13 @@ def test_outputs_of_threads_have_no_holes(rng):
         with normkit.num_threads(count):
             out = np.full(x.shape, np.nan, np.float32)
             assert normkit.instance_norm(x, out=out).tobytes() == expected
+
+
+@pytest.mark.parametrize("shape", [(7, 11, 37, 41), (1, 2, 35003)])
+def test_options_do_not_depend_on_threads(shape, rng):
+    x = uniform(rng, shape)
+    with normkit.num_threads(1):
+        expected = options_and_phases(x)
+    for count in (2, 3, 5, 13):
+        with normkit.num_threads(count):
+            assert options_and_phases(x) == expected

@@ -286,3 +286,22 @@ def test_statistics_come_in_logical_order(rng):
     _y, mean, rstd = normkit.normalize(x, axis=(1, 3), return_stats=True)
     assert mean.shape == rstd.shape == (3, 4)
     assert len(normkit.normalize(x, axis=(1, 3), center=False, return_stats=True)) == 2
+
+
+RANKS = {
+    "bias-has-more": ((3, 5), (1, 3, 5)),
+    "weight-has-more": ((1, 3, 5), (3, 5)),
+    "bias-alone": (None, (1, 1, 5)),
+    "between-extents-of-one": ((3, 1), (1, 3, 1)),
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "fortran", "step"])
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("op", [OPERATIONS["over-last"], OPERATIONS["over-first"]], ids=repr)
+def test_weight_and_bias_have_different_ranks(op, ranks, layout, rng):
+    """Each broadcasts by itself; that of the other says nothing about its strides."""
+    x, dy = (lay(uniform(rng, (2, 3, 5)), layout) for _ in range(2))
+    weight, bias = (None if shape is None else rng.standard_normal(shape).astype(np.float32) for shape in RANKS[ranks])
+    check_forward(op, x, weight, bias)
+    check_backward(op, dy, x, weight, bias=bias, activation="silu")

@@ -18,16 +18,16 @@ _core: Any = _typed_core  # it takes and gives arrays of any library, which no s
 
 _BLOCK = 1 << 14  # elements of a block: ten float64 arrays of that size fill a second-level cache
 _LINE = 64  # bytes
-_NO_OPTIONS = None, None, None, 0.0, None  # where, bias, activation, weight_offset, dresidual
-
 Block: TypeAlias = tuple[slice, ...]
 
 
 def _backward(
-    kind: int, axes: Any, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, use_input_stats: bool, need: Any
-) -> Any:
-    """The one call of the core."""
-    return _core.backward(kind, axes, dy, x, mean, rstd, weight, use_input_stats, need, None, *_NO_OPTIONS)
+    kind: int, axes: Any, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, use_input_stats: bool, need: Any,
+    weight_offset: float = 0.0,
+) -> Any:  # fmt: skip
+    """The one call of the core, without where, bias, activation and dresidual."""
+    options = None, None, None, weight_offset, None
+    return _core.backward(kind, axes, dy, x, mean, rstd, weight, use_input_stats, need, None, *options)
 
 
 # ---- views -------------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def double_backward(
         v["mean"] = None  # whatever was passed for it
     x, weight = v["x"], v["weight"]
     # Nothing is needed of it but that it judges what a backward takes.
-    _backward(kind, axes, v["dy"], x, v["mean"], v["rstd"], weight, use_input_stats, ())
+    _backward(kind, axes, v["dy"], x, v["mean"], v["rstd"], weight, use_input_stats, (), weight_offset)
     frame = _Frame(kind, axes, x)
     shape, whose = (frame.absent(), "dweight") if weight is None else (weight.shape, "weight")
     for name, wanted, of in (("ddx", x.shape, "x"), ("ddweight", shape, whose), ("ddbias", shape, whose)):

@@ -826,10 +826,7 @@ def _style_moments(content: Array, style: Array, channel_axis: int) -> Moments:
     if -len(shape) <= channel_axis < len(shape):  # else content is refused by its own call
         found, expected = tuple(moments.count.shape), (shape[0], shape[channel_axis])
         if found != expected:
-            raise ValueError(
-                f"style has {found[0]} images of {found[1]} channels, expected {expected[0]} of {expected[1]}, "
-                "as content has"
-            )
+            raise ValueError(f"style has images and channels {found}, expected {expected}: those of content")
     return moments
 
 

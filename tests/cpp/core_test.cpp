@@ -370,6 +370,16 @@ void run_errors() {
   for (std::size_t k = 0; k < y.size(); ++k) expect(std::isnan(y.data()[k]), "an error came after a write");
 }
 
+/// Over no positions at all: statistics are 0, whatever was in memory.
+void run_empty() {
+  Buffer x({2, 3, 0}, {0, 1, 2}), mean({2, 3}, {0, 1}), rstd(mean);
+  normkit::ForwardArgs args;
+  args.x = args.y = x.view(), args.mean = mean.view(), args.rstd = rstd.view();
+  normkit::forward(args, normkit::instance_spec(3));
+  for (Buffer* b : {&mean, &rstd})
+    for (std::size_t k = 0; k < b->size(); ++k) expect(b->data()[k] == 0, "statistics of nothing");
+}
+
 /// What only C++ callers can get wrong: arrays of statistics that do not lie as the kernels count, or are not there.
 void run_phase_errors() {
   const normkit::Spec spec = normkit::instance_spec(3);
@@ -476,6 +486,7 @@ int main() {
   run_together();
   run_errors();
   run_phase_errors();
+  run_empty();
   std::printf("%s\n", failures ? "core test failed" : "core test passed");
   return failures;
 }

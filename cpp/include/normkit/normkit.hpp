@@ -99,13 +99,13 @@ Spec normalize_spec(int ndim, std::span<const std::int64_t> axes, bool centered 
 /// weight, bias             float32, float64 or the dtype of x; absent means 1 and 0
 /// mean, rstd               absent, or arrays of compute_dtype(x) with one element per statistic, written; shape: the kept
 ///                          axes of x. apply() reads them: float32 or float64, mean absent where spec.centered is false
-///                          (these, moments, weight, bias: dense, their axes in the order in which they lie in x)
 /// running_mean, running_var  absent, or (C,) of float32 or float64, read and updated (spec.use_input_stats), or only read
 /// residual                 absent, or like a floating x: x + residual is normalized
-/// sum                      absent, or like x, written: that sum; may be x or residual. Needed by moments(), and where y is
-///                          of another dtype
+/// sum                      absent, or like x, written: that sum; may be x or residual. moments() needs it, and so does
+///                          a y of another dtype
 /// where                    absent, or bool that broadcasts against x: the members of the statistics
 /// moments                  of moments(): float64, the kept axes of x and 3, written: mean, sum of squared deviations, count
+/// Statistics and parameters are dense, their axes in the order in which they lie in x.
 struct ForwardArgs {
   Array x, y, weight, bias, mean, rstd, running_mean, running_var, residual, sum, where, moments;
   Dtype y_dtype = Dtype::other;  // what y is to have; `other`: that of x, or float32 for an integer x
@@ -120,7 +120,7 @@ struct ForwardArgs {
 /// dresidual                absent, or like dx: added to it
 /// sums                     of backward_sums(), written, and apply_backward(), read: float64, the kept axes of x and 3
 /// count                    of apply_backward(): float64, one element per statistic: all members that `sums` are over
-///                          (statistics, parameters and their gradients: dense, their axes in the order in which they lie in x)
+/// Statistics, parameters and their gradients are dense, their axes in the order in which they lie in x.
 struct BackwardArgs {
   Array dy, x, dx, mean, rstd, weight, dweight, dbias, bias, where, dresidual, sums, count;
   bool dx_is_apart = false;  // as y_is_apart, of dx against dy and x
