@@ -64,7 +64,7 @@ STAGES = {
     "the kernel, (1, 8, 8, 8)": ("out", "one element"),
     "= instance_norm(x, out=y)": ("out", "nothing"),
     "weight and bias": ("weight", "out"),
-    "a new y": ("new", "out"),
+    "a new y, not a given one": ("new", "out"),
     "new statistics": ("new, statistics", "new"),
     "= instance_norm(x, return_stats=True)": ("new, statistics", "nothing"),
     "= instance_norm_backward, dx into out": ("backward, out", "nothing"),

@@ -46,12 +46,12 @@ class Pair:
     def limit_turn(self) -> None:
         self._k = (self._k + 1) % self.w.sets
         self._kept[self._k] = None
-        if (
-            self._rest
-        ):  # threads that linger share the cores with the limit's, and after a pause those are slow at first
+        if self._rest:  # lingering threads would slow the limit; after a pause all are slow at first
             time.sleep(self._rest)
             self._limit.seconds(self.w.far(self._k + 1))
         self.limits.append(self._limit.seconds(self.w.far(self._k)))
+        if self._rest:
+            self._call((self._k + 1) % self.w.sets)
 
     def turn(self) -> None:
         self._kept[self._k] = self._call(self._k)
@@ -70,7 +70,7 @@ class Pair:
             if time.perf_counter() - start > budget / 4:
                 break
         self.limit_turn()
-        took = self.seconds() + self.limits[-1] + self._rest
+        took = (self.seconds() + self.limits[-1]) * (2 if self._rest else 1) + self._rest
         self.limits.clear()
         return max(FEWEST, min(MOST, int(budget / took)))
 

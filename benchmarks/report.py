@@ -96,7 +96,7 @@ def bars(results: Results, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     groups: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
-    for r in results:
+    for r in sorted(results, key=lambda r: r["direction"] == "backward"):
         if r["threads"] == 1 and r["dtype"] == "float32":
             layout = "\nchannels-last" if r["channels_last"] else ""
             groups[f"{r['operation']}\n{r['direction']}{layout}"][r["rival"]][title(r)] = r["ratio"]
@@ -113,9 +113,10 @@ def bars(results: Results, path: Path) -> None:
         }
         axes.bar([x + (i - (len(names) - 1) / 2) * width for x in heights], heights.values(), width, label=name)
     axes.axhline(1, color="black", linewidth=1)
-    axes.set(yscale="log", ylabel="time / limit, one thread (1 is the speed of memory)")
+    axes.set(yscale="log", ylim=(0.8, None), ylabel="time / limit, one thread (1 is the speed of memory)")
     axes.set_xticks(range(len(groups)), list(groups))
-    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+    axes.minorticks_off()
     axes.legend(ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, 1.12), frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

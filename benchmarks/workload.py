@@ -67,7 +67,7 @@ class Workload:
         self.y = arrays(self.sets, case.memory, self.dtype)
         for k in range(self.sets):
             self.poison(k)
-        self.weight, self.bias = rng.uniform(0.5, 1.5, (2, math.prod(case.parameters))).astype(np.float32)
+        self.weight, self.bias = rng.uniform(0.5, 1.0, (2, math.prod(case.parameters))).astype(np.float32)
         self.running_mean, self.running_var = rng.uniform(0.5, 1.5, (2, case.channels)).astype(np.float32)
 
     def _filled(self, rng: np.random.Generator) -> list[np.ndarray]:

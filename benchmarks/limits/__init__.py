@@ -61,14 +61,14 @@ def kind() -> str:
     return "compiled: memcpy, plain, prefetching, streaming"
 
 
-Timed = Callable[[int, int], float]  # (kernel, k) -> seconds
+Timed = Callable[[tuple[int, int], int], float]  # ((kernel, threads), k) -> seconds
 
 
-def _compiled(library: ctypes.CDLL, sets: Sequence[tuple[np.ndarray, ...]], threads: int) -> Timed:
+def _compiled(library: ctypes.CDLL, sets: Sequence[tuple[np.ndarray, ...]]) -> Timed:
     """Sets of arrays: one or two to read, one to write."""
     pointers = [(s[0].ctypes.data, s[1].ctypes.data if len(s) == 3 else None, s[-1].ctypes.data) for s in sets]
     size = sets[0][0].nbytes
-    return lambda kernel, k: library.limit_seconds(kernel, threads, *pointers[k], size)
+    return lambda way, k: library.limit_seconds(*way, *pointers[k], size)
 
 
 def _in_numpy(sets: Sequence[tuple[np.ndarray, ...]], threads: int) -> Timed:
@@ -78,10 +78,11 @@ def _in_numpy(sets: Sequence[tuple[np.ndarray, ...]], threads: int) -> Timed:
     def part(*arrays: np.ndarray) -> None:
         np.copyto(arrays[-1], arrays[0]) if len(arrays) == 2 else np.bitwise_xor(*arrays)
 
-    def timed(kernel: int, k: int) -> float:
+    def timed(way: tuple[int, int], k: int) -> float:
         start = time.perf_counter()
-        if threads == 1:
-            part(*(a[0] for a in flat[k]))
+        if way[1] == 1:
+            for arrays in zip(*flat[k], strict=True):
+                part(*arrays)
         else:
             list(pool.map(part, *flat[k]))
         return time.perf_counter() - start
@@ -90,15 +91,19 @@ def _in_numpy(sets: Sequence[tuple[np.ndarray, ...]], threads: int) -> Timed:
 
 
 class Limit:
-    """Sets of arrays (read, written) or (read, read, written), dense: `seconds(k)` moves set k at full speed."""
+    """Sets of arrays (read, written) or (read, read, written), dense: `seconds(k)` moves set k at full speed.
+
+    With several threads, or with one where that is faster: small arrays are not worth a second.
+    """
 
     def __init__(self, sets: Sequence[tuple[np.ndarray, ...]], threads: int):
         library = _library()
-        self._timed = _compiled(library, sets, threads) if library else _in_numpy(sets, threads)
-        kernels = range(library.limit_kernels() if library else 1)
+        self._timed = _compiled(library, sets) if library else _in_numpy(sets, threads)
+        kernels = library.limit_kernels() if library else 1
+        ways = list(itertools.product(range(kernels), sorted({1, threads})))
         turn = itertools.cycle(range(len(sets)))
-        times = [[self._timed(kernel, next(turn)) for kernel in kernels] for _ in range(TRIES)]
-        self._kernel = min(kernels, key=lambda kernel: statistics.median(t[kernel] for t in times))
+        times = [{way: self._timed(way, next(turn)) for way in ways} for _ in range(TRIES)]
+        self._way = min(ways, key=lambda way: statistics.median(t[way] for t in times))
 
     def seconds(self, k: int) -> float:
-        return self._timed(self._kernel, k)
+        return self._timed(self._way, k)
