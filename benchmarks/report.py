@@ -1,7 +1,8 @@
 """Tables and pictures of stored results: `python benchmarks/report.py results.json`, of `pytest --benchmark-json`.
 
-Writes the tables between the lines `<!-- benchmarks -->` and `<!-- /benchmarks -->` of README.md, and two pictures into
-docs/: bars.png, time / limit of each operation beside its rivals, and sizes.png, the share of the limit against size.
+Writes the tables between the lines `<!-- benchmarks -->` and `<!-- /benchmarks -->` of docs/performance.md, and two
+pictures into docs/: bars.png, time / limit of each operation beside its rivals, and sizes.png, the share of the limit
+against size.
 """
 
 import argparse
@@ -149,14 +150,14 @@ def sizes(results: Results, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="of pytest --benchmark-json")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="(%(default)s)")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "performance.md", help="(%(default)s)")
     parser.add_argument("--pictures", type=Path, default=ROOT / "docs", help="(%(default)s)")
     options = parser.parse_args()
     results = load(options.results)
     sweep = [r for r in results if r["function"] == "bench_sizes"]
     cases = [r for r in results if r["function"] != "bench_sizes"]
     if cases:
-        options.readme.write_text(between_markers(options.readme.read_text(), tables(cases)))
+        options.page.write_text(between_markers(options.page.read_text(), tables(cases)))
         bars(cases, options.pictures / "bars.png")
     sizes(sweep, options.pictures / "sizes.png")
 
