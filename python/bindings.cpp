@@ -252,6 +252,12 @@ normkit::Activation activation_of(nb::handle h) {
   bad_activation(h, Error::Kind::value);
 }
 
+/// The options that every function but moments() has.
+void put_epilogue(Spec& spec, nb::handle activation, nb::handle weight_offset) {
+  spec.activation = activation_of(activation);
+  spec.weight_offset = number("weight_offset", weight_offset, "a finite number");
+}
+
 Dtype dtype_named(nb::handle h) {
   if (h.is_none()) return Dtype::other;
   const std::string name = nb::str(h).c_str();
@@ -392,8 +398,7 @@ nb::object forward(int kind, nb::handle axes, nb::handle x, nb::handle weight, n
   if (momentum.is_none())
     throw Error(Error::Kind::value, "momentum is None, expected a number from 0 to 1: keep the count yourself");
   spec.momentum = number("momentum", momentum, "a number from 0 to 1");
-  spec.activation = activation_of(activation),
-  spec.weight_offset = number("weight_offset", weight_offset, "a finite number");
+  put_epilogue(spec, activation, weight_offset);
   if (return_residual && residual.is_none())
     throw Error(Error::Kind::value, "residual is None, expected an array like x: return_residual is True");
   call.args.y_dtype = dtype_named(out_dtype), call.args.y_is_apart = known_apart(out, call.v[5], x, call.x());
@@ -446,8 +451,7 @@ nb::object apply(int kind, nb::handle axes, nb::handle x, nb::handle mean, nb::h
     return nb::borrow(Py_NotImplemented);
   Spec spec = spec_of(kind, axes, xv.array);
   spec.use_input_stats = false;
-  spec.activation = activation_of(activation),
-  spec.weight_offset = number("weight_offset", weight_offset, "a finite number");
+  put_epilogue(spec, activation, weight_offset);
   normkit::ForwardArgs args;
   args.x = xv.array, args.y = yv.array, args.weight = wv.array, args.bias = bv.array;
   args.mean = mv.array, args.rstd = rv.array;
@@ -540,8 +544,8 @@ nb::object backward(int kind, nb::handle axes, nb::handle dy, nb::handle x, nb::
       !view(bias, call.bias) || !view(dresidual, call.dresidual))
     return nb::borrow(Py_NotImplemented);
   call.spec = spec_of(kind, axes, call.x.array);
-  call.spec.use_input_stats = use_input_stats, call.spec.activation = activation_of(activation);
-  call.spec.weight_offset = number("weight_offset", weight_offset, "a finite number");
+  call.spec.use_input_stats = use_input_stats;
+  put_epilogue(call.spec, activation, weight_offset);
   call.need = need_of(need);
   call.find_apart(out, x, dy);
   normkit::BackwardPlan plan = call.planned(mean, rstd, weight, bias);
@@ -572,8 +576,7 @@ nb::object backward_sums(int kind, nb::handle axes, nb::handle dy, nb::handle x,
       !view(rstd, call.rstd) || !view(weight, call.weight) || !view(where, call.where) || !view(bias, call.bias))
     return nb::borrow(Py_NotImplemented);
   call.spec = spec_of(kind, axes, call.x.array);
-  call.spec.activation = activation_of(activation);
-  call.spec.weight_offset = number("weight_offset", weight_offset, "a finite number");
+  put_epilogue(call.spec, activation, weight_offset);
   call.need = {false, false, false}, call.phase = normkit::Phase::reduce;
   normkit::BackwardPlan plan = call.planned(mean, rstd, weight, bias);
   if (!plan.shapes.fits) return nb::borrow(Py_NotImplemented);
@@ -593,8 +596,7 @@ nb::object apply_backward(int kind, nb::handle axes, nb::handle dy, nb::handle x
     return nb::borrow(Py_NotImplemented);
   const nb::object counts = as_doubles(count, call.count);
   call.spec = spec_of(kind, axes, call.x.array);
-  call.spec.activation = activation_of(activation);
-  call.spec.weight_offset = number("weight_offset", weight_offset, "a finite number");
+  put_epilogue(call.spec, activation, weight_offset);
   call.need = {true, false, false}, call.phase = normkit::Phase::apply;
   call.find_apart(out, x, dy);
   normkit::BackwardPlan plan = call.planned(mean, rstd, weight, bias, sums, counts);

@@ -295,10 +295,8 @@ def forward_anywhere(
     elif result is NotImplemented:
         packing = _Packing(kind, axes, v["x"])
         data, mask = packing.data(v["x"]), packing.optional(v["where"])
-        # Another dtype than that of x is reached from the compute type, by one more rounding of a float.
-        wide = None if name is None else "float64" if v["x"].dtype == np.float64 else "float32"
         result, _ = packing.call(
-            lambda w, b: core(packing.axes, data, w, b, None, wide, mask, None), v["weight"], v["bias"]
+            lambda w, b: core(packing.axes, data, w, b, None, _wide(name, v["x"]), mask, None), v["weight"], v["bias"]
         )
         y, *others = result if return_stats else (result,)
         y = packing.like_x(y, _target(v["x"], v["out"], name, numpy=isinstance(x, np.ndarray)))
@@ -311,6 +309,11 @@ def _target(x: NDArray, out: NDArray | None, name: str | None, *, numpy: bool) -
     if out is not None or name is None:
         return out
     return np.empty_like(x, dtype=_dtype_named(name, numpy=numpy), order="K", subok=False)
+
+
+def _wide(name: str | None, x: NDArray) -> str | None:
+    """What a packed call gives where a dtype is named: the compute type, which is then rounded to that dtype."""
+    return None if name is None else "float64" if x.dtype == np.float64 else "float32"
 
 
 def apply_anywhere(
@@ -328,8 +331,9 @@ def apply_anywhere(
     if result is NotImplemented:
         packing = _Packing(kind, axes, v["x"])
         packed = packing.data(v["x"])
-        wide = None if name is None else "float64" if v["x"].dtype == np.float64 else "float32"
-        result, _ = packing.call(lambda w, b: core(packing.axes, packed, w, b, None, wide), v["weight"], v["bias"])
+        result, _ = packing.call(
+            lambda w, b: core(packing.axes, packed, w, b, None, _wide(name, v["x"])), v["weight"], v["bias"]
+        )
         result = packing.like_x(result, _target(v["x"], v["out"], name, numpy=isinstance(x, np.ndarray)))
     return give_back(result) if out is None else out
 
