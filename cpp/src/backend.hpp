@@ -60,6 +60,7 @@ struct Task {
   bool centered = true;
   bool frozen = false;         // statistics are given and take no part in the gradient
   bool stream_stores = false;  // outputs go past the caches
+  std::int64_t fetch_bytes = 0;  // so far ahead is fetched while a statistic is written
   double eps = 0;
   Activation activation;  // of y; in backward, dy is the gradient of what it gave
   Operand x, y, dy, dx;
@@ -105,6 +106,15 @@ constexpr Chunks chunks_of(const Geometry& g, Traversal traversal) {
   c.count = ceil_div(g.steps, c.rows) * c.per_run;
   c.spans = ceil_div(c.count, kSpanChunks);
   return c;
+}
+
+/// How many statistics are solved together where each is one short run; 0 where each goes by itself. A row is at most 4 KB and
+/// a batch 32 KB, so that two batches and what is fetched for a third stay in the second-level cache.
+inline constexpr std::int64_t kMostBatchRows = 16;
+constexpr std::int64_t batch_rows(const Geometry& g, std::int64_t element_bytes) {
+  const std::int64_t row_bytes = g.run * element_bytes, most = element_bytes == 8 ? 8 : kMostBatchRows;
+  if (g.steps != 1 || row_bytes > 4096) return 0;
+  return row_bytes * most <= 32768 ? most : 32768 / row_bytes;
 }
 
 /// Statistics whose parameter gradients are summed together, in ParamKind::row.

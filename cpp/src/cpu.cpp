@@ -6,6 +6,7 @@
 
 #include "normkit/formula.hpp"
 #include "normkit/normkit.hpp"
+#include "policy.hpp"
 #include "pool.hpp"
 #include "vec/half.hpp"
 
@@ -54,33 +55,8 @@ std::atomic<const Isa*>& chosen_isa() {
 
 // ---- schedule ----------------------------------------------------------------------------------------------------
 
-/// Below this many elements a wake costs more than it saves.
-constexpr std::int64_t kParallelElements = 16384;
-/// Working sets above this leave the caches before anybody reads the output: stores go past them.
-constexpr std::int64_t kStreamBytes = std::int64_t{4} << 20;
 /// Ranges that each thread gets to claim, so that one slow thread does not hold up the others.
 constexpr std::int64_t kRangesPerThread = 4;
-
-struct Schedule {
-  int threads = 1;
-  bool split = false;
-  std::int64_t units = 1;       // fused_units()
-  std::int64_t statistics = 1;  // entries of `solved`: statistics (runs) or outer indices (lanes)
-  std::int64_t spans = 1;       // per entry
-};
-
-Schedule schedule_of(const Task& t, int threads) {
-  const Geometry& g = t.geometry;
-  Schedule s;
-  s.units = fused_units(g, t.traversal, t.kind);
-  s.statistics = t.traversal == Traversal::lanes ? g.outer : g.statistics();
-  s.spans = chunks_of(g, t.traversal).spans;
-  s.threads = g.size() < kParallelElements ? 1 : threads;
-  // Too few units to keep all threads busy: each statistic is shared among them. Gradients of pieces are summed along with a
-  // statistic and cannot be shared.
-  s.split = s.threads > 1 && s.units < 3 * s.threads && s.spans > 1 && t.kind != ParamKind::piece;
-  return s;
-}
 
 /// Runs f(begin, end, slot) over [0, units) in ranges.
 template <class F> void over(std::int64_t begin, std::int64_t end, int threads, F f) {
@@ -108,21 +84,14 @@ struct Common {
   std::int64_t scratch_stride;
 };
 
-Common carve(Carver& carver, Task& t, const Schedule& s, bool is_backward) {
+Common carve(Carver& carver, Task& t, const Policy& p, bool is_backward) {
   const std::int64_t stride = scratch_doubles(t.geometry, t.traversal);
-  Common common{carver.take(stride * s.threads), stride};
-  if (s.split) {
-    t.partials = carver.take(s.statistics * s.spans * partial_doubles(t.geometry, t.traversal, is_backward));
-    t.solved = carver.take(s.statistics * solved_doubles(t.geometry, t.traversal));
+  Common common{carver.take(stride * p.threads), stride};
+  if (p.split) {
+    t.partials = carver.take(p.statistics * p.spans * partial_doubles(t.geometry, t.traversal, is_backward));
+    t.solved = carver.take(p.statistics * solved_doubles(t.geometry, t.traversal));
   }
   return common;
-}
-
-bool streams(const Task& t, const Operand& out, const Operand* in, int arrays) {
-  for (int k = 0; k < arrays; ++k)
-    if (in[k].data == out.data) return false;
-  const std::int64_t bytes = t.geometry.size() * (arrays * size_of(in[0].dtype) + size_of(out.dtype));
-  return bytes >= kStreamBytes;
 }
 
 double load_scalar(const std::byte* p, Dtype dtype) {
@@ -136,30 +105,16 @@ void store_scalar(std::byte* p, Dtype dtype, double v) {
 
 // ---- forward -----------------------------------------------------------------------------------------------------
 
-/// A statistic of up to this many bytes stays in the second-level cache from its statistics to its output.
-constexpr std::int64_t kRowBytes = std::int64_t{256} << 10;
-
-/// Doubles of a row that x + residual may be formed in, one for each thread, so that y need not hold it: 0 where the caller
-/// wants the sum, or where it is not a short run.
-std::int64_t sum_row_doubles(const Task& t, const Schedule& s) {
-  const Geometry& g = t.geometry;
-  const std::int64_t bytes = g.run * size_of(t.x.dtype);
-  const bool in_y = t.residual.data && t.x.data == t.y.data;
-  if (!in_y || s.split || t.traversal != Traversal::runs || g.steps != 1 || bytes > kRowBytes) return 0;
-  return bytes / 8 + 8;
-}
-
 struct ForwardSpace {
   Common common;
-  double* rows;        // of each thread: x + residual
-  std::int64_t row;    // doubles of one
+  double* rows;     // of each thread: x + residual
   double* given;    // running statistics as dense doubles: means, then variances
   double* moments;  // of each statistic, for the update of running statistics
 };
 
-ForwardSpace carve(Carver& carver, ForwardJob& job, const Schedule& s) {
-  ForwardSpace space{carve(carver, job.task, s, false), nullptr, sum_row_doubles(job.task, s), nullptr, nullptr};
-  space.rows = carver.take(space.row * s.threads);
+ForwardSpace carve(Carver& carver, ForwardJob& job, const Policy& p) {
+  ForwardSpace space{carve(carver, job.task, p, false), nullptr, nullptr, nullptr};
+  space.rows = carver.take(p.sum_row * p.threads);
   if (!job.running.mean) return space;
   if (job.task.frozen) space.given = carver.take(2 * job.running.count);
   else if (!job.task.moments) space.moments = carver.take(3 * job.task.geometry.statistics());
@@ -181,9 +136,9 @@ void read_running(Task& t, const Running& r, double* given) {
 }
 
 /// Frozen statistics as the caller asked to see them: one for each statistic.
-void copy_given(const Task& t) {
+void copy_given(const Task& t, std::int64_t statistics) {
   const Dtype dtype = compute_dtype(t.x.dtype);
-  for (std::int64_t k = 0; k < t.geometry.statistics(); ++k) {
+  for (std::int64_t k = 0; k < statistics; ++k) {
     const std::int64_t c = k / t.given.stride % t.given.count;
     if (t.mean) store_scalar(t.mean + k * size_of(dtype), dtype, reinterpret_cast<const double*>(t.given.mean)[c]);
     if (t.rstd) {
@@ -191,6 +146,21 @@ void copy_given(const Task& t) {
       store_scalar(t.rstd + k * size_of(dtype), dtype, rstd_of(var, t.eps));
     }
   }
+}
+
+/// Given statistics need no walk over all members of one before the next: the steps join the outer indices, so that memory is
+/// walked in its order. Evaluation of batch norm, (32, 256, 14, 14): 2.1 of a copy before, 1.3 after.
+void unfold_steps(ForwardJob& job) {
+  Task& t = job.task;
+  Geometry& g = t.geometry;
+  if (!t.frozen || t.traversal != Traversal::runs || g.params.outer != 0) return;
+  const std::int64_t period =
+      job.running.mean ? job.running.stride * job.running.count : t.given.stride * t.given.count;
+  if (g.lanes % period != 0) return;
+  for (const Operand* a : {&t.x, &t.y, &t.source, &t.residual})
+    if (a->data && g.outer > 1 && a->strides.outer != g.steps * a->strides.step) return;
+  for (Operand* a : {&t.x, &t.y, &t.source, &t.residual}) a->strides.outer = a->strides.step;
+  g.outer *= g.steps, g.steps = 1;
 }
 
 /// Running statistics take the average over all statistics of a channel, the variance unbiased. Those of fewer than two
@@ -219,9 +189,9 @@ struct BackwardSpace {
   double* elements[2]; // ParamKind::element: dweight and dbias, where their dtype is not the compute type
 };
 
-BackwardSpace carve(Carver& carver, BackwardJob& job, const Schedule& s) {
+BackwardSpace carve(Carver& carver, BackwardJob& job, const Policy& p) {
   Task& t = job.task;
-  BackwardSpace space{carve(carver, t, s, true), nullptr, {nullptr, nullptr}};
+  BackwardSpace space{carve(carver, t, p, true), nullptr, {nullptr, nullptr}};
   if (t.kind == ParamKind::none) return space;
   if (t.kind == ParamKind::element) {
     const ParamGradient* out[2] = {&job.dweight, &job.dbias};
@@ -309,45 +279,47 @@ void merge_moments(double* into, const double* from, std::int64_t n) {
 
 std::size_t workspace_doubles(const ForwardJob& job) {
   ForwardJob copy = job;
+  unfold_steps(copy);
   Carver carver{nullptr};
-  carve(carver, copy, schedule_of(copy.task, copy.threads));
+  carve(carver, copy, policy_for(copy.task, copy.threads));
   return carver.used;
 }
 
 std::size_t workspace_doubles(const BackwardJob& job) {
   BackwardJob copy = job;
   Carver carver{nullptr};
-  carve(carver, copy, schedule_of(copy.task, copy.threads));
+  carve(carver, copy, policy_for(copy.task, copy.threads));
   return carver.used;
 }
 
 void run(ForwardJob& job, double* workspace) {
   Task& t = job.task;
   const Isa& isa = *chosen_isa().load(std::memory_order_relaxed);
-  const Schedule s = schedule_of(t, job.threads);
+  const std::int64_t statistics = t.geometry.statistics();
+  unfold_steps(job);
+  const Policy p = policy_for(t, job.threads);
   Carver carver{workspace};
-  const ForwardSpace space = carve(carver, job, s);
+  const ForwardSpace space = carve(carver, job, p);
   if (space.moments) t.moments = space.moments;
-  const Operand inputs[] = {space.row ? t.source : t.x};
-  t.stream_stores = streams(t, t.y, inputs, 1);
-  if (t.frozen && job.running.mean) read_running(t, job.running, space.given), copy_given(t);
+  t.stream_stores = p.stream_stores, t.fetch_bytes = p.fetch_bytes;
+  if (t.frozen && job.running.mean) read_running(t, job.running, space.given), copy_given(t, statistics);
   const auto scratch = [&](int slot) { return space.common.scratch + slot * space.common.scratch_stride; };
-  if (!s.split) {
-    over(0, s.units, s.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
-      if (!space.row) return isa.forward(t, begin, end, scratch(slot));
+  if (!p.split) {
+    over(0, p.units, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
+      if (!p.sum_row) return isa.forward(t, begin, end, scratch(slot));
       Task mine = t;  // every statistic is formed in the same row
-      mine.x = {reinterpret_cast<std::byte*>(space.rows + slot * space.row), t.x.dtype, {}};
+      mine.x = {reinterpret_cast<std::byte*>(space.rows + slot * p.sum_row), t.x.dtype, {}};
       isa.forward(mine, begin, end, scratch(slot));
     });
   } else {
-    for (std::int64_t k = 0; k < s.statistics; ++k) {
-      const std::int64_t first = k * s.spans, last = first + s.spans;
+    for (std::int64_t k = 0; k < p.statistics; ++k) {
+      const std::int64_t first = k * p.spans, last = first + p.spans;
       if (!t.frozen)
-        over(first, last, s.threads,
+        over(first, last, p.threads,
              [&](std::int64_t begin, std::int64_t end, int) { isa.forward_sums(t, begin, end); });
       isa.forward_finish(t, k, k + 1);
       if (t.phase == Phase::reduce) continue;
-      over(first, last, s.threads,
+      over(first, last, p.threads,
            [&](std::int64_t begin, std::int64_t end, int) { isa.forward_apply(t, begin, end); });
     }
   }
@@ -358,28 +330,27 @@ void run(BackwardJob& job, double* workspace) {
   Task& t = job.task;
   if (t.phase == Phase::both && !t.dx.data && !job.dweight.data && !job.dbias.data) return;
   const Isa& isa = *chosen_isa().load(std::memory_order_relaxed);
-  const Schedule s = schedule_of(t, job.threads);
+  const Policy p = policy_for(t, job.threads);
   Carver carver{workspace};
-  const BackwardSpace space = carve(carver, job, s);
+  const BackwardSpace space = carve(carver, job, p);
   if (t.dparams)
     std::memset(t.dparams, 0, static_cast<std::size_t>(2 * dparam_units(t.geometry, t.kind)) * sizeof(double));
-  const Operand inputs[] = {t.x, t.dy};
-  t.stream_stores = t.dx.data && streams(t, t.dx, inputs, 2);
+  t.stream_stores = p.stream_stores, t.fetch_bytes = p.fetch_bytes;
   if (t.kind == ParamKind::element) {
     t.dweight_out = space.elements[0] ? reinterpret_cast<std::byte*>(space.elements[0]) : job.dweight.data;
     t.dbias_out = space.elements[1] ? reinterpret_cast<std::byte*>(space.elements[1]) : job.dbias.data;
   }
   const auto scratch = [&](int slot) { return space.common.scratch + slot * space.common.scratch_stride; };
-  if (!s.split) {
-    over(0, s.units, s.threads,
+  if (!p.split) {
+    over(0, p.units, p.threads,
          [&](std::int64_t begin, std::int64_t end, int slot) { isa.backward(t, begin, end, scratch(slot)); });
   } else {
     if (t.phase != Phase::apply)
-      over(0, s.statistics * s.spans, s.threads,
+      over(0, p.statistics * p.spans, p.threads,
            [&](std::int64_t begin, std::int64_t end, int) { isa.backward_sums(t, begin, end); });
-    isa.backward_finish(t, 0, s.statistics);
+    isa.backward_finish(t, 0, p.statistics);
     if (t.phase != Phase::reduce)
-      over(0, s.units * s.spans, s.threads,
+      over(0, p.units * p.spans, p.threads,
            [&](std::int64_t begin, std::int64_t end, int) { isa.backward_apply(t, begin, end); });
   }
   const ParamGradient* out[2] = {&job.dweight, &job.dbias};

@@ -11,7 +11,9 @@
 #include "vec/pack.hpp"
 #include "kernels/common.hpp"
 #include "kernels/runs.hpp"
+#include "kernels/batches.hpp"
 #include "kernels/runs_backward.hpp"
+#include "kernels/batches_backward.hpp"
 #include "kernels/lanes.hpp"
 #include "kernels/lanes_backward.hpp"
 
@@ -41,7 +43,8 @@ void forward(const Task& t, std::int64_t begin, std::int64_t end, double* scratc
   visit_output(t, [&](auto x, auto y) {
     using X = typename decltype(x)::type;
     using Y = typename decltype(y)::type;
-    t.traversal == Traversal::runs ? runs_forward<X, Y>(t, begin, end) : lanes_forward<X, Y>(t, begin, end, scratch);
+    if (t.traversal == Traversal::lanes) lanes_forward<X, Y>(t, begin, end, scratch);
+    else has_batches<X>(t) ? batches_forward<X, Y>(t, begin, end) : runs_forward<X, Y>(t, begin, end);
   });
   if (t.stream_stores) stream_fence();
 }
@@ -72,7 +75,8 @@ void forward_apply(const Task& t, std::int64_t begin, std::int64_t end) {
 void backward(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
   visit_floating(t, [&](auto x) {
     using X = typename decltype(x)::type;
-    t.traversal == Traversal::runs ? runs_backward<X>(t, begin, end) : lanes_backward<X>(t, begin, end, scratch);
+    if (t.traversal == Traversal::lanes) lanes_backward<X>(t, begin, end, scratch);
+    else has_backward_batches<X>(t) ? batches_backward<X>(t, begin, end) : runs_backward<X>(t, begin, end);
   });
   if (t.stream_stores) stream_fence();
 }

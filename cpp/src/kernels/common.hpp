@@ -9,15 +9,27 @@ template <int kValue> struct Count { static constexpr int value = kValue; };
 
 /// Bytes that a reader runs ahead of itself, so that its loads find the first-level cache filled.
 constexpr std::int64_t kAhead = 4096;
-/// The largest next statistic that is fetched while this one is written.
-constexpr std::int64_t kFetchable = std::int64_t{512} << 10;
-
-/// Large arrays begin at one offset of a page, so y is written where the next x is fetched, in one memory channel; half a page
-/// apart they do not meet. Instance norm of float32 (16, 256, 32, 32), time / copy of the same arrays: 1.06 before, 1.00 after
-/// (Zen 5, g++ 12, one thread, medians of 40).
-constexpr std::int64_t kHalfPage = 2048;
+/// The same for the second-level cache.
+constexpr std::int64_t kFarAhead = std::int64_t{24} << 10;
 
 NORMKIT_LOCAL void prefetch_first(const char* p) { __builtin_prefetch(p, 0, 3); }
+NORMKIT_LOCAL void prefetch_second(const char* p) { __builtin_prefetch(p, 0, 2); }
+
+/// What is fetched while a range is walked, as many bytes as are walked, so that memory is never idle: far ahead into the
+/// second-level cache, where more fetches are under way at once, or near into the first.
+struct Fetch {
+  const char* from = nullptr;  // what belongs to the first element; null: nothing is fetched
+  bool near = false;
+
+  NORMKIT_LOCAL Fetch at(std::int64_t byte) const { return {from ? from + byte : nullptr, near}; }
+  template <int kBytes> NORMKIT_LOCAL void block(std::int64_t byte) const {
+    if (!from) return;
+    if (near)
+      for (int line = 0; line < kBytes; line += 64) prefetch_first(from + byte + line);
+    else
+      for (int line = 0; line < kBytes; line += 64) prefetch_second(from + byte + line);
+  }
+};
 
 NORMKIT_LOCAL void copy(const double* from, std::int64_t n, double* to) {
   for (std::int64_t i = 0; i < n; ++i) to[i] = from[i];
@@ -69,12 +81,15 @@ NORMKIT_LOCAL void put(Moments m, double* to) { to[0] = m.mean, to[1] = m.m2, to
 NORMKIT_LOCAL Moments moments_at(const double* from) { return {from[0], from[1], from[2]}; }
 
 /// Hands the moments of a statistic out: to the arrays that were asked for, and to the caller.
-template <class S> NORMKIT_LOCAL Statistic<S> publish(const Task& t, std::int64_t statistic, Moments m) {
-  const double rstd = rstd_of(m, t.eps);
+template <class S>
+NORMKIT_LOCAL Statistic<S> publish(const Task& t, std::int64_t statistic, Moments m, double rstd) {
   if (t.mean) *at<S>(t.mean, statistic) = static_cast<S>(m.mean);
   if (t.rstd) *at<S>(t.rstd, statistic) = static_cast<S>(rstd);
   if (t.moments) put(m, t.moments + 3 * statistic);
   return statistic_of<S>(m.mean, rstd);
+}
+template <class S> NORMKIT_LOCAL Statistic<S> publish(const Task& t, std::int64_t statistic, Moments m) {
+  return publish<S>(t, statistic, m, rstd_of(m, t.eps));
 }
 
 /// Integers are read, but never written.
@@ -288,11 +303,8 @@ template <class Y> class Streamer {
 /// No streamer: plain stores.
 template <class Y> constexpr Streamer<Y>* kPlain = nullptr;
 
-/// y[i] = f(position i) for i < n; through `streamer`, where given, past the caches. `ahead`, where given, is what this thread
-/// reads next; it is fetched meanwhile. (Into the first-level cache: 1.12 and 1.17 of a streaming, prefetching copy for rows of
-/// 4 KB and 64 KB, where the second-level cache gave 1.20 and 1.22; Zen 5, g++ 12, one thread, medians of 40.)
-template <class Y, class F>
-NORMKIT_LOCAL void map(Y* y, std::int64_t n, Streamer<Y>* streamer, const char* ahead, F f) {
+/// y[i] = f(position i) for i < n; through `streamer`, where given, past the caches.
+template <class Y, class F> NORMKIT_LOCAL void map(Y* y, std::int64_t n, Streamer<Y>* streamer, Fetch fetch, F f) {
   constexpr int kWidth = kLanes<VectorOf<Y>>;
   constexpr std::int64_t kBlock = 4 * kWidth, kLine = Streamer<Y>::kLine;
   std::int64_t i = 0;
@@ -310,9 +322,7 @@ NORMKIT_LOCAL void map(Y* y, std::int64_t n, Streamer<Y>* streamer, const char* 
     const std::int64_t past = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(y) % 64 / sizeof(Y));
     if (past) gather(least(kLine - past, n));
     for (; i + kBlock <= n; i += kBlock) {
-      if (ahead)
-        for (std::int64_t line = 0; line < kBlock * static_cast<std::int64_t>(sizeof(Y)); line += 64)
-          prefetch_first(ahead + i * static_cast<std::int64_t>(sizeof(Y)) + line);
+      fetch.template block<kBlock * sizeof(Y)>(i * static_cast<std::int64_t>(sizeof(Y)));
       for (int k = 0; k < 4; ++k) stream(y + i + k * kWidth, f(Full{i + k * kWidth}));
     }
     for (; i + kLine <= n; i += kLine)

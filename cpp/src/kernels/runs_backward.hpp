@@ -20,11 +20,26 @@ NORMKIT_LOCAL bool has_detailed_sums(const Task& t) {
 }
 NORMKIT_LOCAL bool has_detailed_ranges(const Task& t) { return t.residual.data || has_detailed_sums(t); }
 
-/// Sums over `rows` segments of n elements of dy and x; of dy * weight where `weight` gives one factor an element.
+/// What a walk over dy and x fetches: both, `bytes` ahead of where it is.
+struct FetchBoth {
+  const char *x, *dy;
+  bool near;
+
+  template <class X> FetchBoth(const X* x_now, const X* dy_now, std::int64_t bytes, bool near)
+      : x(reinterpret_cast<const char*>(x_now) + bytes),
+        dy(reinterpret_cast<const char*>(dy_now) + bytes),
+        near(near) {}
+  NORMKIT_LOCAL void line(std::int64_t byte) const {
+    if (near) prefetch_first(x + byte), prefetch_first(dy + byte);
+    else prefetch_second(x + byte), prefetch_second(dy + byte);
+  }
+};
+
+/// Sums of each lane over `rows` segments of n elements of dy and x; of dy * weight where `weight` gives one factor an element.
 template <class X, bool kWeighted>
-[[gnu::noinline]] Sums<double> chunk_sums(const X* dy, std::int64_t dy_stride, const X* x, std::int64_t x_stride,
+NORMKIT_LOCAL Sums<VectorOf<X>> lane_sums(const X* dy, std::int64_t dy_stride, const X* x, std::int64_t x_stride,
                                           std::int64_t rows, std::int64_t n, ScalarOf<X> mean,
-                                          const ScalarOf<X>* weight) {
+                                          const ScalarOf<X>* weight, bool fetching) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
   constexpr int kWidth = kLanes<V>;
@@ -40,18 +55,25 @@ template <class X, bool kWeighted>
     s[k].d = s[k].d + d;
   };
   for (std::int64_t row = 0; row < rows; ++row, x += x_stride, dy += dy_stride) {
+    const FetchBoth fetch(x, dy, kFarAhead, false);
     std::int64_t i = 0;
     for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
-      for (std::int64_t line = 0; line < 4 * kWidth * static_cast<std::int64_t>(sizeof(X)); line += 64) {
-        prefetch_first(reinterpret_cast<const char*>(x + i) + kAhead + line);
-        prefetch_first(reinterpret_cast<const char*>(dy + i) + kAhead + line);
-      }
+      if (fetching)
+        for (std::int64_t line = 0; line < 4 * kWidth * static_cast<std::int64_t>(sizeof(X)); line += 64)
+          fetch.line(i * static_cast<std::int64_t>(sizeof(X)) + line);
       for (int k = 0; k < 4; ++k) add(k % 2, Full{i + k * kWidth});
     }
     for (; i + kWidth <= n; i += kWidth) add(0, Full{i});
     if (i < n) add(1, Part{i, static_cast<int>(n - i)});
   }
-  const Sums<V> all = s[0] + s[1];
+  return s[0] + s[1];
+}
+
+template <class X, bool kWeighted>
+[[gnu::noinline]] Sums<double> chunk_sums(const X* dy, std::int64_t dy_stride, const X* x, std::int64_t x_stride,
+                                          std::int64_t rows, std::int64_t n, ScalarOf<X> mean,
+                                          const ScalarOf<X>* weight) {
+  const Sums<VectorOf<X>> all = lane_sums<X, kWeighted>(dy, dy_stride, x, x_stride, rows, n, mean, weight, true);
   return {static_cast<double>(sum(all.g)), static_cast<double>(sum(all.gx)), static_cast<double>(sum(all.d))};
 }
 
@@ -215,33 +237,43 @@ template <class X> struct BackwardRows {
   ScalarOf<X>* row_sums;  // ParamKind::row: dweight and then dbias of this row's group
 };
 
-/// What a piece adds to the gradients of parameters that follow the elements. `dy` is what reaches the weights.
-template <class X, class G>
-NORMKIT_LOCAL void add_element_gradients(const Task& t, const G* dy, const X* x, std::int64_t offset,
-                                         std::int64_t begin, std::int64_t n, Statistic<ScalarOf<X>> s,
-                                         ScalarOf<X>* row_sums) {
+/// Gradients of parameters that follow the elements, from the first element of a piece on: added up over the rows of a group,
+/// or one for each element of x.
+template <class X> struct ElementGradients {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
-  const Affine<S> standard = forward_affine(s, 1, 0);
-  const V mean = broadcast<V>(s.mean), scale = broadcast<V>(standard.scale), shift = broadcast<V>(standard.shift);
-  const bool masked = t.where.data;
-  const auto x_hat = [&](auto place) NORMKIT_INLINE_LAMBDA {
-    const V v = forward(place.load(x), mean, scale, shift);
-    return masked ? where(place.load(dy), v) : v;
-  };
-  if (row_sums) {
-    S *dweight = row_sums + begin, *dbias = row_sums + t.geometry.run + begin;
-    map(dweight, n, kPlain<S>, nullptr,
-        [&](auto place) NORMKIT_INLINE_LAMBDA { return mul_add(x_hat(place), place.load(dy), place.load(dweight)); });
-    map(dbias, n, kPlain<S>, nullptr,
-        [&](auto place) NORMKIT_INLINE_LAMBDA { return place.load(dbias) + place.load(dy); });
+  S *dweight, *dbias;  // null: not wanted
+  bool summed, masked;
+  V mean, scale, shift;
+
+  ElementGradients(const Task& t, S* row_sums, std::int64_t offset, std::int64_t begin, Statistic<S> s)
+      : summed(row_sums), masked(t.where.data) {
+    dweight = row_sums ? row_sums + begin : t.dweight_out ? at<S>(t.dweight_out, offset + begin) : nullptr;
+    dbias = row_sums ? row_sums + t.geometry.run + begin : t.dbias_out ? at<S>(t.dbias_out, offset + begin) : nullptr;
+    const Affine<S> standard = forward_affine(s, 1, 0);
+    mean = broadcast<V>(s.mean), scale = broadcast<V>(standard.scale), shift = broadcast<V>(standard.shift);
   }
-  if (t.dweight_out)
-    map(at<S>(t.dweight_out, offset + begin), n, kPlain<S>, nullptr,
-        [&](auto place) NORMKIT_INLINE_LAMBDA { return x_hat(place) * place.load(dy); });
-  if (t.dbias_out)
-    map(at<S>(t.dbias_out, offset + begin), n, kPlain<S>, nullptr,
-        [&](auto place) NORMKIT_INLINE_LAMBDA { return place.load(dy); });
+
+  /// Added up over rows, both wanted.
+  template <class P> NORMKIT_LOCAL void add_row(P place, V dy, V x) const {
+    place.store(dweight, mul_add(forward(x, mean, scale, shift), dy, place.load(dweight)));
+    place.store(dbias, place.load(dbias) + dy);
+  }
+
+  /// Of one vector; `dy` is what reaches the weights.
+  template <class P> NORMKIT_LOCAL void add(P place, V dy, V x) const {
+    V x_hat = forward(x, mean, scale, shift);
+    if (masked) x_hat = where(dy, x_hat);
+    if (dweight) place.store(dweight, summed ? mul_add(x_hat, dy, place.load(dweight)) : x_hat * dy);
+    if (dbias) place.store(dbias, summed ? place.load(dbias) + dy : dy);
+  }
+};
+
+/// Calls f for each position of [0, n).
+template <class V, class F> NORMKIT_LOCAL void for_positions(std::int64_t n, F f) {
+  std::int64_t i = 0;
+  for (; i + kLanes<V> <= n; i += kLanes<V>) f(Full{i});
+  if (i < n) f(Part{i, static_cast<int>(n - i)});
 }
 
 /// dx over one range of a run, and, where the parameters follow the elements, what the range adds to their gradients.
@@ -258,20 +290,33 @@ template <class X>
   for_pieces(t, o, offset, begin, end, follows_elements(t.geometry) ? kBuffer : end,
              [&](Piece piece) NORMKIT_INLINE_LAMBDA {
     const X *dy = rows.dy + piece.begin, *x = rows.x + piece.begin;
-    if (writes_element_gradients(t))
-      add_element_gradients(t, dy, x, offset, piece.begin, piece.n, known.statistic, rows.row_sums);
-    if (rows.dx && piece.linear) {
-      const V a = broadcast<V>(known.gradient.a);
-      const S* weight = weights.read(t.weight, piece.parameter, piece.n, 1);
-      map(rows.dx + piece.begin, piece.n, streamer, nullptr, [&](auto place) NORMKIT_INLINE_LAMBDA {
-        return backward(place.load(dy) * place.load(weight), a, through_statistics(place.load(x), mean, b, c));
+    X* dx = rows.dx + piece.begin;
+    const FetchBoth fetch(x, dy, t.frozen ? kAhead : t.fetch_bytes, t.frozen);
+    const double weight = piece.linear ? 1 : element(t.weight, piece.parameter, 1);
+    const V a = broadcast<V>(static_cast<S>(known.statistic.rstd * weight));
+    const S* factors = piece.linear ? weights.read(t.weight, piece.parameter, piece.n, 1) : nullptr;
+    const auto dx_of = [&](V g, V x_v)
+                           NORMKIT_INLINE_LAMBDA { return backward(g, a, through_statistics(x_v, mean, b, c)); };
+    if (!writes_element_gradients(t)) {
+      map(dx, piece.n, streamer, Fetch{}, [&](auto place) NORMKIT_INLINE_LAMBDA {
+        fetch.line(place.i * static_cast<std::int64_t>(sizeof(X)));
+        const V dy_v = place.load(dy);
+        return dx_of(factors ? dy_v * place.load(factors) : dy_v, place.load(x));
       });
-    } else if (rows.dx) {
-      const V a = broadcast<V>(static_cast<S>(known.statistic.rstd * element(t.weight, piece.parameter, 1)));
-      map(rows.dx + piece.begin, piece.n, streamer, nullptr, [&](auto place) NORMKIT_INLINE_LAMBDA {
-        return backward(place.load(dy), a, through_statistics(place.load(x), mean, b, c));
-      });
+      return;
     }
+    const ElementGradients<X> gradients(t, rows.row_sums, offset, piece.begin, known.statistic);
+    if (!rows.dx) {
+      for_positions<V>(piece.n,
+                       [&](auto place) NORMKIT_INLINE_LAMBDA { gradients.add(place, place.load(dy), place.load(x)); });
+      return;
+    }
+    map(dx, piece.n, streamer, Fetch{}, [&](auto place) NORMKIT_INLINE_LAMBDA {
+      fetch.line(place.i * static_cast<std::int64_t>(sizeof(X)));
+      const V dy_v = place.load(dy), x_v = place.load(x);
+      gradients.add(place, dy_v, x_v);
+      return dx_of(factors ? dy_v * place.load(factors) : dy_v, x_v);
+    });
   });
 }
 
@@ -290,16 +335,20 @@ template <class X, class Members>
   for_pieces(t, o, offset, begin, end, kBuffer, [&](Piece piece) NORMKIT_INLINE_LAMBDA {
     const X *dy = rows.dy + piece.begin, *x = rows.x + piece.begin;
     const Preactivation<X> z = preactivation<X>(t, piece, given, weights, biases);
-    map(reaching, piece.n, kPlain<S>, nullptr,
+    map(reaching, piece.n, kPlain<S>, Fetch{},
         [&](auto place) NORMKIT_INLINE_LAMBDA { return incoming(t, z, place, dy, place.load(x)); });
-    if (writes_element_gradients(t))
-      add_element_gradients(t, reaching, x, offset, piece.begin, piece.n, known.statistic, rows.row_sums);
+    if (writes_element_gradients(t)) {
+      const ElementGradients<X> gradients(t, rows.row_sums, offset, piece.begin, known.statistic);
+      for_positions<V>(piece.n, [&](auto place) NORMKIT_INLINE_LAMBDA {
+        gradients.add(place, place.load(static_cast<const S*>(reaching)), place.load(x));
+      });
+    }
     if (!rows.dx) return;
     const double weight = piece.linear ? 1 : element(t.weight, piece.parameter, 1);
     const V a = broadcast<V>(static_cast<S>(known.statistic.rstd * weight));
     const X* residual = rows.residual ? rows.residual + piece.begin : nullptr;
     const Members piece_members = members.from(piece.begin - begin);
-    const char* ahead = residual ? reinterpret_cast<const char*>(residual) + kAhead : nullptr;
+    const Fetch ahead{residual ? reinterpret_cast<const char*>(residual) + kAhead : nullptr, true};
     map(rows.dx + piece.begin, piece.n, streamer, ahead, [&](auto place) NORMKIT_INLINE_LAMBDA {
       V g = place.load(reaching);
       if (z.weight) g = g * place.load(z.weight);

@@ -100,6 +100,23 @@ inline double fold(const Reg64* r) {
   const __m128d b = _mm_add_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));
   return _mm_cvtsd_f64(_mm_add_sd(b, _mm_unpackhi_pd(b, b)));
 }
+
+// Sixteen such sums at a time: lane k is that of rows[k], in the same order and so with the same bits.
+inline void fold_rows(const Reg32 (*rows)[2], Reg32* sums) {
+  const auto halves = [](Reg32 a, Reg32 b) {  // i with i + 4: a and b side by side
+    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  };
+  const auto pairs = [](Reg32 a, Reg32 b) {  // i with i + 2
+    return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+  };
+  for (int s = 0; s < 2; ++s, rows += 8) {
+    Reg32 four[4];
+    for (int k = 0; k < 4; ++k)  // rows k, k + 4, so that all end in order
+      four[k] = halves(_mm256_add_ps(rows[k][0], rows[k][1]), _mm256_add_ps(rows[k + 4][0], rows[k + 4][1]));
+    const Reg32 a = pairs(four[0], four[1]), b = pairs(four[2], four[3]);
+    sums[s] = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
+  }
+}
 inline float first_lane(const Reg32* r) { return _mm256_cvtss_f32(r[0]); }
 inline double first_lane(const Reg64* r) { return _mm256_cvtsd_f64(r[0]); }
 

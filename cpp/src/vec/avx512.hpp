@@ -113,6 +113,35 @@ inline double fold(const Reg64* r) {
   const __m128d b = _mm_add_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));
   return _mm_cvtsd_f64(_mm_add_sd(b, _mm_unpackhi_pd(b, b)));
 }
+
+// Sixteen (eight) such sums at a time: lane k is that of rows[k], in the same order and so with the same bits.
+inline void fold_rows(const Reg32 (*rows)[1], Reg32* sums) {
+  const auto halves = [](Reg32 a, Reg32 b) {  // i with i + 8: a and b side by side
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  };
+  const auto quarters = [](Reg32 a, Reg32 b) {  // i with i + 4
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  const auto pairs = [](Reg32 a, Reg32 b) {  // i with i + 2
+    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  };
+  Reg32 four[4];
+  for (int k = 0; k < 4; ++k)  // rows k, k + 4, k + 8, k + 12, so that all end in order
+    four[k] = quarters(halves(rows[k][0], rows[k + 4][0]), halves(rows[k + 8][0], rows[k + 12][0]));
+  const Reg32 a = pairs(four[0], four[1]), b = pairs(four[2], four[3]);
+  sums[0] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+}
+inline void fold_rows(const Reg64 (*rows)[1], Reg64* sums) {
+  const auto halves = [](Reg64 a, Reg64 b) {  // i with i + 4
+    return _mm512_add_pd(_mm512_shuffle_f64x2(a, b, 0x44), _mm512_shuffle_f64x2(a, b, 0xee));
+  };
+  const auto quarters = [](Reg64 a, Reg64 b) {  // i with i + 2
+    return _mm512_add_pd(_mm512_shuffle_f64x2(a, b, 0x88), _mm512_shuffle_f64x2(a, b, 0xdd));
+  };
+  const Reg64 a = quarters(halves(rows[0][0], rows[2][0]), halves(rows[4][0], rows[6][0]));
+  const Reg64 b = quarters(halves(rows[1][0], rows[3][0]), halves(rows[5][0], rows[7][0]));
+  sums[0] = _mm512_add_pd(_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
+}
 inline float first_lane(const Reg32* r) { return _mm512_cvtss_f32(r[0]); }
 inline double first_lane(const Reg64* r) { return _mm512_cvtsd_f64(r[0]); }
 

@@ -1,0 +1,277 @@
+// The runs traversal where a statistic is one run of 4 KB or less: rows go in batches, as many as a vector has lanes at most, so
+// that what is done once a row (folding its sums, square roots, divisions) is done in vectors too.
+//
+//     rows -> two sums of each, in vectors -> a vector of all rows' sums -> moments, scale and shift of each -> outputs
+//
+// While one batch is written, row by row, the next is summed, and a later one fetched: memory is never idle. Outputs of short
+// rows that are not whole lines of memory are put together first.
+#pragma once
+
+namespace normkit {
+namespace {
+
+/// True where every row has the same weights, one for each element.
+NORMKIT_LOCAL bool weighs_elements(const Geometry& g) {
+  return follows_elements(g) && g.params.count == g.run && g.params.outer == 0;
+}
+
+template <class X> NORMKIT_LOCAL bool has_batches(const Task& t) {
+  const Geometry& g = t.geometry;
+  const bool plain = !t.frozen && !t.where.data && !t.residual.data && t.activation.kind == ActivationKind::none;
+  return g.steps == 1 && batch_rows(g, sizeof(X)) > 0 && plain && t.phase == Phase::both &&
+         (weighs_elements(g) || constant_in_statistic(g));
+}
+
+/// The rows of one batch and what is known of them.
+template <class X> struct Batch {
+  using V = VectorOf<X>;
+  using S = ScalarOf<X>;
+  static constexpr int kRows = kLanes<V>;
+  static_assert(kRows == kMostBatchRows || sizeof(X) == 8);
+  std::int64_t first = 0;  // statistic
+  int rows = 0;  // up to kRows
+  const X* x[kRows];
+  V sum[kRows], squares[kRows];  // of each row, about its pivot
+  alignas(64) S pivot[kRows];
+  alignas(64) S mean[kRows], scale[kRows], shift[kRows];
+};
+
+/// Statistics [first, end): where they lie, and a pivot of each, the mean of its first vector.
+template <class X>
+[[gnu::noinline]] void begin_batch(const Task& t, std::int64_t first, std::int64_t end, Batch<X>& batch) {
+  using V = VectorOf<X>;
+  using S = ScalarOf<X>;
+  constexpr int kWidth = kLanes<V>, kRows = Batch<X>::kRows;
+  const Geometry& g = t.geometry;
+  const int n = static_cast<int>(least(g.run, kWidth));
+  const V zero = broadcast<V>(S(0));
+  batch.first = first, batch.rows = static_cast<int>(end - first);
+  if (batch.rows < kRows)
+    for (int k = 0; k < kRows; ++k) batch.sum[k] = batch.squares[k] = zero;
+  std::int64_t o = first / g.lanes, lane = first % g.lanes;
+  for (int k = 0; k < batch.rows; ++k) {
+    batch.x[k] = at<X>(t.x, o, 0, lane);
+    if (++lane == g.lanes) ++o, lane = 0;
+  }
+  if (!t.centered) return store(batch.pivot, zero);
+  for (int k = 0; k < batch.rows; ++k) batch.sum[k] = n == kWidth ? load(batch.x[k]) : load(batch.x[k], n);
+  store(batch.pivot, sums_of(batch.sum) * broadcast<V>(S(1) / static_cast<S>(n)));
+}
+
+/// Calls f(k, position) for the vectors of a row of n elements; only the last may be less than whole.
+template <class V, int kVectors, class F> NORMKIT_LOCAL void for_row(Count<kVectors>, std::int64_t n, F f) {
+  constexpr int kWidth = kLanes<V>, kLast = (kVectors - 1) * kWidth;
+  for (int k = 0; k + 1 < kVectors; ++k) f(k, Full{k * kWidth});
+  const int left = static_cast<int>(n) - kLast;
+  left == kWidth ? f(kVectors - 1, Full{kLast}) : f(kVectors - 1, Part{kLast, left});
+}
+
+/// The sums of row k of a batch, in the order of pivot_sums().
+template <class X, int kVectors>
+NORMKIT_LOCAL void sum_row(Count<kVectors> vectors, std::int64_t n, int k, Batch<X>& batch) {
+  using V = VectorOf<X>;
+  using S = ScalarOf<X>;
+  const X* x = batch.x[k];
+  const V zero = broadcast<V>(S(0)), p = broadcast<V>(batch.pivot[k]);
+  V s[4] = {zero, zero, zero, zero}, q[4] = {zero, zero, zero, zero};
+  for_row<V>(vectors, n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
+    const int part = decltype(place)::kWhole ? j % 4 : 3;
+    const V d = place.keep(place.load(x) - p);
+    s[part] = s[part] + d;
+    q[part] = mul_add(d, d, q[part]);
+  });
+  batch.sum[k] = (s[0] + s[1]) + (s[2] + s[3]), batch.squares[k] = (q[0] + q[1]) + (q[2] + q[3]);
+}
+template <class X> NORMKIT_LOCAL void sum_row(Count<0>, std::int64_t n, int k, Batch<X>& batch) {
+  const PivotSums<VectorOf<X>> sums = pivot_sums(batch.x[k], 1, 0, n, batch.pivot[k], Everyone{}, Fetch{});
+  batch.sum[k] = sums.sum, batch.squares[k] = sums.squares;
+}
+
+/// The parameters of the rows of a batch, in `buffer` unless they are read where they lie.
+template <int kRows>
+NORMKIT_LOCAL void row_parameters(const Task& t, const Param& p, std::int64_t first, int rows, double absent,
+                                  double (&values)[kRows]) {
+  const Geometry& g = t.geometry;
+  const bool in_turn = g.params.stride == g.run && g.outer == 1;  // each row has the next parameter
+  const std::int64_t index = first % g.params.count;
+  if (in_turn && index + kRows <= g.params.count && p.data && p.dtype == Dtype::float32) {
+    const float* from = at<float>(p.data, index);
+    for (int k = 0; k < kRows; ++k) values[k] = p.offset + static_cast<double>(from[k]);
+    return;
+  }
+  for (int k = 0; k < kRows; ++k) values[k] = absent;
+  for (int k = 0; p.data && k < rows; ++k)
+    values[k] = element(p, g.parameter((first + k) / g.lanes, (first + k) * g.run), absent);
+}
+
+/// The factors of each row's outputs. Rows whose sums say nothing are summed once more, one by one.
+template <class X> [[gnu::noinline]] void solve_batch(const Task& t, Batch<X>& batch) {
+  using S = ScalarOf<X>;
+  constexpr int kRows = Batch<X>::kRows;
+  const Geometry& g = t.geometry;
+  const double n = static_cast<double>(g.run);
+  alignas(64) S sums[kRows], squares[kRows];
+  alignas(64) double mean[kRows], m2[kRows], rstd[kRows], weight[kRows], bias[kRows];
+  store(sums, sums_of(batch.sum)), store(squares, sums_of(batch.squares));
+  int unsettled = 0;
+  for (int k = 0; k < kRows; ++k) {
+    const double s = static_cast<double>(sums[k]), q = static_cast<double>(squares[k]);
+    const Moments m = settled(static_cast<double>(batch.pivot[k]), s, q, n, t.centered);
+    mean[k] = m.mean, m2[k] = m.m2;
+    unsettled += settles<S>(s, q, n, t.centered) ? 0 : 1;
+  }
+  for (int k = 0; k < batch.rows && unsettled > kRows - batch.rows; ++k) {
+    const double s = static_cast<double>(sums[k]), q = static_cast<double>(squares[k]);
+    if (settles<S>(s, q, n, t.centered)) continue;
+    const Moments m = unsettled_moments(batch.x[k], 1, 0, g.run, batch.pivot[k], q, t.centered, n, Everyone{});
+    mean[k] = m.mean, m2[k] = m.m2;
+  }
+  for (int k = 0; k < kRows; ++k) rstd[k] = rstd_of(Moments{mean[k], m2[k], n}, t.eps);
+  if (t.mean || t.rstd || t.moments)
+    for (int k = 0; k < batch.rows; ++k) publish<S>(t, batch.first + k, {mean[k], m2[k], n}, rstd[k]);
+  if (weighs_elements(g)) {
+    for (int k = 0; k < kRows; ++k) weight[k] = 1, bias[k] = 0;
+  } else {
+    row_parameters(t, t.weight, batch.first, batch.rows, 1, weight);
+    row_parameters(t, t.bias, batch.first, batch.rows, 0, bias);
+  }
+  for (int k = 0; k < kRows; ++k) {
+    const Statistic<S> s = statistic_of<S>(mean[k], rstd[k]);
+    const Affine<S> affine = forward_affine(s, weight[k], bias[k]);
+    batch.mean[k] = s.mean, batch.scale[k] = affine.scale, batch.shift[k] = affine.shift;
+  }
+}
+
+/// Outputs of rows that follow each other without gaps, put together to whole lines that go past the caches.
+template <class Y> class LineBuffer {
+ public:
+  static constexpr std::int64_t kLine = 64 / sizeof(Y);
+
+  explicit LineBuffer(Y* y) {
+    filled_ = first_ = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(y) % 64 / sizeof(Y));
+    to_ = y - first_;
+  }
+  LineBuffer(const LineBuffer&) = delete;
+  LineBuffer& operator=(const LineBuffer&) = delete;
+  ~LineBuffer() {
+    flush();
+    for (std::int64_t k = first_; k < filled_; ++k) to_[k] = line_[k];
+  }
+
+  /// Room for a short row and one vector, so that its last one may be stored whole.
+  Y* room() { return line_ + filled_; }
+  void done(std::int64_t elements) {
+    filled_ += elements;
+    if (filled_ >= kCapacity) flush();
+  }
+
+ private:
+  static constexpr std::int64_t kCapacity = 4096 / sizeof(Y);
+
+  [[gnu::noinline]] void flush() {
+    std::int64_t k = 0;
+    if (first_ > 0 && filled_ >= kLine) {  // begun by others
+      for (std::int64_t i = first_; i < kLine; ++i) to_[i] = line_[i];
+      k = kLine, first_ = 0;
+    }
+    for (; k + kLine <= filled_; k += kLine)
+      for (std::int64_t i = 0; i < kLine; i += kLanes<VectorOf<Y>>) stream(to_ + k + i, load(line_ + k + i));
+    for (std::int64_t i = k; i < filled_; ++i) line_[i - k] = line_[i];
+    to_ += k, filled_ -= k;
+  }
+
+  Y* to_;  // the line in memory that line_ begins
+  std::int64_t first_, filled_;
+  alignas(64) Y line_[kCapacity + 1024 / sizeof(Y) + 64];
+};
+
+/// True where the outputs of statistics r and r + 1 are neighbors in memory.
+NORMKIT_LOCAL bool rows_are_dense(const Operand& y, const Geometry& g) {
+  return (g.lanes == 1 || y.strides.lane == g.run) && (g.outer == 1 || y.strides.outer == g.lanes * g.run);
+}
+
+/// Whole vectors stored where they belong, past the caches or not; or one after the other in a LineBuffer.
+enum class Stores : std::uint8_t { plain, streamed, gathered };
+
+/// y[i] = f(position i) for one row.
+template <class Y, int kVectors, class F>
+NORMKIT_LOCAL void map_row(Count<kVectors> vectors, Y* y, std::int64_t n, Stores stores, LineBuffer<Y>& lines, F f) {
+  Y* to = stores == Stores::gathered ? lines.room() : y;
+  for_row<VectorOf<Y>>(vectors, n, [&](int, auto place) NORMKIT_INLINE_LAMBDA {
+    if (stores == Stores::streamed) stream(to + place.i, f(place));
+    else if (stores == Stores::gathered) store(to + place.i, f(place));
+    else place.store(to, f(place));
+  });
+  if (stores == Stores::gathered) lines.done(n);
+}
+
+template <class X, class Y, int kVectors>
+void forward_batches(const Task& t, Count<kVectors> vectors, std::int64_t begin, std::int64_t end) {
+  using V = VectorOf<X>;
+  using S = ScalarOf<X>;
+  const Geometry& g = t.geometry;
+  const std::int64_t n = g.run, rows = batch_rows(g, sizeof(X)), ahead = t.fetch_bytes;
+  const bool linear = weighs_elements(g);
+  const auto at_y = [&](std::int64_t r) { return at<Y>(t.y, r / g.lanes, 0, r % g.lanes); };
+  Stores stores = Stores::plain;
+  if (t.stream_stores && kVectors > 0 && rows_are_dense(t.y, g)) {
+    const bool whole_lines = reinterpret_cast<std::uintptr_t>(t.y.data) % 64 == 0 && n % Streamer<Y>::kLine == 0;
+    stores = whole_lines ? Stores::streamed : Stores::gathered;
+  }
+  LineBuffer<Y> lines(at_y(begin));
+  Streamer<Y> streamer;
+  ParamBuffer<S> weights, biases;
+  Batch<X> batches[2], *batch = &batches[0], *next = &batches[1];
+  begin_batch(t, begin, least(end, begin + rows), *batch);
+  for (int k = 0; k < batch->rows; ++k) sum_row(vectors, n, k, *batch);
+  solve_batch(t, *batch);
+  while (batch->rows > 0) {
+    const std::int64_t first = batch->first + batch->rows;
+    begin_batch(t, first, least(end, first + rows), *next);
+    for (int k = 0; k < batch->rows; ++k) {
+      const X* x = batch->x[k];
+      const Fetch fetch{reinterpret_cast<const char*>(x) + ahead};
+      if constexpr (kVectors > 0) fetch.block<kVectors * kLanes<V> * sizeof(X)>(0);
+      if (k < next->rows) sum_row(vectors, n, k, *next);
+      const std::int64_t r = batch->first + k, o = g.outer == 1 ? 0 : r / g.lanes;
+      Y* y = at<Y>(t.y, o, 0, r - o * g.lanes);
+      Preactivation<X> z{broadcast<V>(batch->mean[k]), broadcast<V>(batch->scale[k]), broadcast<V>(batch->shift[k])};
+      const auto write = [&](std::int64_t part, std::int64_t count, auto f) NORMKIT_INLINE_LAMBDA {
+        if constexpr (kVectors == 0) {
+          map(y + part, count, t.stream_stores ? &streamer : nullptr, fetch.at(part * sizeof(X)), f);
+        } else {
+          map_row(vectors, y, count, stores, lines, f);
+        }
+      };
+      if (!linear) {
+        write(0, n, [&](auto place) NORMKIT_INLINE_LAMBDA { return z.constant(place.load(x)); });
+        continue;
+      }
+      for (std::int64_t part = 0; part < n; part += kBuffer) {
+        const std::int64_t count = least(kBuffer, n - part);
+        z.weight = weights.read(t.weight, part, count, 1), z.bias = biases.read(t.bias, part, count, 0);
+        write(part, count, [&](auto place) NORMKIT_INLINE_LAMBDA { return z.linear(place, place.load(x + part)); });
+      }
+    }
+    solve_batch(t, *next);
+    Batch<X>* const written = batch;
+    batch = next, next = written;
+  }
+}
+
+template <class X, class Y> void batches_forward(const Task& t, std::int64_t begin, std::int64_t end) {
+  switch (ceil_div(t.geometry.run, kLanes<VectorOf<X>>)) {
+    case 1: return forward_batches<X, Y>(t, Count<1>{}, begin, end);
+    case 2: return forward_batches<X, Y>(t, Count<2>{}, begin, end);
+    case 3: return forward_batches<X, Y>(t, Count<3>{}, begin, end);
+    case 4: return forward_batches<X, Y>(t, Count<4>{}, begin, end);
+    case 5: return forward_batches<X, Y>(t, Count<5>{}, begin, end);
+    case 6: return forward_batches<X, Y>(t, Count<6>{}, begin, end);
+    case 7: return forward_batches<X, Y>(t, Count<7>{}, begin, end);
+    case 8: return forward_batches<X, Y>(t, Count<8>{}, begin, end);
+    default: return forward_batches<X, Y>(t, Count<0>{}, begin, end);
+  }
+}
+
+}  // namespace
+}  // namespace normkit
