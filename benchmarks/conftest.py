@@ -104,13 +104,13 @@ def measure(benchmark: Any, request: pytest.FixtureRequest) -> Any:
 
 
 def checked(w: Workload, rival: rivals.Rival, threads: int) -> paired.Pair:
-    """A wrong answer of a rival is no time; of normkit it is a failure."""
+    """A wrong answer of a rival, or what it lacks on this machine, is no time; of normkit it is a failure."""
     try:
         return paired.Pair(w, rival, threads)
-    except AssertionError as error:
+    except (AssertionError, NotImplementedError) as error:
         if rival.package == "normkit":
             raise
-        pytest.skip(f"{rival.name} is wrong: {error}")
+        pytest.skip(f"{rival.name}: {error}")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

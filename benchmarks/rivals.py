@@ -5,14 +5,16 @@ call of a workload: a function of k that normalizes set k and returns what it fo
 no method is left out, and so is a rival that cannot be imported.
 """
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import limits
 import normkit
 import numpy as np
 from cases import Case
@@ -284,32 +286,34 @@ class Torch(Rival):
 
         return [seen(a) for a in arrays]
 
-    def _group(self, w: Workload, groups: int) -> Call:
-        n, c, *_ = w.case.shape
-        x, rest = self._seen(w, w.x), (n, c, w.case.elements // (n * c), groups, EPS)
-        weight, bias = map(self.torch.from_numpy, (w.weight, w.bias))
-        return lambda k: self.aten.native_group_norm(x[k], weight, bias, *rest)[0]
+    def _run(self, function: Callable, arrays: list[list[Any]], *constants: Any) -> Call:
+        return lambda k: function(*(sets[k] for sets in arrays), *constants)
 
-    def instance_forward(self, w: Workload, threads: int) -> Call:
-        return self._group(w, w.case.channels)
+    def _forward(self, w: Workload, function: Callable) -> Call:
+        """Of function(x, weight, bias)."""
+        return self._run(function, [self._seen(w, w.x)], *map(self.torch.from_numpy, (w.weight, w.bias)))
+
+    def _backward(self, w: Workload, function: Callable, *statistics: int) -> Call:
+        """Of function(dy, x, mean, rstd, weight); mean and rstd have the shape `statistics`, or their own."""
+        saved = [self.torch.from_numpy(s.reshape(statistics or s.shape)) for s in w.statistics]
+        return self._run(function, [self._seen(w, w.dy), self._seen(w, w.x)], *saved, self.torch.from_numpy(w.weight))
 
     def group_forward(self, w: Workload, threads: int) -> Call:
-        return self._group(w, w.case.groups)
+        n, c, *_ = w.case.shape
+        rest = n, c, w.case.elements // (n * c), w.case.groups or c, EPS
+        return self._forward(w, lambda x, *p: self.aten.native_group_norm(x, *p, *rest)[0])
+
+    instance_forward = group_forward
 
     def layer_forward(self, w: Workload, threads: int) -> Call:
-        x = self._seen(w, w.x)
-        weight, bias = map(self.torch.from_numpy, (w.weight, w.bias))
-        return lambda k: self.aten.native_layer_norm(x[k], weight.shape, weight, bias, EPS)[0]
+        return self._forward(w, lambda x, *p: self.aten.native_layer_norm(x, p[0].shape, *p, EPS)[0])
 
     def rms_forward(self, w: Workload, threads: int) -> Call:
-        x = self._seen(w, w.x)
-        weight, bias = map(self.torch.from_numpy, (w.weight, w.bias))
-        return lambda k: self.aten.rms_norm(x[k], weight.shape, weight, EPS).add_(bias)
+        return self._forward(w, lambda x, weight, bias: self.aten.rms_norm(x, weight.shape, weight, EPS).add_(bias))
 
     def _batch(self, w: Workload, training: bool) -> Call:
-        x = self._seen(w, w.x)
-        rest = *map(self.torch.from_numpy, (w.weight, w.bias, w.running_mean.copy(), w.running_var.copy())), training
-        return lambda k: self.aten.native_batch_norm(x[k], *rest, 0.1, EPS)[0]
+        running = [self.torch.from_numpy(s.copy()) for s in (w.running_mean, w.running_var)]
+        return self._forward(w, lambda x, *p: self.aten.native_batch_norm(x, *p, *running, training, 0.1, EPS)[0])
 
     def batch_forward(self, w: Workload, threads: int) -> Call:
         return self._batch(w, True)
@@ -320,19 +324,14 @@ class Torch(Rival):
     def _batch_backward(self, w: Workload, images: int) -> Call:
         """The gradient of batch norm; `images` of them share the weight, but no statistics."""
         c = w.case.channels
-        shape = (-1, images * c, *w.case.shape[2:])
-        dy, x = ([t.view(shape) for t in self._seen(w, arrays)] for arrays in (w.dy, w.x))
-        weight = self.torch.from_numpy(w.weight).repeat(images)
-        saved = [self.torch.from_numpy(s.reshape(-1)) for s in w.statistics]
-        rest = (weight, None, None, *saved, True, EPS, (True, True, True))
+        shape, last = (-1, images * c, *w.case.shape[2:]), (True, EPS, (True, True, True))
 
-        def call(k: int) -> Any:
-            dx, dweight, dbias = self.aten.native_batch_norm_backward(dy[k], x[k], *rest)
-            if images > 1:
-                dweight, dbias = dweight.view(images, c).sum(0), dbias.view(images, c).sum(0)
-            return dx, dweight, dbias
+        def function(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> Any:
+            dy, x, weight = dy.view(shape), x.view(shape), weight.repeat(images)
+            found = self.aten.native_batch_norm_backward(dy, x, weight, None, None, mean, rstd, *last)
+            return found[0], *(p.view(images, c).sum(0) if images > 1 else p for p in found[1:])
 
-        return call
+        return self._backward(w, function, -1)
 
     def instance_backward(self, w: Workload, threads: int) -> Call:
         return self._batch_backward(w, w.case.shape[0])
@@ -342,18 +341,20 @@ class Torch(Rival):
 
     def group_backward(self, w: Workload, threads: int) -> Call:
         n, c, *_ = w.case.shape
-        dy, x = self._seen(w, w.dy), self._seen(w, w.x)
-        mean, rstd = (self.torch.from_numpy(s.reshape(n, w.case.groups)) for s in w.statistics)
-        weight = self.torch.from_numpy(w.weight)
-        rest = (mean, rstd, weight, n, c, w.case.elements // (n * c), w.case.groups, (True, True, True))
-        return lambda k: self.aten.native_group_norm_backward(dy[k], x[k], *rest)
+        rest = n, c, w.case.elements // (n * c), w.case.groups or c, (True, True, True)
+
+        def function(dy: Any, x: Any, *saved: Any) -> Any:
+            dx, *parameters = self.aten.native_group_norm_backward(dy, x, *saved, *rest)
+            return dx.to(x.dtype), *parameters  # compiled it is float32
+
+        return self._backward(w, function, n, -1)
 
     def layer_backward(self, w: Workload, threads: int) -> Call:
-        dy, x = self._seen(w, w.dy), self._seen(w, w.x)
-        saved = map(self.torch.from_numpy, w.statistics)
-        weight, bias = map(self.torch.from_numpy, (w.weight, w.bias))
-        rest = (weight.shape, *saved, weight, bias, (True, True, True))
-        return lambda k: self.aten.native_layer_norm_backward(dy[k], x[k], *rest)
+        def function(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any) -> Any:
+            rest = weight, weight, (True, True, True)  # for the bias, of which only the shape counts
+            return self.aten.native_layer_norm_backward(dy, x, weight.shape, mean, rstd, *rest)
+
+        return self._backward(w, function)
 
     def rms_backward(self, w: Workload, threads: int) -> Call:
         """Through autograd, which adds some microseconds: there is no native call."""
@@ -361,6 +362,35 @@ class Torch(Rival):
         weight, bias = (self.torch.from_numpy(p).requires_grad_() for p in (w.weight, w.bias))
         y = [self.aten.rms_norm(t, weight.shape, weight, EPS) + bias for t in x]
         return lambda k: self.torch.autograd.grad(y[k], (x[k], weight, bias), dy[k], retain_graph=True)
+
+
+class Inductor(Torch):
+    """The same calls, compiled from what torch takes them apart into; instance norm's gradient is that of group norm."""
+
+    name = "inductor"
+
+    def __init__(self) -> None:
+        super().__init__()
+        if not limits.compiler():
+            raise ImportError("no C++ compiler")
+        from torch import _dynamo
+        from torch._inductor import config
+
+        self.config, self.reset = config, _dynamo.reset
+
+    @contextmanager
+    def threads(self, count: int) -> Iterator[None]:
+        with super().threads(count), self.config.patch({"cpp.threads": count}):
+            yield
+
+    def _run(self, function: Callable, arrays: list[list[Any]], *constants: Any) -> Call:
+        self.reset()  # the code of earlier cases, which would count as variants of this
+        return super()._run(self.torch.compile(function, dynamic=False), arrays, *constants)
+
+    instance_backward = Torch.group_backward
+
+    def rms_backward(self, w: Workload, threads: int) -> Call:
+        return self._backward(w, lambda dy, x, _, rstd, weight: gradients(dy, x, 0, rstd, weight[None], (1,), False))
 
 
 class OnnxRuntime(Rival):
@@ -474,7 +504,85 @@ class OpenVino(Rival):
         return self._run(w, threads, lambda x: self.ops.batch_norm_inference(x, *p, EPS))
 
 
-RIVALS = (Normkit, NormkitNew, NumPy, Torch, OnnxRuntime, OpenVino, Jax)
+class OneDnn(Rival):
+    """One primitive, outputs given. Instance norm is group norm with one channel a group, or backward batch norm of a
+    single image of N * C channels. Group norm's gradient
+    and half types but of rows run code that is there for reference, at 100 times the limit, and the gradient of RMS
+    norm is that of layer norm: they are left out."""
+
+    name, package = "oneDNN", "onednn"
+    dtypes = ("float32", "bfloat16")
+
+    def __init__(self) -> None:
+        import onednn
+
+        self.dnn, self.engine = onednn, onednn.Engine()
+
+    def takes(self, case: Case, threads: int) -> bool:
+        return super().takes(case, threads) and (case.dtype == "float32" or case.rows)
+
+    def threads(self, count: int) -> AbstractContextManager[None]:
+        return self.engine.threads(count)
+
+    def _run(self, w: Workload, kind: str, *own: Any, flags: int = 0, images: int = 1, **statistics: Any) -> Call:
+        """`images` of them share the weight, but no statistics."""
+        weight, bias = np.tile(w.weight, images), np.tile(w.bias, images)
+        forward = w.case.direction == "forward"
+        names, arrays = (("src", "dst"), (w.x, w.y)) if forward else (("src", "diff_dst", "diff_src"), (w.x, w.dy, w.y))
+        given = {"scale": weight, **statistics}
+        gradients = () if forward else (np.empty_like(weight), np.empty_like(weight))
+        given |= {"shift": bias} if forward else dict(zip(("diff_scale", "diff_shift"), gradients, strict=True))
+
+        def seen(a: np.ndarray) -> np.ndarray:
+            """As (N, C, *spatial), whatever the layout."""
+            a = np.moveaxis(a, -1, 1) if w.case.channels_last else a
+            return a if images == 1 else a.reshape(1, -1, *a.shape[2:])
+
+        sets = [{**dict(zip(names, map(seen, a), strict=True)), **given} for a in zip(*arrays, strict=True)]
+        flags |= self.dnn.SCALE | self.dnn.SHIFT
+        run = self.engine.normalization(kind, sets, *own, flags=flags, eps=EPS)
+
+        def call(k: int) -> Any:
+            run(k)
+            return w.y[k], *(g.reshape(images, -1).sum(0) if images > 1 else g for g in gradients)
+
+        return call
+
+    def _saved(self, w: Workload) -> dict[str, np.ndarray]:
+        """Statistics as oneDNN wants them: the variance, not rstd."""
+        mean, rstd = (s.reshape(-1) for s in w.statistics)
+        return {"mean": mean, "variance": (rstd.astype(np.float64) ** -2 - EPS).astype(np.float32)}
+
+    def group_forward(self, w: Workload, threads: int) -> Call:
+        return self._run(w, "group", ctypes.c_int64(w.case.groups or w.case.channels))
+
+    instance_forward = group_forward
+
+    def instance_backward(self, w: Workload, threads: int) -> Call:
+        return self._run(w, "batch", images=w.case.shape[0], **self._saved(w))
+
+    def layer_forward(self, w: Workload, threads: int) -> Call:
+        return self._run(w, "layer", None)
+
+    def rms_forward(self, w: Workload, threads: int) -> Call:
+        return self._run(w, "layer", None, flags=self.dnn.RMS)
+
+    def layer_backward(self, w: Workload, threads: int) -> Call:
+        saved = self._saved(w)
+        return self._run(w, "layer", self.engine.described(saved["mean"]), **saved)
+
+    def batch_forward(self, w: Workload, threads: int) -> Call:
+        return self._run(w, "batch")
+
+    def batch_backward(self, w: Workload, threads: int) -> Call:
+        return self._run(w, "batch", **self._saved(w))
+
+    def eval_forward(self, w: Workload, threads: int) -> Call:
+        running = {"mean": w.running_mean, "variance": w.running_var}
+        return self._run(w, "batch", flags=self.dnn.GLOBAL_STATS, **running)
+
+
+RIVALS = (Normkit, NormkitNew, NumPy, Torch, Inductor, OnnxRuntime, OneDnn, OpenVino, Jax)
 
 
 @cache
@@ -485,6 +593,6 @@ def available() -> tuple[dict[str, Rival], list[str]]:
     for rival in RIVALS:
         try:
             found[rival.name] = rival()
-        except ImportError as error:
+        except (ImportError, OSError) as error:
             left_out.append(f"{rival.name} left out: {error}")
     return found, left_out

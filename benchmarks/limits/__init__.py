@@ -30,6 +30,10 @@ def cache_folder() -> Path:
     return folder
 
 
+def compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("c++")
+
+
 def _this_machine() -> str:
     """What `-march=native` depends on."""
     info = Path("/proc/cpuinfo")
@@ -39,15 +43,15 @@ def _this_machine() -> str:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    compiler = os.environ.get("CXX") or shutil.which("c++")
-    if not compiler:
+    command = compiler()
+    if not command:
         return None
     source = Path(__file__).with_name("limits.cpp")
-    key = hashlib.sha256(source.read_bytes() + " ".join([compiler, *FLAGS, _this_machine()]).encode()).hexdigest()
+    key = hashlib.sha256(source.read_bytes() + " ".join([command, *FLAGS, _this_machine()]).encode()).hexdigest()
     built = cache_folder() / f"limits-{key[:16]}.so"
     if not built.exists():
         new = built.with_suffix(f".{os.getpid()}")
-        subprocess.run([*compiler.split(), *FLAGS, str(source), "-o", str(new)], check=True)
+        subprocess.run([*command.split(), *FLAGS, str(source), "-o", str(new)], check=True)
         new.replace(built)
     library = ctypes.CDLL(str(built))
     library.limit_seconds.restype = ctypes.c_double
