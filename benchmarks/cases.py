@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 
 Shape = tuple[int, ...]
+HALVES = ("float16", "bfloat16")
+ACTIVATIONS = ("relu", "silu")
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,15 @@ class Case:
     channels_last: bool = False
     direction: str = "forward"
     groups: int = 0
+    option: str = ""  # an activation, residual, or where: the frames of a batch that are no padding
     smoke: bool = False
 
     def __str__(self) -> str:
         groups = f"-G{self.groups}" if self.groups else ""
         layout = "-last" if self.channels_last else ""
-        return f"{self.operation}{groups}-{'x'.join(map(str, self.shape))}-{self.dtype}{layout}-{self.direction}"
+        option = f"-{self.option}" if self.option else ""
+        shape = "x".join(map(str, self.shape))
+        return f"{self.operation}{groups}{option}-{shape}-{self.dtype}{layout}-{self.direction}"
 
     @property
     def rows(self) -> bool:
@@ -80,12 +85,11 @@ class Case:
 
     @property
     def moved_bytes(self) -> int:
-        """The fewest that any implementation must move: x and y, or dy, x and dx."""
-        return self.array_bytes * (2 if self.direction == "forward" else 3)
+        """The fewest that any implementation must move: x and y, dy, x and dx, or x, residual and y."""
+        return self.array_bytes * (3 if self.direction == "backward" or self.option == "residual" else 2)
 
 
 VOLUME = (1, 1, 256, 256, 256)
-HALVES = ("float16", "bfloat16")
 
 FORWARD = [
     Case("instance", (2, 8, 32, 32), smoke=True),
@@ -120,6 +124,9 @@ FORWARD = [
         for last in (False, True)
         for dtype in HALVES
     ),
+    *(Case("instance", (8, 64, 128, 128), option=activation) for activation in ACTIVATIONS),
+    *(Case(*case, option="residual") for case in (("instance", (16, 256, 32, 32)), ("layer", (4096, 768)))),
+    Case("instance", (8, 128, 16000), option="where"),
 ]
 
 BACKWARD = [

@@ -4,7 +4,7 @@ import platform
 import statistics
 from collections import defaultdict
 from collections.abc import Collection
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from cases import Case
 from workload import Workload, last_level_cache
 
 SECONDS = 0.7  # for the pairs of one case, rival and number of threads
+FAR = 1e4  # another mean of x, in standard deviations
 workload = lru_cache(maxsize=1)(Workload)  # the runs of a case follow one another
+far_workload = lru_cache(maxsize=1)(partial(Workload, mean=FAR, sets=1))
 
 
 def runs(cases: list[Case], names: Collection[str] = ()) -> Any:
@@ -74,6 +76,7 @@ def measure(benchmark: Any, request: pytest.FixtureRequest) -> Any:
             rounds = 1 if once else pair.rounds(request.config.getoption("seconds"))
             benchmark.group = f"{case}, threads: {threads}"
             benchmark.pedantic(pair.turn, setup=pair.limit_turn, rounds=rounds)
+            error_far = far_error(case, rival) if threads == 1 else None
         if benchmark.stats is None:  # --benchmark-disable
             return
         times = benchmark.stats.stats.data
@@ -83,6 +86,7 @@ def measure(benchmark: Any, request: pytest.FixtureRequest) -> Any:
             operation=case.operation,
             groups=case.groups,
             shape=list(case.shape),
+            option=case.option,
             dtype=case.dtype,
             channels_last=case.channels_last,
             direction=case.direction,
@@ -94,6 +98,7 @@ def measure(benchmark: Any, request: pytest.FixtureRequest) -> Any:
             gb_per_s=case.moved_bytes / statistics.median(times) / 1e9,
             limit_gb_per_s=case.moved_bytes / statistics.median(pair.limits) / 1e9,
             error=pair.error,
+            error_far=error_far,
             limit=limits.kind(),
             isa=normkit.isa(),
             version=rival.version(),
@@ -111,6 +116,14 @@ def checked(w: Workload, rival: rivals.Rival, threads: int) -> paired.Pair:
         if rival.package == "normkit":
             raise
         pytest.skip(f"{rival.name}: {error}")
+
+
+def far_error(case: Case, rival: rivals.Rival) -> float | None:
+    """Of the same case with x far from zero. Half types have no digits for that, given statistics no trouble."""
+    if case.dtype != "float32" or case.operation == "eval" or case.option:
+        return None
+    w = far_workload(case)
+    return paired.error(w, rival, rival.prepare(w, 1), judged=False)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -4,7 +4,7 @@ import ctypes
 import time
 from typing import Any
 
-from rivals import Rival
+from rivals import Call, Rival
 from workload import Workload
 
 FEWEST, MOST = 3, 200  # pairs
@@ -24,6 +24,14 @@ def keep_memory() -> None:
     libc.mallopt(mmap_max, 0)
 
 
+def error(w: Workload, rival: Rival, call: Call, judged: bool = True) -> float:
+    """Of the answer to set 0."""
+    w.poison(0)
+    answer: Any = call(0)
+    answer = answer if isinstance(answer, tuple | list) else (answer,)
+    return w.error(tuple(rival.to_numpy(a) for a in answer), judged)
+
+
 class Pair:
     """One contender on one case: `error` of its answer, then `turn()` and `limit_turn()`, of the same k in turn."""
 
@@ -34,14 +42,8 @@ class Pair:
         self._rest = rival.lingers if threads > 1 else 0.0
         self._k = -1
         self._kept = [None] * w.sets  # so that new outputs rotate as given ones do
-        self.error = self._checked()
+        self.error = error(w, rival, self._call)
         self.limits: list[float] = []
-
-    def _checked(self) -> float:
-        self.w.poison(0)
-        answer: Any = self._call(0)
-        answer = answer if isinstance(answer, tuple | list) else (answer,)
-        return self.w.error(tuple(self.rival.to_numpy(a) for a in answer))
 
     def limit_turn(self) -> None:
         self._k = (self._k + 1) % self.w.sets

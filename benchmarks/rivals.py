@@ -17,11 +17,10 @@ from typing import Any
 import limits
 import normkit
 import numpy as np
-from cases import Case
+from cases import ACTIVATIONS, HALVES, Case
 from workload import EPS, Workload
 
 Call = Callable[[int], Any]
-HALVES = ("float16", "bfloat16")
 
 
 def everywhere() -> int:
@@ -30,13 +29,14 @@ def everywhere() -> int:
 
 
 class Rival:
-    """`package` is what has a version; `dtypes` and `channels_last` are what the methods can do. `threaded` tells
-    whether threads help, `lingers` for how many seconds idle threads keep the cores busy after a call, so that the
-    limit has to wait; the first call after that is not timed."""
+    """`package` is what has a version; `dtypes`, `options` and `channels_last` are what the methods can do. `threaded`
+    tells whether threads help, `lingers` for how many seconds idle threads keep the cores busy after a call, so that
+    the limit has to wait; the first call after that is not timed."""
 
     name: str
     package: str
     dtypes: tuple[str, ...] = ("float32", *HALVES)
+    options: tuple[str, ...] = ()
     channels_last = True
     threaded = True
     lingers = 0.0
@@ -45,6 +45,7 @@ class Rival:
         return (
             hasattr(self, self._method(case))
             and case.dtype in self.dtypes
+            and case.option in ("", *self.options)
             and (self.channels_last or not case.channels_last)
             and (self.threaded or threads == 1)
         )
@@ -74,6 +75,7 @@ class Normkit(Rival):
     """Into given outputs."""
 
     name, package = "normkit", "normkit"
+    options = (*ACTIVATIONS, "residual", "where")
     given = True
 
     @contextmanager
@@ -85,8 +87,14 @@ class Normkit(Rival):
         return w.y if self.given else [None] * w.sets
 
     def _forward(self, w: Workload, function: Callable, *args: Any, **options: Any) -> Call:
-        weight, bias, out = w.weight, w.bias, self._out(w)
-        return lambda k: function(w.x[k], *args, weight, bias, eps=EPS, out=out[k], **options)
+        x, weight, bias, out, residual = w.x, w.weight, w.bias, self._out(w), w.residual
+        if w.case.option in ACTIVATIONS:
+            options["activation"] = w.case.option
+        if w.case.option == "where":
+            options["where"] = w.where
+        if residual:
+            return lambda k: function(x[k], *args, weight, bias, eps=EPS, out=out[k], residual=residual[k], **options)
+        return lambda k: function(x[k], *args, weight, bias, eps=EPS, out=out[k], **options)
 
     def _backward(self, w: Workload, function: Callable, *args: Any, **options: Any) -> Call:
         out = self._out(w)
@@ -142,9 +150,10 @@ class NormkitNew(Normkit):
 # ---- the formulas, for NumPy and jax -----------------------------------------------------------------------------
 
 
-def two_lines(xp: Any, x: Any, weight: Any, bias: Any, axis: tuple[int, ...], center: bool = True) -> Any:
-    x = x - x.mean(axis, keepdims=True) if center else x
-    return x / xp.sqrt((x * x).mean(axis, keepdims=True) + EPS) * weight + bias
+def two_lines(xp: Any, x: Any, weight: Any, bias: Any, *where: Any, axis: tuple[int, ...], center: bool) -> Any:
+    masked = {"where": where[0]} if where else {}
+    x = x - x.mean(axis, keepdims=True, **masked) if center else x
+    return x / xp.sqrt((x * x).mean(axis, keepdims=True, **masked) + EPS) * weight + bias
 
 
 def evaluated(xp: Any, x: Any, weight: Any, bias: Any, mean: Any, var: Any) -> Any:
@@ -163,6 +172,8 @@ def gradients(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, axis: tuple[in
 class Formulas(Rival):
     """What is written above, by `call` of a module that has the interface of NumPy; x seen in blocks."""
 
+    options = ("where",)
+
     def call(self, w: Workload, function: Callable, arrays: list[list], *constants: Any) -> Call:
         raise NotImplementedError
 
@@ -172,8 +183,9 @@ class Formulas(Rival):
         return [p.reshape(w.case.parameters) for p in (w.weight, w.bias)]
 
     def forward(self, w: Workload, threads: int) -> Call:
-        axis, center, xp = w.case.reduced, w.case.operation != "rms", self.xp
-        return self.call(w, lambda x, *p: two_lines(xp, x, *p, axis, center), [w.x], *self._parameters(w))
+        sets = {"axis": w.case.reduced, "center": w.case.operation != "rms"}
+        where = [w.where] if w.case.option == "where" else []
+        return self.call(w, lambda x, *p: two_lines(self.xp, x, *p, **sets), [w.x], *self._parameters(w), *where)
 
     def eval_forward(self, w: Workload, threads: int) -> Call:
         running = [s.reshape(w.case.parameters) for s in (w.running_mean, w.running_var)]
@@ -196,7 +208,7 @@ class NumPy(Formulas):
     dtypes = ("float32", "float16")  # bfloat16 takes many times as long as anything else
 
     def call(self, w: Workload, function: Callable, arrays: list[list], *constants: Any) -> Call:
-        constants = tuple(c.astype(w.dtype) for c in constants)
+        constants = tuple(c if c.dtype == bool else c.astype(w.dtype) for c in constants)
         seen = [[a.reshape(w.case.blocks) for a in sets] for sets in arrays]
         return lambda k: function(*(sets[k] for sets in seen), *constants)
 
@@ -253,6 +265,7 @@ class Torch(Rival):
     copy, so outputs are new."""
 
     name, package = "torch", "torch"
+    options = (*ACTIVATIONS, "residual")
     lingers = 0.002
 
     def __init__(self) -> None:
@@ -290,8 +303,16 @@ class Torch(Rival):
         return lambda k: function(*(sets[k] for sets in arrays), *constants)
 
     def _forward(self, w: Workload, function: Callable) -> Call:
-        """Of function(x, weight, bias)."""
-        return self._run(function, [self._seen(w, w.x)], *map(self.torch.from_numpy, (w.weight, w.bias)))
+        """Of function(x, weight, bias), with what the option of the case adds."""
+        arrays, option = [self._seen(w, w.x)], w.case.option
+        constants = map(self.torch.from_numpy, (w.weight, w.bias))
+        if option == "residual":
+            arrays.append(self._seen(w, w.residual))
+            return self._run(lambda x, residual, *p: function(x + residual, *p), arrays, *constants)
+        if option:
+            activation = getattr(self.torch.nn.functional, option)
+            return self._run(lambda *a: activation(function(*a)), arrays, *constants)
+        return self._run(function, arrays, *constants)
 
     def _backward(self, w: Workload, function: Callable, *statistics: int) -> Call:
         """Of function(dy, x, mean, rstd, weight); mean and rstd have the shape `statistics`, or their own."""
@@ -365,7 +386,7 @@ class Torch(Rival):
 
 
 class Inductor(Torch):
-    """The same calls, compiled from what torch takes them apart into; instance norm's gradient is that of group norm."""
+    """The same calls, compiled from what torch takes them apart into, which group norm's gradient is the better for."""
 
     name = "inductor"
 
