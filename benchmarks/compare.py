@@ -1,16 +1,14 @@
 """Two builds, each a commit or a folder with normkit in it: `python benchmarks/compare.py BASE HEAD`.
 
-The gate for regressions. Fresh processes measure a few cases each, base and head by turns, every time as time / limit.
-A pair of processes gives one ratio head / base for each case. Of `--pairs` such ratios the median is reported with a
-confidence interval that assumes nothing about the noise: order statistics, by the binomial of a sign test, wide enough
-for all cases together. A case has regressed if even the lower end is above 1 + MARGIN; then the exit status is 1.
+The gate for regressions. Fresh processes measure a few cases each, every time as time / limit; a pair of processes,
+base and head in an order that a coin decides, gives one ratio head / base for each case. What seems slower is measured
+once more, and only what is slower then, beyond all noise, is named and makes the exit status 1: verdict.py says why.
 """
 
 import argparse
-import itertools
 import json
-import math
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -23,9 +21,9 @@ from pathlib import Path
 
 from cases import Case
 from limits import cache_folder
+from verdict import LOOKS, MARGIN, MISTAKES, SHOWN, Ratios, Verdict, fewest_pairs, verdict
 
-MARGIN = 0.02
-MISTAKES = 0.05  # the share of runs on equal builds that may fail, were MARGIN 0: with it there are hardly any
+PAIRS, PAIRS_AGAIN = 10, 20
 CHUNK = 4  # cases of one process
 SECONDS = 0.1  # for one case in one process
 THIS = Path(__file__).resolve()
@@ -49,21 +47,6 @@ CASES = {
     "lanes-backward": Case("instance", (8, 64, 64, 64), channels_last=True, direction="backward"),
     "batch-backward": Case("batch", (16, 64, 56, 56), direction="backward"),
 }
-
-
-def confidence(pairs: int, cases: int) -> int:
-    """How many of the sorted ratios to leave out at each end, so that the median lies between, in all cases at once.
-
-    The k + 1 smallest of n are above the median with the probability that n coins show heads at most k times.
-    """
-    allowed, left_out, tail = MISTAKES / cases, -1, 0.0
-    while (tail := tail + math.comb(pairs, left_out + 1) / 2**pairs) <= allowed:
-        left_out += 1
-    return left_out
-
-
-def fewest_pairs(cases: int) -> int:
-    return next(n for n in itertools.count(1) if confidence(n, cases) >= 0)
 
 
 # ---- builds ------------------------------------------------------------------------------------------------------
@@ -138,32 +121,30 @@ def chunks(names: list[str]) -> Iterator[list[str]]:
     return (names[k : k + CHUNK] for k in range(0, len(names), CHUNK))
 
 
-def compare(base: Path, head: Path, names: list[str], pairs: int, threads: int, seconds: float) -> dict[str, list]:
+def measure(base: Path, head: Path, names: list[str], pairs: int, threads: int, seconds: float) -> Ratios:
     """For each case the ratios head / base, one for every pair of processes."""
     found = defaultdict(list)
     for pair in range(pairs):
         for part in chunks(names):
-            order = (base, head) if pair % 2 == 0 else (head, base)
-            by_build = [child(site, part, threads, seconds) for site in order]
-            first, second = by_build if pair % 2 == 0 else reversed(by_build)
+            builds = [("base", base), ("head", head)]
+            random.shuffle(builds)
+            times = {build: child(site, part, threads, seconds) for build, site in builds}
             for name in part:
-                found[name].append(second[name] / first[name])
+                found[name].append(times["head"][name] / times["base"][name])
         print(f"\r{pair + 1} of {pairs} pairs", end="", flush=True, file=sys.stderr)
     print(file=sys.stderr)
     return found
 
 
-def report(found: dict[str, list[float]]) -> list[str]:
-    """Prints a line for each case; returns the names of those that are slower beyond the noise."""
-    width = max(map(len, found))
-    slower = []
-    for name, ratios in found.items():
-        low, *_, high = sorted(ratios)[(out := confidence(len(ratios), len(found))) : len(ratios) - out]
-        verdict = "SLOWER" if low > 1 + MARGIN else "faster" if high < 1 - MARGIN else ""
-        print(f"{name:{width}}  {statistics.median(ratios):.3f}  [{low:.3f}, {high:.3f}]  {verdict}".rstrip())
-        if verdict == "SLOWER":
-            slower.append(name)
-    return slower
+def report(found: Verdict) -> None:
+    """Prints a line for each case: the ratio, its interval, and what came of a suspect."""
+    width = max(map(len, found.first))
+    for name, interval in found.first.items():
+        told = "faster" if interval.high < 1 - MARGIN else ""
+        if again := found.again.get(name):
+            told = f"again: {again}  {'SLOWER' if name in found.slower else 'noise'}"
+        print(f"{name:{width}}  {interval}  {told}".rstrip())
+    print(f"slower: {', '.join(found.slower)}" if found.slower else f"no regression beyond {MARGIN:.0%} and the noise")
 
 
 def main() -> int:
@@ -171,7 +152,8 @@ def main() -> int:
     parser.add_argument("base", help="a commit, or a folder with normkit in it")
     parser.add_argument("head", help="the same")
     parser.add_argument("--cases", default=",".join(CASES), help="names, separated by commas (%(default)s)")
-    parser.add_argument("--pairs", type=int, default=20, help="of processes (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="of processes (%(default)s)")
+    parser.add_argument("--pairs-again", type=int, default=PAIRS_AGAIN, help="a look at suspects (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for a case in one process (%(default)s)")
     parser.add_argument("--pip", default="", help="options of pip install, such as --no-build-isolation")
@@ -179,12 +161,18 @@ def main() -> int:
     names = options.cases.split(",")
     if unknown := [name for name in names if name not in CASES]:
         parser.error(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}")
-    if options.pairs < (fewest := fewest_pairs(len(names))):
-        parser.error(f"{options.pairs} pairs tell nothing about {len(names)} cases, expected at least {fewest}")
+    for pairs, mistakes in ((options.pairs, SHOWN), (options.pairs_again, MISTAKES / LOOKS / len(names))):
+        if pairs < (fewest := fewest_pairs(mistakes)):
+            parser.error(f"{pairs} pairs tell nothing about {len(names)} cases, expected at least {fewest}")
     base, head = (build(name, options.pip.split()) for name in (options.base, options.head))
-    slower = report(compare(base, head, names, options.pairs, options.threads, options.seconds))
-    print(f"slower: {', '.join(slower)}" if slower else f"no regression beyond {MARGIN:.0%} and the noise")
-    return bool(slower)
+    found = verdict(
+        names,
+        lambda names, pairs: measure(base, head, names, pairs, options.threads, options.seconds),
+        options.pairs,
+        options.pairs_again,
+    )
+    report(found)
+    return bool(found.slower)
 
 
 if __name__ == "__main__":
