@@ -15,7 +15,7 @@ import sys
 import tarfile
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -52,8 +52,9 @@ CASES = {
 # ---- builds ------------------------------------------------------------------------------------------------------
 
 
-def build(name: str, options: list[str]) -> Path:
-    """The folder that holds normkit: `name` itself, or what pip made of the commit of that name, once."""
+def build(name: str, options: list[str], variant: str = "", change: Callable[[Path], None] | None = None) -> Path:
+    """The folder that holds normkit: `name` itself, or what pip made of the commit of that name, once. A variant is
+    another build of it, of sources that `change` has been at."""
     if (Path(name) / "normkit").is_dir():
         return Path(name).resolve()
     git = ["git", "-C", str(THIS.parent)]
@@ -62,9 +63,9 @@ def build(name: str, options: list[str]) -> Path:
     ).stdout.strip()
     if not commit:
         raise SystemExit(f"{name} is neither a commit nor a folder with normkit in it")
-    folder = cache_folder() / "builds" / commit
+    folder = cache_folder() / "builds" / f"{commit}{variant}"
     if not folder.exists():
-        print(f"building {name} ({commit[:10]})", flush=True)
+        print(f"building {name}{variant} ({commit[:10]})", flush=True)
         folder.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True).stdout.strip()
@@ -72,6 +73,8 @@ def build(name: str, options: list[str]) -> Path:
             source, site = Path(temporary) / "source", Path(temporary) / "site"
             with tarfile.open(fileobj=BytesIO(tree)) as archive:
                 archive.extractall(source, filter="data")
+            if change:
+                change(source)
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site)]
             subprocess.run([*pip, *options, str(source)], check=True)
             site.rename(folder)
