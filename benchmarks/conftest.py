@@ -65,6 +65,11 @@ def pytest_report_header() -> list[str]:
     ]
 
 
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    arguments = [a for a in config.invocation_params.args if not a.startswith(("--benchmark-json", "-p", "no:"))]
+    output_json["command"] = " ".join(["pytest", *arguments])
+
+
 @pytest.fixture
 def measure(benchmark: Any, request: pytest.FixtureRequest) -> Any:
     """Times a rival on a case, paired with the limit; what the pairs tell is in `extra_info`."""

@@ -1,8 +1,9 @@
 """Tables and pictures of stored results: `python benchmarks/report.py results.json`, of `pytest --benchmark-json`.
 
-Writes the tables between the lines `<!-- benchmarks -->` and `<!-- /benchmarks -->` of docs/performance.md, and two
-pictures into docs/: bars.png, time / limit of each operation beside its rivals, and sizes.png, the share of the limit
-against size.
+Writes between the lines `<!-- benchmarks -->` and `<!-- /benchmarks -->` of two files: all tables into
+docs/performance.md, the rows that HEADLINES names into README.md. Two pictures go into docs/: bars.png, time / limit of
+each operation beside its rivals, and sizes.png, the share of the limit against size. `--store` keeps of the results
+what all this is made from.
 """
 
 import argparse
@@ -18,18 +19,59 @@ import rivals
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 ORDER = [rival.name for rival in rivals.RIVALS]
+OURS, OURS_NEW = (rival.name for rival in (rivals.Normkit, rivals.NormkitNew))
+
+HEADLINES = [
+    "instance (16, 256, 32, 32)",
+    "instance (8, 64, 128, 128)",
+    "instance (8, 64, 128, 128) channels-last",
+    "instance (8, 64, 128, 128) bfloat16",
+    "instance (1, 1, 256, 256, 256)",
+    "group (8, 320, 64, 64) G=32",
+    "layer (4096, 768)",
+    "rms (4096, 768)",
+    "batch (32, 64, 112, 112)",
+    "eval (32, 64, 112, 112)",
+    "instance (8, 64, 128, 128) backward",
+    "batch (32, 64, 112, 112) backward",
+    "layer (4096, 768) backward",
+]
+
+# What bars.png calls an operation, how wide a bar is, and how many elements are the suite's own check, no case.
+KINDS = {"batch": "batch, training", "eval": "batch, evaluation"}
+BAR, SMALL = 0.11, 1 << 17
+
+# Okabe and Ito's, which color-blind readers tell apart; ours is the warm one.
+COLORS = ["#D55E00", "#F0A884", "#999999", "#E69F00", "#F0E442", "#009E73", "#000000", "#56B4E9", "#CC79A7"]
 
 Results = list[dict[str, Any]]
 
 
-def load(paths: list[Path]) -> Results:
-    """What `extra_info` holds, and which function it is of. Of repeated runs the last counts."""
+def load(paths: list[Path]) -> dict[str, Any]:
+    """As `pytest --benchmark-json` or `--store` wrote them: date, commit, command and benchmarks, of which each has the
+    name and `extra_info`. Of repeated runs the last counts."""
+    whole: dict[str, Any] = {}
     found = {}
     for path in paths:
-        for result in json.loads(path.read_text())["benchmarks"]:
-            if "ratio" in result["extra_info"]:
-                found[result["fullname"]] = {**result["extra_info"], "function": result["name"].split("[")[0]}
-    return list(found.values())
+        read = json.loads(path.read_text())
+        whole["date"] = read.get("date") or read["datetime"][:10]
+        whole["commit"] = read.get("commit") or read["commit_info"]["id"][:7]
+        whole["command"] = read["command"]
+        found |= {r["fullname"]: r for r in read["benchmarks"] if "ratio" in r["extra_info"]}
+    whole["benchmarks"] = [{key: r[key] for key in ("fullname", "name", "extra_info")} for r in found.values()]
+    return whole
+
+
+def store(whole: dict[str, Any], path: Path) -> None:
+    """One line a run, four digits a number."""
+
+    def short(value: Any) -> Any:
+        return float(f"{value:.4g}") if isinstance(value, float) else value
+
+    runs = [{**r, "extra_info": {k: short(v) for k, v in r["extra_info"].items()}} for r in whole["benchmarks"]]
+    lines = ",\n".join(json.dumps(run, separators=(",", ":")) for run in runs)
+    head = json.dumps({**whole, "benchmarks": None})
+    path.write_text(head.replace("null", f"[\n{lines}\n]") + "\n")
 
 
 def names_in(results: Results) -> list[str]:
@@ -38,9 +80,11 @@ def names_in(results: Results) -> list[str]:
 
 
 def title(r: dict[str, Any]) -> str:
+    """Of a case, but for its direction."""
     words = [r["operation"], f"({', '.join(map(str, r['shape']))})"]
     words += [f"G={r['groups']}"] * bool(r["groups"]) + ["channels-last"] * r["channels_last"]
-    return " ".join([*words, *([r["dtype"]] if r["dtype"] != "float32" else [])])
+    words += [r["dtype"]] * (r["dtype"] != "float32") + [r.get("option", "")] * bool(r.get("option"))
+    return " ".join(words)
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------
@@ -61,28 +105,85 @@ def table(results: Results) -> list[str]:
 
 
 def cell(r: dict[str, Any], fastest: bool) -> str:
-    ratio = f"{r['ratio']:.2f}" if r["ratio"] < 10 else f"{r['ratio']:.0f}"
-    mantissa, exponent = f"{r['error']:.0e}".split("e")
-    return f"{f'**{ratio}**' if fastest else ratio} ({mantissa}e{int(exponent)})"
+    ratio = f"{r['ratio']:.2f}" if r["ratio"] < 9.95 else f"{r['ratio']:.0f}"
+    return f"{f'**{ratio}**' if fastest else ratio} ({digit(r['error'])})"
+
+
+def digit(error: float) -> str:
+    if math.isinf(error):
+        return "nan"
+    mantissa, exponent = f"{error:.0e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def source(whole: dict[str, Any], results: Results) -> str:
+    """Where the figures are from."""
+    first = results[0]
+    versions = ", ".join(sorted({r["version"] for r in results}))
+    return (
+        f"`{whole['command']}`, {whole['date']}, commit {whole['commit']}, {first['processor']}, {first['isa']}; "
+        f"{versions}. Limit: {first['limit']}."
+    )
+
+
+def worst(results: Results, key: str) -> float:
+    return max((r[key] for r in results), default=math.nan)
+
+
+def accuracy(results: Results) -> list[str]:
+    """The largest error of each rival over the float32 cases of an operation, near zero and far from it."""
+    known = [r for r in results if r.get("error_far") is not None and r["rival"] != OURS_NEW]
+    names = names_in(known)
+    lines = [f"| mean of x 0 / 10⁴ | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for kind in dict.fromkeys((r["operation"], r["direction"]) for r in known):
+        row = [[r for r in known if (r["operation"], r["direction"], r["rival"]) == (*kind, name)] for name in names]
+        cells = [f"{digit(worst(c, 'error'))} / {digit(worst(c, 'error_far'))}" if c else "-" for c in row]
+        lines.append(f"| {' '.join(kind)} | {' | '.join(cells)} |")
+    return lines if known else []
+
+
+def headlines(results: Results) -> list[str]:
+    """One thread, ours and the best of the others: the fastest, and the closest to the truth far from zero."""
+    lines = [
+        "| one thread | normkit | the fastest rival | normkit, mean 10⁴ | the closest rival, mean 10⁴ |",
+        "|---|---|---|---|---|",
+    ]
+    rows: dict[str, dict[str, Any]] = defaultdict(dict)
+    for r in results:
+        if r["threads"] == 1 and r["rival"] != OURS_NEW:
+            rows[title(r) + " backward" * (r["direction"] == "backward")][r["rival"]] = r
+    for name in HEADLINES:
+        ours, others = rows[name].get(OURS), [r for r in rows[name].values() if r["rival"] != OURS]
+        if not ours or not others:
+            continue
+        fastest = min(others, key=lambda r: r["ratio"])
+        cells = [cell(ours, False), f"{cell(fastest, False)} {fastest['rival']}", "-", "-"]
+        if ours.get("error_far") is not None:
+            closest = min((r for r in others if r.get("error_far") is not None), key=lambda r: r["error_far"])
+            cells[2:] = digit(ours["error_far"]), f"{digit(closest['error_far'])} {closest['rival']}"
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def tables(results: Results) -> str:
-    """For each number of threads: forward, then backward."""
-    first = results[0]
-    versions = sorted({r["version"] for r in results})
-    text = [f"{first['processor']}, {first['isa']}; {', '.join(versions)}. Limit: {first['limit']}.", ""]
+    """For each number of threads: forward, then backward. Then the errors."""
+    text = []
     for threads in sorted({r["threads"] for r in results}):
         text += [f"Time / limit, and in brackets the largest error, threads: {threads}", ""]
         for direction in ("forward", "backward"):
             part = [r for r in results if r["threads"] == threads and r["direction"] == direction]
             text += [*table(part), ""] if part else []
+    if errors := accuracy(results):
+        text += ["The largest error over the float32 cases, near zero and far from it", "", *errors, ""]
     return "\n".join(text)
 
 
-def between_markers(text: str, content: str) -> str:
+def write(path: Path, content: str) -> None:
+    """Between the markers."""
+    text = path.read_text()
     if BEGIN not in text or END not in text:
-        raise SystemExit(f"the file lacks the lines {BEGIN} and {END}")
-    return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{content}\n{END}", text, flags=re.DOTALL)
+        raise SystemExit(f"{path} lacks the lines {BEGIN} and {END}")
+    path.write_text(re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{content}\n{END}", text, flags=re.DOTALL))
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------------
@@ -92,74 +193,112 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def bars(results: Results, path: Path) -> None:
+def color(name: str) -> str:
+    return COLORS[ORDER.index(name) % len(COLORS)]
+
+
+def caption(whole: dict[str, Any], results: Results) -> str:
+    return f"{results[0]['processor']}, {results[0]['isa']}, {whole['date']}, commit {whole['commit']}"
+
+
+def bar_group(panel: Any, x: float, heights: dict[str, float]) -> None:
+    """Bars that stand on the speed of memory, with their figures."""
+    for i, (name, height) in enumerate(heights.items()):
+        at = x + (i - (len(heights) - 1) / 2) * BAR
+        panel.bar(at, height - 1, BAR, bottom=1, color=color(name), edgecolor="white", linewidth=0.5)
+        told = f"{height:.1f}" if height < 9.95 else f"{height:.0f}"
+        style = {"ha": "center", "fontsize": 7, "weight": "bold" if name == OURS else "normal"}
+        panel.annotate(told, (at, max(height, 1)), (0, 2), textcoords="offset points", **style)
+
+
+def bars(whole: dict[str, Any], results: Results, path: Path) -> None:
     """Geometric means over the float32 cases of each operation; a rival that cannot do all of them has no bar."""
     import matplotlib.pyplot as plt
 
-    groups: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
-    for r in sorted(results, key=lambda r: r["direction"] == "backward"):
-        if r["threads"] == 1 and r["dtype"] == "float32":
-            layout = "\nchannels-last" if r["channels_last"] else ""
-            groups[f"{r['operation']}\n{r['direction']}{layout}"][r["rival"]][title(r)] = r["ratio"]
-    if not groups:
+    shown = [r for r in results if (r["threads"], r["dtype"], r.get("option", "")) == (1, "float32", "")]
+    shown = [r for r in shown if r["rival"] != OURS_NEW and math.prod(r["shape"]) > SMALL]
+    names = names_in(shown)
+    if not shown:
         return
-    names = names_in(results)
-    figure, axes = plt.subplots(figsize=(1.4 * len(groups) + 2, 4.5), layout="constrained")
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        heights = {
-            x: geometric_mean(list(group[name].values()))
-            for x, group in enumerate(groups.values())
-            if len(group[name]) == max(map(len, group.values()))
-        }
-        axes.bar([x + (i - (len(names) - 1) / 2) * width for x in heights], heights.values(), width, label=name)
-    axes.axhline(1, color="black", linewidth=1)
-    axes.set(yscale="log", ylim=(0.8, None), ylabel="time / limit, one thread (1 is the speed of memory)")
-    axes.set_xticks(range(len(groups)), list(groups))
-    axes.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
-    axes.minorticks_off()
-    axes.legend(ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, 1.12), frameon=False)
-    figure.savefig(path, dpi=150)
+    figure, panels = plt.subplots(3, 1, figsize=(11, 9), layout="constrained", sharey=True)
+    kinds = (("forward", False), ("forward", True), ("backward", False))
+    for panel, (direction, last) in zip(panels, kinds, strict=True):
+        groups: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for r in shown:
+            if (r["direction"], r["channels_last"]) == (direction, last):
+                groups[KINDS.get(r["operation"], r["operation"])][r["rival"]].append(r["ratio"])
+        for x, group in enumerate(groups.values()):
+            complete = [n for n in names if len(group[n]) == max(map(len, group.values()))]
+            bar_group(panel, x, {name: geometric_mean(group[name]) for name in complete})
+        panel.axhline(1, color="black", linewidth=1)
+        panel.set(
+            yscale="log",
+            ylim=(0.9, 50),
+            title=direction + ", channels-last" * last,
+            xlim=(-0.5, max(len(groups), 1) - 0.5),
+        )
+        panel.set_xticks(range(len(groups)), list(groups))
+        panel.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+        panel.grid(axis="y", color="#DDDDDD", linewidth=0.5)
+        panel.set_axisbelow(True)
+        panel.minorticks_off()
+        panel.tick_params(axis="x", length=0)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.supylabel("time / limit, one thread, float32: 1 is the speed of memory, lower is better")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color(name)) for name in names]
+    figure.legend(handles, names, ncols=len(names), loc="outside upper center", frameon=False)
+    figure.supxlabel(caption(whole, results), fontsize=8, color="#555555")
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def sizes(results: Results, path: Path) -> None:
-    """The share of the limit, limit / time, against the bytes that are moved."""
+def sizes(whole: dict[str, Any], results: Results, path: Path) -> None:
+    """The share of the limit, limit / time, against the bytes that are moved: a panel for each number of threads."""
     import matplotlib.pyplot as plt
 
     if not results:
         return
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    most = max(r["threads"] for r in results)
-    for i, name in enumerate(names_in(results)):
-        for threads in sorted({r["threads"] for r in results}):
+    counts = sorted({r["threads"] for r in results})
+    figure, panels = plt.subplots(1, len(counts), figsize=(11, 4), layout="constrained", sharey=True, squeeze=False)
+    for panel, threads in zip(panels[0], counts, strict=True):
+        for name in names_in(results):
             line = [r for r in results if (r["rival"], r["threads"]) == (name, threads)]
             points = sorted((2 * 4 * math.prod(r["shape"]), 1 / r["ratio"]) for r in line)
-            style = "--" if threads == most > 1 else "-"
-            label = f"{name}, threads: {threads}"
             if points:
-                axes.plot(*zip(*points, strict=True), style, marker=".", color=f"C{i}", label=label)
-    axes.axhline(1, color="black", linewidth=1)
-    axes.set(xscale="log", ylim=(0, None), xlabel="bytes of x and y", ylabel="share of the limit")
-    axes.set_title("instance norm, float32")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+                panel.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color(name), label=name)
+        panel.axhline(1, color="black", linewidth=1)
+        panel.set(xscale="log", ylim=(0, None), xlabel="bytes of x and y")
+        panel.set(title="one thread" if threads == 1 else f"{threads} threads")
+        panel.set_xticks([2**10, 2**15, 2**20, 2**25, 2**30], ["1 KB", "32 KB", "1 MB", "32 MB", "1 GB"])
+        panel.minorticks_off()
+        panel.grid(color="#DDDDDD", linewidth=0.5)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("share of the speed of memory")
+    panels[0][0].legend(frameon=False)
+    figure.supxlabel(f"instance norm of 64 instances, float32; {caption(whole, results)}", fontsize=8, color="#555555")
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="of pytest --benchmark-json")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "performance.md", help="(%(default)s)")
-    parser.add_argument("--pictures", type=Path, default=ROOT / "docs", help="(%(default)s)")
+    parser.add_argument("results", type=Path, nargs="+", help="of pytest --benchmark-json, or stored")
+    parser.add_argument("--store", type=Path, help="write the results there, shortened")
+    parser.add_argument("--root", type=Path, default=ROOT, help="of README.md and docs (%(default)s)")
     options = parser.parse_args()
-    results = load(options.results)
+    whole = load(options.results)
+    if options.store:
+        store(whole, options.store)
+    results = [{**r["extra_info"], "function": r["name"].split("[")[0]} for r in whole["benchmarks"]]
     sweep = [r for r in results if r["function"] == "bench_sizes"]
     cases = [r for r in results if r["function"] != "bench_sizes"]
+    docs = options.root / "docs"
     if cases:
-        options.page.write_text(between_markers(options.page.read_text(), tables(cases)))
-        bars(cases, options.pictures / "bars.png")
-    sizes(sweep, options.pictures / "sizes.png")
+        told = source(whole, cases)
+        write(docs / "performance.md", f"{told}\n\n{tables(cases)}")
+        write(options.root / "README.md", "\n".join([*headlines(cases), "", told]))
+        bars(whole, cases, docs / "bars.png")
+    sizes(whole, sweep, docs / "sizes.png")
 
 
 if __name__ == "__main__":
