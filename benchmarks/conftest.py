@@ -16,7 +16,7 @@ import rivals
 from cases import Case
 from workload import Workload, last_level_cache
 
-SECONDS = 0.7  # for the pairs of one case, rival and number of threads
+SECONDS = 0.4  # for the pairs of one case, rival and number of threads
 FAR = 1e4  # another mean of x, in standard deviations
 workload = lru_cache(maxsize=1)(Workload)  # the runs of a case follow one another
 far_workload = lru_cache(maxsize=1)(partial(Workload, mean=FAR, sets=1))

@@ -145,6 +145,7 @@ class NormkitNew(Normkit):
 
     name = "normkit, new y"
     given = False
+    threaded = False  # what differs is the allocator, which threads do not change
 
 
 # ---- the formulas, for NumPy and jax -----------------------------------------------------------------------------
