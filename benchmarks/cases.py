@@ -117,6 +117,7 @@ FORWARD = [
         for last in (False, True)
     ),
     Case("eval", (32, 256, 14, 14)),
+    Case("instance", (8, 64, 128, 128), "float64"),
     *(Case("instance", shape, dtype) for shape in ((8, 64, 128, 128), VOLUME) for dtype in HALVES),
     *(Case("layer", (4096, 4096), dtype) for dtype in HALVES),
     *(

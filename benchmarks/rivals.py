@@ -35,7 +35,7 @@ class Rival:
 
     name: str
     package: str
-    dtypes: tuple[str, ...] = ("float32", *HALVES)
+    dtypes: tuple[str, ...] = ("float32", "float64", *HALVES)
     options: tuple[str, ...] = ()
     channels_last = True
     threaded = True
@@ -206,7 +206,7 @@ class Formulas(Rival):
 class NumPy(Formulas):
     name, package, xp = "NumPy, two lines", "numpy", np
     threaded = False
-    dtypes = ("float32", "float16")  # bfloat16 takes many times as long as anything else
+    dtypes = ("float32", "float64", "float16")  # bfloat16 takes many times as long as anything else
 
     def call(self, w: Workload, function: Callable, arrays: list[list], *constants: Any) -> Call:
         constants = tuple(c if c.dtype == bool else c.astype(w.dtype) for c in constants)
@@ -218,6 +218,7 @@ class Jax(Formulas):
     """Compiled. It has a thread for every CPU from the start: fewer are had by keeping the process to fewer CPUs."""
 
     name, package = "jax", "jax"
+    dtypes = ("float32", *HALVES)
 
     def __init__(self) -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -68,10 +68,11 @@ class Workload:
         self.y = arrays(self.sets, case.memory, self.dtype)
         for k in range(self.sets):
             self.poison(k)
-        self.weight, self.bias = rng.uniform(0.5, 1.0, (2, math.prod(case.parameters))).astype(np.float32)
+        compute = np.float64 if case.dtype == "float64" else np.float32
+        self.weight, self.bias = rng.uniform(0.5, 1.0, (2, math.prod(case.parameters))).astype(compute)
         n, *_, last = case.shape
         self.where = np.arange(last) < rng.integers(last // 2, last, (n, *(1 for _ in case.shape[1:])))
-        self.running_mean, self.running_var = rng.uniform(0.5, 1.5, (2, case.channels)).astype(np.float32)
+        self.running_mean, self.running_var = rng.uniform(0.5, 1.5, (2, case.channels)).astype(compute)
 
     def _filled(self, rng: np.random.Generator, mean: float = 0.0) -> list[np.ndarray]:
         first, *rest = arrays(self.sets, self.case.memory, self.dtype)
