@@ -3,7 +3,8 @@
 A pair of processes gives one ratio for a case, and a coin decides which build goes first. So where both builds are the
 same, a ratio of 1.3 is as likely as one of 1 / 1.3, in each pair for itself, whatever the noise: drift, bursts, heavy
 tails, processes that are fast or slow from birth. That symmetry is all that Wilcoxon's signed ranks ask for, and
-`interval` is theirs. In two steps:
+`interval` is theirs. What it cannot see through is a difference that comes with the build and is none of its code, such
+as the length of its path: whoever measures has to leave none. In two steps:
 
 - A few pairs of every case: those that seem slower by more than MARGIN are suspects. Nobody fails here.
 - New pairs, of the suspects alone, in up to LOOKS rounds. A case is slower if the interval of all new pairs lies above
