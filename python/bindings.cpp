@@ -5,23 +5,31 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
-#define NPY_TARGET_VERSION NPY_2_0_API_VERSION
-#include <numpy/arrayobject.h>
-
 #include <cmath>
 #include <limits>
 #include <memory>
 #include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
+#define NORMKIT_IMPORTS_NUMPY
+#include "arrays.hpp"
+#include "function.hpp"
 #include "normkit/formula.hpp"
 #include "output_cache.hpp"
 #include "plan.hpp"
+#include "recent.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
+using arrays::allocate;
+using arrays::as_array;
+using arrays::data_of;
+using arrays::known_apart;
+using arrays::repack;
+using arrays::view;
+using arrays::View;
 using normkit::Array;
 using normkit::Dtype;
 using normkit::Error;
@@ -29,136 +37,6 @@ using normkit::Shapes;
 using normkit::Spec;
 
 namespace {
-
-// ---- views -------------------------------------------------------------------------------------------------------
-
-PyArrayObject* as_array(nb::handle h) { return reinterpret_cast<PyArrayObject*>(h.ptr()); }
-
-Dtype dtype_of(PyArray_Descr* descr, std::string& name) {
-  switch (descr->type_num) {
-    case NPY_FLOAT: return Dtype::float32;
-    case NPY_DOUBLE: return Dtype::float64;
-    case NPY_HALF: return Dtype::float16;
-    case NPY_UBYTE: return Dtype::uint8;
-    case NPY_BYTE: return Dtype::int8;
-    case NPY_USHORT: return Dtype::uint16;
-    case NPY_SHORT: return Dtype::int16;
-    case NPY_BOOL: return Dtype::boolean;
-    default: break;
-  }
-  static int bfloat16 = -1;  // ml_dtypes registers its type anew in each process
-  if (descr->type_num == bfloat16) return Dtype::bfloat16;
-  name = nb::str(nb::handle(reinterpret_cast<PyObject*>(descr))).c_str();
-  // The second is from_capsule()'s: two bytes that NumPy moves and never looks into.
-  if (name == "bfloat16") bfloat16 = descr->type_num;
-  return name == "bfloat16" || name == "[('bfloat16', '<u2')]" ? Dtype::bfloat16 : Dtype::other;
-}
-
-/// A view and what it keeps alive.
-struct View {
-  Array array;
-  std::string name;
-};
-
-const std::int64_t* extents(const npy_intp* p) { return reinterpret_cast<const std::int64_t*>(p); }
-
-/// True where `h` is None or exactly a NumPy array; subclasses and other libraries take the slow path.
-bool view(nb::handle h, View& v) {
-  if (h.is_none()) return true;
-  if (!PyArray_CheckExact(h.ptr())) return false;
-  PyArrayObject* a = as_array(h);
-  const std::size_t ndim = static_cast<std::size_t>(PyArray_NDIM(a));
-  v.array = {
-      static_cast<std::byte*>(PyArray_DATA(a)), dtype_of(PyArray_DESCR(a), v.name),  true, !PyArray_ISWRITEABLE(a),
-      {extents(PyArray_DIMS(a)), ndim},         {extents(PyArray_STRIDES(a)), ndim}, {}};
-  if (!PyArray_ISNOTSWAPPED(a)) {
-    v.array.dtype = Dtype::other;
-    v.name = nb::str(nb::handle(reinterpret_cast<PyObject*>(PyArray_DESCR(a)))).c_str();
-  }
-  v.array.other_dtype = v.name;
-  return true;
-}
-
-int type_number(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::float64: return NPY_DOUBLE;
-    case Dtype::float16: return NPY_HALF;
-    default: return NPY_FLOAT;
-  }
-}
-
-/// While it lives, NumPy takes the memory of large arrays from the cache of outputs.
-class CachedMemory {
- public:
-  explicit CachedMemory(npy_intp bytes) {
-    if (static_cast<std::size_t>(bytes) < output_cache::kLeastBytes || output_cache::limit() == 0) return;
-    static PyObject* const capsule = PyCapsule_New(output_cache::handler(), "mem_handler", nullptr);
-    before_ = PyDataMem_SetHandler(capsule);
-    if (!before_) throw nb::python_error();
-  }
-  CachedMemory(const CachedMemory&) = delete;
-  CachedMemory& operator=(const CachedMemory&) = delete;
-  ~CachedMemory() {
-    if (before_) Py_XDECREF(PyDataMem_SetHandler(before_)), Py_DECREF(before_);
-  }
-
- private:
-  PyObject* before_ = nullptr;
-};
-
-/// A new array of the type of `like` where the dtypes agree, dense with these strides.
-nb::object allocate(Dtype dtype, const View& like, nb::handle like_object, int ndim, const std::int64_t* shape,
-                    const std::int64_t* strides) {
-  PyArray_Descr* descr;
-  if (like.array.present && like.array.dtype == dtype) {
-    descr = PyArray_DESCR(as_array(like_object));
-    Py_INCREF(reinterpret_cast<PyObject*>(descr));
-  } else {
-    descr = PyArray_DescrFromType(type_number(dtype));
-  }
-  npy_intp dims[NPY_MAXDIMS], bytes[NPY_MAXDIMS];
-  bool c_order = true;
-  npy_intp dense = normkit::size_of(dtype);
-  for (int axis = ndim - 1; axis >= 0; --axis) {
-    dims[axis] = static_cast<npy_intp>(shape[axis]);
-    bytes[axis] = static_cast<npy_intp>(strides[axis]) * normkit::size_of(dtype);
-    if (dims[axis] != 1) c_order = c_order && bytes[axis] == dense;
-    dense *= dims[axis];
-  }
-  PyObject* out = nullptr;
-  {
-    const CachedMemory cached(dense);
-    out = PyArray_NewFromDescr(&PyArray_Type, descr, ndim, dims, c_order || dense == 0 ? nullptr : bytes, nullptr, 0,
-                               nullptr);
-  }
-  if (!out) throw nb::python_error();
-  return nb::steal(out);
-}
-
-/// A copy of `source` with the strides that the plan asks for.
-void repack(nb::object& owner, nb::handle source, View& v, int ndim, const std::int64_t* strides) {
-  if (!v.array.present) return;
-  owner = allocate(v.array.dtype, v, source, ndim, v.array.shape.data(), strides);
-  if (PyArray_CopyInto(as_array(owner), as_array(source)) < 0) throw nb::python_error();
-  View fresh;
-  view(owner, fresh);
-  v = std::move(fresh);
-  v.array.other_dtype = v.name;
-}
-
-/// An array of any real dtype in float64; others stay, to be refused.
-nb::object as_doubles(nb::handle source, View& v) {
-  if (!v.array.present || v.array.dtype == Dtype::float64) return nb::borrow(source);
-  const int type = PyArray_TYPE(as_array(source));
-  if (!PyTypeNum_ISINTEGER(type) && !PyTypeNum_ISFLOAT(type)) return nb::borrow(source);
-  PyObject* cast = PyArray_CastToType(as_array(source), PyArray_DescrFromType(NPY_DOUBLE), 0);
-  if (!cast) throw nb::python_error();
-  View fresh;
-  view(cast, fresh);
-  v = std::move(fresh);
-  v.array.other_dtype = v.name;
-  return nb::steal(cast);
-}
 
 // ---- arguments ---------------------------------------------------------------------------------------------------
 
@@ -193,6 +71,8 @@ std::vector<std::int64_t> integers(const char* name, nb::handle h) {
 enum Kind { kNormalize, kNormalizeRms, kInstance, kGroup, kBatch, kLayer, kLayerRms };
 constexpr const char* kKindNames[] = {"NORMALIZE", "NORMALIZE_RMS", "INSTANCE", "GROUP", "BATCH", "LAYER", "LAYER_RMS"};
 
+bool is_centered(int kind) { return kind != kNormalizeRms && kind != kLayerRms; }
+
 Spec spec_of(int kind, nb::handle axes, const Array& x) {
   const int ndim = x.ndim();
   switch (kind) {
@@ -200,8 +80,8 @@ Spec spec_of(int kind, nb::handle axes, const Array& x) {
     case kBatch: return normkit::batch_spec(ndim, integer("channel_axis", axes));
     case kGroup: return normkit::group_spec(x.shape, integer("num_groups", axes[1]), integer("channel_axis", axes[0]));
     case kLayer:
-    case kLayerRms: return normkit::layer_spec(ndim, integers("axis", axes), kind == kLayer);
-    default: return normkit::normalize_spec(ndim, integers("axis", axes), kind == kNormalize);
+    case kLayerRms: return normkit::layer_spec(ndim, integers("axis", axes), is_centered(kind));
+    default: return normkit::normalize_spec(ndim, integers("axis", axes), is_centered(kind));
   }
 }
 
@@ -297,25 +177,6 @@ template <class Job> void run_job(Job& job) {
   run(job, workspace.data());
 }
 
-/// Where memory of `out` and of an input interleaves, NumPy can tell whether they share an element.
-bool known_apart(nb::handle out, const View& out_view, nb::handle other, const View& other_view) {
-  if (!out_view.array.present || out_view.array.dtype == Dtype::other || other_view.array.dtype == Dtype::other)
-    return false;
-  if (!normkit::may_overlap(out_view.array, other_view.array)) return false;
-  return !nb::cast<bool>(nb::module_::import_("normkit._arrays").attr("share_memory")(out, other));
-}
-
-/// True where all of these are None or plain NumPy arrays; `v` gets their views.
-template <std::size_t kArrays> bool view_all(const nb::handle (&h)[kArrays], View (&v)[kArrays]) {
-  for (std::size_t k = 0; k < kArrays; ++k)
-    if (!view(h[k], v[k])) return false;
-  return true;
-}
-
-std::byte* data_of(nb::handle array) {
-  return array.is_valid() ? static_cast<std::byte*>(PyArray_DATA(as_array(array))) : nullptr;
-}
-
 /// A new array, filled with zeros where x is empty and no kernel will.
 nb::object filled(nb::object array, const Shapes& shapes) {
   if (shapes.empty) array.attr("fill")(0);
@@ -323,8 +184,7 @@ nb::object filled(nb::object array, const Shapes& shapes) {
 }
 
 nb::object new_statistic(Dtype dtype, const Shapes& shapes) {
-  return filled(allocate(dtype, View{}, {}, shapes.stat_ndim, shapes.stat_shape.data(), shapes.stat_strides.data()),
-                shapes);
+  return filled(allocate(dtype, {}, shapes.stat_ndim, shapes.stat_shape.data(), shapes.stat_strides.data()), shapes);
 }
 
 /// The extents and strides of three numbers for each statistic.
@@ -340,103 +200,269 @@ struct Triples {
 
 nb::object new_triples(const Shapes& shapes) {
   const Triples t(shapes);
-  return filled(allocate(Dtype::float64, View{}, {}, t.ndim, t.shape.data(), t.strides.data()), shapes);
+  return filled(allocate(Dtype::float64, {}, t.ndim, t.shape.data(), t.strides.data()), shapes);
 }
 
-nb::object new_like_x(Dtype dtype, const View& xv, nb::handle x, const Shapes& shapes) {
-  return allocate(dtype, xv, x, xv.array.ndim(), xv.array.shape.data(), shapes.out_strides.data());
+/// `x_dtype` is that of x.
+nb::object new_like_x(Dtype dtype, nb::handle x, Dtype x_dtype, const Shapes& shapes) {
+  PyArrayObject* a = as_array(x);
+  return allocate(dtype, dtype == x_dtype ? x : nb::handle(), PyArray_NDIM(a), arrays::extents(PyArray_DIMS(a)),
+                  shapes.out_strides.data());
 }
 
 // ---- forward -----------------------------------------------------------------------------------------------------
 
-/// The arrays of a call of forward and its plan.
+/// What forward is called with, as it comes from Python.
 struct ForwardCall {
-  View v[8];  // x, weight, bias, running_mean, running_var, out, residual, where
-  View sum_view;
-  Spec spec;
-  normkit::ForwardArgs args;
-  nb::object owners[2], sum;
+  int kind;
+  nb::handle axes, x, weight, bias, eps, running_mean, running_var;
+  bool use_input_stats;
+  nb::handle momentum, out, out_dtype;
+  bool return_stats;
+  nb::handle where, residual;
+  bool return_residual;
+  nb::handle activation, weight_offset;
+};
 
-  const View& x() const { return v[0]; }
-  void put_args() {
-    args.x = v[0].array, args.weight = v[1].array, args.bias = v[2].array, args.running_mean = v[3].array;
-    args.running_var = v[4].array, args.y = v[5].array, args.residual = v[6].array, args.where = v[7].array;
-    args.sum = sum_view.array;
-  }
-  normkit::ForwardPlan planned(nb::handle x_, nb::handle weight, nb::handle bias, bool return_residual) {
-    put_args();
-    normkit::ForwardPlan plan = normkit::plan_forward(args, spec);  // some kilobytes: returned in place, never copied
+/// The arrays of forward, or of one of its phases, and their plan.
+struct ForwardViews {
+  View x, weight, bias, running_mean, running_var, out, residual, where, mean, rstd;
+  Spec spec;
+  Dtype out_dtype = Dtype::other;
+
+  normkit::ForwardPlan planned(normkit::Phase phase, bool keep_sum = false) {
+    const bool apart = known_apart(out, x);
+    normkit::ForwardPlan plan = normkit::plan_forward(args(apart), spec, phase, keep_sum);
     const Shapes& s = plan.shapes;
-    const bool sums = return_residual || s.wants_sum;
-    if (!s.fits || (!sums && !s.repack_params)) return plan;
-    if (sums) {
-      sum = new_like_x(x().array.dtype, x(), x_, s);
-      view(sum, sum_view);
-    }
-    if (s.repack_params) {
-      repack(owners[0], weight, v[1], v[1].array.ndim(), s.param_strides.data());
-      repack(owners[1], bias, v[2], v[2].array.ndim(), s.bias_strides.data());
-    }
-    put_args();
-    plan = normkit::plan_forward(args, spec);
+    if (!s.fits || !(s.repack_params || s.repack_stats))
+      return plan;  // some kilobytes: returned in place, never copied
+    repack(weight, s.param_strides.data());
+    repack(bias, s.bias_strides.data());
+    repack(mean, s.stat_strides.data());
+    repack(rstd, s.stat_strides.data());
+    plan = normkit::plan_forward(args(apart), spec, phase, keep_sum);
     return plan;
+  }
+  normkit::ForwardData data() const {
+    normkit::ForwardData d;
+    d.x = x.array.data, d.y = out.array.data, d.weight = weight.array.data, d.bias = bias.array.data;
+    d.running_mean = running_mean.array.data, d.running_var = running_var.array.data;
+    d.residual = residual.array.data, d.where = where.array.data, d.mean = mean.array.data, d.rstd = rstd.array.data;
+    return d;
+  }
+  normkit::ForwardArgs args(bool y_is_apart = false) const {
+    normkit::ForwardArgs a;
+    a.x = x.array, a.y = out.array, a.weight = weight.array, a.bias = bias.array;
+    a.running_mean = running_mean.array, a.running_var = running_var.array;
+    a.residual = residual.array, a.where = where.array, a.mean = mean.array, a.rstd = rstd.array;
+    a.y_dtype = out_dtype, a.y_is_apart = y_is_apart;
+    return a;
   }
 };
 
-nb::object forward(int kind, nb::handle axes, nb::handle x, nb::handle weight, nb::handle bias, nb::handle eps,
-                   nb::handle running_mean, nb::handle running_var, bool use_input_stats, nb::handle momentum,
-                   nb::handle out, nb::handle out_dtype, bool return_stats, nb::handle where, nb::handle residual,
-                   bool return_residual, nb::handle activation, nb::handle weight_offset) {
-  ForwardCall call;
-  if (x.is_none() || !view_all({x, weight, bias, running_mean, running_var, out, residual, where}, call.v) ||
-      !(out_dtype.is_none() || PyUnicode_Check(out_dtype.ptr())))
-    return nb::borrow(Py_NotImplemented);
-  Spec& spec = call.spec;
-  const Dtype dtype = call.x().array.dtype;
-  spec = spec_of(kind, axes, call.x().array);
-  spec.eps = eps_of(eps, kind, dtype), spec.use_input_stats = use_input_stats;
-  if (momentum.is_none())
-    throw Error(Error::Kind::value, "momentum is None, expected a number from 0 to 1: keep the count yourself");
-  spec.momentum = number("momentum", momentum, "a number from 0 to 1");
-  put_epilogue(spec, activation, weight_offset);
-  if (return_residual && residual.is_none())
-    throw Error(Error::Kind::value, "residual is None, expected an array like x: return_residual is True");
-  call.args.y_dtype = dtype_named(out_dtype), call.args.y_is_apart = known_apart(out, call.v[5], x, call.x());
-  normkit::ForwardPlan plan = call.planned(x, weight, bias, return_residual);
-  if (!plan.shapes.fits) return nb::borrow(Py_NotImplemented);
-
-  const Shapes& shapes = plan.shapes;
-  normkit::Task& task = plan.job.task;
-  const nb::object y = out.is_none() ? new_like_x(shapes.out_dtype, call.x(), x, shapes) : nb::borrow(out);
-  task.y.data = data_of(y);
-  if (!residual.is_none() && !call.sum.is_valid()) task.x.data = task.y.data;
-  nb::object mean, rstd;
-  if (return_stats) {
-    if (spec.centered) mean = new_statistic(normkit::compute_dtype(dtype), shapes);
-    rstd = new_statistic(normkit::compute_dtype(dtype), shapes);
-    task.mean = data_of(mean), task.rstd = data_of(rstd);
+/// Runs what is planned, and makes the arrays that are still missing.
+nb::object run_forward(const ForwardCall& call, normkit::ForwardJob& job, const Shapes& shapes, Dtype x_dtype,
+                       normkit::ForwardData data) {
+  const nb::object y =
+      call.out.is_none() ? new_like_x(shapes.out_dtype, call.x, x_dtype, shapes) : nb::borrow(call.out);
+  nb::object mean, rstd, sum;
+  if (call.return_stats) {
+    if (is_centered(call.kind)) mean = new_statistic(normkit::compute_dtype(x_dtype), shapes);
+    rstd = new_statistic(normkit::compute_dtype(x_dtype), shapes);
   }
-  if (!shapes.empty) run_job(plan.job);
-  if (!return_stats && !return_residual) return y;
-  nb::list results;
-  results.append(y);
-  for (const nb::object& extra : {mean, rstd})
-    if (extra.is_valid()) results.append(extra);
-  if (return_residual) results.append(call.sum);
-  return nb::tuple(results);
+  if (shapes.wants_sum) sum = new_like_x(x_dtype, call.x, x_dtype, shapes);
+  data.y = data_of(y), data.mean = data_of(mean), data.rstd = data_of(rstd), data.sum = data_of(sum);
+  normkit::point(job, data);
+  if (!shapes.empty) run_job(job);
+  if (!call.return_stats && !call.return_residual) return y;
+  const nb::object* const results[] = {&y, &mean, &rstd, &sum};
+  const bool wanted[] = {true, mean.is_valid(), rstd.is_valid(), call.return_residual};
+  nb::object tuple = nb::steal(PyTuple_New(wanted[0] + wanted[1] + wanted[2] + wanted[3]));
+  if (!tuple.is_valid()) throw nb::python_error();
+  Py_ssize_t at = 0;
+  for (int k = 0; k < 4; ++k)
+    if (wanted[k]) PyTuple_SetItem(tuple.ptr(), at++, Py_NewRef(results[k]->ptr()));
+  return tuple;
 }
 
-nb::object moments(int kind, nb::handle axes, nb::handle x, nb::handle where) {
-  View v[2];
-  auto& [xv, kv] = v;
-  if (x.is_none() || !view_all({x, where}, v)) return nb::borrow(Py_NotImplemented);
-  const Spec spec = spec_of(kind, axes, xv.array);
-  normkit::ForwardArgs args;
-  args.x = xv.array, args.where = kv.array;
-  normkit::ForwardPlan plan = normkit::plan_forward(args, spec, normkit::Phase::reduce);
+/// A plan of forward that serves every call with the same key whose arrays may lie where they do.
+struct ForwardRepeat {
+  normkit::ForwardPlan plan;
+  Dtype x_dtype;
+  normkit::Placement placement;
+};
+
+/// `keep`, where given, is called with what a like call can take over.
+template <class Keep> nb::object forward(const ForwardCall& call, Keep keep) {
+  ForwardViews v;
+  if (call.x.is_none() || !view(call.x, v.x) || !view(call.weight, v.weight) || !view(call.bias, v.bias) ||
+      !view(call.running_mean, v.running_mean) || !view(call.running_var, v.running_var) || !view(call.out, v.out) ||
+      !view(call.residual, v.residual) || !view(call.where, v.where) ||
+      !(call.out_dtype.is_none() || PyUnicode_Check(call.out_dtype.ptr())))
+    return nb::borrow(Py_NotImplemented);
+  const Dtype x_dtype = v.x.array.dtype;
+  v.spec = spec_of(call.kind, call.axes, v.x.array);
+  v.spec.eps = eps_of(call.eps, call.kind, x_dtype), v.spec.use_input_stats = call.use_input_stats;
+  if (call.momentum.is_none())
+    throw Error(Error::Kind::value, "momentum is None, expected a number from 0 to 1: keep the count yourself");
+  v.spec.momentum = number("momentum", call.momentum, "a number from 0 to 1");
+  put_epilogue(v.spec, call.activation, call.weight_offset);
+  if (call.return_residual && call.residual.is_none())
+    throw Error(Error::Kind::value, "residual is None, expected an array like x: return_residual is True");
+  v.out_dtype = dtype_named(call.out_dtype);
+  normkit::ForwardPlan plan = v.planned(normkit::Phase::both, call.return_residual);
   if (!plan.shapes.fits) return nb::borrow(Py_NotImplemented);
-  nb::object result = new_triples(plan.shapes);
-  plan.job.task.moments = reinterpret_cast<double*>(data_of(result));
+  keep(plan, v);
+  return run_forward(call, plan.job, plan.shapes, x_dtype, v.data());
+}
+
+nb::object forward_once(int kind, nb::handle axes, nb::handle x, nb::handle weight, nb::handle bias, nb::handle eps,
+                        nb::handle running_mean, nb::handle running_var, bool use_input_stats, nb::handle momentum,
+                        nb::handle out, nb::handle out_dtype, bool return_stats, nb::handle where, nb::handle residual,
+                        bool return_residual, nb::handle activation, nb::handle weight_offset) {
+  return forward({kind, axes, x, weight, bias, eps, running_mean, running_var, use_input_stats, momentum, out,
+                  out_dtype, return_stats, where, residual, return_residual, activation, weight_offset},
+                 [](const normkit::ForwardPlan&, const ForwardViews&) {});
+}
+
+// ---- forward, again ----------------------------------------------------------------------------------------------
+
+/// The parameters of forward by the names that functional.py has for them: arrays, numbers, then what is told by identity.
+enum Slot {
+  kX,
+  kWeight,
+  kBias,
+  kRunningMean,
+  kRunningVar,
+  kOut,
+  kResidual,
+  kWhere,
+  kArrays,
+  kEps = kArrays,
+  kMomentum,
+  kWeightOffset,
+  kAxes,
+  kGroups,
+  kNumbers,
+  kActivation = kNumbers,
+  kOutDtype,
+  kUseInputStats,
+  kReturnStats,
+  kReturnResidual,
+  kCenter,
+  kSlots
+};
+
+/// The short way of one function to forward().
+class ForwardWay : public function::ShortWay {
+ public:
+  explicit ForwardWay(int kind) : kind_(kind) {}
+
+  nb::object call(PyObject* const* values) override {
+    for (const int flag : {kUseInputStats, kReturnStats, kReturnResidual, kCenter})
+      if (!PyBool_Check(values[flag])) return nb::borrow(Py_NotImplemented);
+    const auto at = [&](Slot slot) { return nb::handle(values[slot]); };
+    const int kind = kind_ == kNormalize && values[kCenter] == Py_False ? kNormalizeRms : kind_;
+    ForwardCall call{kind,
+                     at(kAxes),
+                     at(kX),
+                     at(kWeight),
+                     at(kBias),
+                     at(kEps),
+                     at(kRunningMean),
+                     at(kRunningVar),
+                     values[kUseInputStats] == Py_True,
+                     at(kMomentum),
+                     at(kOut),
+                     at(kOutDtype),
+                     values[kReturnStats] == Py_True,
+                     at(kWhere),
+                     at(kResidual),
+                     values[kReturnResidual] == Py_True,
+                     at(kActivation),
+                     at(kWeightOffset)};
+    recent::Key key;
+    for (int slot = 0; slot < kArrays; ++slot)
+      if (!key.add_array(values[slot])) return first_time(call, values, nullptr);
+    for (int slot = kArrays; slot < kNumbers; ++slot) key.add_number(values[slot]);
+    for (int slot = kNumbers; slot < kSlots; ++slot) key.add(values[slot]);
+    if (const std::shared_ptr<const ForwardRepeat> repeat = recent_.find(key)) {
+      normkit::ForwardData data;
+      data.x = data_at(values[kX]), data.y = data_at(values[kOut]), data.weight = data_at(values[kWeight]);
+      data.bias = data_at(values[kBias]), data.running_mean = data_at(values[kRunningMean]);
+      data.running_var = data_at(values[kRunningVar]), data.residual = data_at(values[kResidual]);
+      data.where = data_at(values[kWhere]);
+      if (repeat->placement.allows(data)) {
+        normkit::ForwardJob job = repeat->plan.job;  // its own: another call may come before this one has run
+        return run_forward(call, job, repeat->plan.shapes, repeat->x_dtype, data);
+      }
+    }
+    return first_time(call, values, &key);
+  }
+
+ private:
+  static std::byte* data_at(nb::handle array) { return array.is_none() ? nullptr : data_of(array); }
+
+  nb::object first_time(ForwardCall& call, PyObject* const* values, const recent::Key* key) {
+    nb::object axes;
+    if (kind_ == kGroup) axes = nb::make_tuple(call.axes, nb::handle(values[kGroups])), call.axes = axes;
+    return forward(call, [&](const normkit::ForwardPlan& plan, const ForwardViews& v) {
+      if (!key || plan.shapes.empty || v.weight.copy.is_valid() || v.bias.copy.is_valid()) return;
+      std::vector<nb::object> held;
+      for (int slot = 0; slot < kArrays; ++slot)
+        if (values[slot] != Py_None) held.push_back(nb::borrow(arrays::descr_of(values[slot])));
+      for (int slot = kArrays; slot < kSlots; ++slot) {
+        if (!recent::immutable(values[slot])) return;
+        held.push_back(nb::borrow(values[slot]));
+      }
+      recent_.keep(*key, std::move(held), {plan, v.x.array.dtype, normkit::Placement(v.args())});
+    });
+  }
+
+  int kind_;
+  recent::Recent<ForwardRepeat> recent_;
+};
+
+/// `python` with a short way to forward().
+nb::object forward_function(nb::handle type, int kind, nb::handle python) {
+  const nb::object zero = nb::float_(0.0);
+  PyObject *const none = Py_None, *const yes = Py_True, *const no = Py_False;
+  const function::Parameter parameters[] = {{"x", kX, nullptr},
+                                            {"weight", kWeight, none},
+                                            {"bias", kBias, none},
+                                            {"running_mean", kRunningMean, none},
+                                            {"running_var", kRunningVar, none},
+                                            {"out", kOut, none},
+                                            {"residual", kResidual, none},
+                                            {"where", kWhere, none},
+                                            {"eps", kEps, nullptr},
+                                            {"momentum", kMomentum, zero.ptr()},
+                                            {"weight_offset", kWeightOffset, zero.ptr()},
+                                            {"axis", kAxes, nullptr},
+                                            {"channel_axis", kAxes, nullptr},
+                                            {"num_groups", kGroups, none},
+                                            {"activation", kActivation, none},
+                                            {"out_dtype", kOutDtype, none},
+                                            {"use_input_stats", kUseInputStats, yes},
+                                            {"training", kUseInputStats, yes},
+                                            {"return_stats", kReturnStats, no},
+                                            {"return_residual", kReturnResidual, no},
+                                            {"center", kCenter, yes}};
+  return function::with_short_way(type, python, parameters, std::make_unique<ForwardWay>(kind));
+}
+
+// ---- the phases of forward ---------------------------------------------------------------------------------------
+
+nb::object moments(int kind, nb::handle axes, nb::handle x, nb::handle where) {
+  ForwardViews v;
+  if (x.is_none() || !view(x, v.x) || !view(where, v.where)) return nb::borrow(Py_NotImplemented);
+  v.spec = spec_of(kind, axes, v.x.array);
+  normkit::ForwardPlan plan = v.planned(normkit::Phase::reduce);
+  if (!plan.shapes.fits) return nb::borrow(Py_NotImplemented);
+  const nb::object result = new_triples(plan.shapes);
+  normkit::ForwardData data = v.data();
+  data.moments = data_of(result);
+  normkit::point(plan.job, data);
   if (!plan.shapes.empty) run_job(plan.job);
   return result;
 }
@@ -444,32 +470,20 @@ nb::object moments(int kind, nb::handle axes, nb::handle x, nb::handle where) {
 nb::object apply(int kind, nb::handle axes, nb::handle x, nb::handle mean, nb::handle rstd, nb::handle weight,
                  nb::handle bias, nb::handle out, nb::handle out_dtype, nb::handle activation,
                  nb::handle weight_offset) {
-  View v[6];
-  auto& [xv, mv, rv, wv, bv, yv] = v;
-  if (x.is_none() || !view_all({x, mean, rstd, weight, bias, out}, v) ||
-      !(out_dtype.is_none() || PyUnicode_Check(out_dtype.ptr())))
+  ForwardViews v;
+  if (x.is_none() || !view(x, v.x) || !view(mean, v.mean) || !view(rstd, v.rstd) || !view(weight, v.weight) ||
+      !view(bias, v.bias) || !view(out, v.out) || !(out_dtype.is_none() || PyUnicode_Check(out_dtype.ptr())))
     return nb::borrow(Py_NotImplemented);
-  Spec spec = spec_of(kind, axes, xv.array);
-  spec.use_input_stats = false;
-  put_epilogue(spec, activation, weight_offset);
-  normkit::ForwardArgs args;
-  args.x = xv.array, args.y = yv.array, args.weight = wv.array, args.bias = bv.array;
-  args.mean = mv.array, args.rstd = rv.array;
-  args.y_dtype = dtype_named(out_dtype), args.y_is_apart = known_apart(out, yv, x, xv);
-  normkit::ForwardPlan plan = normkit::plan_forward(args, spec, normkit::Phase::apply);
+  v.spec = spec_of(kind, axes, v.x.array);
+  v.spec.use_input_stats = false;
+  put_epilogue(v.spec, activation, weight_offset);
+  v.out_dtype = dtype_named(out_dtype);
+  normkit::ForwardPlan plan = v.planned(normkit::Phase::apply);
   if (!plan.shapes.fits) return nb::borrow(Py_NotImplemented);
-  nb::object owners[4];
-  if (plan.shapes.repack_params || plan.shapes.repack_stats) {
-    const Shapes& s = plan.shapes;
-    repack(owners[0], weight, wv, wv.array.ndim(), s.param_strides.data());
-    repack(owners[1], bias, bv, bv.array.ndim(), s.bias_strides.data());
-    repack(owners[2], mean, mv, mv.array.ndim(), s.stat_strides.data());
-    repack(owners[3], rstd, rv, rv.array.ndim(), s.stat_strides.data());
-    args.weight = wv.array, args.bias = bv.array, args.mean = mv.array, args.rstd = rv.array;
-    plan = normkit::plan_forward(args, spec, normkit::Phase::apply);
-  }
-  nb::object y = out.is_none() ? new_like_x(plan.shapes.out_dtype, xv, x, plan.shapes) : nb::borrow(out);
-  plan.job.task.y.data = data_of(y);
+  nb::object y = out.is_none() ? new_like_x(plan.shapes.out_dtype, x, v.x.array.dtype, plan.shapes) : nb::borrow(out);
+  normkit::ForwardData data = v.data();
+  data.y = data_of(y);
+  normkit::point(plan.job, data);
   if (!plan.shapes.empty) run_job(plan.job);
   return y;
 }
@@ -496,14 +510,12 @@ struct BackwardCall {
   normkit::BackwardNeed need;
   normkit::Phase phase = normkit::Phase::both;
   normkit::BackwardArgs args;
-  nb::object owners[6];
 
   /// Where `out` interleaves with an input, NumPy is asked.
-  void find_apart(nb::handle out_array, nb::handle x_array, nb::handle dy_array) {
+  void find_apart() {
     const bool near_x = out.array.present && normkit::may_overlap(out.array, x.array);
     const bool near_dy = out.array.present && normkit::may_overlap(out.array, dy.array);
-    args.dx_is_apart = (near_x || near_dy) && (!near_x || known_apart(out_array, out, x_array, x)) &&
-                       (!near_dy || known_apart(out_array, out, dy_array, dy));
+    args.dx_is_apart = (near_x || near_dy) && (!near_x || known_apart(out, x)) && (!near_dy || known_apart(out, dy));
   }
   void put_args() {
     args.dy = dy.array, args.x = x.array, args.rstd = rstd.array, args.weight = weight.array, args.bias = bias.array;
@@ -511,25 +523,24 @@ struct BackwardCall {
     args.where = where.array, args.dresidual = dresidual.array, args.dx = out.array;
     args.sums = sums.array, args.count = count.array;
   }
-  normkit::BackwardPlan planned(nb::handle mean_, nb::handle rstd_, nb::handle weight_, nb::handle bias_,
-                                nb::handle sums_ = {}, nb::handle count_ = {}) {
+  normkit::BackwardPlan planned() {
     put_args();
     normkit::BackwardPlan plan = normkit::plan_backward(args, spec, need, phase);
     const Shapes& s = plan.shapes;
     if (!s.fits || (phase != normkit::Phase::apply && !s.repack_params && !s.repack_stats)) return plan;
-    repack(owners[0], weight_, weight, weight.array.ndim(), s.param_strides.data());
-    repack(owners[1], bias_, bias, bias.array.ndim(), s.bias_strides.data());
-    if (spec.centered) repack(owners[2], mean_, mean, mean.array.ndim(), s.stat_strides.data());
-    repack(owners[3], rstd_, rstd, rstd.array.ndim(), s.stat_strides.data());
-    repack(owners[4], sums_, sums, sums.array.ndim(), Triples(s).strides.data());
-    repack(owners[5], count_, count, count.array.ndim(), s.stat_strides.data());
+    repack(weight, s.param_strides.data());
+    repack(bias, s.bias_strides.data());
+    if (spec.centered) repack(mean, s.stat_strides.data());
+    repack(rstd, s.stat_strides.data());
+    repack(sums, Triples(s).strides.data());
+    repack(count, s.stat_strides.data());
     put_args();
     plan = normkit::plan_backward(args, spec, need, phase);
     return plan;
   }
-  nb::object dx(normkit::BackwardPlan& plan, nb::handle out_array, nb::handle x_array) {
+  nb::object dx(normkit::BackwardPlan& plan) {
     nb::object result =
-        out_array.is_none() ? new_like_x(x.array.dtype, x, x_array, plan.shapes) : nb::borrow(out_array);
+        out.array.present ? nb::borrow(out.object) : new_like_x(x.array.dtype, x.object, x.array.dtype, plan.shapes);
     plan.job.task.dx.data = data_of(result);
     return result;
   }
@@ -547,12 +558,12 @@ nb::object backward(int kind, nb::handle axes, nb::handle dy, nb::handle x, nb::
   call.spec.use_input_stats = use_input_stats;
   put_epilogue(call.spec, activation, weight_offset);
   call.need = need_of(need);
-  call.find_apart(out, x, dy);
-  normkit::BackwardPlan plan = call.planned(mean, rstd, weight, bias);
+  call.find_apart();
+  normkit::BackwardPlan plan = call.planned();
   if (!plan.shapes.fits) return nb::borrow(Py_NotImplemented);
   const Shapes& shapes = plan.shapes;
   nb::object gradients[2] = {nb::none(), nb::none()};
-  const nb::object dx = call.need.dx ? call.dx(plan, out, x) : nb::none();
+  const nb::object dx = call.need.dx ? call.dx(plan) : nb::none();
   if (!call.need.dx) plan.job.task.dx.data = nullptr;
   const View& like = call.weight;
   const Dtype dtype = like.array.present ? like.array.dtype : normkit::compute_dtype(call.x.array.dtype);
@@ -560,7 +571,7 @@ nb::object backward(int kind, nb::handle axes, nb::handle dy, nb::handle x, nb::
   for (int k = 0; k < 2; ++k) {
     if (!(k == 0 ? call.need.dweight : call.need.dbias)) continue;
     gradients[k] =
-        filled(allocate(dtype, like, weight, shapes.param_ndim, shapes.param_shape.data(), shapes.param_strides.data()),
+        filled(allocate(dtype, like.object, shapes.param_ndim, shapes.param_shape.data(), shapes.param_strides.data()),
                shapes);
     *jobs[k] = {data_of(gradients[k]), dtype};
   }
@@ -578,7 +589,7 @@ nb::object backward_sums(int kind, nb::handle axes, nb::handle dy, nb::handle x,
   call.spec = spec_of(kind, axes, call.x.array);
   put_epilogue(call.spec, activation, weight_offset);
   call.need = {false, false, false}, call.phase = normkit::Phase::reduce;
-  normkit::BackwardPlan plan = call.planned(mean, rstd, weight, bias);
+  normkit::BackwardPlan plan = call.planned();
   if (!plan.shapes.fits) return nb::borrow(Py_NotImplemented);
   nb::object sums = new_triples(plan.shapes);
   plan.job.task.sums = reinterpret_cast<double*>(data_of(sums));
@@ -594,14 +605,14 @@ nb::object apply_backward(int kind, nb::handle axes, nb::handle dy, nb::handle x
       !view(rstd, call.rstd) || !view(weight, call.weight) || !view(out, call.out) || !view(where, call.where) ||
       !view(bias, call.bias) || !view(dresidual, call.dresidual) || !view(sums, call.sums) || !view(count, call.count))
     return nb::borrow(Py_NotImplemented);
-  const nb::object counts = as_doubles(count, call.count);
+  arrays::widen(call.count);
   call.spec = spec_of(kind, axes, call.x.array);
   put_epilogue(call.spec, activation, weight_offset);
   call.need = {true, false, false}, call.phase = normkit::Phase::apply;
-  call.find_apart(out, x, dy);
-  normkit::BackwardPlan plan = call.planned(mean, rstd, weight, bias, sums, counts);
+  call.find_apart();
+  normkit::BackwardPlan plan = call.planned();
   if (!plan.shapes.fits) return nb::borrow(Py_NotImplemented);
-  const nb::object dx = call.dx(plan, out, x);
+  const nb::object dx = call.dx(plan);
   if (!plan.shapes.empty) run_job(plan.job);
   return dx;
 }
@@ -734,21 +745,19 @@ NB_MODULE(_core, m) {
   nb::register_exception_translator([](const std::exception_ptr& p, void*) {
     try {
       std::rethrow_exception(p);
-    } catch (const Error& e) {
-      if (e.kind == Error::Kind::axis) {
-        const nb::object type = nb::module_::import_("numpy.exceptions").attr("AxisError");
-        PyErr_SetString(type.ptr(), e.what());
-      } else {
-        PyErr_SetString(e.kind == Error::Kind::type ? PyExc_TypeError : PyExc_ValueError, e.what());
-      }
+    } catch (const Error&) {
+      function::set_error();
     }
   }, nullptr);
   m.attr("version") = NORMKIT_VERSION;
   for (int kind = kNormalize; kind <= kLayerRms; ++kind) m.attr(kKindNames[kind]) = kind;
-  m.def("forward", &forward, "kind"_a, "axes"_a.none(), "x"_a.none(), "weight"_a.none(), "bias"_a.none(),
+  m.def("forward", &forward_once, "kind"_a, "axes"_a.none(), "x"_a.none(), "weight"_a.none(), "bias"_a.none(),
         "eps"_a.none(), "running_mean"_a.none(), "running_var"_a.none(), "use_input_stats"_a, "momentum"_a.none(),
         "out"_a.none(), "out_dtype"_a.none(), "return_stats"_a, "where"_a.none(), "residual"_a.none(),
         "return_residual"_a, "activation"_a.none(), "weight_offset"_a.none());
+  m.def("forward_function", [type = function::new_type()](int kind, nb::handle python) {
+    return forward_function(type, kind, python);
+  }, "kind"_a, "function"_a, nb::sig("def forward_function(kind: int, function: typing.Any) -> typing.Any"));
   m.def("moments", &moments, "kind"_a, "axes"_a.none(), "x"_a.none(), "where"_a.none());
   m.def("apply", &apply, "kind"_a, "axes"_a.none(), "x"_a.none(), "mean"_a.none(), "rstd"_a.none(), "weight"_a.none(),
         "bias"_a.none(), "out"_a.none(), "out_dtype"_a.none(), "activation"_a.none(), "weight_offset"_a.none());

@@ -101,16 +101,8 @@ void check_writable(const char* name, const Array& a) {
       value_error(std::string(name) + " has elements that share memory, expected distinct ones");
 }
 
-struct Bounds { const std::byte *first, *last; };
-
-Bounds bounds_of(const Array& a) {
-  Bounds b{a.data, a.data + size_of(a.dtype)};
-  for (int axis = 0; axis < a.ndim(); ++axis) {
-    if (a.shape[axis] == 0) return {nullptr, nullptr};
-    const std::int64_t reach = a.stride(axis) * (a.shape[axis] - 1);
-    (reach < 0 ? b.first : b.last) += reach;
-  }
-  return b;
+bool overlap(const std::byte* a, const Reach& p, const std::byte* b, const Reach& q) {
+  return a + p.first < b + q.last && b + q.first < a + p.last;
 }
 
 bool same_strides(const Array& a, const Array& b) {
@@ -124,8 +116,8 @@ bool same_view(const Array& a, const Array& b) {
 }
 
 bool bounds_overlap(const Array& a, const Array& b) {
-  const Bounds p = bounds_of(a), q = bounds_of(b);
-  return p.first && q.first && p.first < q.last && q.first < p.last;
+  const Reach p = reach_of(a), q = reach_of(b);
+  return p.first != p.last && q.first != q.last && overlap(a.data, p, b.data, q);
 }
 
 /// An output may be `data` itself, where that is elementwise safe, or lie apart from it.
@@ -488,17 +480,56 @@ Operand mask_of(const Array& where, const Operands& operands, const Layout& layo
 
 }  // namespace
 
+Reach reach_of(const Array& a) {
+  Reach r{0, size_of(a.dtype), size_of(a.dtype)};
+  for (int axis = 0; axis < a.ndim(); ++axis) {
+    if (a.shape[axis] == 0) return {0, 0, r.element};
+    const std::int64_t reach = a.stride(axis) * (a.shape[axis] - 1);
+    (reach < 0 ? r.first : r.last) += reach;
+  }
+  return r;
+}
+
+Placement::Placement(const ForwardArgs& a)
+    : x_(reach_of(a.x)),
+      y_(reach_of(a.y)),
+      weight_(reach_of(a.weight)),
+      bias_(reach_of(a.bias)),
+      running_mean_(reach_of(a.running_mean)),
+      running_var_(reach_of(a.running_var)),
+      residual_(reach_of(a.residual)),
+      where_(reach_of(a.where)),
+      in_place_(a.y.present && a.x.dtype == a.y.dtype && same_strides(a.x, a.y)) {}
+
+bool Placement::allows(const ForwardData& d) const {
+  const std::pair<const std::byte*, const Reach&> all[] = {{d.x, x_},
+                                                           {d.y, y_},
+                                                           {d.weight, weight_},
+                                                           {d.bias, bias_},
+                                                           {d.running_mean, running_mean_},
+                                                           {d.running_var, running_var_},
+                                                           {d.residual, residual_},
+                                                           {d.where, where_}};
+  for (const auto& [data, reach] : all) {
+    if (!data) continue;
+    if (reinterpret_cast<std::uintptr_t>(data) & static_cast<std::uintptr_t>(reach.element - 1)) return false;
+    if (!d.y || &reach == &y_ || !overlap(d.y, y_, data, reach)) continue;
+    if (!(in_place_ && &reach == &x_ && d.x == d.y)) return false;
+  }
+  return true;
+}
+
 bool may_overlap(const Array& a, const Array& b) { return !same_view(a, b) && bounds_overlap(a, b); }
 
 namespace {
 
 /// The whole call of forward but for the geometry: what the arrays are and how they may lie over each other.
-void check_forward(const ForwardArgs& args, Phase phase, Shapes& shapes) {
+void check_forward(const ForwardArgs& args, Phase phase, bool keep_sum, Shapes& shapes) {
   const Array &x = args.x, &y = args.y;
   const Dtype like_x = is_floating(x.dtype) ? x.dtype : Dtype::float32;
   shapes.out_dtype = args.y_dtype == Dtype::other ? like_x : args.y_dtype;
   shapes.fits = (shapes.out_dtype == like_x || shapes.out_dtype == compute_dtype(x.dtype));
-  shapes.wants_sum = args.residual.present && (shapes.out_dtype != x.dtype || phase == Phase::reduce);
+  shapes.wants_sum = args.residual.present && (keep_sum || shapes.out_dtype != x.dtype || phase == Phase::reduce);
   for (const auto& [name, a] : {std::pair{"mean", &args.mean}, std::pair{"rstd", &args.rstd}})
     if (a->present) check_shape(name, *a, stat_shape(shapes), ": one element per statistic");
   if (phase == Phase::reduce && args.moments.present) check_triples("moments", args.moments, shapes);
@@ -589,7 +620,7 @@ bool place_forward(Task& t, const ForwardArgs& args, AxisMask param_axes, const 
   t.y = operand_of(args.y, layout->strides[1]);
   t.y.dtype = shapes.out_dtype;
   t.where = mask_of(args.where, operands, *layout);
-  if (residual) {  // the sum is written where x will be read: into `sum`, or into y itself
+  if (residual) {  // x is then what becomes of the two, see point()
     t.source = t.x;
     t.residual = operand_of(args.residual, layout->strides[residual]);
     t.x = sum ? operand_of(args.sum, layout->strides[sum]) : t.y;
@@ -623,7 +654,7 @@ bool place_backward(Task& t, const BackwardArgs& args, AxisMask param_axes, cons
 
 }  // namespace
 
-ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec, Phase phase) {
+ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec, Phase phase, bool keep_sum) {
   ForwardPlan plan;
   Shapes& shapes = plan.shapes;
   const Array& x = args.x;
@@ -639,7 +670,7 @@ ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec, Phase phase)
     check_statistic("mean", args.mean, shapes, spec.centered);
     check_statistic("rstd", args.rstd, shapes, true);
   }
-  check_forward(args, phase, shapes);
+  check_forward(args, phase, keep_sum, shapes);
   if (shapes.empty) {
     shapes.fits = true;
     return plan;
@@ -658,11 +689,27 @@ ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec, Phase phase)
   shapes.repack_stats = !statistics_in_order(args.mean, args.rstd, shapes);
   t.weight = param_of(args.weight, spec.weight_offset), t.bias = param_of(args.bias, 0);
   if (phase == Phase::apply) t.given = given_of(args.mean, args.rstd, t.geometry);
-  else t.mean = args.mean.data, t.rstd = args.rstd.data;
-  if (phase == Phase::reduce) t.moments = reinterpret_cast<double*>(args.moments.data);
   if (phase == Phase::both && args.running_mean.present) plan.job.running = running_of(args, spec, order);
-  plan.job.threads = num_threads();
+  point(plan.job,
+        {args.x.data, args.y.data, args.weight.data, args.bias.data, args.running_mean.data, args.running_var.data,
+         args.residual.data, args.sum.data, args.where.data, args.mean.data, args.rstd.data, args.moments.data});
   return plan;
+}
+
+void point(ForwardJob& job, const ForwardData& data) {
+  Task& t = job.task;
+  t.x.data = data.x, t.y.data = data.y;
+  if (data.residual) {  // the sum is written where x will be read: into `sum`, or into y itself
+    t.source.data = data.x, t.residual.data = data.residual;
+    t.x.data = data.sum ? data.sum : data.y;
+  }
+  t.weight.data = data.weight, t.bias.data = data.bias;
+  t.where.data = t.frozen ? nullptr : data.where;
+  if (t.phase == Phase::both) job.running.mean = data.running_mean, job.running.var = data.running_var;
+  if (t.phase == Phase::apply) t.given.mean = data.mean, t.given.scale = data.rstd;
+  else t.mean = data.mean, t.rstd = data.rstd;
+  if (t.phase == Phase::reduce) t.moments = reinterpret_cast<double*>(data.moments);
+  job.threads = num_threads();
 }
 
 BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardNeed need, Phase phase) {

@@ -28,7 +28,15 @@ struct Shapes {
   bool fits = true;            // false: the geometry cannot hold the arrays, pack x (and dy) and expand parameters
 };
 
-/// Arrays of `args` that are absent but wanted are described by `shapes` and put into the job afterwards.
+/// Where the arrays of a call of forward are.
+struct ForwardData {
+  std::byte *x = nullptr, *y = nullptr, *weight = nullptr, *bias = nullptr, *running_mean = nullptr,
+            *running_var = nullptr, *residual = nullptr, *sum = nullptr, *where = nullptr, *mean = nullptr,
+            *rstd = nullptr, *moments = nullptr;
+};
+
+/// Arrays of `args` that are absent but wanted are described by `shapes`; point() puts them into the job. All but the
+/// addresses in the job is a function of what the arrays are, and the same wherever they are.
 struct ForwardPlan {
   ForwardJob job;
   Shapes shapes;
@@ -40,8 +48,26 @@ struct BackwardPlan {
 
 struct BackwardNeed { bool dx = true, dweight = true, dbias = true; };
 
-ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec, Phase phase = Phase::both);
+/// `keep_sum`: x + residual gets an array of its own.
+ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec, Phase phase = Phase::both, bool keep_sum = false);
+void point(ForwardJob& job, const ForwardData& data);
 BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardNeed need, Phase phase = Phase::both);
+
+/// The bytes that an array reaches over, seen from its address, and those of an element.
+struct Reach { std::int64_t first = 0, last = 0, element = 1; };
+Reach reach_of(const Array& a);
+
+/// What forward() demands of the addresses of its arrays, kept for calls with the same arrays elsewhere.
+class Placement {
+ public:
+  explicit Placement(const ForwardArgs& args);
+  /// False: the arrays have to be judged. True: they are on their elements, and y lies apart from all others or on x.
+  bool allows(const ForwardData& data) const;
+
+ private:
+  Reach x_, y_, weight_, bias_, running_mean_, running_var_, residual_, where_;
+  bool in_place_;  // y has the strides of x
+};
 
 /// True where the memory between the first and the last byte of both overlaps, and they are not one and the same view.
 bool may_overlap(const Array& a, const Array& b);

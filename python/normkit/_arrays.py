@@ -263,7 +263,7 @@ class _Packing:
 
 
 def forward_anywhere(
-    kind: int, axes: Any, x: Any, weight: Any, bias: Any, eps: float, running_mean: Any, running_var: Any,
+    kind: int, axes: Any, x: Any, weight: Any, bias: Any, eps: float | None, running_mean: Any, running_var: Any,
     use_input_stats: bool, momentum: float, out: Any, out_dtype: Any, return_stats: bool, where: Any, residual: Any,
     return_residual: bool, activation: Any, weight_offset: float,
 ) -> Any:  # fmt: skip

@@ -4,8 +4,8 @@ Nothing below this file is named after a normalization: all of them are statisti
 shift.
 """
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
 from . import _core
 from ._arrays import Activation, Array, backward_anywhere, called, forward_anywhere, hand_back, views_of
@@ -40,9 +40,20 @@ _BATCH, _LAYER, _LAYER_RMS = _core.BATCH, _core.LAYER, _core.LAYER_RMS
 _ALL = ("dx", "dweight", "dbias")
 
 
-def _forward(*call: Any) -> Any:
-    result = _core.forward(*call)
-    return forward_anywhere(*call) if result is NotImplemented else result
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _compiled(kind: int) -> Callable[[_Function], _Function]:
+    """Lets C++ answer what it can: calls on NumPy arrays whose layout fits. The function itself is for the rest.
+
+    C++ goes by the names and defaults of the parameters.
+    """
+
+    def compiled(function: _Function) -> _Function:
+        result: _Function = _core.forward_function(kind, function)
+        return result
+
+    return compiled
 
 
 def _backward(*call: Any) -> Any:
@@ -50,6 +61,7 @@ def _backward(*call: Any) -> Any:
     return backward_anywhere(*call) if result is NotImplemented else result
 
 
+@_compiled(_INSTANCE)
 def instance_norm(
     x: Array,
     weight: Array = None,
@@ -127,7 +139,7 @@ def instance_norm(
     >>> nk.instance_norm(x).round(3).tolist()
     [[[-1.342, -0.447, 0.447, 1.342], [-1.342, -0.447, 0.447, 1.342]]]
     """
-    return _forward(
+    return forward_anywhere(
         _INSTANCE, channel_axis, x, weight, bias, eps, running_mean, running_var, use_input_stats, momentum,
         out, out_dtype, return_stats, where, residual, return_residual, activation, weight_offset,
     )  # fmt: skip
@@ -259,6 +271,7 @@ def instance_norm_double_backward(
     )
 
 
+@_compiled(_GROUP)
 def group_norm(
     x: Array,
     num_groups: int,
@@ -303,7 +316,7 @@ def group_norm(
         Naming the argument, before anything is written.
     """
     axes = (channel_axis, num_groups)
-    return _forward(
+    return forward_anywhere(
         _GROUP, axes, x, weight, bias, eps, None, None, True, 0.0, out, out_dtype, return_stats,
         where, residual, return_residual, activation, weight_offset,
     )  # fmt: skip
@@ -370,6 +383,7 @@ def group_norm_double_backward(
     )
 
 
+@_compiled(_LAYER)
 def layer_norm(
     x: Array,
     weight: Array = None,
@@ -411,7 +425,7 @@ def layer_norm(
     TypeError, ValueError, numpy.exceptions.AxisError
         Naming the argument, before anything is written.
     """
-    return _forward(
+    return forward_anywhere(
         _LAYER, axis, x, weight, bias, eps, None, None, True, 0.0, out, out_dtype, return_stats,
         where, residual, return_residual, activation, weight_offset,
     )  # fmt: skip
@@ -475,6 +489,7 @@ def layer_norm_double_backward(
     )
 
 
+@_compiled(_LAYER_RMS)
 def rms_norm(
     x: Array,
     weight: Array = None,
@@ -518,7 +533,7 @@ def rms_norm(
     TypeError, ValueError, numpy.exceptions.AxisError
         Naming the argument, before anything is written.
     """
-    return _forward(
+    return forward_anywhere(
         _LAYER_RMS, axis, x, weight, bias, eps, None, None, True, 0.0, out, out_dtype, return_stats,
         where, residual, return_residual, activation, weight_offset,
     )  # fmt: skip
@@ -584,6 +599,7 @@ def rms_norm_double_backward(
     )
 
 
+@_compiled(_BATCH)
 def batch_norm(
     x: Array,
     weight: Array = None,
@@ -631,7 +647,7 @@ def batch_norm(
     TypeError, ValueError, numpy.exceptions.AxisError
         Naming the argument, before anything is written.
     """
-    return _forward(
+    return forward_anywhere(
         _BATCH, channel_axis, x, weight, bias, eps, running_mean, running_var, training, momentum,
         out, out_dtype, return_stats, where, residual, return_residual, activation, weight_offset,
     )  # fmt: skip
@@ -737,7 +753,7 @@ def adaptive_instance_norm(
     v, give_back = views_of(content=content, style=style, out=out, where=where, residual=residual)
     of_style = _style_moments(v["content"], v["style"], channel_axis)
     with called("content"):
-        result = _forward(
+        result = forward_anywhere(
             _INSTANCE, channel_axis, v["content"], of_style.std(eps), of_style.mean, eps, None, None, True, 0.0,
             v["out"], out_dtype, return_stats, v["where"], v["residual"], return_residual, activation, 0.0,
         )  # fmt: skip
@@ -830,6 +846,7 @@ def _style_moments(content: Array, style: Array, channel_axis: int) -> Moments:
     return moments
 
 
+@_compiled(_NORMALIZE)
 def normalize(
     x: Array,
     weight: Array = None,
@@ -883,7 +900,7 @@ def normalize(
     [[0.849, 1.131], [0.849, 1.131]]
     """
     kind = _NORMALIZE if center else _NORMALIZE_RMS
-    return _forward(
+    return forward_anywhere(
         kind, axis, x, weight, bias, eps, None, None, True, 0.0, out, out_dtype, return_stats,
         where, residual, return_residual, activation, weight_offset,
     )  # fmt: skip

@@ -1,0 +1,99 @@
+// What a function was called with lately, and what came of planning it: a call that differs in addresses alone skips that.
+#pragma once
+
+#include <array>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "arrays.hpp"
+
+namespace recent {
+
+namespace nb = nanobind;
+
+/// All that a plan depends on but for addresses, as words: two calls with the same words have the same plan.
+class Key {
+ public:
+  /// None or a NumPy array: its dtype, extents, strides, and whether it may be written. False for anything else, and where
+  /// there is too much to tell.
+  bool add_array(nb::handle h) {
+    if (h.is_none()) return put(0), true;
+    if (!PyArray_CheckExact(h.ptr())) return false;
+    PyArrayObject* a = arrays::as_array(h);
+    const int ndim = PyArray_NDIM(a);
+    if (ndim > kMostAxes) return false;
+    put(reinterpret_cast<std::intptr_t>(PyArray_DESCR(a)));
+    put(2 * ndim + (PyArray_ISWRITEABLE(a) ? 1 : 0));
+    const npy_intp *dims = PyArray_DIMS(a), *strides = PyArray_STRIDES(a);
+    for (int axis = 0; axis < ndim; ++axis) put(dims[axis]), put(strides[axis]);
+    return true;
+  }
+  /// A number by its value, anything else by what it is.
+  void add_number(nb::handle h) {
+    enum : std::int64_t { kObject, kFloat, kInteger };
+    int overflows = 0;
+    const long long integer = PyLong_CheckExact(h.ptr()) ? PyLong_AsLongLongAndOverflow(h.ptr(), &overflows) : 0;
+    if (PyFloat_CheckExact(h.ptr())) put(kFloat), put(std::bit_cast<std::int64_t>(PyFloat_AsDouble(h.ptr())));
+    else if (PyLong_CheckExact(h.ptr()) && !overflows) put(kInteger), put(integer);
+    else put(kObject), add(h);
+  }
+  /// Anything by what it is, which says all only of what never changes.
+  void add(nb::handle h) { put(reinterpret_cast<std::intptr_t>(h.ptr())); }
+
+  std::vector<std::int64_t> words() const { return {words_.begin(), words_.begin() + count_}; }
+  bool same(const std::vector<std::int64_t>& words) const {
+    const std::size_t count = static_cast<std::size_t>(count_);
+    return words.size() == count && std::memcmp(words_.data(), words.data(), count * sizeof(std::int64_t)) == 0;
+  }
+
+ private:
+  void put(std::int64_t word) { words_[count_++] = word; }
+
+  static constexpr int kMostAxes = 8;
+  static constexpr int kMostArrays = 10, kMostOptions = 20;
+  std::array<std::int64_t, kMostArrays * (2 + 2 * kMostAxes) + kMostOptions> words_;
+  int count_ = 0;
+};
+
+/// True of what never changes: None, numbers, strings and tuples of those.
+inline bool immutable(nb::handle h) {
+  PyObject* const o = h.ptr();
+  if (o == Py_None || PyBool_Check(o) || PyFloat_CheckExact(o) || PyLong_CheckExact(o) || PyUnicode_CheckExact(o))
+    return true;
+  if (!PyTuple_CheckExact(o)) return false;
+  for (nb::handle item : nb::borrow<nb::tuple>(h))
+    if (!immutable(item)) return false;
+  return true;
+}
+
+/// The last few calls.
+template <class Plan> class Recent {
+ public:
+  /// Shared: while the caller works with it, another call may push it out.
+  std::shared_ptr<const Plan> find(const Key& key) const {
+    for (const auto& entry : entries_)
+      if (entry && key.same(entry->words)) return {entry, &entry->plan};
+    return nullptr;
+  }
+  /// `held` are the objects that the key names.
+  void keep(const Key& key, std::vector<nb::object> held, const Plan& plan) {
+    auto entry = std::make_shared<const Entry>(Entry{key.words(), std::move(held), plan});
+    std::swap(entries_[next_], entry);  // what was there dies last: that may run anything
+    next_ = (next_ + 1) % entries_.size();
+  }
+
+ private:
+  struct Entry {
+    std::vector<std::int64_t> words;
+    std::vector<nb::object> held;  // else another object could come to have the address of one
+    Plan plan;
+  };
+  std::array<std::shared_ptr<const Entry>, 16> entries_;
+  std::size_t next_ = 0;
+};
+
+}  // namespace recent
