@@ -5,6 +5,9 @@
 #include "output_cache.hpp"
 
 namespace arrays {
+
+using normkit::Shapes;
+
 namespace {
 
 Dtype dtype_of(PyArray_Descr* descr, std::string& name) {
@@ -26,6 +29,8 @@ Dtype dtype_of(PyArray_Descr* descr, std::string& name) {
   if (name == "bfloat16") bfloat16 = descr->type_num;
   return name == "bfloat16" || name == "[('bfloat16', '<u2')]" ? Dtype::bfloat16 : Dtype::other;
 }
+
+const std::int64_t* extents(const npy_intp* p) { return reinterpret_cast<const std::int64_t*>(p); }
 
 int type_number(Dtype dtype) {
   switch (dtype) {
@@ -52,6 +57,50 @@ class CachedMemory {
 
  private:
   PyObject* before_ = nullptr;
+};
+
+/// A new array, dense with these strides; of the type of `like`, where given, which has this dtype.
+nb::object allocate(Dtype dtype, nb::handle like, int ndim, const std::int64_t* shape, const std::int64_t* strides) {
+  PyArray_Descr* descr;
+  if (like.is_valid()) {
+    descr = PyArray_DESCR(as_array(like));
+    Py_INCREF(reinterpret_cast<PyObject*>(descr));
+  } else {
+    descr = PyArray_DescrFromType(type_number(dtype));
+  }
+  npy_intp dims[NPY_MAXDIMS], bytes[NPY_MAXDIMS];
+  bool c_order = true;
+  npy_intp dense = normkit::size_of(dtype);
+  for (int axis = ndim - 1; axis >= 0; --axis) {
+    dims[axis] = static_cast<npy_intp>(shape[axis]);
+    bytes[axis] = static_cast<npy_intp>(strides[axis]) * normkit::size_of(dtype);
+    if (dims[axis] != 1) c_order = c_order && bytes[axis] == dense;
+    dense *= dims[axis];
+  }
+  PyObject* out = nullptr;
+  {
+    const CachedMemory cached(dense);
+    out = PyArray_NewFromDescr(&PyArray_Type, descr, ndim, dims, c_order || dense == 0 ? nullptr : bytes, nullptr, 0,
+                               nullptr);
+  }
+  if (!out) throw nb::python_error();
+  return nb::steal(out);
+}
+
+nb::object filled(nb::object array, const Shapes& shapes) {
+  if (shapes.empty) array.attr("fill")(0);
+  return array;
+}
+
+/// The extents and strides of three numbers for each statistic.
+struct Triples {
+  normkit::Extents shape, strides;
+  int ndim;
+  explicit Triples(const Shapes& s) : ndim(s.stat_ndim + 1) {
+    for (int axis = 0; axis < s.stat_ndim; ++axis)
+      shape[axis] = s.stat_shape[axis], strides[axis] = 3 * s.stat_strides[axis];
+    shape[s.stat_ndim] = 3, strides[s.stat_ndim] = 1;
+  }
 };
 
 void replace(View& v, nb::object copy) {
@@ -85,31 +134,23 @@ bool view(nb::handle h, View& v) {
   return true;
 }
 
-nb::object allocate(Dtype dtype, nb::handle like, int ndim, const std::int64_t* shape, const std::int64_t* strides) {
-  PyArray_Descr* descr;
-  if (like.is_valid()) {
-    descr = PyArray_DESCR(as_array(like));
-    Py_INCREF(reinterpret_cast<PyObject*>(descr));
-  } else {
-    descr = PyArray_DescrFromType(type_number(dtype));
-  }
-  npy_intp dims[NPY_MAXDIMS], bytes[NPY_MAXDIMS];
-  bool c_order = true;
-  npy_intp dense = normkit::size_of(dtype);
-  for (int axis = ndim - 1; axis >= 0; --axis) {
-    dims[axis] = static_cast<npy_intp>(shape[axis]);
-    bytes[axis] = static_cast<npy_intp>(strides[axis]) * normkit::size_of(dtype);
-    if (dims[axis] != 1) c_order = c_order && bytes[axis] == dense;
-    dense *= dims[axis];
-  }
-  PyObject* out = nullptr;
-  {
-    const CachedMemory cached(dense);
-    out = PyArray_NewFromDescr(&PyArray_Type, descr, ndim, dims, c_order || dense == 0 ? nullptr : bytes, nullptr, 0,
-                               nullptr);
-  }
-  if (!out) throw nb::python_error();
-  return nb::steal(out);
+nb::object new_like_x(Dtype dtype, nb::handle x, const Shapes& shapes) {
+  PyArrayObject* a = as_array(x);
+  return allocate(dtype, dtype == shapes.x_dtype ? x : nb::handle(), PyArray_NDIM(a), extents(PyArray_DIMS(a)),
+                  shapes.out_strides.data());
+}
+
+nb::object new_statistic(Dtype dtype, const Shapes& s) {
+  return filled(allocate(dtype, {}, s.stat_ndim, s.stat_shape.data(), s.stat_strides.data()), s);
+}
+
+nb::object new_triples(const Shapes& shapes) {
+  const Triples t(shapes);
+  return filled(allocate(Dtype::float64, {}, t.ndim, t.shape.data(), t.strides.data()), shapes);
+}
+
+nb::object new_gradient(nb::handle weight, const Shapes& s) {
+  return filled(allocate(s.param_dtype, weight, s.param_ndim, s.param_shape.data(), s.param_strides.data()), s);
 }
 
 void repack(View& v, const std::int64_t* strides) {
@@ -118,6 +159,8 @@ void repack(View& v, const std::int64_t* strides) {
   if (PyArray_CopyInto(as_array(copy), as_array(v.object)) < 0) throw nb::python_error();
   replace(v, std::move(copy));
 }
+
+void repack_triples(View& v, const Shapes& shapes) { repack(v, Triples(shapes).strides.data()); }
 
 void widen(View& v) {
   if (!v.array.present || v.array.dtype == Dtype::float64) return;

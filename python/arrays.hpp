@@ -29,8 +29,6 @@ inline std::byte* data_of(nb::handle array) {
   return array.is_valid() ? static_cast<std::byte*>(PyArray_DATA(as_array(array))) : nullptr;
 }
 
-inline const std::int64_t* extents(const npy_intp* p) { return reinterpret_cast<const std::int64_t*>(p); }
-
 /// A view of an array that somebody else keeps alive, or of `copy`.
 struct View {
   Array array;
@@ -42,11 +40,19 @@ struct View {
 /// True where `h` is None or exactly a NumPy array; subclasses and other libraries take the slow path.
 bool view(nb::handle h, View& v);
 
-/// A new array, dense with these strides; of the type of `like`, where given, which has this dtype.
-nb::object allocate(Dtype dtype, nb::handle like, int ndim, const std::int64_t* shape, const std::int64_t* strides);
+/// One like x, of this dtype.
+nb::object new_like_x(Dtype dtype, nb::handle x, const normkit::Shapes& shapes);
+/// One with an element for each statistic, or three of float64. Filled with zeros where x is empty and no kernel will.
+nb::object new_statistic(Dtype dtype, const normkit::Shapes& shapes);
+nb::object new_triples(const normkit::Shapes& shapes);
+/// One like weight, or like the weight that is not there.
+nb::object new_gradient(nb::handle weight, const normkit::Shapes& shapes);
 
 /// Replaces an array, where there is one, by a copy with these strides.
 void repack(View& v, const std::int64_t* strides);
+
+/// The same of triples.
+void repack_triples(View& v, const normkit::Shapes& shapes);
 
 /// Replaces an array of any real dtype by one of float64; others stay, to be refused.
 void widen(View& v);

@@ -101,6 +101,16 @@ void check_writable(const char* name, const Array& a) {
       value_error(std::string(name) + " has elements that share memory, expected distinct ones");
 }
 
+Reach reach_of(const Array& a) {
+  Reach r{0, size_of(a.dtype), size_of(a.dtype)};
+  for (int axis = 0; axis < a.ndim(); ++axis) {
+    if (a.shape[axis] == 0) return {0, 0, r.element};
+    const std::int64_t reach = a.stride(axis) * (a.shape[axis] - 1);
+    (reach < 0 ? r.first : r.last) += reach;
+  }
+  return r;
+}
+
 bool overlap(const std::byte* a, const Reach& p, const std::byte* b, const Reach& q) {
   return a + p.first < b + q.last && b + q.first < a + p.last;
 }
@@ -480,41 +490,22 @@ Operand mask_of(const Array& where, const Operands& operands, const Layout& layo
 
 }  // namespace
 
-Reach reach_of(const Array& a) {
-  Reach r{0, size_of(a.dtype), size_of(a.dtype)};
-  for (int axis = 0; axis < a.ndim(); ++axis) {
-    if (a.shape[axis] == 0) return {0, 0, r.element};
-    const std::int64_t reach = a.stride(axis) * (a.shape[axis] - 1);
-    (reach < 0 ? r.first : r.last) += reach;
+Placement::Placement(std::span<const Array> arrays, int out, std::uint32_t same)
+    : count_(static_cast<int>(arrays.size())), out_(out), same_(0) {
+  const Array& y = arrays[out];
+  for (int k = 0; k < count_; ++k) {
+    reach_[k] = reach_of(arrays[k]);
+    const bool alike = y.present && y.dtype == arrays[k].dtype && equal(y.shape, arrays[k].shape);
+    if (alike && same_strides(y, arrays[k])) same_ |= same & (1U << k);
   }
-  return r;
 }
 
-Placement::Placement(const ForwardArgs& a)
-    : x_(reach_of(a.x)),
-      y_(reach_of(a.y)),
-      weight_(reach_of(a.weight)),
-      bias_(reach_of(a.bias)),
-      running_mean_(reach_of(a.running_mean)),
-      running_var_(reach_of(a.running_var)),
-      residual_(reach_of(a.residual)),
-      where_(reach_of(a.where)),
-      in_place_(a.y.present && a.x.dtype == a.y.dtype && same_strides(a.x, a.y)) {}
-
-bool Placement::allows(const ForwardData& d) const {
-  const std::pair<const std::byte*, const Reach&> all[] = {{d.x, x_},
-                                                           {d.y, y_},
-                                                           {d.weight, weight_},
-                                                           {d.bias, bias_},
-                                                           {d.running_mean, running_mean_},
-                                                           {d.running_var, running_var_},
-                                                           {d.residual, residual_},
-                                                           {d.where, where_}};
-  for (const auto& [data, reach] : all) {
-    if (!data) continue;
-    if (reinterpret_cast<std::uintptr_t>(data) & static_cast<std::uintptr_t>(reach.element - 1)) return false;
-    if (!d.y || &reach == &y_ || !overlap(d.y, y_, data, reach)) continue;
-    if (!(in_place_ && &reach == &x_ && d.x == d.y)) return false;
+bool Placement::allows(const std::byte* const* data) const {
+  for (int k = 0; k < count_; ++k) {
+    if (!data[k]) continue;
+    if (reinterpret_cast<std::uintptr_t>(data[k]) & static_cast<std::uintptr_t>(reach_[k].element - 1)) return false;
+    if (!data[out_] || k == out_ || !overlap(data[out_], reach_[out_], data[k], reach_[k])) continue;
+    if (!(same_ >> k & 1) || data[k] != data[out_]) return false;
   }
   return true;
 }
@@ -527,6 +518,7 @@ namespace {
 void check_forward(const ForwardArgs& args, Phase phase, bool keep_sum, Shapes& shapes) {
   const Array &x = args.x, &y = args.y;
   const Dtype like_x = is_floating(x.dtype) ? x.dtype : Dtype::float32;
+  shapes.x_dtype = x.dtype;
   shapes.out_dtype = args.y_dtype == Dtype::other ? like_x : args.y_dtype;
   shapes.fits = (shapes.out_dtype == like_x || shapes.out_dtype == compute_dtype(x.dtype));
   shapes.wants_sum = args.residual.present && (keep_sum || shapes.out_dtype != x.dtype || phase == Phase::reduce);
@@ -706,7 +698,7 @@ void point(ForwardJob& job, const ForwardData& data) {
   t.weight.data = data.weight, t.bias.data = data.bias;
   t.where.data = t.frozen ? nullptr : data.where;
   if (t.phase == Phase::both) job.running.mean = data.running_mean, job.running.var = data.running_var;
-  if (t.phase == Phase::apply) t.given.mean = data.mean, t.given.scale = data.rstd;
+  if (t.phase == Phase::apply) t.given.mean = t.centered ? data.mean : nullptr, t.given.scale = data.rstd;
   else t.mean = data.mean, t.rstd = data.rstd;
   if (t.phase == Phase::reduce) t.moments = reinterpret_cast<double*>(data.moments);
   job.threads = num_threads();
@@ -714,8 +706,11 @@ void point(ForwardJob& job, const ForwardData& data) {
 
 BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardNeed need, Phase phase) {
   BackwardPlan plan;
+  plan.need = need;
   Shapes& shapes = plan.shapes;
   const Array& x = args.x;
+  shapes.x_dtype = x.dtype;
+  shapes.param_dtype = args.weight.present ? args.weight.dtype : compute_dtype(x.dtype);
   check_data_dtype("x", x, false);
   check_spec(spec);
   check_same_dtype("dy", args.dy, x.dtype, ", the dtype of x");
@@ -750,12 +745,23 @@ BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardN
   shapes.repack_params = !params_in_order(args.weight, bias, shapes);
   t.weight = param_of(args.weight, spec.weight_offset), t.bias = param_of(bias, 0);
   t.given = given_of(args.mean, args.rstd, t.geometry);
-  t.sums = reinterpret_cast<double*>(args.sums.data);
-  t.counts = reinterpret_cast<const double*>(args.count.data);
-  plan.job.dweight = {args.dweight.data, args.dweight.dtype};
-  plan.job.dbias = {args.dbias.data, args.dbias.dtype};
-  plan.job.threads = num_threads();
+  plan.job.dweight.dtype = args.dweight.present ? args.dweight.dtype : shapes.param_dtype;
+  plan.job.dbias.dtype = args.dbias.present ? args.dbias.dtype : shapes.param_dtype;
+  point(plan.job,
+        {args.dy.data, x.data, args.dx.data, args.mean.data, args.rstd.data, args.weight.data, args.bias.data,
+         args.where.data, args.dresidual.data, args.sums.data, args.count.data, args.dweight.data, args.dbias.data});
   return plan;
+}
+
+void point(BackwardJob& job, const BackwardData& data) {
+  Task& t = job.task;
+  t.x.data = data.x, t.dy.data = data.dy, t.dx.data = data.dx, t.residual.data = data.dresidual;
+  t.where.data = t.frozen ? nullptr : data.where;
+  t.weight.data = data.weight, t.bias.data = t.activation.kind == ActivationKind::none ? nullptr : data.bias;
+  t.given.mean = t.centered ? data.mean : nullptr, t.given.scale = data.rstd;
+  t.sums = reinterpret_cast<double*>(data.sums), t.counts = reinterpret_cast<const double*>(data.count);
+  job.dweight.data = data.dweight, job.dbias.data = data.dbias;
+  job.threads = num_threads();
 }
 
 // ---- specs -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ using Extents = std::array<std::int64_t, kMaxAxes>;
 
 /// How the arrays of a call must lie in memory. Strides in elements, dense.
 struct Shapes {
-  Dtype out_dtype = Dtype::float32;
+  Dtype x_dtype = Dtype::float32, out_dtype = Dtype::float32, param_dtype = Dtype::float32;
   Extents out_strides;    // y or dx, where the caller did not pass one: the memory order of x
   Extents stat_shape, stat_strides;
   int stat_ndim = 0;
@@ -41,32 +41,43 @@ struct ForwardPlan {
   ForwardJob job;
   Shapes shapes;
 };
+
+/// The same of backward.
+struct BackwardData {
+  std::byte *dy = nullptr, *x = nullptr, *dx = nullptr, *mean = nullptr, *rstd = nullptr, *weight = nullptr,
+            *bias = nullptr, *where = nullptr, *dresidual = nullptr, *sums = nullptr, *count = nullptr,
+            *dweight = nullptr, *dbias = nullptr;
+};
+struct BackwardNeed { bool dx = true, dweight = true, dbias = true; };
 struct BackwardPlan {
   BackwardJob job;
   Shapes shapes;
+  BackwardNeed need;
 };
-
-struct BackwardNeed { bool dx = true, dweight = true, dbias = true; };
 
 /// `keep_sum`: x + residual gets an array of its own.
 ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec, Phase phase = Phase::both, bool keep_sum = false);
 void point(ForwardJob& job, const ForwardData& data);
 BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardNeed need, Phase phase = Phase::both);
+void point(BackwardJob& job, const BackwardData& data);
 
 /// The bytes that an array reaches over, seen from its address, and those of an element.
 struct Reach { std::int64_t first = 0, last = 0, element = 1; };
-Reach reach_of(const Array& a);
 
-/// What forward() demands of the addresses of its arrays, kept for calls with the same arrays elsewhere.
+/// What was judged of the addresses of a call's arrays, for like calls whose arrays lie elsewhere.
 class Placement {
  public:
-  explicit Placement(const ForwardArgs& args);
-  /// False: the arrays have to be judged. True: they are on their elements, and y lies apart from all others or on x.
-  bool allows(const ForwardData& data) const;
+  /// arrays[out] is written, and may be one of those whose bits are set in `same` itself.
+  Placement(std::span<const Array> arrays, int out, std::uint32_t same);
+  /// True where all arrays that there are lie on their elements, and the output apart from the others or on such a one.
+  /// Where it is false, they have to be judged.
+  bool allows(const std::byte* const* data) const;
 
  private:
-  Reach x_, y_, weight_, bias_, running_mean_, running_var_, residual_, where_;
-  bool in_place_;  // y has the strides of x
+  static constexpr int kMostArrays = 12;
+  std::array<Reach, kMostArrays> reach_;
+  int count_, out_;
+  std::uint32_t same_;
 };
 
 /// True where the memory between the first and the last byte of both overlaps, and they are not one and the same view.

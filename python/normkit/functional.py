@@ -43,25 +43,28 @@ _ALL = ("dx", "dweight", "dbias")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _compiled(kind: int) -> Callable[[_Function], _Function]:
+def _compiled(with_short_way: Callable[[int, Any], Any], kind: int) -> Callable[[_Function], _Function]:
     """Lets C++ answer what it can: calls on NumPy arrays whose layout fits. The function itself is for the rest.
 
     C++ goes by the names and defaults of the parameters.
     """
 
     def compiled(function: _Function) -> _Function:
-        result: _Function = _core.forward_function(kind, function)
+        result: _Function = with_short_way(kind, function)
         return result
 
     return compiled
 
 
-def _backward(*call: Any) -> Any:
-    result = _core.backward(*call)
-    return backward_anywhere(*call) if result is NotImplemented else result
+def _forward(kind: int) -> Callable[[_Function], _Function]:
+    return _compiled(_core.forward_function, kind)
 
 
-@_compiled(_INSTANCE)
+def _backward(kind: int) -> Callable[[_Function], _Function]:
+    return _compiled(_core.backward_function, kind)
+
+
+@_forward(_INSTANCE)
 def instance_norm(
     x: Array,
     weight: Array = None,
@@ -145,6 +148,7 @@ def instance_norm(
     )  # fmt: skip
 
 
+@_backward(_INSTANCE)
 def instance_norm_backward(
     dy: Array,
     x: Array,
@@ -199,11 +203,10 @@ def instance_norm_backward(
     TypeError, ValueError, numpy.exceptions.AxisError
         Naming the argument, before anything is written.
     """
-    result: tuple[Any, Any, Any] = _backward(
+    return backward_anywhere(
         _INSTANCE, channel_axis, dy, x, mean, rstd, weight, use_input_stats, need, out,
         where, bias, activation, weight_offset, dresidual,
     )  # fmt: skip
-    return result
 
 
 def instance_norm_double_backward(
@@ -271,7 +274,7 @@ def instance_norm_double_backward(
     )
 
 
-@_compiled(_GROUP)
+@_forward(_GROUP)
 def group_norm(
     x: Array,
     num_groups: int,
@@ -322,6 +325,7 @@ def group_norm(
     )  # fmt: skip
 
 
+@_backward(_GROUP)
 def group_norm_backward(
     dy: Array,
     x: Array,
@@ -347,11 +351,10 @@ def group_norm_backward(
     Returns (dx, dweight, dbias). Without weight, dweight and dbias are (C,).
     """
     axes = (channel_axis, num_groups)
-    result: tuple[Any, Any, Any] = _backward(
+    return backward_anywhere(
         _GROUP, axes, dy, x, mean, rstd, weight, use_input_stats, need, out,
         where, bias, activation, weight_offset, dresidual,
     )  # fmt: skip
-    return result
 
 
 def group_norm_double_backward(
@@ -383,7 +386,7 @@ def group_norm_double_backward(
     )
 
 
-@_compiled(_LAYER)
+@_forward(_LAYER)
 def layer_norm(
     x: Array,
     weight: Array = None,
@@ -431,6 +434,7 @@ def layer_norm(
     )  # fmt: skip
 
 
+@_backward(_LAYER)
 def layer_norm_backward(
     dy: Array,
     x: Array,
@@ -454,11 +458,10 @@ def layer_norm_backward(
 
     Returns (dx, dweight, dbias). dweight and dbias have the extents of the normalized axes.
     """
-    result: tuple[Any, Any, Any] = _backward(
+    return backward_anywhere(
         _LAYER, axis, dy, x, mean, rstd, weight, use_input_stats, need, out,
         where, bias, activation, weight_offset, dresidual,
     )  # fmt: skip
-    return result
 
 
 def layer_norm_double_backward(
@@ -489,7 +492,7 @@ def layer_norm_double_backward(
     )
 
 
-@_compiled(_LAYER_RMS)
+@_forward(_LAYER_RMS)
 def rms_norm(
     x: Array,
     weight: Array = None,
@@ -539,6 +542,7 @@ def rms_norm(
     )  # fmt: skip
 
 
+@_backward(_LAYER_RMS)
 def rms_norm_backward(
     dy: Array,
     x: Array,
@@ -564,11 +568,10 @@ def rms_norm_backward(
 
     Returns (dx, dweight, dbias). dweight and dbias have the extents of the normalized axes.
     """
-    result: tuple[Any, Any, Any] = _backward(
+    return backward_anywhere(
         _LAYER_RMS, axis, dy, x, None, rstd, weight, use_input_stats, need, out,
         where, bias, activation, weight_offset, dresidual,
     )  # fmt: skip
-    return result
 
 
 def rms_norm_double_backward(
@@ -599,7 +602,7 @@ def rms_norm_double_backward(
     )
 
 
-@_compiled(_BATCH)
+@_forward(_BATCH)
 def batch_norm(
     x: Array,
     weight: Array = None,
@@ -653,6 +656,7 @@ def batch_norm(
     )  # fmt: skip
 
 
+@_backward(_BATCH)
 def batch_norm_backward(
     dy: Array,
     x: Array,
@@ -676,11 +680,10 @@ def batch_norm_backward(
 
     Returns (dx, dweight, dbias). dweight and dbias are (C,).
     """
-    result: tuple[Any, Any, Any] = _backward(
+    return backward_anywhere(
         _BATCH, channel_axis, dy, x, mean, rstd, weight, training, need, out,
         where, bias, activation, weight_offset, dresidual,
     )  # fmt: skip
-    return result
 
 
 def batch_norm_double_backward(
@@ -816,7 +819,7 @@ def adaptive_instance_norm_backward(
     if "dstyle" in need:
         wanted = (*wanted, "dweight", "dbias")
     with called("content"):
-        dcontent, dweight, dbias = _backward(
+        dcontent, dweight, dbias = backward_anywhere(
             _INSTANCE, channel_axis, v["dy"], v["content"], v["mean"], v["rstd"], of_style.std(eps), True, wanted,
             v["out"], v["where"], of_style.mean, activation, 0.0, v["dresidual"],
         )  # fmt: skip
@@ -846,7 +849,7 @@ def _style_moments(content: Array, style: Array, channel_axis: int) -> Moments:
     return moments
 
 
-@_compiled(_NORMALIZE)
+@_forward(_NORMALIZE)
 def normalize(
     x: Array,
     weight: Array = None,
@@ -906,6 +909,7 @@ def normalize(
     )  # fmt: skip
 
 
+@_backward(_NORMALIZE)
 def normalize_backward(
     dy: Array,
     x: Array,
@@ -933,11 +937,10 @@ def normalize_backward(
     Returns (dx, dweight, dbias). dweight and dbias have the shape of weight; without one, that of the normalized axes.
     """
     kind = _NORMALIZE if center else _NORMALIZE_RMS
-    result: tuple[Any, Any, Any] = _backward(
+    return backward_anywhere(
         kind, axis, dy, x, mean, rstd, weight, use_input_stats, need, out,
         where, bias, activation, weight_offset, dresidual,
     )  # fmt: skip
-    return result
 
 
 def normalize_double_backward(

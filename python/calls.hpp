@@ -1,0 +1,109 @@
+// Calls of the core from Python: what both directions share.
+//
+// A direction is a struct that has the arguments of a call by slot: arrays, then numbers, then what is told by its identity,
+// then flags. plan_and_run() does all that a call takes; run() what is left to do where a like call has been planned before.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "arrays.hpp"
+#include "function.hpp"
+#include "plan.hpp"
+#include "recent.hpp"
+
+namespace calls {
+
+namespace nb = nanobind;
+
+/// Functions of _core.
+void add_forward(nb::module_& m, nb::handle function_type);
+void add_backward(nb::module_& m, nb::handle function_type);
+
+/// Scratch of a call: on the stack where it is small, since most calls on small arrays want none or little.
+class Workspace {
+ public:
+  explicit Workspace(std::size_t doubles) {
+    if (doubles > kOnStack) heap_.reset(static_cast<double*>(::operator new[](doubles * sizeof(double), kLine)));
+  }
+  double* data() { return heap_ ? heap_.get() : stack_; }
+
+ private:
+  static constexpr std::size_t kOnStack = 512;
+  static constexpr std::align_val_t kLine{64};
+  struct Delete {
+    void operator()(double* p) const { ::operator delete[](p, kLine); }
+  };
+  alignas(64) double stack_[kOnStack];
+  std::unique_ptr<double[], Delete> heap_;
+};
+
+/// Elements from which other Python threads get to run meanwhile: letting go of the lock and taking it back costs as much as
+/// some thousands of elements.
+constexpr std::int64_t kReleaseElements = 16384;
+
+template <class Job> void run_job(Job& job) {
+  Workspace workspace(workspace_doubles(job));
+  if (job.task.geometry.size() < kReleaseElements) return run(job, workspace.data());
+  const nb::gil_scoped_release unlocked;
+  run(job, workspace.data());
+}
+
+/// The short way to a direction: it keeps the plans of the last calls.
+template <class Call> class Way final : public function::ShortWay {
+ public:
+  explicit Way(int kind) : kind_(kind) {}
+
+  nb::object call(PyObject* const* values) override {
+    for (int slot = Call::kFlags; slot < Call::kSlots; ++slot)
+      if (!PyBool_Check(values[slot])) return nb::borrow(Py_NotImplemented);
+    const Call call(kind_, values);
+    recent::Key key;
+    for (int slot = 0; slot < Call::kArrays; ++slot)
+      if (!key.add_array(values[slot])) return call.plan_and_run();
+    for (int slot = Call::kArrays; slot < Call::kNumbers; ++slot) key.add_number(values[slot]);
+    for (int slot = Call::kNumbers; slot < Call::kSlots; ++slot) key.add(values[slot]);
+    if (const std::shared_ptr<const Known> known = recent_.find(key)) {
+      std::byte* data[Call::kArrays];
+      for (int slot = 0; slot < Call::kArrays; ++slot)
+        data[slot] = values[slot] == Py_None ? nullptr : arrays::data_of(values[slot]);
+      if (known->placement.allows(data)) return call.run(known->plan, Call::data(data));
+    }
+    return call.plan_and_run([&](const auto& plan, const arrays::View* views) { keep(key, values, plan, views); });
+  }
+
+ private:
+  struct Known {
+    typename Call::Plan plan;
+    normkit::Placement placement;
+  };
+
+  /// Not where anything had to be copied first, or could change unseen.
+  void keep(const recent::Key& key, PyObject* const* values, const typename Call::Plan& plan,
+            const arrays::View* views) {
+    if (plan.shapes.empty) return;
+    std::vector<nb::object> held;
+    normkit::Array all[Call::kArrays];
+    for (int slot = 0; slot < Call::kArrays; ++slot) {
+      if (views[slot].copy.is_valid()) return;
+      all[slot] = views[slot].array;
+      if (all[slot].present) held.push_back(nb::borrow(arrays::descr_of(values[slot])));
+    }
+    for (int slot = Call::kArrays; slot < Call::kSlots; ++slot) {
+      if (!recent::immutable(values[slot])) return;
+      held.push_back(nb::borrow(values[slot]));
+    }
+    recent_.keep(key, std::move(held), {plan, normkit::Placement(all, Call::kOut, Call::kMayBeOut)});
+  }
+
+  int kind_;
+  recent::Recent<Known> recent_;
+};
+
+}  // namespace calls
