@@ -6,6 +6,7 @@ The instructions repeat to a percent on any machine, the nanoseconds do not.
 """
 
 import argparse
+import inspect
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ from normkit import _core
 
 MANY, FEW = 41_000, 1_000
 ROUNDS, LOOPS = 60, 2_000
+SHAPE, LARGE = (2, 4, 4, 4), (1, 8, 8, 8)
 
 
 def beneath(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
@@ -36,20 +38,22 @@ def beneath(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
 def calls() -> dict[str, Callable[[], Any]]:
     """Every call that is measured. Those of one line differ in one thing from one before."""
     forward, backward = normkit.instance_norm, normkit.instance_norm_backward
-    x, one, none = (np.arange(np.prod(s), dtype=np.float32).reshape(s) for s in ((1, 8, 8, 8), (1, 1, 1), (1, 1, 0)))
-    y, one_y, none_y = map(np.empty_like, (x, one, none))
-    weight, bias = np.ones(8, np.float32), np.zeros(8, np.float32)
+    x, large, one = (np.arange(np.prod(s), dtype=np.float32).reshape(s) for s in (SHAPE, LARGE, (1, 1, 1)))
+    y, large_y, one_y = map(np.empty_like, (x, large, one))
+    weight, bias = np.ones(SHAPE[1], np.float32), np.zeros(SHAPE[1], np.float32)
     _, mean, rstd = forward(x, return_stats=True)
+    in_python = inspect.unwrap(forward)
     return {
         "nothing": lambda: None,
         "empty call": lambda: _core.num_threads(),
-        "no elements, C++": beneath("forward", lambda: forward(none, out=none_y)),
-        "no elements": lambda: forward(none, out=none_y),
         "one element": lambda: forward(one, out=one_y),
         "out": lambda: forward(x, out=y),
+        "large": lambda: forward(large, out=large_y),
         "weight": lambda: forward(x, weight, bias, out=y),
         "new": lambda: forward(x),
         "new, statistics": lambda: forward(x, return_stats=True),
+        "planned anew, C++": beneath("forward", lambda: in_python(x, out=y)),
+        "planned anew": lambda: in_python(x, out=y),
         "backward, out": lambda: backward(x, x, mean, rstd, weight, out=y, need=("dx",)),
         "backward": lambda: backward(x, x, mean, rstd, weight),
     }
@@ -58,15 +62,16 @@ def calls() -> dict[str, Callable[[], Any]]:
 # What a row shows: a call, less another.
 STAGES = {
     "an empty call into C++": ("empty call", "nothing"),
-    "arguments, views, plan": ("no elements, C++", "empty call"),
-    "the function in Python": ("no elements", "no elements, C++"),
-    "workspace, dispatch, one element": ("one element", "no elements"),
-    "the kernel, (1, 8, 8, 8)": ("out", "one element"),
+    "arguments, a plan that is known, dispatch": ("one element", "empty call"),
+    f"the kernel, {SHAPE}": ("out", "one element"),
     "= instance_norm(x, out=y)": ("out", "nothing"),
     "weight and bias": ("weight", "out"),
     "a new y, not a given one": ("new", "out"),
     "new statistics": ("new, statistics", "new"),
     "= instance_norm(x, return_stats=True)": ("new, statistics", "nothing"),
+    f"the same with out=y on {LARGE}": ("large", "nothing"),
+    "views and a plan, not a known one": ("planned anew, C++", "out"),
+    "the long way, in Python": ("planned anew", "planned anew, C++"),
     "= instance_norm_backward, dx into out": ("backward, out", "nothing"),
     "= instance_norm_backward, all new": ("backward", "nothing"),
 }
@@ -109,11 +114,11 @@ def main() -> None:
     times = nanoseconds()
     count = not options.no_instructions and shutil.which("valgrind") is not None
     counts = {name: instructions(name) for name in calls()} if count else {}
-    print(f"normkit {normkit.__version__} ({normkit.isa()}), (1, 8, 8, 8) float32, one thread")
-    print(f"{'':40}{'ns':>8}{'instructions (avx2)' if count else '':>22}")
+    print(f"normkit {normkit.__version__} ({normkit.isa()}), {SHAPE} float32, one thread")
+    print(f"{'':44}{'ns':>8}{'instructions (avx2)' if count else '':>22}")
     for stage, (name, less) in STAGES.items():
         told = f"{counts[name] - counts[less]:22,.0f}" if count else ""
-        print(f"{stage:40}{times[name] - times[less]:8.0f}{told}")
+        print(f"{stage:44}{times[name] - times[less]:8.0f}{told}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-// The module: all of it but the calls of the core, which forward.cpp and backward.cpp have. Judgement is plan.cpp's; what does
-// not fit the fast path (other libraries, arrays to be packed) is answered with NotImplemented and handled by _arrays.py.
+// The module: what is not a call of the core, which forward.cpp and backward.cpp have.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>

@@ -1,3 +1,5 @@
+// Forward, and its two phases: views of NumPy arrays in, one planned call, NumPy arrays out. Judgment is the core's; what does
+// not fit the fast path (other libraries, arrays to be packed) is answered with NotImplemented and handled by _arrays.py.
 #include <string>
 
 #include "calls.hpp"

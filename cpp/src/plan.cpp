@@ -1,208 +1,14 @@
 #include "plan.hpp"
 
 #include <algorithm>
-#include <cmath>
-#include <initializer_list>
-#include <memory>
-#include <new>
-#include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
 
-#include "normkit/formula.hpp"
+#include "arguments.hpp"
 
 namespace normkit {
 namespace {
-
-[[noreturn]] void fail(Error::Kind kind, const std::string& message) { throw Error(kind, message); }
-[[noreturn]] void type_error(const std::string& message) { fail(Error::Kind::type, message); }
-[[noreturn]] void value_error(const std::string& message) { fail(Error::Kind::value, message); }
-
-// ---- words -------------------------------------------------------------------------------------------------------
-
-std::string tuple(std::span<const std::int64_t> values) {
-  std::ostringstream text;
-  text << '(';
-  for (std::size_t k = 0; k < values.size(); ++k) text << (k ? ", " : "") << values[k];
-  text << (values.size() == 1 ? ",)" : ")");
-  return text.str();
-}
-
-/// "a", "a or b", "a, b or c".
-std::string alternatives(const std::vector<std::string>& words) {
-  std::string text;
-  for (std::size_t k = 0; k < words.size(); ++k)
-    text += (k == 0 ? "" : k + 1 == words.size() ? " or " : ", ") + words[k];
-  return text;
-}
-
-std::string number(double v) {
-  if (std::isnan(v)) return "nan";
-  if (std::isinf(v)) return v < 0 ? "-inf" : "inf";
-  std::ostringstream text;
-  text << v;
-  return text.str().find_first_of(".e") == std::string::npos ? text.str() + ".0" : text.str();
-}
-
-std::vector<std::int64_t> extents_of(std::span<const std::int64_t> shape, AxisMask axes) {
-  std::vector<std::int64_t> extents;
-  for (std::size_t a = 0; a < shape.size(); ++a)
-    if (axes & axis_bit(static_cast<int>(a))) extents.push_back(shape[a]);
-  return extents;
-}
-
-// ---- one array ---------------------------------------------------------------------------------------------------
-
-std::string dtype_name(const Array& a) {
-  return a.dtype == Dtype::other ? std::string(a.other_dtype) : name_of(a.dtype);
-}
-
-[[noreturn]] void bad_dtype(const char* name, const Array& a, const std::string& expected) {
-  const std::string given = dtype_name(a);
-  const bool swapped = !given.empty() && (given[0] == '>' || given[0] == '<');
-  type_error(std::string(name) + " has dtype " + given + ", expected " + (swapped ? "native byte order" : expected));
-}
-
-void check_data_dtype(const char* name, const Array& a, bool integers) {
-  if (a.dtype >= Dtype::boolean || !(integers || is_floating(a.dtype)))
-    bad_dtype(name, a,
-              integers ? "float32, float64, float16, bfloat16, uint8, int8, uint16 or int16"
-                       : "float32, float64, float16 or bfloat16");
-}
-
-void check_same_dtype(const char* name, const Array& a, Dtype expected, const char* because) {
-  if (a.dtype != expected) bad_dtype(name, a, std::string(name_of(expected)) + because);
-}
-
-void check_wide_dtype(const char* name, const Array& a) {
-  if (a.dtype != Dtype::float32 && a.dtype != Dtype::float64) bad_dtype(name, a, "float32 or float64");
-}
-
-void check_param_dtype(const char* name, const Array& a, Dtype x) {
-  const bool narrow = x == Dtype::float16 || x == Dtype::bfloat16;
-  if (a.dtype == Dtype::float32 || a.dtype == Dtype::float64 || (narrow && a.dtype == x)) return;
-  bad_dtype(name, a,
-            narrow ? std::string("float32, float64 or ") + name_of(x) + ", the dtype of x" : "float32 or float64");
-}
-
-bool equal(std::span<const std::int64_t> a, std::span<const std::int64_t> b) {
-  return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
-}
-
-void check_shape(const char* name, const Array& a, std::span<const std::int64_t> expected, const char* because) {
-  if (!equal(a.shape, expected))
-    value_error(std::string(name) + " has shape " + tuple(a.shape) + ", expected " + tuple(expected) + because);
-}
-
-void check_writable(const char* name, const Array& a) {
-  if (a.read_only) value_error(std::string(name) + " is read-only, expected a writable array");
-  for (const std::int64_t extent : a.shape)
-    if (extent == 0) return;
-  for (int axis = 0; axis < a.ndim(); ++axis)
-    if (a.shape[axis] > 1 && a.stride(axis) == 0)
-      value_error(std::string(name) + " has elements that share memory, expected distinct ones");
-}
-
-Reach reach_of(const Array& a) {
-  Reach r{0, size_of(a.dtype), size_of(a.dtype)};
-  for (int axis = 0; axis < a.ndim(); ++axis) {
-    if (a.shape[axis] == 0) return {0, 0, r.element};
-    const std::int64_t reach = a.stride(axis) * (a.shape[axis] - 1);
-    (reach < 0 ? r.first : r.last) += reach;
-  }
-  return r;
-}
-
-bool overlap(const std::byte* a, const Reach& p, const std::byte* b, const Reach& q) {
-  return a + p.first < b + q.last && b + q.first < a + p.last;
-}
-
-bool same_strides(const Array& a, const Array& b) {
-  for (int axis = 0; axis < a.ndim(); ++axis)
-    if (a.shape[axis] > 1 && a.stride(axis) != b.stride(axis)) return false;
-  return true;
-}
-
-bool same_view(const Array& a, const Array& b) {
-  return a.data == b.data && a.dtype == b.dtype && equal(a.shape, b.shape) && same_strides(a, b);
-}
-
-bool bounds_overlap(const Array& a, const Array& b) {
-  const Reach p = reach_of(a), q = reach_of(b);
-  return p.first != p.last && q.first != q.last && overlap(a.data, p, b.data, q);
-}
-
-/// An output may be `data` itself, where that is elementwise safe, or lie apart from it.
-void check_apart(const char* name, const Array& out, const char* other_name, const Array& other, bool may_be_same,
-                 bool known_apart) {
-  if (!other.present || other.dtype == Dtype::other || known_apart || !bounds_overlap(out, other)) return;
-  if (may_be_same && same_view(out, other)) return;
-  value_error(std::string(name) + " overlaps " + other_name + ", expected " +
-              (may_be_same ? std::string(other_name) + " itself or memory apart" : "memory apart"));
-}
-
-bool on_elements(const Array& a) {
-  const std::int64_t size = size_of(a.dtype);
-  bool aligned = reinterpret_cast<std::uintptr_t>(a.data) % static_cast<std::uintptr_t>(size) == 0;
-  for (int axis = 0; axis < a.ndim(); ++axis) aligned = aligned && (a.shape[axis] < 2 || a.stride(axis) % size == 0);
-  return aligned;
-}
-
-/// Strides in elements.
-void element_strides(const Array& a, Extents& out) {
-  for (int axis = 0; axis < a.ndim(); ++axis) out[axis] = a.stride(axis) / size_of(a.dtype);
-}
-
-bool has_strides(const Array& a, const Extents& strides) {
-  for (int axis = 0; axis < a.ndim(); ++axis)
-    if (a.shape[axis] > 1 && a.stride(axis) != strides[axis] * size_of(a.dtype)) return false;
-  return reinterpret_cast<std::uintptr_t>(a.data) % static_cast<std::uintptr_t>(size_of(a.dtype)) == 0;
-}
-
-// ---- parameters --------------------------------------------------------------------------------------------------
-
-bool has_extents(std::span<const std::int64_t> shape, std::span<const std::int64_t> x, AxisMask axes) {
-  std::size_t seen = 0;
-  for (std::size_t a = 0; a < x.size(); ++a)
-    if (axes & axis_bit(static_cast<int>(a))) {
-      if (seen == shape.size() || shape[seen] != x[a]) return false;
-      ++seen;
-    }
-  return seen == shape.size();
-}
-
-/// The axes of x that an array varies along which broadcasts against it.
-AxisMask broadcast_axes(const char* name, const Array& a, std::span<const std::int64_t> x) {
-  AxisMask axes = 0;
-  const int shift = static_cast<int>(x.size()) - a.ndim();
-  for (int axis = 0; axis < a.ndim(); ++axis) {
-    if (shift < 0 || (a.shape[axis] != 1 && a.shape[axis] != x[shift + axis]))
-      value_error(std::string(name) + " has shape " + tuple(a.shape) +
-                  ", expected a shape that broadcasts against x: " + tuple(x));
-    if (a.shape[axis] != 1) axes |= axis_bit(shift + axis);
-  }
-  return axes;
-}
-
-/// The axes of x that weight or bias varies along; its shape is judged.
-AxisMask match_params(const char* name, const Array& a, std::span<const std::int64_t> x, const Spec& spec) {
-  if (spec.param_forms == 0) return broadcast_axes(name, a, x);
-  for (int form = 0; form < spec.param_forms; ++form)
-    if (has_extents(a.shape, x, spec.param_axes[form])) return spec.param_axes[form];
-  std::vector<std::string> expected;
-  for (int form = 0; form < spec.param_forms; ++form) {
-    const std::string text = tuple(extents_of(x, spec.param_axes[form]));
-    if (expected.empty() || expected.back() != text) expected.push_back(text);
-  }
-  value_error(std::string(name) + " has shape " + tuple(a.shape) + ", expected " + alternatives(expected) + ": " +
-              spec.param_meaning);
-}
-
-/// The axis of x that axis `axis` of a parameter array of `ndim` axes lies along.
-int param_axis(const Spec& spec, AxisMask axes, int x_ndim, int ndim, int axis) {
-  if (spec.param_forms == 0) return x_ndim - ndim + axis;
-  for (int a = 0, seen = 0; a < x_ndim; ++a)
-    if ((axes & axis_bit(a)) && seen++ == axis) return a;
-  return 0;
-}
 
 /// Dense strides over the axes in `axes`, in the order of `order`.
 Extents dense_strides(std::span<const std::int64_t> shape, AxisMask axes, const AxisOrder& order) {
@@ -268,54 +74,6 @@ void describe_params(const Array& x, const Array& like, const Spec& spec, AxisMa
 
 // ---- the whole call ----------------------------------------------------------------------------------------------
 
-void check_spec(const Spec& spec) {
-  if (!(spec.eps >= 0) || std::isinf(spec.eps))
-    value_error("eps is " + number(spec.eps) + ", expected a finite number that is at least 0");
-  if (!(spec.momentum >= 0 && spec.momentum <= 1))
-    value_error("momentum is " + number(spec.momentum) + ", expected a number from 0 to 1");
-  if (!std::isfinite(spec.weight_offset))
-    value_error("weight_offset is " + number(spec.weight_offset) + ", expected a finite number");
-  if (!std::isfinite(spec.activation.parameter))
-    value_error("activation has parameter " + number(spec.activation.parameter) + ", expected a finite number");
-}
-
-void check_where(const Array& where, const Array& x) {
-  if (!where.present) return;
-  if (where.dtype != Dtype::boolean) bad_dtype("where", where, "bool");
-  broadcast_axes("where", where, x.shape);
-}
-
-/// A companion of x: the same shape and floating dtype.
-void check_like_x(const char* name, const Array& a, const Array& x) {
-  if (!a.present) return;
-  check_shape(name, a, x.shape, ", the shape of x");
-  check_same_dtype(name, a, x.dtype, ", the dtype of x");
-}
-
-void check_residual(const ForwardArgs& args) {
-  if (!args.residual.present) return;
-  if (!is_floating(args.x.dtype))
-    bad_dtype("x", args.x, "float32, float64, float16 or bfloat16 with a residual to add");
-  check_like_x("residual", args.residual, args.x);
-}
-
-/// The members of each statistic, of float64.
-void check_counts(const Array& a, const Shapes& shapes) {
-  if (!a.present) value_error("count is None, expected an array: one element per statistic");
-  check_same_dtype("count", a, Dtype::float64, "");
-  check_shape("count", a, {shapes.stat_shape.data(), static_cast<std::size_t>(shapes.stat_ndim)},
-              ": one element per statistic");
-}
-
-/// `a`, of float64, has the kept axes of x and 3.
-void check_triples(const char* name, const Array& a, const Shapes& shapes) {
-  if (!a.present) value_error(std::string(name) + " is None, expected an array: three numbers per statistic");
-  check_same_dtype(name, a, Dtype::float64, "");
-  std::vector<std::int64_t> expected(shapes.stat_shape.begin(), shapes.stat_shape.begin() + shapes.stat_ndim);
-  expected.push_back(3);
-  check_shape(name, a, expected, ": three numbers per statistic");
-}
-
 /// x as statistics see it: where channels form groups, their axis is two, groups and channels of a group.
 struct Blocks {
   Extents shape;
@@ -375,15 +133,11 @@ AxisOrder describe(const Array& x, const Blocks& blocks, Shapes& shapes) {
   return order;
 }
 
-std::span<const std::int64_t> stat_shape(const Shapes& shapes) {
-  return {shapes.stat_shape.data(), static_cast<std::size_t>(shapes.stat_ndim)};
-}
-
 void check_statistic(const char* name, const Array& a, Shapes& shapes, bool wanted) {
   if (!wanted) return;
   if (!a.present) value_error(std::string(name) + " is None, expected an array: one element per statistic");
   check_wide_dtype(name, a);
-  check_shape(name, a, stat_shape(shapes), ": one element per statistic");
+  check_shape(name, a, shapes.statistics(), ": one element per statistic");
   shapes.repack_stats = shapes.repack_stats || !has_strides(a, shapes.stat_strides);
 }
 
@@ -421,28 +175,6 @@ bool choose_kind(Task& t) {
   else if (!lanes && !linear && g.steps == 1 && g.run % g.params.stride == 0) t.kind = ParamKind::piece;
   else return false;
   return true;
-}
-
-void check_running(const Array& mean, const Array& var, const Array& x, const Spec& spec) {
-  if (mean.present != var.present)
-    value_error(mean.present ? "running_var is None, expected an array like running_mean"
-                             : "running_mean is None, expected an array like running_var");
-  if (!mean.present) {
-    if (!spec.use_input_stats)
-      value_error(std::string(spec.frozen_by) + " is False, expected running_mean and running_var to normalize with");
-    return;
-  }
-  const std::int64_t channels[] = {x.shape[spec.channel_axis]};
-  for (const auto& [name, a] : {std::pair{"running_mean", &mean}, std::pair{"running_var", &var}}) {
-    check_wide_dtype(name, *a);
-    check_shape(name, *a, channels, ": one element per channel of x");
-    if (spec.use_input_stats) check_writable(name, *a);
-  }
-  std::int64_t members = 1;
-  for (int axis = 0; axis < x.ndim(); ++axis)
-    if (spec.reduce_axes & axis_bit(axis)) members *= x.shape[axis];
-  if (spec.use_input_stats && members == 1)
-    value_error("x has 1 member per statistic, expected at least 2: running_var takes an unbiased variance");
 }
 
 /// The strides of all operands, in elements, ready for canonicalise().
@@ -488,32 +220,6 @@ Operand mask_of(const Array& where, const Operands& operands, const Layout& layo
   return operands.mask < 0 ? Operand{} : operand_of(where, layout.strides[static_cast<std::size_t>(operands.mask)]);
 }
 
-}  // namespace
-
-Placement::Placement(std::span<const Array> arrays, int out, std::uint32_t same)
-    : count_(static_cast<int>(arrays.size())), out_(out), same_(0) {
-  const Array& y = arrays[out];
-  for (int k = 0; k < count_; ++k) {
-    reach_[k] = reach_of(arrays[k]);
-    const bool alike = y.present && y.dtype == arrays[k].dtype && equal(y.shape, arrays[k].shape);
-    if (alike && same_strides(y, arrays[k])) same_ |= same & (1U << k);
-  }
-}
-
-bool Placement::allows(const std::byte* const* data) const {
-  for (int k = 0; k < count_; ++k) {
-    if (!data[k]) continue;
-    if (reinterpret_cast<std::uintptr_t>(data[k]) & static_cast<std::uintptr_t>(reach_[k].element - 1)) return false;
-    if (!data[out_] || k == out_ || !overlap(data[out_], reach_[out_], data[k], reach_[k])) continue;
-    if (!(same_ >> k & 1) || data[k] != data[out_]) return false;
-  }
-  return true;
-}
-
-bool may_overlap(const Array& a, const Array& b) { return !same_view(a, b) && bounds_overlap(a, b); }
-
-namespace {
-
 /// The whole call of forward but for the geometry: what the arrays are and how they may lie over each other.
 void check_forward(const ForwardArgs& args, Phase phase, bool keep_sum, Shapes& shapes) {
   const Array &x = args.x, &y = args.y;
@@ -523,8 +229,8 @@ void check_forward(const ForwardArgs& args, Phase phase, bool keep_sum, Shapes& 
   shapes.fits = (shapes.out_dtype == like_x || shapes.out_dtype == compute_dtype(x.dtype));
   shapes.wants_sum = args.residual.present && (keep_sum || shapes.out_dtype != x.dtype || phase == Phase::reduce);
   for (const auto& [name, a] : {std::pair{"mean", &args.mean}, std::pair{"rstd", &args.rstd}})
-    if (a->present) check_shape(name, *a, stat_shape(shapes), ": one element per statistic");
-  if (phase == Phase::reduce && args.moments.present) check_triples("moments", args.moments, shapes);
+    if (a->present) check_shape(name, *a, shapes.statistics(), ": one element per statistic");
+  if (phase == Phase::reduce && args.moments.present) check_triples("moments", args.moments, shapes.statistics());
   if (args.sum.present) check_like_x("sum", args.sum, x);
   if (!y.present) return;
   check_shape("out", y, x.shape, ", the shape of x");
@@ -545,8 +251,8 @@ void check_backward(const BackwardArgs& args, const Spec& spec, Phase phase, Sha
   check_statistic("mean", args.mean, shapes, spec.centered);
   check_statistic("rstd", args.rstd, shapes, true);
   if (phase == Phase::apply) {
-    check_triples("sums", args.sums, shapes);
-    check_counts(args.count, shapes);
+    check_triples("sums", args.sums, shapes.statistics());
+    check_counts(args.count, shapes.statistics());
   }
   if (!args.dx.present) return;
   check_shape("out", args.dx, args.x.shape, ", the shape of x");
@@ -762,260 +468,6 @@ void point(BackwardJob& job, const BackwardData& data) {
   t.sums = reinterpret_cast<double*>(data.sums), t.counts = reinterpret_cast<const double*>(data.count);
   job.dweight.data = data.dweight, job.dbias.data = data.dbias;
   job.threads = num_threads();
-}
-
-// ---- specs -------------------------------------------------------------------------------------------------------
-
-namespace {
-
-int checked_axis(const char* name, std::int64_t axis, int ndim) {
-  if (axis < -ndim || axis >= ndim)
-    fail(Error::Kind::axis, std::string(name) + " is " + std::to_string(axis) + ", expected " + std::to_string(-ndim) +
-                                " to " + std::to_string(ndim - 1) + ": x has " + std::to_string(ndim) +
-                                (ndim == 1 ? " axis" : " axes"));
-  return static_cast<int>(axis < 0 ? axis + ndim : axis);
-}
-
-AxisMask all_axes(int ndim) { return ndim >= kMaxAxes ? ~AxisMask{0} : axis_bit(ndim) - 1; }
-
-}  // namespace
-
-namespace {
-
-int judged_channel_axis(int ndim, std::int64_t axis, bool may_be_first) {
-  if (ndim < 2)
-    value_error("x has " + std::to_string(ndim) + (ndim == 1 ? " axis" : " axes") +
-                ", expected at least 2: images and channels");
-  const int channel_axis = checked_axis("channel_axis", axis, ndim);
-  if (channel_axis == 0 && !may_be_first)
-    value_error("channel_axis is " + std::to_string(axis) + ", expected another: axis 0 of x counts images");
-  return channel_axis;
-}
-
-AxisMask checked_axes(std::span<const std::int64_t> axes, int ndim) {
-  AxisMask mask = 0;
-  if (axes.empty()) value_error("axis is (), expected at least one axis");
-  for (const std::int64_t given : axes) {
-    const int axis = checked_axis("axis", given, ndim);
-    if (mask & axis_bit(axis))
-      value_error("axis has " + std::to_string(axis) + " more than once: " + tuple(axes) + ", expected distinct axes");
-    mask |= axis_bit(axis);
-  }
-  return mask;
-}
-
-}  // namespace
-
-Spec instance_spec(int ndim, std::int64_t channel_axis) {
-  Spec spec;
-  spec.channel_axis = judged_channel_axis(ndim, channel_axis, false);
-  const AxisMask channel = axis_bit(spec.channel_axis), all = all_axes(ndim);
-  spec.reduce_axes = all & ~(channel | axis_bit(0));
-  spec.param_axes = {channel, channel | axis_bit(0), all};
-  spec.param_forms = 3;
-  return spec;
-}
-
-Spec group_spec(std::span<const std::int64_t> shape, std::int64_t num_groups, std::int64_t channel_axis) {
-  Spec spec = instance_spec(static_cast<int>(shape.size()), channel_axis);
-  const std::int64_t channels = shape[static_cast<std::size_t>(spec.channel_axis)];
-  if (shape.size() == kMaxAxes) value_error("x has 64 axes, expected at most 63: groups are an axis more");
-  if (num_groups < 1 || channels % num_groups != 0)
-    value_error("num_groups is " + std::to_string(num_groups) + ", expected a divisor of " + std::to_string(channels) +
-                ", the channels of x");
-  spec.num_groups = num_groups;
-  return spec;
-}
-
-Spec batch_spec(int ndim, std::int64_t channel_axis) {
-  Spec spec;
-  spec.channel_axis = judged_channel_axis(ndim, channel_axis, true);
-  spec.reduce_axes = all_axes(ndim) & ~axis_bit(spec.channel_axis);
-  spec.param_axes = {axis_bit(spec.channel_axis)};
-  spec.param_forms = 1;
-  spec.frozen_by = "training";
-  return spec;
-}
-
-Spec layer_spec(int ndim, std::span<const std::int64_t> axes, bool centered) {
-  Spec spec;
-  spec.centered = centered;
-  spec.reduce_axes = checked_axes(axes, ndim);
-  spec.param_axes = {spec.reduce_axes};
-  spec.param_forms = 1;
-  spec.param_meaning = "the shape of the normalized axes of x";
-  return spec;
-}
-
-Spec normalize_spec(int ndim, std::span<const std::int64_t> axes, bool centered) {
-  Spec spec = layer_spec(ndim, axes, centered);
-  spec.param_forms = 0;
-  return spec;
-}
-
-// ---- for C++ callers ---------------------------------------------------------------------------------------------
-
-namespace {
-
-struct AlignedDelete {
-  void operator()(double* p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-
-template <class Job> void run_with_workspace(Job& job) {
-  const std::size_t doubles = workspace_doubles(job);
-  const std::unique_ptr<double[], AlignedDelete> workspace(
-      static_cast<double*>(::operator new[](doubles * sizeof(double) + 64, std::align_val_t{64})));
-  run(job, workspace.get());
-}
-
-void require_fit(const Shapes& shapes, const Array& x,
-                 std::initializer_list<std::pair<const char*, const Array*>> companions) {
-  if (shapes.fits) return;
-  for (const auto& [name, a] : companions)
-    if (a->present && (!same_strides(*a, x) || !on_elements(*a)))
-      value_error(std::string(name) + " has strides that do not go with those of x, expected the same: pack it first");
-  value_error("x has strides that the geometry cannot hold, expected dense arrays: pack them first");
-}
-
-[[noreturn]] void bad_mask() {
-  value_error("where has strides that do not go with those of x, expected one element for each of x: expand it first");
-}
-
-/// Statistics and parameters lie as the kernels count, dense in the order in which their axes lie in the memory of x.
-void require_order(const char* name, const Array& a, const Extents& strides) {
-  if (!a.present || has_strides(a, strides)) return;
-  std::vector<std::int64_t> given, expected;
-  for (int axis = 0; axis < a.ndim(); ++axis) {
-    if (a.shape[axis] == 0) return;
-    given.push_back(a.stride(axis)), expected.push_back(strides[axis] * size_of(a.dtype));
-  }
-  value_error(std::string(name) + " has strides " + tuple(given) + ", expected " + tuple(expected) +
-              ", aligned: dense, its axes in the order in which they lie in x");
-}
-
-/// The same of an output, which is not `input` either.
-void require_output(const char* name, const Array& a, const Extents& strides, const char* input_name,
-                    const Array& input) {
-  if (!a.present) return;
-  check_writable(name, a);
-  require_order(name, a, strides);
-  check_apart(name, a, input_name, input, false, false);
-}
-
-/// Three numbers for each statistic.
-Extents triple_strides(const Shapes& shapes) {
-  Extents strides;
-  for (int axis = 0; axis < shapes.stat_ndim; ++axis) strides[axis] = 3 * shapes.stat_strides[axis];
-  strides[shapes.stat_ndim] = 1;
-  return strides;
-}
-
-/// What is summed over no elements at all.
-void zero(const Array& a) {
-  if (!a.present) return;
-  std::int64_t bytes = size_of(a.dtype);
-  for (const std::int64_t extent : a.shape) bytes *= extent;
-  for (std::int64_t k = 0; k < bytes; ++k) a.data[k] = std::byte{0};
-}
-
-}  // namespace
-
-namespace {
-
-void check_outputs(const ForwardArgs& args, const Spec& spec, Phase phase, const Shapes& shapes) {
-  if (phase == Phase::apply) {
-    if (spec.centered) require_order("mean", args.mean, shapes.stat_strides);
-    require_order("rstd", args.rstd, shapes.stat_strides);
-  } else {
-    require_output("mean", args.mean, shapes.stat_strides, "x", args.x);
-    require_output("rstd", args.rstd, shapes.stat_strides, "x", args.x);
-  }
-  if (phase == Phase::reduce) require_output("moments", args.moments, triple_strides(shapes), "x", args.x);
-  if (shapes.wants_sum && !args.sum.present)
-    value_error("sum is None, expected an array like x: there is no y of its dtype to hold x + residual");
-  if (!args.sum.present) return;
-  if (!args.residual.present) value_error("residual is None, expected an array like x: sum is x + residual");
-  check_writable("sum", args.sum);
-  check_apart("sum", args.sum, "x", args.x, true, false);
-  check_apart("sum", args.sum, "residual", args.residual, true, false);
-  if (args.y.present) check_apart("sum", args.sum, "out", args.y, false, false);
-}
-
-void run_forward(const ForwardArgs& args, Spec spec, Phase phase) {
-  if (phase != Phase::reduce && !args.y.present) value_error("out is None, expected an array like x");
-  if (phase == Phase::reduce && !args.moments.present)
-    value_error("moments is None, expected an array: three numbers per statistic");
-  if (phase == Phase::apply) spec.use_input_stats = false;
-  else
-    for (const auto& [name, a] : {std::pair{"mean", &args.mean}, std::pair{"rstd", &args.rstd}})
-      if (a->present) check_same_dtype(name, *a, compute_dtype(args.x.dtype), "");
-  ForwardPlan plan = plan_forward(args, spec, phase);
-  const Shapes& shapes = plan.shapes;
-  check_outputs(args, spec, phase, shapes);
-  if (shapes.empty) {
-    if (phase == Phase::apply) return;
-    return zero(args.mean), zero(args.rstd), zero(args.moments);
-  }
-  if (!shapes.fits && args.where.present) {
-    ForwardArgs unmasked = args;
-    unmasked.where = {};
-    if (plan_forward(unmasked, spec, phase).shapes.fits) bad_mask();
-  }
-  require_fit(shapes, args.x, {{"out", &args.y}, {"residual", &args.residual}, {"sum", &args.sum}});
-  require_order("weight", args.weight, shapes.param_strides);
-  require_order("bias", args.bias, shapes.bias_strides);
-  run_with_workspace(plan.job);
-}
-
-void run_backward(const BackwardArgs& args, const Spec& spec, Phase phase) {
-  const BackwardNeed need{args.dx.present, args.dweight.present, args.dbias.present};
-  BackwardPlan plan = plan_backward(args, spec, need, phase);
-  const Shapes& shapes = plan.shapes;
-  const std::span<const std::int64_t> shape(shapes.param_shape.data(), static_cast<std::size_t>(shapes.param_ndim));
-  for (const auto& [name, a] : {std::pair{"dweight", &args.dweight}, std::pair{"dbias", &args.dbias}}) {
-    if (!a->present) continue;
-    if (phase != Phase::both) value_error(std::string(name) + " is given, expected None: phases have no such gradient");
-    check_data_dtype(name, *a, false);
-    check_shape(name, *a, shape, ", the shape of weight");
-    require_output(name, *a, shapes.param_strides, "x", args.x);
-  }
-  if (spec.centered) require_order("mean", args.mean, shapes.stat_strides);
-  require_order("rstd", args.rstd, shapes.stat_strides);
-  if (phase == Phase::reduce) {
-    check_triples("sums", args.sums, shapes);
-    require_output("sums", args.sums, triple_strides(shapes), "x", args.x);
-    check_apart("sums", args.sums, "dy", args.dy, false, false);
-  }
-  if (phase == Phase::apply) {
-    require_order("sums", args.sums, triple_strides(shapes));
-    require_order("count", args.count, shapes.stat_strides);
-  }
-  if (shapes.empty) {
-    if (phase == Phase::reduce) zero(args.sums);
-    return zero(args.dweight), zero(args.dbias);
-  }
-  if (!shapes.fits && args.where.present) {
-    BackwardArgs unmasked = args;
-    unmasked.where = {};
-    if (plan_backward(unmasked, spec, need, phase).shapes.fits) bad_mask();
-  }
-  require_fit(shapes, args.x, {{"dy", &args.dy}, {"out", &args.dx}, {"dresidual", &args.dresidual}});
-  require_order("weight", args.weight, shapes.param_strides);
-  if (spec.activation.kind != ActivationKind::none) require_order("bias", args.bias, shapes.bias_strides);
-  run_with_workspace(plan.job);
-}
-
-}  // namespace
-
-void forward(const ForwardArgs& args, const Spec& spec) { run_forward(args, spec, Phase::both); }
-void moments(const ForwardArgs& args, const Spec& spec) { run_forward(args, spec, Phase::reduce); }
-void apply(const ForwardArgs& args, const Spec& spec) { run_forward(args, spec, Phase::apply); }
-
-void backward(const BackwardArgs& args, const Spec& spec) { run_backward(args, spec, Phase::both); }
-void backward_sums(const BackwardArgs& args, const Spec& spec) { run_backward(args, spec, Phase::reduce); }
-void apply_backward(const BackwardArgs& args, const Spec& spec) {
-  if (!args.dx.present) value_error("out is None, expected an array like x");
-  run_backward(args, spec, Phase::apply);
 }
 
 }  // namespace normkit

@@ -1,16 +1,15 @@
-// From what the caller passed to what a backend runs. The only place that judges input and throws for it.
+// From what the caller passed to what a backend runs. The judging of single arguments is arguments.hpp's.
 #pragma once
 
-#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <span>
 
+#include "arguments.hpp"
 #include "cpu.hpp"
 #include "normkit/normkit.hpp"
 
 namespace normkit {
-
-using Extents = std::array<std::int64_t, kMaxAxes>;
 
 /// How the arrays of a call must lie in memory. Strides in elements, dense.
 struct Shapes {
@@ -26,6 +25,8 @@ struct Shapes {
   bool repack_stats = false;   // mean or rstd must be copied into stat_strides first
   bool wants_sum = false;      // x + residual needs an array of its own
   bool fits = true;            // false: the geometry cannot hold the arrays, pack x (and dy) and expand parameters
+
+  std::span<const std::int64_t> statistics() const { return {stat_shape.data(), static_cast<std::size_t>(stat_ndim)}; }
 };
 
 /// Where the arrays of a call of forward are.
@@ -60,27 +61,5 @@ ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec, Phase phase 
 void point(ForwardJob& job, const ForwardData& data);
 BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardNeed need, Phase phase = Phase::both);
 void point(BackwardJob& job, const BackwardData& data);
-
-/// The bytes that an array reaches over, seen from its address, and those of an element.
-struct Reach { std::int64_t first = 0, last = 0, element = 1; };
-
-/// What was judged of the addresses of a call's arrays, for like calls whose arrays lie elsewhere.
-class Placement {
- public:
-  /// arrays[out] is written, and may be one of those whose bits are set in `same` itself.
-  Placement(std::span<const Array> arrays, int out, std::uint32_t same);
-  /// True where all arrays that there are lie on their elements, and the output apart from the others or on such a one.
-  /// Where it is false, they have to be judged.
-  bool allows(const std::byte* const* data) const;
-
- private:
-  static constexpr int kMostArrays = 12;
-  std::array<Reach, kMostArrays> reach_;
-  int count_, out_;
-  std::uint32_t same_;
-};
-
-/// True where the memory between the first and the last byte of both overlaps, and they are not one and the same view.
-bool may_overlap(const Array& a, const Array& b);
 
 }  // namespace normkit
