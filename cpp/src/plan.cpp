@@ -350,6 +350,20 @@ bool place_backward(Task& t, const BackwardArgs& args, AxisMask param_axes, cons
   return choose_traversal(t, dense, *layout);
 }
 
+std::byte* data_of(const Array& a) { return a.present ? a.data : nullptr; }
+
+ForwardData data_of(const ForwardArgs& a) {
+  return {data_of(a.x),           data_of(a.y),        data_of(a.weight), data_of(a.bias),  data_of(a.running_mean),
+          data_of(a.running_var), data_of(a.residual), data_of(a.sum),    data_of(a.where), data_of(a.mean),
+          data_of(a.rstd),        data_of(a.moments)};
+}
+
+BackwardData data_of(const BackwardArgs& a) {
+  return {data_of(a.dy),     data_of(a.x),       data_of(a.dx),    data_of(a.mean),      data_of(a.rstd),
+          data_of(a.weight), data_of(a.bias),    data_of(a.where), data_of(a.dresidual), data_of(a.sums),
+          data_of(a.count),  data_of(a.dweight), data_of(a.dbias)};
+}
+
 }  // namespace
 
 ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec, Phase phase, bool keep_sum) {
@@ -388,9 +402,7 @@ ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec, Phase phase,
   t.weight = param_of(args.weight, spec.weight_offset), t.bias = param_of(args.bias, 0);
   if (phase == Phase::apply) t.given = given_of(args.mean, args.rstd, t.geometry);
   if (phase == Phase::both && args.running_mean.present) plan.job.running = running_of(args, spec, order);
-  point(plan.job,
-        {args.x.data, args.y.data, args.weight.data, args.bias.data, args.running_mean.data, args.running_var.data,
-         args.residual.data, args.sum.data, args.where.data, args.mean.data, args.rstd.data, args.moments.data});
+  point(plan.job, data_of(args));
   return plan;
 }
 
@@ -453,9 +465,7 @@ BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardN
   t.given = given_of(args.mean, args.rstd, t.geometry);
   plan.job.dweight.dtype = args.dweight.present ? args.dweight.dtype : shapes.param_dtype;
   plan.job.dbias.dtype = args.dbias.present ? args.dbias.dtype : shapes.param_dtype;
-  point(plan.job,
-        {args.dy.data, x.data, args.dx.data, args.mean.data, args.rstd.data, args.weight.data, args.bias.data,
-         args.where.data, args.dresidual.data, args.sums.data, args.count.data, args.dweight.data, args.dbias.data});
+  point(plan.job, data_of(args));
   return plan;
 }
 
