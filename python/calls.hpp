@@ -64,6 +64,8 @@ template <class Call> class Way final : public function::ShortWay {
     for (int slot = Call::kFlags; slot < Call::kSlots; ++slot)
       if (!PyBool_Check(values[slot])) return nb::borrow(Py_NotImplemented);
     const Call call(kind_, values);
+    static_assert(Call::kArrays <= recent::Key::kMostArrays);
+    static_assert(Call::kSlots - Call::kArrays + (Call::kNumbers - Call::kArrays) <= recent::Key::kMostOptions);
     recent::Key key;
     for (int slot = 0; slot < Call::kArrays; ++slot)
       if (!key.add_array(values[slot])) return call.plan_and_run();
@@ -99,7 +101,10 @@ template <class Call> class Way final : public function::ShortWay {
       if (!recent::immutable(values[slot])) return;
       held.push_back(nb::borrow(values[slot]));
     }
-    recent_.keep(key, std::move(held), {plan, normkit::Placement(all, Call::kOut, Call::kMayBeOut)});
+    recent_.keep(key, std::move(held), [&](Known& known) {
+      known.plan = plan;
+      known.placement = normkit::Placement(all, Call::kOut, Call::kMayBeOut);
+    });
   }
 
   int kind_;

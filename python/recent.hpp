@@ -18,6 +18,8 @@ namespace nb = nanobind;
 /// All that a plan depends on but for addresses, as words: two calls with the same words have the same plan.
 class Key {
  public:
+  static constexpr int kMostArrays = 10, kMostOptions = 20;  // a number counts as two
+
   /// None or a NumPy array: its dtype, extents, strides, and whether it may be written. False for anything else, and where
   /// there is too much to tell.
   bool add_array(nb::handle h) {
@@ -44,17 +46,22 @@ class Key {
   /// Anything by what it is, which says all only of what never changes.
   void add(nb::handle h) { put(reinterpret_cast<std::intptr_t>(h.ptr())); }
 
-  std::vector<std::int64_t> words() const { return {words_.begin(), words_.begin() + count_}; }
+  void copy_to(std::vector<std::int64_t>& words) const { words.assign(words_.begin(), words_.begin() + count_); }
   bool same(const std::vector<std::int64_t>& words) const {
     const std::size_t count = static_cast<std::size_t>(count_);
     return words.size() == count && std::memcmp(words_.data(), words.data(), count * sizeof(std::int64_t)) == 0;
+  }
+  /// Of the first array: in a program the shapes differ more often than the options.
+  std::size_t hash() const {
+    std::uint64_t h = 0;
+    for (int k = 0; k < count_ && k < kHashed; ++k) h = h * 31 + static_cast<std::uint64_t>(words_[k]);
+    return static_cast<std::size_t>((h * 0x9E3779B97F4A7C15) >> 32);
   }
 
  private:
   void put(std::int64_t word) { words_[count_++] = word; }
 
-  static constexpr int kMostAxes = 8;
-  static constexpr int kMostArrays = 10, kMostOptions = 20;
+  static constexpr int kMostAxes = 8, kHashed = 10;
   std::array<std::int64_t, kMostArrays * (2 + 2 * kMostAxes) + kMostOptions> words_;
   int count_ = 0;
 };
@@ -70,30 +77,33 @@ inline bool immutable(nb::handle h) {
   return true;
 }
 
-/// The last few calls.
+/// The last few calls: sets of places, of which the first array of a call chooses one. The interpreter lock guards it.
 template <class Plan> class Recent {
  public:
   /// Shared: while the caller works with it, another call may push it out.
   std::shared_ptr<const Plan> find(const Key& key) const {
-    for (const auto& entry : entries_)
+    for (const std::shared_ptr<Entry>& entry : sets_[key.hash() % kSets])
       if (entry && key.same(entry->words)) return {entry, &entry->plan};
     return nullptr;
   }
-  /// `held` are the objects that the key names.
-  void keep(const Key& key, std::vector<nb::object> held, const Plan& plan) {
-    auto entry = std::make_shared<const Entry>(Entry{key.words(), std::move(held), plan});
-    std::swap(entries_[next_], entry);  // what was there dies last: that may run anything
-    next_ = (next_ + 1) % entries_.size();
+  /// `held` are the objects that the key names; `fill` makes a plan of whatever was in its place.
+  template <class Fill> void keep(const Key& key, std::vector<nb::object> held, Fill fill) {
+    std::shared_ptr<Entry>& entry = sets_[key.hash() % kSets][turn_++ % kPlaces];
+    if (!entry || entry.use_count() > 1) entry = std::make_shared<Entry>();
+    key.copy_to(entry->words);
+    fill(entry->plan);
+    entry->held.swap(held);  // what was there dies last, since that may run anything
   }
 
  private:
+  static constexpr std::size_t kSets = 16, kPlaces = 4;
   struct Entry {
     std::vector<std::int64_t> words;
     std::vector<nb::object> held;  // else another object could come to have the address of one
     Plan plan;
   };
-  std::array<std::shared_ptr<const Entry>, 16> entries_;
-  std::size_t next_ = 0;
+  std::array<std::array<std::shared_ptr<Entry>, kPlaces>, kSets> sets_;
+  std::size_t turn_ = 0;
 };
 
 }  // namespace recent

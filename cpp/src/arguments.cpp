@@ -172,7 +172,7 @@ bool has_strides(const Array& a, const Extents& strides) {
 }
 
 Placement::Placement(std::span<const Array> arrays, int out, std::uint32_t same)
-    : count_(static_cast<int>(arrays.size())), out_(out), same_(0) {
+    : count_(static_cast<int>(arrays.size())), out_(out) {
   const Array& y = arrays[out];
   for (int k = 0; k < count_; ++k) {
     reach_[k] = reach_of(arrays[k]);

@@ -53,6 +53,7 @@ struct Reach { std::int64_t first = 0, last = 0, element = 1; };
 /// What was judged of the addresses of a call's arrays, for like calls whose arrays lie elsewhere.
 class Placement {
  public:
+  Placement() = default;
   /// arrays[out] is written, and may be one of those whose bits are set in `same` itself.
   Placement(std::span<const Array> arrays, int out, std::uint32_t same);
   /// True where all arrays that there are lie on their elements, and the output apart from the others or on such a one.
@@ -62,8 +63,8 @@ class Placement {
  private:
   static constexpr int kMostArrays = 12;
   std::array<Reach, kMostArrays> reach_;
-  int count_, out_;
-  std::uint32_t same_;
+  int count_ = 0, out_ = 0;
+  std::uint32_t same_ = 0;
 };
 
 // ---- arrays beside x ---------------------------------------------------------------------------------------------
