@@ -99,7 +99,7 @@ template <class Call> class Way final : public function::ShortWay {
     }
     for (int slot = Call::kArrays; slot < Call::kSlots; ++slot) {
       if (!recent::immutable(values[slot])) return;
-      held.push_back(nb::borrow(values[slot]));
+      if (!recent::is_single(values[slot])) held.push_back(nb::borrow(values[slot]));
     }
     recent_.keep(key, std::move(held), [&](Known& known) {
       known.plan = plan;

@@ -19,8 +19,9 @@ struct Arguments {
   nb::object name[kMaxSlots];  // interned, so that a name in a call is as a rule the same object
   int slot[kMaxSlots];
   int count = 0, positional = 0;
-  nb::object value[kMaxSlots];  // by slot; invalid: has to be passed
+  PyObject* value[kMaxSlots] = {};  // by slot; null: has to be passed
   int slots = 0;
+  nb::list held;  // the values: a list counts its references as the interpreter does
 };
 
 using Call = PyObject* (*)(PyObject* self, PyObject* const* args, std::size_t flagged_count, PyObject* names);
@@ -38,7 +39,7 @@ Function* as_function(PyObject* self) { return reinterpret_cast<Function*>(self)
 /// Puts the arguments of a call into slots; false where that is not so simple, which includes all that is wrong.
 bool place(const Arguments& a, PyObject* const* args, Py_ssize_t count, PyObject* names, PyObject** values) {
   if (count > a.positional) return false;
-  for (int slot = 0; slot < a.slots; ++slot) values[slot] = a.value[slot].ptr();
+  for (int slot = 0; slot < a.slots; ++slot) values[slot] = a.value[slot];
   for (Py_ssize_t k = 0; k < count; ++k) values[a.slot[k]] = args[k];
   const Py_ssize_t named = names ? PyTuple_Size(names) : 0;
   for (Py_ssize_t k = 0; k < named; ++k) {
@@ -142,9 +143,13 @@ void read_signature(nb::handle function, std::span<const Parameter> parameters, 
   const nb::object defaults = function.attr("__defaults__"), by_name = function.attr("__kwdefaults__");
   a.positional = nb::cast<int>(code.attr("co_argcount"));
   a.count = a.positional + nb::cast<int>(code.attr("co_kwonlyargcount"));
+  const auto put = [&](int slot, nb::handle value) {
+    if (PyList_Append(a.held.ptr(), value.ptr()) < 0) throw nb::python_error();
+    a.value[slot] = value.ptr();
+  };
   for (const Parameter& p : parameters) {
     if (p.slot >= a.slots) a.slots = p.slot + 1;
-    if (!a.value[p.slot].is_valid() && p.value) a.value[p.slot] = nb::borrow(p.value);
+    if (!a.value[p.slot] && p.value) put(p.slot, p.value);
   }
   const int given = defaults.is_none() ? 0 : static_cast<int>(nb::len(defaults));
   for (int k = 0; k < a.count; ++k) {
@@ -154,10 +159,10 @@ void read_signature(nb::handle function, std::span<const Parameter> parameters, 
     while (at < parameters.size() && std::strcmp(parameters[at].name, name) != 0) ++at;
     if (at == parameters.size()) throw std::invalid_argument(std::string("no slot for the parameter ") + name);
     a.slot[k] = parameters[at].slot;
-    nb::object& value = a.value[a.slot[k]];
-    value = nb::object();
-    if (k < a.positional && k >= a.positional - given) value = defaults[k - (a.positional - given)];
-    if (k >= a.positional && !by_name.is_none()) value = nb::borrow(PyDict_GetItem(by_name.ptr(), a.name[k].ptr()));
+    a.value[a.slot[k]] = nullptr;
+    if (k < a.positional && k >= a.positional - given) put(a.slot[k], defaults[k - (a.positional - given)]);
+    PyObject* const value = by_name.is_none() ? nullptr : PyDict_GetItem(by_name.ptr(), a.name[k].ptr());
+    if (k >= a.positional && value) put(a.slot[k], value);
   }
 }
 

@@ -66,11 +66,13 @@ class Key {
   int count_ = 0;
 };
 
+/// True of what is there for ever. From Python 3.12 on its references are not counted, but by extensions of the 3.11 ABI.
+inline bool is_single(nb::handle h) { return h.is_none() || PyBool_Check(h.ptr()); }
+
 /// True of what never changes: None, numbers, strings and tuples of those.
 inline bool immutable(nb::handle h) {
   PyObject* const o = h.ptr();
-  if (o == Py_None || PyBool_Check(o) || PyFloat_CheckExact(o) || PyLong_CheckExact(o) || PyUnicode_CheckExact(o))
-    return true;
+  if (is_single(h) || PyFloat_CheckExact(o) || PyLong_CheckExact(o) || PyUnicode_CheckExact(o)) return true;
   if (!PyTuple_CheckExact(o)) return false;
   for (nb::handle item : nb::borrow<nb::tuple>(h))
     if (!immutable(item)) return false;
