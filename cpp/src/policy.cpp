@@ -31,10 +31,9 @@ std::int64_t streamed_bytes() { return 4 * second_level_cache(); }
 /// The largest statistic of which the next is fetched while one is written: both must fit.
 std::int64_t fetched_bytes() { return second_level_cache() / 2; }
 
-/// Fetches run 24 KB ahead, or past what is in use. Layer norm (65536, 128): 1.2 of a copy; 6 KB ahead 2.1, 12 KB 1.3, 48 KB
-/// 1.25. (4096, 4096): 1.45, without fetching the next row 2.2.
+/// While a statistic is written, what is fetched must lie past what is in use: past the next batch, or one run further. Layer
+/// norm (4096, 4096): 1.45 of a copy, 2.2 without fetching the next row.
 std::int64_t fetch_bytes_of(const Geometry& g, std::int64_t element_bytes, bool one_run) {
-  constexpr std::int64_t kFarAhead = std::int64_t{24} << 10;
   const std::int64_t run_bytes = g.run * element_bytes, batch_bytes = batch_rows(g, element_bytes) * run_bytes;
   if (batch_bytes > 0) return std::max(kFarAhead, 2 * batch_bytes);
   return kFarAhead + (one_run && run_bytes <= fetched_bytes() ? run_bytes : 0);

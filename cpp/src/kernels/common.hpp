@@ -9,8 +9,6 @@ template <int kValue> struct Count { static constexpr int value = kValue; };
 
 /// Bytes that a reader runs ahead of itself, so that its loads find the first-level cache filled.
 constexpr std::int64_t kAhead = 4096;
-/// The same for the second-level cache.
-constexpr std::int64_t kFarAhead = std::int64_t{24} << 10;
 
 NORMKIT_LOCAL void prefetch_first(const char* p) { __builtin_prefetch(p, 0, 3); }
 NORMKIT_LOCAL void prefetch_second(const char* p) { __builtin_prefetch(p, 0, 2); }

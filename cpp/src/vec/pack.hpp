@@ -86,18 +86,6 @@ template <class V> NORMKIT_LOCAL V keep(V v, int n) {
   return v;
 }
 template <class V> NORMKIT_LOCAL auto sum(V v) { return fold(v.r); }
-/// The sum() of each of as many vectors as one has lanes, side by side: at once where the registers know how.
-template <class V> NORMKIT_LOCAL V sums_of(const V (&rows)[kLanes<V>]) {
-  V sums;
-  if constexpr (requires { fold_rows(&rows[0].r, sums.r); }) {
-    fold_rows(&rows[0].r, sums.r);
-  } else {
-    alignas(64) typename V::Lane each_sum[kLanes<V>];
-    for (int k = 0; k < kLanes<V>; ++k) each_sum[k] = sum(rows[k]);
-    sums = load(each_sum);
-  }
-  return sums;
-}
 template <class V> NORMKIT_LOCAL auto first(V v) { return first_lane(v.r); }
 
 template <class T> NORMKIT_LOCAL VectorOf<T> load(const T* p) {
@@ -132,6 +120,19 @@ template <class T> NORMKIT_LOCAL void store(T* p, VectorOf<T> v, int n) {
     store(part, v);
     for (int i = 0; i < n; ++i) p[i] = part[i];
   }
+}
+
+/// The sum() of each of as many vectors as one has lanes, side by side: at once where the registers know how.
+template <class V> NORMKIT_LOCAL V sums_of(const V (&rows)[kLanes<V>]) {
+  V sums;
+  if constexpr (requires { fold_rows(&rows[0].r, sums.r); }) {
+    fold_rows(&rows[0].r, sums.r);
+  } else {
+    alignas(64) typename V::Lane each_sum[kLanes<V>];
+    for (int k = 0; k < kLanes<V>; ++k) each_sum[k] = sum(rows[k]);
+    sums = load(each_sum);
+  }
+  return sums;
 }
 
 /// Sixteen floats as two vectors of doubles.
