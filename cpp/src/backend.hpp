@@ -85,8 +85,9 @@ struct Task {
 // of the addresses. The sizes: 4096 floats and their gradient fit the first-level cache twice over; a span is what one
 // thread takes at a time.
 inline constexpr std::int64_t kChunk = 4096;
-inline constexpr std::int64_t kChunkSteps = 128;
 inline constexpr std::int64_t kSpanChunks = 4;
+/// Lanes: the steps of a span, which is one chunk for all columns.
+inline constexpr std::int64_t kSpanSteps = 512;
 
 /// The chunks of one statistic (runs) or of one outer index (lanes).
 struct Chunks {
@@ -100,8 +101,11 @@ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b 
 
 constexpr Chunks chunks_of(const Geometry& g, Traversal traversal) {
   Chunks c{1, 1, 1, 1};
-  if (traversal == Traversal::lanes) c.rows = kChunkSteps;
-  else if (g.run < kChunk) c.rows = kChunk / g.run;
+  if (traversal == Traversal::lanes) {
+    c.rows = kSpanSteps, c.count = c.spans = ceil_div(g.steps, c.rows);
+    return c;
+  }
+  if (g.run < kChunk) c.rows = kChunk / g.run;
   else c.per_run = ceil_div(g.run, kChunk);
   c.count = ceil_div(g.steps, c.rows) * c.per_run;
   c.spans = ceil_div(c.count, kSpanChunks);
@@ -137,25 +141,39 @@ constexpr std::int64_t dparam_units(const Geometry& g, ParamKind kind) {
   }
 }
 
+/// Steps that apply takes as one row where they lie one behind the other, so that rows of few columns are long, and begin at
+/// whole lines of memory if they can.
+constexpr std::int64_t folded_steps(const Geometry& g) {
+  std::int64_t steps = 1;
+  for (; steps < g.steps; steps *= 2) {
+    const std::int64_t columns = steps * g.columns();
+    if (columns >= 256 && (columns % 32 == 0 || columns >= 512)) break;
+  }
+  return steps;
+}
+
+/// Elements of an array of columns in scratch: whole vectors, and room for folded steps.
+constexpr std::int64_t array_of_columns(const Geometry& g) { return ceil_div(folded_steps(g) * g.columns(), 16) * 16; }
+
 /// Arrays of columns in the table of the lanes traversal.
 inline constexpr std::int64_t kTableColumns = 9;
 
 /// Doubles of one entry of Task::partials: moments, or the sums of backward and the count, of a span; of all columns of
-/// one, with what backward knows of them beforehand, in the lanes traversal.
+/// one in the lanes traversal.
 constexpr std::int64_t partial_doubles(const Geometry& g, Traversal traversal, bool is_backward) {
-  if (traversal == Traversal::lanes) return (is_backward ? 7 : 3) * g.columns();
-  return is_backward ? 4 : 3;
+  const std::int64_t quantities = is_backward ? 4 : 3;
+  return traversal == Traversal::lanes ? quantities * array_of_columns(g) : quantities;
 }
 
 /// Doubles of one entry of Task::solved: a Solved (runs), or the table of the columns of one outer index (lanes).
 constexpr std::int64_t solved_doubles(const Geometry& g, Traversal traversal) {
-  return traversal == Traversal::lanes ? kTableColumns * g.columns() : 6;
+  return traversal == Traversal::lanes ? kTableColumns * array_of_columns(g) : 6;
 }
 
-/// Doubles of scratch that a thread needs for one outer index of the lanes traversal: sums of all spans and of one, and
-/// the table.
+/// Doubles of scratch that a thread needs for one outer index of the lanes traversal: sums of all spans, of one and of its
+/// blocks, and the table.
 constexpr std::int64_t scratch_doubles(const Geometry& g, Traversal traversal) {
-  return traversal == Traversal::lanes ? (2 * 4 + kTableColumns) * g.columns() : 0;
+  return traversal == Traversal::lanes ? (2 * 4 + 4 + kTableColumns) * array_of_columns(g) : 0;
 }
 
 /// Units of a fused schedule: statistics (runs), groups of them where weights along the row want their gradients summed,
@@ -186,11 +204,11 @@ constexpr bool constant_in_column(const Geometry& g) {
 struct Isa {
   const char* name;
   void (*forward)(const Task&, std::int64_t begin, std::int64_t end, double* scratch);
-  void (*forward_sums)(const Task&, std::int64_t begin, std::int64_t end);
+  void (*forward_sums)(const Task&, std::int64_t begin, std::int64_t end, double* scratch);
   void (*forward_finish)(const Task&, std::int64_t begin, std::int64_t end);
   void (*forward_apply)(const Task&, std::int64_t begin, std::int64_t end);
   void (*backward)(const Task&, std::int64_t begin, std::int64_t end, double* scratch);
-  void (*backward_sums)(const Task&, std::int64_t begin, std::int64_t end);
+  void (*backward_sums)(const Task&, std::int64_t begin, std::int64_t end, double* scratch);
   void (*backward_finish)(const Task&, std::int64_t begin, std::int64_t end);
   void (*backward_apply)(const Task&, std::int64_t begin, std::int64_t end);
   /// Merges n sets of moments (mean, m2, count each) into as many others.

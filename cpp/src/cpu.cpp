@@ -316,7 +316,7 @@ void run(ForwardJob& job, double* workspace) {
       const std::int64_t first = k * p.spans, last = first + p.spans;
       if (!t.frozen)
         over(first, last, p.threads,
-             [&](std::int64_t begin, std::int64_t end, int) { isa.forward_sums(t, begin, end); });
+             [&](std::int64_t begin, std::int64_t end, int slot) { isa.forward_sums(t, begin, end, scratch(slot)); });
       isa.forward_finish(t, k, k + 1);
       if (t.phase == Phase::reduce) continue;
       over(first, last, p.threads,
@@ -347,7 +347,7 @@ void run(BackwardJob& job, double* workspace) {
   } else {
     if (t.phase != Phase::apply)
       over(0, p.statistics * p.spans, p.threads,
-           [&](std::int64_t begin, std::int64_t end, int) { isa.backward_sums(t, begin, end); });
+           [&](std::int64_t begin, std::int64_t end, int slot) { isa.backward_sums(t, begin, end, scratch(slot)); });
     isa.backward_finish(t, 0, p.statistics);
     if (t.phase != Phase::reduce)
       over(0, p.units * p.spans, p.threads,

@@ -49,10 +49,11 @@ void forward(const Task& t, std::int64_t begin, std::int64_t end, double* scratc
   if (t.stream_stores) stream_fence();
 }
 
-void forward_sums(const Task& t, std::int64_t begin, std::int64_t end) {
+void forward_sums(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
   visit(t.x.dtype, [&](auto x) {
     using X = typename decltype(x)::type;
-    t.traversal == Traversal::runs ? runs_forward_sums<X>(t, begin, end) : lanes_forward_sums<X>(t, begin, end);
+    t.traversal == Traversal::runs ? runs_forward_sums<X>(t, begin, end)
+                                   : lanes_forward_sums<X>(t, begin, end, scratch);
   });
 }
 
@@ -81,10 +82,11 @@ void backward(const Task& t, std::int64_t begin, std::int64_t end, double* scrat
   if (t.stream_stores) stream_fence();
 }
 
-void backward_sums(const Task& t, std::int64_t begin, std::int64_t end) {
+void backward_sums(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
   visit_floating(t, [&](auto x) {
     using X = typename decltype(x)::type;
-    t.traversal == Traversal::runs ? runs_backward_sums<X>(t, begin, end) : lanes_backward_sums<X>(t, begin, end);
+    t.traversal == Traversal::runs ? runs_backward_sums<X>(t, begin, end)
+                                   : lanes_backward_sums<X>(t, begin, end, scratch);
   });
 }
 

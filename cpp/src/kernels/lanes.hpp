@@ -1,8 +1,9 @@
 // The lanes traversal, forward: a statistic is reduced across steps, with vectors along the contiguous columns.
 //
-//     columns = lanes x run        chunk = 128 steps of a tile of 4 vectors -> spans -> one column -> fold of run columns
+//     columns = lanes x run     block = 16 steps, a tile of 4 vectors at a time -> span = 512 steps -> one column -> fold of run
 //
-// A tile's sums stay in registers for a chunk. What the columns add up to lies in scratch, one array a quantity.
+// Memory is walked in its own order, a few rows at a time. The sums of a tile stay in registers for a block; what columns add
+// up to lies in scratch, one array a quantity. Apply is elementwise: rows of memory beside rows of a table.
 #pragma once
 
 namespace normkit {
@@ -47,15 +48,47 @@ template <class V, int kVectors, class F> NORMKIT_LOCAL void for_vectors(Count<k
   }
 }
 
+/// Steps whose sums are taken in the compute type; those of blocks add up in double.
+constexpr std::int64_t kBlockSteps = 16;
+
+/// Bytes that the first pass runs ahead of itself, in whole blocks of steps.
+constexpr std::int64_t kBlockAhead = 8192;
+
+/// Into the second-level cache: ...
+NORMKIT_LOCAL void prefetch_second(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+/// The same columns of later steps.
+template <class X> NORMKIT_LOCAL std::int64_t block_ahead(std::int64_t stride) {
+  const std::int64_t block = kBlockSteps * stride,
+                     bytes = (block < 0 ? -block : block) * static_cast<std::int64_t>(sizeof(X));
+  return bytes >= kBlockAhead || bytes == 0 ? block : block * (kBlockAhead / bytes);
+}
+template <class X, int kVectors> NORMKIT_LOCAL void prefetch_tile(Count<kVectors>, const X* x) {
+  constexpr int kBytes = kVectors * kLanes<VectorOf<X>> * static_cast<int>(sizeof(X));
+  for (int line = 0; line < kBytes; line += 64) prefetch_second(reinterpret_cast<const char*>(x) + line);
+}
+
+/// Adds the lanes of v to as many doubles.
+NORMKIT_LOCAL void add_to(double* sum, F64 v) { store(sum, load(sum) + v); }
+NORMKIT_LOCAL void add_to(double* sum, F32 v) {
+  const Wide w = widen(v);
+  add_to(sum, w.low), add_to(sum + kLanes<F64>, w.high);
+}
+
 // ---- forward ---------------------------------------------------------------------------------------------------
 
-/// Sums of differences to a pivot over the members of one tile of one chunk, in the compute type.
-template <class S> struct TileSums {
-  static constexpr int kWidth = kTile * (sizeof(S) == 8 ? 8 : 16);
-  alignas(64) S pivot[kWidth], sum[kWidth], squares[kWidth], members[kWidth];
+/// Sums of differences to a pivot over the members of each column of a span. Arrays of whole vectors.
+template <class S> struct PivotSums {
+  double *sum, *squares, *members;
+  S* pivot;
+  PivotSums(double* memory, std::int64_t columns)
+      : sum(memory),
+        squares(memory + columns),
+        members(memory + 2 * columns),
+        pivot(reinterpret_cast<S*>(memory + 3 * columns)) {}
 };
 
-/// One tile over one chunk: n columns of `rows` steps.
+/// One tile over one block or span: n columns of `rows` steps.
 template <class X> struct Tile {
   const X* x;
   std::int64_t stride, rows, n;
@@ -81,38 +114,34 @@ void first_pivots(Tile<X> tile, Count<kVectors>, ScalarOf<X>* pivot, const Maske
     pivot[k] = first(load(members.from(k).first(tile.x + k, tile.stride, tile.rows, 1), 1));
 }
 
+/// Adds one block of one tile to the sums of columns k and on.
 /// kMagnified: the differences are scaled so that only those of a constant column square to 0.
 template <bool kMagnified, class X, int kVectors, class Members>
-NORMKIT_LOCAL void tile_sums(Tile<X> tile, Count<kVectors> vectors, TileSums<ScalarOf<X>>& out, Members members) {
+NORMKIT_LOCAL void add_block(Tile<X> tile, Count<kVectors> vectors, PivotSums<ScalarOf<X>> sums, std::int64_t k,
+                             Members members) {
   using V = VectorOf<X>;
-  constexpr std::int64_t kShortSum = 16;  // steps; a sum of sums rounds an eighth as much as one of kChunkSteps
   const V zero = broadcast<V>(ScalarOf<X>(0)), one = broadcast<V>(ScalarOf<X>(1));
-  V p[kVectors], total_s[kVectors], total_q[kVectors], total_n[kVectors];
+  V p[kVectors], s[kVectors], q[kVectors], n[kVectors];
   for (int j = 0; j < kVectors; ++j) {
-    p[j] = load(out.pivot + j * kLanes<V>);
-    total_s[j] = total_q[j] = total_n[j] = zero;
+    p[j] = load(sums.pivot + k + j * kLanes<V>);
+    s[j] = q[j] = n[j] = zero;
   }
   const X* x = tile.x;
-  for (std::int64_t row = 0; row < tile.rows;) {
-    V s[kVectors], q[kVectors];
-    for (int j = 0; j < kVectors; ++j) s[j] = q[j] = zero;
-    for (const std::int64_t last = least(tile.rows, row + kShortSum); row < last;
-         ++row, x += tile.stride, members.next_row())
-      for_vectors<V>(vectors, tile.n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
-        V d = members.only(place, place.load(x) - p[j]);
-        if constexpr (kMagnified) d = d * broadcast<V>(kMagnify<ScalarOf<X>>);
-        s[j] = s[j] + d;
-        q[j] = mul_add(d, d, q[j]);
-        if constexpr (!Members::kAll) total_n[j] = total_n[j] + members.only(place, one);
-      });
-    for (int j = 0; j < kVectors; ++j) total_s[j] = total_s[j] + s[j], total_q[j] = total_q[j] + q[j];
+  const std::int64_t ahead = block_ahead<X>(tile.stride);
+  for (std::int64_t row = 0; row < tile.rows; ++row, x += tile.stride, members.next_row()) {
+    prefetch_tile(vectors, x + ahead);
+    for_vectors<V>(vectors, tile.n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
+      V d = members.only(place, place.load(x) - p[j]);
+      if constexpr (kMagnified) d = d * broadcast<V>(kMagnify<ScalarOf<X>>);
+      s[j] = s[j] + d;
+      q[j] = mul_add(d, d, q[j]);
+      if constexpr (!Members::kAll) n[j] = n[j] + members.only(place, one);
+    });
   }
-  if constexpr (Members::kAll)
-    for (V& n : total_n) n = broadcast<V>(static_cast<ScalarOf<X>>(tile.rows));
   for (int j = 0; j < kVectors; ++j) {
-    store(out.sum + j * kLanes<V>, total_s[j]);
-    store(out.squares + j * kLanes<V>, total_q[j]);
-    store(out.members + j * kLanes<V>, total_n[j]);
+    const std::int64_t at = k + j * kLanes<V>;
+    add_to(sums.sum + at, s[j]), add_to(sums.squares + at, q[j]);
+    if constexpr (!Members::kAll) add_to(sums.members + at, n[j]);
   }
 }
 
@@ -137,74 +166,91 @@ template <class X, class Members>
   return {0, mul_add(m.mean * m.mean, n, m.m2), n};
 }
 
-/// The columns of a tile whose sums say nothing: constant ones keep their pivot, others are taken once more in double. A column
-/// is judged by itself, so that none depends on its neighbors.
-template <class X, int kVectors, class Members>
-[[gnu::noinline]] void mend_columns(Tile<X> tile, bool centered, Count<kVectors> vectors, TileSums<ScalarOf<X>>& sums,
-                                    const bool* doubtful, const Members& members, ColumnMoments out, std::int64_t at) {
-  tile_sums<true>(tile, vectors, sums, members);
-  for (std::int64_t k = 0; k < tile.n; ++k) {
-    if (!doubtful[k]) continue;
-    const double n = static_cast<double>(sums.members[k]);
-    const bool constant = sums.squares[k] == 0;
-    out.set(at + k, constant ? Moments{static_cast<double>(sums.pivot[k]), 0, n}
-                             : careful_column(tile.x + k, tile.stride, tile.rows, n, centered, members.from(k)));
-  }
-}
-
-/// Moments of the columns of one chunk of one tile, into columns `at` and on.
-template <class X, int kVectors, class Members>
-[[gnu::noinline]] void chunk_columns(Tile<X> tile, bool centered, Count<kVectors> vectors, TileSums<ScalarOf<X>>& sums,
-                                     const Members& members, ColumnMoments out, std::int64_t at) {
-  using S = ScalarOf<X>;
-  tile_sums<false>(tile, vectors, sums, members);
-  bool doubtful[TileSums<S>::kWidth], any = false;
-  for (std::int64_t k = 0; k < tile.n; ++k) {
-    const double s = static_cast<double>(sums.sum[k]), q = static_cast<double>(sums.squares[k]);
-    const double n = static_cast<double>(sums.members[k]);
-    const Moments m = from_pivot(static_cast<double>(sums.pivot[k]), s, q, n);
-    out.set(at + k, centered ? m : Moments{0, q, n});
-    doubtful[k] = n > 0 && !(centered ? trustworthy<S>(s, q, n) : q > kVanishing<S> && q < kOverflowing<S>);
-    any |= doubtful[k];
-  }
-  if (any) mend_columns(tile, centered, vectors, sums, doubtful, members, out, at);
-}
-
-NORMKIT_LOCAL void merge_columns(ColumnMoments into, std::int64_t at, ColumnMoments more, std::int64_t n) {
-  for (std::int64_t k = 0; k < n; ++k) into.set(at + k, merge(into.at(at + k), more.at(k)));
-}
-
 /// Steps [begin, end) of a span.
-NORMKIT_LOCAL std::int64_t span_begin(std::int64_t span) { return span * kSpanChunks * kChunkSteps; }
+NORMKIT_LOCAL std::int64_t span_begin(std::int64_t span) { return span * kSpanSteps; }
 NORMKIT_LOCAL std::int64_t span_end(const Geometry& g, std::int64_t span) {
   return least(g.steps, span_begin(span + 1));
 }
 
-/// Moments of all columns over one span.
-template <class X> void span_columns(const Task& t, std::int64_t o, std::int64_t span, ColumnMoments out) {
+/// Calls f(rows, first step) for the blocks of a span.
+template <class F> NORMKIT_LOCAL void for_blocks(std::int64_t begin, std::int64_t end, F f) {
+  for (std::int64_t step = begin; step < end; step += kBlockSteps) f(step, least(kBlockSteps, end - step));
+}
+
+/// True where the sums of a column say nothing of it.
+template <class S> NORMKIT_LOCAL bool doubtful(double s, double q, double n, bool centered) {
+  return n > 0 && !(centered ? trustworthy<S>(s, q, n) : q > kVanishing<S> && q < kOverflowing<S>);
+}
+
+/// The doubtful columns of a span: constant ones keep their pivot, others are taken once more in double. A column is judged
+/// by itself, so that none depends on its neighbors.
+template <class X>
+[[gnu::noinline]] void mend_columns(const Task& t, std::int64_t o, std::int64_t begin, std::int64_t end,
+                                    PivotSums<ScalarOf<X>> sums, ColumnMoments out) {
+  using S = ScalarOf<X>;
+  constexpr std::int64_t kWidth = kTile * kLanes<VectorOf<X>>;
+  for_tiles<X>(t.geometry.columns(), [&](auto vectors, std::int64_t first, std::int64_t n) {
+    bool doubts[kWidth], any = false;
+    for (std::int64_t k = 0; k < n; ++k) {
+      const std::int64_t column = first + k;
+      doubts[k] = doubtful<S>(sums.sum[column], sums.squares[column], sums.members[column], t.centered);
+      any |= doubts[k];
+    }
+    if (!any) return;
+    double memory[4 * kWidth] = {};
+    const PivotSums<S> magnified(memory, kWidth);
+    for (std::int64_t k = 0; k < n; ++k) magnified.pivot[k] = sums.pivot[first + k];
+    with_members(t, o, begin, 0, first, [&](auto members) {
+      const Tile<X> span{at<X>(t.x, o, begin, 0) + first, t.x.strides.step, end - begin, n};
+      add_block<true>(span, vectors, magnified, 0, members);
+      for (std::int64_t k = 0; k < n; ++k) {
+        if (!doubts[k]) continue;
+        const double count = sums.members[first + k];
+        out.set(first + k, magnified.squares[k] == 0 ? Moments{static_cast<double>(sums.pivot[first + k]), 0, count}
+                                                     : careful_column(span.x + k, span.stride, span.rows, count,
+                                                                      t.centered, members.from(k)));
+      }
+    });
+  });
+}
+
+NORMKIT_LOCAL void merge_columns(ColumnMoments into, ColumnMoments more, std::int64_t n) {
+  for (std::int64_t k = 0; k < n; ++k) into.set(k, merge(into.at(k), more.at(k)));
+}
+
+/// Moments of all columns over one span. `memory`: four arrays of columns.
+template <class X>
+void span_columns(const Task& t, std::int64_t o, std::int64_t span, double* memory, ColumnMoments out) {
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
-  const std::int64_t begin = span_begin(span), end = span_end(g, span);
-  TileSums<S> sums;
-  double chunk[3 * TileSums<S>::kWidth];
-  const ColumnMoments chunk_out(chunk, TileSums<S>::kWidth);
-  for (std::int64_t step = begin; step < end; step += kChunkSteps) {
-    const std::int64_t rows = least(kChunkSteps, end - step);
-    if (t.residual.data) form_sum<X>(t, o, step, 0, rows, 0, g.columns());
-    for_tiles<X>(g.columns(), [&](auto vectors, std::int64_t k, std::int64_t n) {
+  const std::int64_t begin = span_begin(span), end = span_end(g, span), columns = g.columns();
+  const PivotSums<S> sums(memory, array_of_columns(g));
+  const double none = 0, all = static_cast<double>(end - begin);
+  for (std::int64_t k = 0; k < array_of_columns(g); ++k) {
+    sums.sum[k] = sums.squares[k] = 0, sums.members[k] = t.where.data ? none : all;
+    sums.pivot[k] = 0;
+  }
+  const bool scans = t.residual.data && t.where.data;  // the first members are looked for in the whole span
+  if (scans) form_sum<X>(t, o, begin, 0, end - begin, 0, columns);
+  for_blocks(begin, end, [&](std::int64_t step, std::int64_t rows) {
+    if (t.residual.data && !scans) form_sum<X>(t, o, step, 0, rows, 0, columns);
+    for_tiles<X>(columns, [&](auto vectors, std::int64_t k, std::int64_t n) {
       const Tile<X> tile{at<X>(t.x, o, step, 0) + k, t.x.strides.step, rows, n};
       with_members(t, o, step, 0, k, [&](const auto& members) {
-        const bool fresh = step == begin;
-        if (!t.centered)
-          for (S& p : sums.pivot) p = 0;
-        else if (fresh) first_pivots(tile, vectors, sums.pivot, members);
-        else
-          for (std::int64_t j = 0; j < n; ++j) sums.pivot[j] = static_cast<S>(out.mean[k + j]);
-        chunk_columns(tile, t.centered, vectors, sums, members, fresh ? out : chunk_out, fresh ? k : 0);
-        if (!fresh) merge_columns(out, k, chunk_out, n);
+        if (step == begin && t.centered)
+          first_pivots(Tile<X>{tile.x, tile.stride, end - begin, n}, vectors, sums.pivot + k, members);
+        add_block<false>(tile, vectors, sums, k, members);
       });
     });
+  });
+  bool any = false;
+  for (std::int64_t k = 0; k < columns; ++k) {
+    const double s = sums.sum[k], q = sums.squares[k], n = sums.members[k];
+    const Moments m = from_pivot(static_cast<double>(sums.pivot[k]), s, q, n);
+    out.set(k, t.centered ? m : Moments{0, q, n});
+    any |= doubtful<S>(s, q, n, t.centered);
   }
+  if (any) mend_columns<X>(t, o, begin, end, sums, out);
 }
 
 /// From the moments of columns to those of a statistic, whose columns they are.
@@ -222,6 +268,13 @@ NORMKIT_LOCAL Affine<S> column_affine(const Task& t, std::int64_t o, std::int64_
   return forward_affine(s, element(t.weight, parameter, 1), element(t.bias, parameter, 0));
 }
 
+/// Repeats arrays of a table for folded steps.
+template <class S, int kArrays> NORMKIT_LOCAL void fold_table(const Geometry& g, S* const (&arrays)[kArrays]) {
+  const std::int64_t columns = g.columns(), end = folded_steps(g) * columns;
+  for (S* array : arrays)
+    for (std::int64_t k = columns; k < end; ++k) array[k] = array[k - columns];
+}
+
 /// From the moments of columns to statistics, and to the table that apply reads.
 template <class S> void lanes_finish(const Task& t, std::int64_t o, ColumnMoments columns, Table<S> table) {
   const Geometry& g = t.geometry;
@@ -233,114 +286,126 @@ template <class S> void lanes_finish(const Task& t, std::int64_t o, ColumnMoment
       table.mean[k] = s.mean, table.a[k] = affine.scale, table.b[k] = affine.shift;
     }
   }
+  fold_table(g, {table.mean, table.a, table.b});
 }
 
-/// True where every row of every tile begins at a full line of memory, so that streamed stores fit.
-template <class Y> NORMKIT_LOCAL bool rows_on_lines(const Operand& a, const Geometry& g) {
-  const auto aligned = [](std::int64_t elements) { return elements * static_cast<std::int64_t>(sizeof(Y)) % 64 == 0; };
-  return reinterpret_cast<std::uintptr_t>(a.data) % 64 == 0 && aligned(a.strides.step) &&
-         (g.outer == 1 || aligned(a.strides.outer));
+/// Bytes that apply runs ahead of itself where it reads from memory.
+constexpr std::int64_t kApplyAhead = 16384;
+/// The largest part of the next slab that is fetched while this one is written.
+constexpr std::int64_t kFetchableSlab = std::int64_t{4} << 20;
+
+/// What is fetched while a step is applied: the step that is `shift` later, of `o`.
+struct Fetch {
+  const Operand& from;
+  std::int64_t o, shift;
+};
+/// Where slabs fit the caches, x is in them already: time to fetch the next. Else what this pass reads next.
+template <class X> NORMKIT_LOCAL Fetch fetch_for(const Task& t, std::int64_t o, std::int64_t span, bool last) {
+  const Operand& from = t.residual.data ? t.source : t.x;
+  const std::int64_t step_bytes = t.geometry.columns() * static_cast<std::int64_t>(sizeof(X));
+  if (!t.frozen && !last && span_begin(span) * step_bytes < kFetchableSlab) return {from, o + 1, 0};
+  return {t.x, o, ceil_div(kApplyAhead, step_bytes)};
 }
 
-constexpr std::int64_t kApplyRows = 16;  // steps that a tile takes at once while its table is in registers
+/// Steps that may be taken as one row: several where they lie one behind the other.
+template <int kOperands>
+NORMKIT_LOCAL std::int64_t steps_in_row(const Geometry& g, const Operand* const (&operands)[kOperands]) {
+  if (!constant_in_column(g)) return 1;
+  for (const Operand* a : operands)
+    if (a->data && a->strides.step != g.columns()) return 1;
+  return folded_steps(g);
+}
 
-/// Calls f(tile, first column, columns, step) for tiles of steps [begin, end), backwards by blocks of steps.
-template <class X, class F>
-NORMKIT_LOCAL void for_blocks(const Geometry& g, std::int64_t begin, std::int64_t end, F f) {
-  for (std::int64_t last = end; last > begin;) {
-    const std::int64_t first = last - least(last - begin, kApplyRows);
-    for_tiles<X>(g.columns(), [&](auto vectors, std::int64_t k, std::int64_t n)
-                                  NORMKIT_INLINE_LAMBDA { f(vectors, k, n, first, last); });
-    last = first;
+/// Calls f(step, first column, columns) for rows of `fold` steps of [begin, end), and for pieces of them where parameters
+/// follow the elements, which are read a buffer at a time.
+template <class F>
+NORMKIT_LOCAL void for_rows(const Geometry& g, std::int64_t begin, std::int64_t end, std::int64_t fold, F f) {
+  for (std::int64_t step = begin; step < end; step += fold) {
+    const std::int64_t columns = least(fold, end - step) * g.columns();
+    const std::int64_t piece = constant_in_column(g) ? columns : kBuffer;
+    for (std::int64_t k = 0; k < columns; k += piece) f(step, k, least(piece, columns - k));
   }
-}
-
-/// Stores a vector, past the caches where `streaming` says so and it is whole.
-template <class P, class Y, class V> NORMKIT_LOCAL void put(P place, Y* y, V v, bool streaming) {
-  if constexpr (P::kWhole) {
-    if (streaming) return stream(y + place.i, v);
-  }
-  place.store(y, v);
 }
 
 template <class X, class Y>
-void lanes_forward_steps(const Task& t, std::int64_t o, std::int64_t begin, std::int64_t end,
-                         Table<ScalarOf<X>> table) {
+void lanes_forward_span(const Task& t, std::int64_t o, std::int64_t span, Table<ScalarOf<X>> table, Fetch fetch,
+                        Streamer<Y>* streamer) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
-  const bool by_column = constant_in_column(g), streaming = t.stream_stores && rows_on_lines<Y>(t.y, g);
-  const bool active = t.activation.kind != ActivationKind::none;
+  const std::int64_t begin = span_begin(span), end = span_end(g, span);
+  const bool by_column = constant_in_column(g), active = t.activation.kind != ActivationKind::none;
   if (t.residual.data && t.frozen) form_sum<X>(t, o, begin, 0, end - begin, 0, g.columns());
   ParamBuffer<S> weights, biases;
-  for_blocks<X>(g, begin, end,
-                [&](auto vectors, std::int64_t k, std::int64_t n, std::int64_t first, std::int64_t last) {
-    constexpr int kVectors = decltype(vectors)::value;
-    V mean[kVectors], scale[kVectors], shift[kVectors];
-    for_vectors<V>(vectors, n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
-      mean[j] = place.load(table.mean + k), scale[j] = place.load(table.a + k), shift[j] = place.load(table.b + k);
-    });
-    for (std::int64_t step = first; step < last; ++step) {
-      const X* x = at<X>(t.x, o, step, 0) + k;
-      Y* y = at<Y>(t.y, o, step, 0) + k;
-      const S *weight = nullptr, *bias = nullptr;
-      if (!by_column) {
-        const std::int64_t parameter = g.parameter(o, g.offset(o, step, 0, 0)) + k;
-        weight = weights.read(t.weight, parameter, n, 1), bias = biases.read(t.bias, parameter, n, 0);
-      }
-      for_vectors<V>(vectors, n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
-        V v = forward(place.load(x), mean[j], scale[j], shift[j]);
-        if (!by_column) v = mul_add(v, place.load(weight), place.load(bias));
-        if (active) v = activated(t.activation, v);
-        put(place, y, v, streaming);
-      });
+  for_rows(g, begin, end, steps_in_row(g, {&t.x, &t.y}),
+           [&](std::int64_t step, std::int64_t k, std::int64_t n) NORMKIT_INLINE_LAMBDA {
+    const X *x = at<X>(t.x, o, step, 0) + k, *ahead = at<X>(fetch.from, fetch.o, step + fetch.shift, 0) + k;
+    const S *mean = table.mean + k, *scale = table.a + k, *shift = table.b + k, *weight = nullptr, *bias = nullptr;
+    if (!by_column) {
+      const std::int64_t parameter = g.parameter(o, g.offset(o, step, 0, 0)) + k;
+      weight = weights.read(t.weight, parameter, n, 1), bias = biases.read(t.bias, parameter, n, 0);
     }
+    map(at<Y>(t.y, o, step, 0) + k, n, streamer, nullptr, [&](auto place) NORMKIT_INLINE_LAMBDA {
+      prefetch_second(ahead + place.i);
+      V v = forward(place.load(x), place.load(mean), place.load(scale), place.load(shift));
+      if (!by_column) v = mul_add(v, place.load(weight), place.load(bias));
+      if (active) v = activated(t.activation, v);
+      return v;
+    });
   });
 }
 
 template <class X, class Y> void lanes_forward(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
-  const Geometry& g = t.geometry;
-  const Chunks c = chunks_of(g, Traversal::lanes);
-  const std::int64_t columns = g.columns();
+  const Chunks c = chunks_of(t.geometry, Traversal::lanes);
+  const std::int64_t columns = array_of_columns(t.geometry);
   const ColumnMoments all(scratch, columns), part(scratch + 3 * columns, columns);
-  const Table<ScalarOf<X>> table(scratch + 8 * columns, columns);
+  double* const sums = scratch + 8 * columns;
+  const Table<ScalarOf<X>> table(scratch + 12 * columns, columns);
+  Streamer<Y> streamer;
   for (std::int64_t o = begin; o < end; ++o) {
     for (std::int64_t span = 0; span < (t.frozen ? 0 : c.spans); ++span) {
-      span_columns<X>(t, o, span, span == 0 ? all : part);
-      if (span > 0) merge_columns(all, 0, part, columns);
+      span_columns<X>(t, o, span, sums, span == 0 ? all : part);
+      if (span > 0) merge_columns(all, part, t.geometry.columns());
     }
     lanes_finish(t, o, all, table);
-    if (t.phase != Phase::reduce) lanes_forward_steps<X, Y>(t, o, 0, g.steps, table);
+    if (t.phase == Phase::reduce) continue;
+    for (std::int64_t k = 0; k < c.spans; ++k) {  // backwards after a first pass: what was read last is still in cache
+      const std::int64_t span = t.frozen ? k : c.spans - 1 - k;
+      lanes_forward_span<X, Y>(t, o, span, table, fetch_for<X>(t, o, span, o + 1 == end),
+                               t.stream_stores ? &streamer : nullptr);
+    }
   }
 }
 
-template <class X> void lanes_forward_sums(const Task& t, std::int64_t begin, std::int64_t end) {
+template <class X>
+void lanes_forward_sums(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
   const Chunks c = chunks_of(t.geometry, Traversal::lanes);
-  const std::int64_t columns = t.geometry.columns();
+  const std::int64_t columns = array_of_columns(t.geometry);
   for (std::int64_t unit = begin; unit < end; ++unit)
-    span_columns<X>(t, unit / c.spans, unit % c.spans, ColumnMoments(t.partials + 3 * columns * unit, columns));
+    span_columns<X>(t, unit / c.spans, unit % c.spans, scratch,
+                    ColumnMoments(t.partials + 3 * columns * unit, columns));
 }
 
 template <class X> void lanes_forward_finish(const Task& t, std::int64_t begin, std::int64_t end) {
-  const Geometry& g = t.geometry;
-  const Chunks c = chunks_of(g, Traversal::lanes);
-  const std::int64_t columns = g.columns();
+  const Chunks c = chunks_of(t.geometry, Traversal::lanes);
+  const std::int64_t columns = array_of_columns(t.geometry);
   for (std::int64_t o = begin; o < end; ++o) {
     double* part = t.partials + 3 * columns * o * c.spans;
     const ColumnMoments all(part, columns);
     for (std::int64_t span = 1; span < (t.frozen ? 0 : c.spans); ++span)
-      merge_columns(all, 0, ColumnMoments(part + 3 * columns * span, columns), columns);
+      merge_columns(all, ColumnMoments(part + 3 * columns * span, columns), t.geometry.columns());
     lanes_finish(t, o, all, Table<ScalarOf<X>>(t.solved + kTableColumns * columns * o, columns));
   }
 }
 
 template <class X, class Y> void lanes_forward_apply(const Task& t, std::int64_t begin, std::int64_t end) {
-  const Geometry& g = t.geometry;
-  const Chunks c = chunks_of(g, Traversal::lanes);
-  for (std::int64_t unit = end; unit-- > begin;) {
-    const std::int64_t o = unit / c.spans, span = unit % c.spans;
-    lanes_forward_steps<X, Y>(t, o, span_begin(span), span_end(g, span),
-                              Table<ScalarOf<X>>(t.solved + kTableColumns * g.columns() * o, g.columns()));
+  const Chunks c = chunks_of(t.geometry, Traversal::lanes);
+  const std::int64_t columns = array_of_columns(t.geometry);
+  Streamer<Y> streamer;
+  for (std::int64_t k = begin; k < end; ++k) {
+    const std::int64_t unit = t.frozen ? k : begin + end - 1 - k, o = unit / c.spans, span = unit % c.spans;
+    lanes_forward_span<X, Y>(t, o, span, Table<ScalarOf<X>>(t.solved + kTableColumns * columns * o, columns),
+                             fetch_for<X>(t, o, span, true), t.stream_stores ? &streamer : nullptr);
   }
 }
 

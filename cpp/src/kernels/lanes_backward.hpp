@@ -19,11 +19,11 @@ NORMKIT_LOCAL void add_columns(double* into, const double* more, std::int64_t co
 /// What is known of columns before the sums: their given mean, which sums are taken about, and the factors of z.
 template <class S> struct Known { const S *mean, *scale, *shift; };
 
-/// Adds the sums of one chunk of one tile to those of columns k and on.
+/// Adds one block of one tile to the sums of columns k and on.
 template <class X, int kVectors, class Members>
-[[gnu::noinline]] void add_tile(const Task& t, std::int64_t o, std::int64_t step, std::int64_t rows, std::int64_t k,
-                                std::int64_t n, Known<ScalarOf<X>> known, Count<kVectors> vectors, Members members,
-                                ColumnSums out) {
+NORMKIT_LOCAL void add_block(const Task& t, std::int64_t o, std::int64_t step, std::int64_t rows, std::int64_t k,
+                             std::int64_t n, Known<ScalarOf<X>> known, Count<kVectors> vectors, Members members,
+                             ColumnSums out) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
@@ -32,12 +32,14 @@ template <class X, int kVectors, class Members>
   const V zero = broadcast<V>(S(0)), one = broadcast<V>(S(1));
   V m[kVectors], count[kVectors];
   Sums<V> s[kVectors];
-  for_vectors<V>(vectors, n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
-    m[j] = place.load(known.mean + k);
+  for (int j = 0; j < kVectors; ++j) {
+    m[j] = load(known.mean + k + j * kLanes<V>);
     s[j].g = s[j].gx = s[j].d = count[j] = zero;
-  });
+  }
+  const std::int64_t x_ahead = block_ahead<X>(t.x.strides.step), dy_ahead = block_ahead<X>(t.dy.strides.step);
   for (std::int64_t row = step; row < step + rows; ++row, members.next_row()) {
     const X *x = at<X>(t.x, o, row, 0) + k, *dy = at<X>(t.dy, o, row, 0) + k;
+    prefetch_tile(vectors, x + x_ahead), prefetch_tile(vectors, dy + dy_ahead);
     const std::int64_t parameter = by_column ? 0 : g.parameter(o, g.offset(o, row, 0, 0)) + k;
     const S* weight = by_column ? nullptr : weights.read(t.weight, parameter, n, 1);
     const S* bias = by_column || !active ? nullptr : biases.read(t.bias, parameter, n, 0);
@@ -60,30 +62,28 @@ template <class X, int kVectors, class Members>
       s[j].d = s[j].d + d;
     });
   }
-  alignas(64) S lane[4][kVectors * kLanes<V>];
   for (int j = 0; j < kVectors; ++j) {
-    store(lane[0] + j * kLanes<V>, s[j].g);
-    store(lane[1] + j * kLanes<V>, s[j].gx);
-    store(lane[2] + j * kLanes<V>, s[j].d);
-    store(lane[3] + j * kLanes<V>, Members::kAll ? broadcast<V>(static_cast<S>(rows)) : count[j]);
+    const std::int64_t column = k + j * kLanes<V>;
+    add_to(out.g + column, s[j].g), add_to(out.gx + column, s[j].gx), add_to(out.d + column, s[j].d);
+    if constexpr (!Members::kAll) add_to(out.n + column, count[j]);
   }
-  double* const sums[] = {out.g, out.gx, out.d, out.n};
-  for (int quantity = 0; quantity < 4; ++quantity)
-    for (std::int64_t j = 0; j < n; ++j) sums[quantity][k + j] += static_cast<double>(lane[quantity][j]);
 }
 
 /// Sums over one span, as four arrays of columns in `out`.
 template <class X>
 void span_column_sums(const Task& t, std::int64_t o, std::int64_t span, Known<ScalarOf<X>> known, double* out) {
-  const std::int64_t columns = t.geometry.columns(), begin = span_begin(span), end = span_end(t.geometry, span);
+  const Geometry& g = t.geometry;
+  const std::int64_t columns = array_of_columns(g), begin = span_begin(span), end = span_end(g, span);
+  const ColumnSums sums(out, columns);
   for (std::int64_t k = 0; k < 4 * columns; ++k) out[k] = 0;
-  for (std::int64_t step = begin; step < end; step += kChunkSteps)
-    for_tiles<X>(columns, [&](auto vectors, std::int64_t k, std::int64_t n) {
-      with_members(t, o, step, 0, k, [&](const auto& members) {
-        add_tile<X>(t, o, step, least(kChunkSteps, end - step), k, n, known, vectors, members,
-                    ColumnSums(out, columns));
-      });
+  if (!t.where.data)
+    for (std::int64_t k = 0; k < columns; ++k) sums.n[k] = static_cast<double>(end - begin);
+  for_blocks(begin, end, [&](std::int64_t step, std::int64_t rows) {
+    for_tiles<X>(g.columns(), [&](auto vectors, std::int64_t k, std::int64_t n) {
+      with_members(t, o, step, 0, k,
+                   [&](const auto& members) { add_block<X>(t, o, step, rows, k, n, known, vectors, members, sums); });
     });
+  });
 }
 
 /// Fills in what is known of the columns of one outer index.
@@ -99,6 +99,7 @@ template <class S> void know_columns(const Task& t, std::int64_t o, S* mean, S* 
       scale[k] = affine.scale, shift[k] = affine.shift;
     }
   }
+  if (active) fold_table(g, {mean, scale, shift});
 }
 
 /// The weight of one column; where it has several, sums are taken with them.
@@ -145,54 +146,61 @@ template <class S> void lanes_solve(const Task& t, std::int64_t o, ColumnSums co
       d[0] = s.rstd * mul_add(-shift, column_sums.g[k], column_sums.gx[k]), d[1] = column_sums.g[k];
     }
   }
+  fold_table(g, {table.mean, table.a, table.b, table.c, table.unit, table.origin});
+}
+
+/// Calls f(position) for the vectors of a row that nothing is stored of, or stores what f returns in dx.
+template <class X, class F> NORMKIT_LOCAL void map_or_walk(X* dx, std::int64_t n, Streamer<X>* streamer, F f) {
+  constexpr std::int64_t kWidth = kLanes<VectorOf<X>>;
+  if (dx) return map(dx, n, streamer, nullptr, f);
+  std::int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) f(Full{i});
+  if (i < n) f(Part{i, static_cast<int>(n - i)});
 }
 
 template <class X>
-void lanes_backward_steps(const Task& t, std::int64_t o, std::int64_t begin, std::int64_t end,
-                          Table<ScalarOf<X>> table) {
+void lanes_backward_span(const Task& t, std::int64_t o, std::int64_t span, Table<ScalarOf<X>> table,
+                         Streamer<X>* streamer, bool last) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
-  const bool by_column = constant_in_column(g), streaming = t.stream_stores && rows_on_lines<X>(t.dx, g);
-  const bool active = t.activation.kind != ActivationKind::none;
+  const bool by_column = constant_in_column(g), active = t.activation.kind != ActivationKind::none;
+  const Fetch fetch = fetch_for<X>(t, o, span, last);
   ParamBuffer<S> weights, biases;
-  for_blocks<X>(g, begin, end,
-                [&](auto vectors, std::int64_t k, std::int64_t n, std::int64_t first, std::int64_t last) {
-    constexpr int kVectors = decltype(vectors)::value;
-    V mean[kVectors], a[kVectors], b[kVectors], c[kVectors];
-    for_vectors<V>(vectors, n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
-      mean[j] = place.load(table.mean + k), a[j] = place.load(table.a + k);
-      b[j] = place.load(table.b + k), c[j] = place.load(table.c + k);
-    });
-    for (std::int64_t step = first; step < last; ++step) {
-      const X *x = at<X>(t.x, o, step, 0) + k, *dy = at<X>(t.dy, o, step, 0) + k;
-      const X* residual = t.residual.data ? at<X>(t.residual, o, step, 0) + k : nullptr;
-      X* dx = t.dx.data ? at<X>(t.dx, o, step, 0) + k : nullptr;
-      const std::int64_t offset = g.offset(o, step, 0, 0);
-      const S* weight = by_column ? nullptr : weights.read(t.weight, g.parameter(o, offset) + k, n, 1);
-      const S* bias = by_column || !active ? nullptr : biases.read(t.bias, g.parameter(o, offset) + k, n, 0);
-      with_members(t, o, step, 0, k, [&](const auto& members) NORMKIT_INLINE_LAMBDA {
-        for_vectors<V>(vectors, n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
-          const V x_v = place.load(x);
-          V dz = place.load(dy);
-          if (active) {
-            const Preactivation<X> z{place.load(table.z_mean + k), place.load(table.z_scale + k),
-                                     place.load(table.z_shift + k), weight, bias};
-            dz = dz * slope_at(t.activation, z.at(place, x_v));
-          }
-          if (t.dweight_out) {
-            const V x_hat = forward(x_v, mean[j], place.load(table.unit + k), place.load(table.origin + k));
-            place.store(at<S>(t.dweight_out, offset + k), dz * (t.where.data ? where(dz, x_hat) : x_hat));
-          }
-          if (t.dbias_out) place.store(at<S>(t.dbias_out, offset + k), dz);
-          if (!dx) return;
-          const V through = members.only(place, through_statistics(x_v, mean[j], b[j], c[j]));
-          V v = backward(by_column ? dz : dz * place.load(weight), a[j], through);
-          if (residual) v = v + place.load(residual);
-          put(place, dx, v, streaming);
-        });
+  for_rows(g, span_begin(span), span_end(g, span),
+           t.where.data ? 1 : steps_in_row(g, {&t.x, &t.dy, &t.dx, &t.residual}),
+           [&](std::int64_t step, std::int64_t k, std::int64_t n) NORMKIT_INLINE_LAMBDA {
+    const X *x = at<X>(t.x, o, step, 0) + k, *dy = at<X>(t.dy, o, step, 0) + k;
+    const X* x_ahead = at<X>(t.x, fetch.o, step + fetch.shift, 0) + k;
+    const X* dy_ahead = at<X>(t.dy, fetch.o, step + fetch.shift, 0) + k;
+    const X* residual = t.residual.data ? at<X>(t.residual, o, step, 0) + k : nullptr;
+    const std::int64_t offset = g.offset(o, step, 0, 0) + k;
+    const std::int64_t parameter = by_column ? 0 : g.parameter(o, offset - k) + k;
+    const S* weight = by_column ? nullptr : weights.read(t.weight, parameter, n, 1);
+    const S* bias = by_column || !active ? nullptr : biases.read(t.bias, parameter, n, 0);
+    with_members(t, o, step, 0, k, [&](const auto& whole) NORMKIT_INLINE_LAMBDA {
+      map_or_walk(t.dx.data ? at<X>(t.dx, o, step, 0) + k : nullptr, n, streamer,
+                  [&](auto place) NORMKIT_INLINE_LAMBDA {
+        prefetch_second(x_ahead + place.i), prefetch_second(dy_ahead + place.i);
+        const V x_v = place.load(x), mean = place.load(table.mean + k);
+        V dz = place.load(dy);
+        if (active) {
+          const Preactivation<X> z{place.load(table.z_mean + k), place.load(table.z_scale + k),
+                                   place.load(table.z_shift + k), weight, bias};
+          dz = dz * slope_at(t.activation, z.at(place, x_v));
+        }
+        if (t.dweight_out) {
+          const V x_hat = forward(x_v, mean, place.load(table.unit + k), place.load(table.origin + k));
+          place.store(at<S>(t.dweight_out, offset), dz * (t.where.data ? where(dz, x_hat) : x_hat));
+        }
+        if (t.dbias_out) place.store(at<S>(t.dbias_out, offset), dz);
+        const V through =
+            whole.only(place, through_statistics(x_v, mean, place.load(table.b + k), place.load(table.c + k)));
+        V v = backward(by_column ? dz : dz * place.load(weight), place.load(table.a + k), through);
+        if (residual) v = v + place.load(residual);
+        return v;
       });
-    }
+    });
   });
 }
 
@@ -203,11 +211,11 @@ template <class S> NORMKIT_LOCAL Known<S> know(const Task& t, std::int64_t o, Ta
 }
 
 template <class X> void lanes_backward(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
-  const Geometry& g = t.geometry;
-  const Chunks c = chunks_of(g, Traversal::lanes);
-  const std::int64_t columns = g.columns();
+  const Chunks c = chunks_of(t.geometry, Traversal::lanes);
+  const std::int64_t columns = array_of_columns(t.geometry);
   double *sums = scratch, *part = sums + 4 * columns;
-  const Table<ScalarOf<X>> table(scratch + 8 * columns, columns);
+  const Table<ScalarOf<X>> table(scratch + 12 * columns, columns);
+  Streamer<X> streamer;
   for (std::int64_t o = begin; o < end; ++o) {
     const Known<ScalarOf<X>> known = know(t, o, table);
     for (std::int64_t span = 0; span < (t.phase == Phase::apply ? 0 : c.spans); ++span) {
@@ -216,30 +224,27 @@ template <class X> void lanes_backward(const Task& t, std::int64_t begin, std::i
     }
     lanes_solve(t, o, ColumnSums(sums, columns), table);
     if (t.phase != Phase::reduce && (t.dx.data || t.kind == ParamKind::element))
-      lanes_backward_steps<X>(t, o, 0, g.steps, table);
+      for (std::int64_t span = c.spans; span-- > 0;)
+        lanes_backward_span<X>(t, o, span, table, t.stream_stores ? &streamer : nullptr, o + 1 == end);
   }
 }
 
-template <class X> void lanes_backward_sums(const Task& t, std::int64_t begin, std::int64_t end) {
-  using S = ScalarOf<X>;
-  const std::int64_t columns = t.geometry.columns();
+template <class X>
+void lanes_backward_sums(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
   const Chunks c = chunks_of(t.geometry, Traversal::lanes);
-  for (std::int64_t unit = begin; unit < end; ++unit) {
-    double* out = t.partials + 7 * columns * unit;
-    S *mean = reinterpret_cast<S*>(out + 4 * columns), *scale = mean + columns, *shift = scale + columns;
-    know_columns(t, unit / c.spans, mean, scale, shift);
-    span_column_sums<X>(t, unit / c.spans, unit % c.spans, Known<S>{mean, scale, shift}, out);
-  }
+  const std::int64_t columns = array_of_columns(t.geometry);
+  for (std::int64_t unit = begin; unit < end; ++unit)
+    span_column_sums<X>(t, unit / c.spans, unit % c.spans,
+                        know(t, unit / c.spans, Table<ScalarOf<X>>(scratch, columns)), t.partials + 4 * columns * unit);
 }
 
 template <class X> void lanes_backward_finish(const Task& t, std::int64_t begin, std::int64_t end) {
-  const Geometry& g = t.geometry;
-  const Chunks c = chunks_of(g, Traversal::lanes);
-  const std::int64_t columns = g.columns();
+  const Chunks c = chunks_of(t.geometry, Traversal::lanes);
+  const std::int64_t columns = array_of_columns(t.geometry);
   for (std::int64_t o = begin; o < end; ++o) {
-    double* sums = t.partials + 7 * columns * o * c.spans;
+    double* sums = t.partials + 4 * columns * o * c.spans;
     for (std::int64_t span = 1; span < (t.phase == Phase::apply ? 0 : c.spans); ++span)
-      add_columns(sums, sums + 7 * columns * span, columns);
+      add_columns(sums, sums + 4 * columns * span, columns);
     const Table<ScalarOf<X>> table(t.solved + kTableColumns * columns * o, columns);
     know(t, o, table);
     lanes_solve(t, o, ColumnSums(sums, columns), table);
@@ -247,12 +252,13 @@ template <class X> void lanes_backward_finish(const Task& t, std::int64_t begin,
 }
 
 template <class X> void lanes_backward_apply(const Task& t, std::int64_t begin, std::int64_t end) {
-  const Geometry& g = t.geometry;
-  const Chunks c = chunks_of(g, Traversal::lanes);
+  const Chunks c = chunks_of(t.geometry, Traversal::lanes);
+  const std::int64_t columns = array_of_columns(t.geometry);
+  Streamer<X> streamer;
   for (std::int64_t unit = end; unit-- > begin;) {
-    const std::int64_t o = unit / c.spans, span = unit % c.spans;
-    lanes_backward_steps<X>(t, o, span_begin(span), span_end(g, span),
-                            Table<ScalarOf<X>>(t.solved + kTableColumns * g.columns() * o, g.columns()));
+    const std::int64_t o = unit / c.spans;
+    lanes_backward_span<X>(t, o, unit % c.spans, Table<ScalarOf<X>>(t.solved + kTableColumns * columns * o, columns),
+                           t.stream_stores ? &streamer : nullptr, true);
   }
 }
 
