@@ -141,19 +141,13 @@ constexpr std::int64_t dparam_units(const Geometry& g, ParamKind kind) {
   }
 }
 
-/// Steps that apply takes as one row where they lie one behind the other, so that rows of few columns are long, and begin at
-/// whole lines of memory if they can.
-constexpr std::int64_t folded_steps(const Geometry& g) {
-  std::int64_t steps = 1;
-  for (; steps < g.steps; steps *= 2) {
-    const std::int64_t columns = steps * g.columns();
-    if (columns >= 256 && (columns % 32 == 0 || columns >= 512)) break;
-  }
-  return steps;
-}
+/// Columns of the table that apply goes round: those of several steps where they are few.
+constexpr std::int64_t table_period(const Geometry& g) { return ceil_div(64, g.columns()) * g.columns(); }
 
-/// Elements of an array of columns in scratch: whole vectors, and room for folded steps.
-constexpr std::int64_t array_of_columns(const Geometry& g) { return ceil_div(folded_steps(g) * g.columns(), 16) * 16; }
+/// Elements of an array of columns in scratch: whole vectors, and one more, so that one may begin anywhere in the period. It
+/// also keeps neighboring arrays from lying whole pages apart.
+constexpr std::int64_t whole_vectors(std::int64_t columns) { return ceil_div(columns, 16) * 16; }
+constexpr std::int64_t array_of_columns(const Geometry& g) { return whole_vectors(table_period(g)) + 16; }
 
 /// Arrays of columns in the table of the lanes traversal.
 inline constexpr std::int64_t kTableColumns = 9;

@@ -140,6 +140,7 @@ struct Full {
   template <class T> NORMKIT_LOCAL auto load(const T* p) const { return ::normkit::load(p + i); }
   template <class T, class V> NORMKIT_LOCAL void store(T* p, V v) const { ::normkit::store(p + i, v); }
   template <class V> NORMKIT_LOCAL V keep(V v) const { return v; }
+  NORMKIT_LOCAL Full back(std::int64_t elements) const { return {i - elements}; }
   template <class V> NORMKIT_LOCAL V flags(const std::uint8_t* p) const {
     return ::normkit::flags<V>(p + i, kLanes<V>);
   }
@@ -151,6 +152,7 @@ struct Part {
   template <class T> NORMKIT_LOCAL auto load(const T* p) const { return ::normkit::load(p + i, n); }
   template <class T, class V> NORMKIT_LOCAL void store(T* p, V v) const { ::normkit::store(p + i, v, n); }
   template <class V> NORMKIT_LOCAL V keep(V v) const { return ::normkit::keep(v, n); }
+  NORMKIT_LOCAL Part back(std::int64_t elements) const { return {i - elements, n}; }
   template <class V> NORMKIT_LOCAL V flags(const std::uint8_t* p) const { return ::normkit::flags<V>(p + i, n); }
 };
 

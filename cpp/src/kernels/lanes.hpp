@@ -51,21 +51,28 @@ template <class V, int kVectors, class F> NORMKIT_LOCAL void for_vectors(Count<k
 /// Steps whose sums are taken in the compute type; those of blocks add up in double.
 constexpr std::int64_t kBlockSteps = 16;
 
+/// Into the second-level cache: the first one has no room for a block of all columns beside the next.
+NORMKIT_LOCAL void prefetch_second(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 /// Bytes that the first pass runs ahead of itself, in whole blocks of steps.
 constexpr std::int64_t kBlockAhead = 8192;
 
-/// Into the second-level cache: ...
-NORMKIT_LOCAL void prefetch_second(const void* p) { __builtin_prefetch(p, 0, 2); }
-
-/// The same columns of later steps.
-template <class X> NORMKIT_LOCAL std::int64_t block_ahead(std::int64_t stride) {
-  const std::int64_t block = kBlockSteps * stride,
-                     bytes = (block < 0 ? -block : block) * static_cast<std::int64_t>(sizeof(X));
-  return bytes >= kBlockAhead || bytes == 0 ? block : block * (kBlockAhead / bytes);
+/// How far ahead, in elements of the same columns. Rows of one tile are read one behind the other, which hardware foresees:
+/// 0, which costs less than a branch.
+template <class X> NORMKIT_LOCAL std::int64_t block_ahead(const Geometry& g, const Operand& a) {
+  const std::int64_t row_bytes = g.columns() * static_cast<std::int64_t>(sizeof(X));
+  if (g.columns() <= kTile * kLanes<VectorOf<X>>) return 0;
+  return a.strides.step * kBlockSteps * ceil_div(kBlockAhead, kBlockSteps * row_bytes);
 }
-template <class X, int kVectors> NORMKIT_LOCAL void prefetch_tile(Count<kVectors>, const X* x) {
+template <class X, int kVectors> NORMKIT_LOCAL void prefetch_tile(Count<kVectors>, const X* x, std::int64_t ahead) {
   constexpr int kBytes = kVectors * kLanes<VectorOf<X>> * static_cast<int>(sizeof(X));
-  for (int line = 0; line < kBytes; line += 64) prefetch_second(reinterpret_cast<const char*>(x) + line);
+  for (int line = 0; line < kBytes; line += 64) prefetch_second(reinterpret_cast<const char*>(x + ahead) + line);
+}
+
+/// Fetches the line of a row that a position begins, if it begins one.
+template <class X, class P> NORMKIT_LOCAL void prefetch_place(const X* row, P place) {
+  constexpr int kWidth = kLanes<VectorOf<X>>, kBytes = kWidth * sizeof(X);
+  if (kBytes >= 64 || place.i / kWidth % (64 / kBytes) == 0) prefetch_second(row + place.i);
 }
 
 /// Adds the lanes of v to as many doubles.
@@ -88,10 +95,10 @@ template <class S> struct PivotSums {
         pivot(reinterpret_cast<S*>(memory + 3 * columns)) {}
 };
 
-/// One tile over one block or span: n columns of `rows` steps.
+/// One tile over one block or span: n columns of `rows` steps. What is `ahead` is read next.
 template <class X> struct Tile {
   const X* x;
-  std::int64_t stride, rows, n;
+  std::int64_t stride, rows, n, ahead = 0;
 };
 
 /// The pivots of a tile: the mean of the first four steps, so that no column is far from its own.
@@ -127,9 +134,8 @@ NORMKIT_LOCAL void add_block(Tile<X> tile, Count<kVectors> vectors, PivotSums<Sc
     s[j] = q[j] = n[j] = zero;
   }
   const X* x = tile.x;
-  const std::int64_t ahead = block_ahead<X>(tile.stride);
   for (std::int64_t row = 0; row < tile.rows; ++row, x += tile.stride, members.next_row()) {
-    prefetch_tile(vectors, x + ahead);
+    prefetch_tile(vectors, x, tile.ahead);
     for_vectors<V>(vectors, tile.n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
       V d = members.only(place, place.load(x) - p[j]);
       if constexpr (kMagnified) d = d * broadcast<V>(kMagnify<ScalarOf<X>>);
@@ -225,17 +231,17 @@ void span_columns(const Task& t, std::int64_t o, std::int64_t span, double* memo
   const Geometry& g = t.geometry;
   const std::int64_t begin = span_begin(span), end = span_end(g, span), columns = g.columns();
   const PivotSums<S> sums(memory, array_of_columns(g));
-  const double none = 0, all = static_cast<double>(end - begin);
-  for (std::int64_t k = 0; k < array_of_columns(g); ++k) {
-    sums.sum[k] = sums.squares[k] = 0, sums.members[k] = t.where.data ? none : all;
+  for (std::int64_t k = 0; k < whole_vectors(columns); ++k) {
+    sums.sum[k] = sums.squares[k] = 0, sums.members[k] = t.where.data ? 0 : static_cast<double>(end - begin);
     sums.pivot[k] = 0;
   }
+  const std::int64_t ahead = block_ahead<X>(g, t.x);
   const bool scans = t.residual.data && t.where.data;  // the first members are looked for in the whole span
   if (scans) form_sum<X>(t, o, begin, 0, end - begin, 0, columns);
   for_blocks(begin, end, [&](std::int64_t step, std::int64_t rows) {
     if (t.residual.data && !scans) form_sum<X>(t, o, step, 0, rows, 0, columns);
     for_tiles<X>(columns, [&](auto vectors, std::int64_t k, std::int64_t n) {
-      const Tile<X> tile{at<X>(t.x, o, step, 0) + k, t.x.strides.step, rows, n};
+      const Tile<X> tile{at<X>(t.x, o, step, 0) + k, t.x.strides.step, rows, n, ahead};
       with_members(t, o, step, 0, k, [&](const auto& members) {
         if (step == begin && t.centered)
           first_pivots(Tile<X>{tile.x, tile.stride, end - begin, n}, vectors, sums.pivot + k, members);
@@ -268,11 +274,10 @@ NORMKIT_LOCAL Affine<S> column_affine(const Task& t, std::int64_t o, std::int64_
   return forward_affine(s, element(t.weight, parameter, 1), element(t.bias, parameter, 0));
 }
 
-/// Repeats arrays of a table for folded steps.
-template <class S, int kArrays> NORMKIT_LOCAL void fold_table(const Geometry& g, S* const (&arrays)[kArrays]) {
-  const std::int64_t columns = g.columns(), end = folded_steps(g) * columns;
+/// Repeats arrays of a table to their end.
+template <class S, int kArrays> NORMKIT_LOCAL void repeat_columns(const Geometry& g, S* const (&arrays)[kArrays]) {
   for (S* array : arrays)
-    for (std::int64_t k = columns; k < end; ++k) array[k] = array[k - columns];
+    for (std::int64_t k = g.columns(); k < array_of_columns(g); ++k) array[k] = array[k - g.columns()];
 }
 
 /// From the moments of columns to statistics, and to the table that apply reads.
@@ -286,7 +291,7 @@ template <class S> void lanes_finish(const Task& t, std::int64_t o, ColumnMoment
       table.mean[k] = s.mean, table.a[k] = affine.scale, table.b[k] = affine.shift;
     }
   }
-  fold_table(g, {table.mean, table.a, table.b});
+  repeat_columns(g, {table.mean, table.a, table.b});
 }
 
 /// Bytes that apply runs ahead of itself where it reads from memory.
@@ -307,51 +312,65 @@ template <class X> NORMKIT_LOCAL Fetch fetch_for(const Task& t, std::int64_t o, 
   return {t.x, o, ceil_div(kApplyAhead, step_bytes)};
 }
 
-/// Steps that may be taken as one row: several where they lie one behind the other.
+/// True where steps lie one behind the other and only the table tells them apart.
 template <int kOperands>
-NORMKIT_LOCAL std::int64_t steps_in_row(const Geometry& g, const Operand* const (&operands)[kOperands]) {
-  if (!constant_in_column(g)) return 1;
-  for (const Operand* a : operands)
-    if (a->data && a->strides.step != g.columns()) return 1;
-  return folded_steps(g);
+NORMKIT_LOCAL bool one_walk(const Geometry& g, const Operand* const (&operands)[kOperands]) {
+  bool dense = constant_in_column(g);
+  for (const Operand* a : operands) dense &= !a->data || a->strides.step == g.columns();
+  return dense;
 }
 
-/// Calls f(step, first column, columns) for rows of `fold` steps of [begin, end), and for pieces of them where parameters
-/// follow the elements, which are read a buffer at a time.
+/// Calls f(step, first column, elements) for steps [begin, end) as a whole if they are `dense`, else for each of them; for
+/// pieces of it where parameters follow the elements, which are read a buffer at a time.
 template <class F>
-NORMKIT_LOCAL void for_rows(const Geometry& g, std::int64_t begin, std::int64_t end, std::int64_t fold, F f) {
-  for (std::int64_t step = begin; step < end; step += fold) {
-    const std::int64_t columns = least(fold, end - step) * g.columns();
-    const std::int64_t piece = constant_in_column(g) ? columns : kBuffer;
+NORMKIT_LOCAL void for_walks(const Geometry& g, std::int64_t begin, std::int64_t end, bool dense, F f) {
+  const std::int64_t columns = g.columns(), piece = constant_in_column(g) ? columns : kBuffer;
+  if (dense) return f(begin, std::int64_t{0}, (end - begin) * columns);
+  for (std::int64_t step = begin; step < end; ++step)
     for (std::int64_t k = 0; k < columns; k += piece) f(step, k, least(piece, columns - k));
-  }
 }
+
+/// Where in the table the elements of a walk are that pass one after the other.
+struct Round {
+  std::int64_t period, begin = 0;
+  template <class P> NORMKIT_LOCAL P operator()(P place) {
+    if (place.i - begin >= period) begin += period;
+    return place.back(begin);
+  }
+};
 
 template <class X, class Y>
 void lanes_forward_span(const Task& t, std::int64_t o, std::int64_t span, Table<ScalarOf<X>> table, Fetch fetch,
                         Streamer<Y>* streamer) {
-  using V = VectorOf<X>;
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
   const std::int64_t begin = span_begin(span), end = span_end(g, span);
   const bool by_column = constant_in_column(g), active = t.activation.kind != ActivationKind::none;
   if (t.residual.data && t.frozen) form_sum<X>(t, o, begin, 0, end - begin, 0, g.columns());
   ParamBuffer<S> weights, biases;
-  for_rows(g, begin, end, steps_in_row(g, {&t.x, &t.y}),
-           [&](std::int64_t step, std::int64_t k, std::int64_t n) NORMKIT_INLINE_LAMBDA {
+  for_walks(g, begin, end, one_walk(g, {&t.x, &t.y}),
+            [&](std::int64_t step, std::int64_t k, std::int64_t n) NORMKIT_INLINE_LAMBDA {
     const X *x = at<X>(t.x, o, step, 0) + k, *ahead = at<X>(fetch.from, fetch.o, step + fetch.shift, 0) + k;
     const S *mean = table.mean + k, *scale = table.a + k, *shift = table.b + k, *weight = nullptr, *bias = nullptr;
     if (!by_column) {
       const std::int64_t parameter = g.parameter(o, g.offset(o, step, 0, 0)) + k;
       weight = weights.read(t.weight, parameter, n, 1), bias = biases.read(t.bias, parameter, n, 0);
     }
-    map(at<Y>(t.y, o, step, 0) + k, n, streamer, nullptr, [&](auto place) NORMKIT_INLINE_LAMBDA {
-      prefetch_second(ahead + place.i);
-      V v = forward(place.load(x), place.load(mean), place.load(scale), place.load(shift));
-      if (!by_column) v = mul_add(v, place.load(weight), place.load(bias));
-      if (active) v = activated(t.activation, v);
-      return v;
-    });
+    Y* const y = at<Y>(t.y, o, step, 0) + k;
+    Round round{table_period(g)};
+    auto constant = [=](auto place) mutable NORMKIT_INLINE_LAMBDA {
+      prefetch_place(ahead, place);
+      const auto column = round(place);
+      return forward(place.load(x), column.load(mean), column.load(scale), column.load(shift));
+    };
+    auto linear = [=](auto place) mutable NORMKIT_INLINE_LAMBDA {
+      return by_column ? constant(place) : mul_add(constant(place), place.load(weight), place.load(bias));
+    };
+    if (active)
+      map(y, n, streamer, nullptr,
+          [=, &t](auto place) mutable NORMKIT_INLINE_LAMBDA { return activated(t.activation, linear(place)); });
+    else if (by_column) map(y, n, streamer, nullptr, constant);
+    else map(y, n, streamer, nullptr, linear);
   });
 }
 

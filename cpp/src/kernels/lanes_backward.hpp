@@ -12,8 +12,9 @@ struct ColumnSums {
   NORMKIT_LOCAL Reduced at(std::int64_t k) const { return {{g[k], gx[k], d[k]}, n[k]}; }
 };
 
-NORMKIT_LOCAL void add_columns(double* into, const double* more, std::int64_t columns) {
-  for (std::int64_t k = 0; k < 4 * columns; ++k) into[k] += more[k];
+NORMKIT_LOCAL void add_columns(ColumnSums into, ColumnSums more, std::int64_t n) {
+  for (std::int64_t k = 0; k < n; ++k)
+    into.g[k] += more.g[k], into.gx[k] += more.gx[k], into.d[k] += more.d[k], into.n[k] += more.n[k];
 }
 
 /// What is known of columns before the sums: their given mean, which sums are taken about, and the factors of z.
@@ -36,10 +37,10 @@ NORMKIT_LOCAL void add_block(const Task& t, std::int64_t o, std::int64_t step, s
     m[j] = load(known.mean + k + j * kLanes<V>);
     s[j].g = s[j].gx = s[j].d = count[j] = zero;
   }
-  const std::int64_t x_ahead = block_ahead<X>(t.x.strides.step), dy_ahead = block_ahead<X>(t.dy.strides.step);
+  const std::int64_t x_ahead = block_ahead<X>(g, t.x), dy_ahead = block_ahead<X>(g, t.dy);
   for (std::int64_t row = step; row < step + rows; ++row, members.next_row()) {
     const X *x = at<X>(t.x, o, row, 0) + k, *dy = at<X>(t.dy, o, row, 0) + k;
-    prefetch_tile(vectors, x + x_ahead), prefetch_tile(vectors, dy + dy_ahead);
+    prefetch_tile(vectors, x, x_ahead), prefetch_tile(vectors, dy, dy_ahead);
     const std::int64_t parameter = by_column ? 0 : g.parameter(o, g.offset(o, row, 0, 0)) + k;
     const S* weight = by_column ? nullptr : weights.read(t.weight, parameter, n, 1);
     const S* bias = by_column || !active ? nullptr : biases.read(t.bias, parameter, n, 0);
@@ -69,15 +70,15 @@ NORMKIT_LOCAL void add_block(const Task& t, std::int64_t o, std::int64_t step, s
   }
 }
 
-/// Sums over one span, as four arrays of columns in `out`.
+/// Sums over one span.
 template <class X>
-void span_column_sums(const Task& t, std::int64_t o, std::int64_t span, Known<ScalarOf<X>> known, double* out) {
+void span_column_sums(const Task& t, std::int64_t o, std::int64_t span, Known<ScalarOf<X>> known, ColumnSums sums) {
   const Geometry& g = t.geometry;
-  const std::int64_t columns = array_of_columns(g), begin = span_begin(span), end = span_end(g, span);
-  const ColumnSums sums(out, columns);
-  for (std::int64_t k = 0; k < 4 * columns; ++k) out[k] = 0;
-  if (!t.where.data)
-    for (std::int64_t k = 0; k < columns; ++k) sums.n[k] = static_cast<double>(end - begin);
+  const std::int64_t begin = span_begin(span), end = span_end(g, span);
+  for (std::int64_t k = 0; k < whole_vectors(g.columns()); ++k) {
+    sums.g[k] = sums.gx[k] = sums.d[k] = 0;
+    sums.n[k] = t.where.data ? 0 : static_cast<double>(end - begin);
+  }
   for_blocks(begin, end, [&](std::int64_t step, std::int64_t rows) {
     for_tiles<X>(g.columns(), [&](auto vectors, std::int64_t k, std::int64_t n) {
       with_members(t, o, step, 0, k,
@@ -99,7 +100,7 @@ template <class S> void know_columns(const Task& t, std::int64_t o, S* mean, S* 
       scale[k] = affine.scale, shift[k] = affine.shift;
     }
   }
-  if (active) fold_table(g, {mean, scale, shift});
+  if (active) repeat_columns(g, {mean, scale, shift});
 }
 
 /// The weight of one column; where it has several, sums are taken with them.
@@ -146,7 +147,7 @@ template <class S> void lanes_solve(const Task& t, std::int64_t o, ColumnSums co
       d[0] = s.rstd * mul_add(-shift, column_sums.g[k], column_sums.gx[k]), d[1] = column_sums.g[k];
     }
   }
-  fold_table(g, {table.mean, table.a, table.b, table.c, table.unit, table.origin});
+  repeat_columns(g, {table.mean, table.a, table.b, table.c, table.unit, table.origin});
 }
 
 /// Calls f(position) for the vectors of a row that nothing is stored of, or stores what f returns in dx.
@@ -167,36 +168,39 @@ void lanes_backward_span(const Task& t, std::int64_t o, std::int64_t span, Table
   const bool by_column = constant_in_column(g), active = t.activation.kind != ActivationKind::none;
   const Fetch fetch = fetch_for<X>(t, o, span, last);
   ParamBuffer<S> weights, biases;
-  for_rows(g, span_begin(span), span_end(g, span),
-           t.where.data ? 1 : steps_in_row(g, {&t.x, &t.dy, &t.dx, &t.residual}),
-           [&](std::int64_t step, std::int64_t k, std::int64_t n) NORMKIT_INLINE_LAMBDA {
+  for_walks(g, span_begin(span), span_end(g, span), !t.where.data && one_walk(g, {&t.x, &t.dy, &t.dx, &t.residual}),
+            [&](std::int64_t step, std::int64_t k, std::int64_t n) NORMKIT_INLINE_LAMBDA {
     const X *x = at<X>(t.x, o, step, 0) + k, *dy = at<X>(t.dy, o, step, 0) + k;
     const X* x_ahead = at<X>(t.x, fetch.o, step + fetch.shift, 0) + k;
     const X* dy_ahead = at<X>(t.dy, fetch.o, step + fetch.shift, 0) + k;
     const X* residual = t.residual.data ? at<X>(t.residual, o, step, 0) + k : nullptr;
     const std::int64_t offset = g.offset(o, step, 0, 0) + k;
+    S* const dweight = t.dweight_out ? at<S>(t.dweight_out, offset) : nullptr;
+    S* const dbias = t.dbias_out ? at<S>(t.dbias_out, offset) : nullptr;
     const std::int64_t parameter = by_column ? 0 : g.parameter(o, offset - k) + k;
     const S* weight = by_column ? nullptr : weights.read(t.weight, parameter, n, 1);
     const S* bias = by_column || !active ? nullptr : biases.read(t.bias, parameter, n, 0);
+    Round round{table_period(g)};
     with_members(t, o, step, 0, k, [&](const auto& whole) NORMKIT_INLINE_LAMBDA {
       map_or_walk(t.dx.data ? at<X>(t.dx, o, step, 0) + k : nullptr, n, streamer,
-                  [&](auto place) NORMKIT_INLINE_LAMBDA {
-        prefetch_second(x_ahead + place.i), prefetch_second(dy_ahead + place.i);
-        const V x_v = place.load(x), mean = place.load(table.mean + k);
+                  [=, &t](auto place) mutable NORMKIT_INLINE_LAMBDA {
+        prefetch_place(x_ahead, place), prefetch_place(dy_ahead, place);
+        const auto column = round(place);
+        const V x_v = place.load(x), mean = column.load(table.mean + k);
         V dz = place.load(dy);
         if (active) {
-          const Preactivation<X> z{place.load(table.z_mean + k), place.load(table.z_scale + k),
-                                   place.load(table.z_shift + k), weight, bias};
+          const Preactivation<X> z{column.load(table.z_mean + k), column.load(table.z_scale + k),
+                                   column.load(table.z_shift + k), weight, bias};
           dz = dz * slope_at(t.activation, z.at(place, x_v));
         }
-        if (t.dweight_out) {
-          const V x_hat = forward(x_v, mean, place.load(table.unit + k), place.load(table.origin + k));
-          place.store(at<S>(t.dweight_out, offset), dz * (t.where.data ? where(dz, x_hat) : x_hat));
+        if (dweight) {
+          const V x_hat = forward(x_v, mean, column.load(table.unit + k), column.load(table.origin + k));
+          place.store(dweight, dz * (whole.kAll ? x_hat : where(dz, x_hat)));
         }
-        if (t.dbias_out) place.store(at<S>(t.dbias_out, offset), dz);
+        if (dbias) place.store(dbias, dz);
         const V through =
-            whole.only(place, through_statistics(x_v, mean, place.load(table.b + k), place.load(table.c + k)));
-        V v = backward(by_column ? dz : dz * place.load(weight), place.load(table.a + k), through);
+            whole.only(place, through_statistics(x_v, mean, column.load(table.b + k), column.load(table.c + k)));
+        V v = backward(by_column ? dz : dz * place.load(weight), column.load(table.a + k), through);
         if (residual) v = v + place.load(residual);
         return v;
       });
@@ -213,16 +217,16 @@ template <class S> NORMKIT_LOCAL Known<S> know(const Task& t, std::int64_t o, Ta
 template <class X> void lanes_backward(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
   const Chunks c = chunks_of(t.geometry, Traversal::lanes);
   const std::int64_t columns = array_of_columns(t.geometry);
-  double *sums = scratch, *part = sums + 4 * columns;
+  const ColumnSums sums(scratch, columns), part(scratch + 4 * columns, columns);
   const Table<ScalarOf<X>> table(scratch + 12 * columns, columns);
   Streamer<X> streamer;
   for (std::int64_t o = begin; o < end; ++o) {
     const Known<ScalarOf<X>> known = know(t, o, table);
     for (std::int64_t span = 0; span < (t.phase == Phase::apply ? 0 : c.spans); ++span) {
       span_column_sums<X>(t, o, span, known, span == 0 ? sums : part);
-      if (span > 0) add_columns(sums, part, columns);
+      if (span > 0) add_columns(sums, part, t.geometry.columns());
     }
-    lanes_solve(t, o, ColumnSums(sums, columns), table);
+    lanes_solve(t, o, sums, table);
     if (t.phase != Phase::reduce && (t.dx.data || t.kind == ParamKind::element))
       for (std::int64_t span = c.spans; span-- > 0;)
         lanes_backward_span<X>(t, o, span, table, t.stream_stores ? &streamer : nullptr, o + 1 == end);
@@ -235,19 +239,21 @@ void lanes_backward_sums(const Task& t, std::int64_t begin, std::int64_t end, do
   const std::int64_t columns = array_of_columns(t.geometry);
   for (std::int64_t unit = begin; unit < end; ++unit)
     span_column_sums<X>(t, unit / c.spans, unit % c.spans,
-                        know(t, unit / c.spans, Table<ScalarOf<X>>(scratch, columns)), t.partials + 4 * columns * unit);
+                        know(t, unit / c.spans, Table<ScalarOf<X>>(scratch, columns)),
+                        ColumnSums(t.partials + 4 * columns * unit, columns));
 }
 
 template <class X> void lanes_backward_finish(const Task& t, std::int64_t begin, std::int64_t end) {
   const Chunks c = chunks_of(t.geometry, Traversal::lanes);
   const std::int64_t columns = array_of_columns(t.geometry);
   for (std::int64_t o = begin; o < end; ++o) {
-    double* sums = t.partials + 4 * columns * o * c.spans;
+    double* part = t.partials + 4 * columns * o * c.spans;
+    const ColumnSums sums(part, columns);
     for (std::int64_t span = 1; span < (t.phase == Phase::apply ? 0 : c.spans); ++span)
-      add_columns(sums, sums + 4 * columns * span, columns);
+      add_columns(sums, ColumnSums(part + 4 * columns * span, columns), t.geometry.columns());
     const Table<ScalarOf<X>> table(t.solved + kTableColumns * columns * o, columns);
     know(t, o, table);
-    lanes_solve(t, o, ColumnSums(sums, columns), table);
+    lanes_solve(t, o, sums, table);
   }
 }
 
