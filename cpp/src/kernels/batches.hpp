@@ -83,7 +83,7 @@ NORMKIT_LOCAL void sum_row(Count<kVectors> vectors, std::int64_t n, int k, Batch
   batch.sum[k] = (s[0] + s[1]) + (s[2] + s[3]), batch.squares[k] = (q[0] + q[1]) + (q[2] + q[3]);
 }
 template <class X> NORMKIT_LOCAL void sum_row(Count<0>, std::int64_t n, int k, Batch<X>& batch) {
-  const PivotSums<VectorOf<X>> sums = pivot_sums(batch.x[k], 1, 0, n, batch.pivot[k], Everyone{}, Fetch{});
+  const DifferenceSums<VectorOf<X>> sums = pivot_sums(batch.x[k], 1, 0, n, batch.pivot[k], Everyone{}, Fetch{});
   batch.sum[k] = sums.sum, batch.squares[k] = sums.squares;
 }
 

@@ -51,10 +51,8 @@ template <class V, int kVectors, class F> NORMKIT_LOCAL void for_vectors(Count<k
 /// Steps whose sums are taken in the compute type; those of blocks add up in double.
 constexpr std::int64_t kBlockSteps = 16;
 
-/// Into the second-level cache: the first one has no room for a block of all columns beside the next.
-NORMKIT_LOCAL void prefetch_second(const void* p) { __builtin_prefetch(p, 0, 2); }
-
-/// Bytes that the first pass runs ahead of itself, in whole blocks of steps.
+/// Bytes that the first pass runs ahead of itself, in whole blocks of steps. Into the second-level cache: the first one has no
+/// room for a block of all columns beside the next.
 constexpr std::int64_t kBlockAhead = 8192;
 
 /// How far ahead, in elements of the same columns. Rows of one tile are read one behind the other, which hardware foresees:
@@ -72,7 +70,8 @@ template <class X, int kVectors> NORMKIT_LOCAL void prefetch_tile(Count<kVectors
 /// Fetches the line of a row that a position begins, if it begins one.
 template <class X, class P> NORMKIT_LOCAL void prefetch_place(const X* row, P place) {
   constexpr int kWidth = kLanes<VectorOf<X>>, kBytes = kWidth * sizeof(X);
-  if (kBytes >= 64 || place.i / kWidth % (64 / kBytes) == 0) prefetch_second(row + place.i);
+  if (kBytes >= 64 || place.i / kWidth % (64 / kBytes) == 0)
+    prefetch_second(reinterpret_cast<const char*>(row + place.i));
 }
 
 /// Adds the lanes of v to as many doubles.
@@ -300,12 +299,12 @@ constexpr std::int64_t kApplyAhead = 16384;
 constexpr std::int64_t kFetchableSlab = std::int64_t{4} << 20;
 
 /// What is fetched while a step is applied: the step that is `shift` later, of `o`.
-struct Fetch {
+struct NextSteps {
   const Operand& from;
   std::int64_t o, shift;
 };
 /// Where slabs fit the caches, x is in them already: time to fetch the next. Else what this pass reads next.
-template <class X> NORMKIT_LOCAL Fetch fetch_for(const Task& t, std::int64_t o, std::int64_t span, bool last) {
+template <class X> NORMKIT_LOCAL NextSteps fetch_for(const Task& t, std::int64_t o, std::int64_t span, bool last) {
   const Operand& from = t.residual.data ? t.source : t.x;
   const std::int64_t step_bytes = t.geometry.columns() * static_cast<std::int64_t>(sizeof(X));
   if (!t.frozen && !last && span_begin(span) * step_bytes < kFetchableSlab) return {from, o + 1, 0};
@@ -340,7 +339,7 @@ struct Round {
 };
 
 template <class X, class Y>
-void lanes_forward_span(const Task& t, std::int64_t o, std::int64_t span, Table<ScalarOf<X>> table, Fetch fetch,
+void lanes_forward_span(const Task& t, std::int64_t o, std::int64_t span, Table<ScalarOf<X>> table, NextSteps fetch,
                         Streamer<Y>* streamer) {
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
@@ -367,10 +366,10 @@ void lanes_forward_span(const Task& t, std::int64_t o, std::int64_t span, Table<
       return by_column ? constant(place) : mul_add(constant(place), place.load(weight), place.load(bias));
     };
     if (active)
-      map(y, n, streamer, nullptr,
+      map(y, n, streamer, Fetch{},
           [=, &t](auto place) mutable NORMKIT_INLINE_LAMBDA { return activated(t.activation, linear(place)); });
-    else if (by_column) map(y, n, streamer, nullptr, constant);
-    else map(y, n, streamer, nullptr, linear);
+    else if (by_column) map(y, n, streamer, Fetch{}, constant);
+    else map(y, n, streamer, Fetch{}, linear);
   });
 }
 

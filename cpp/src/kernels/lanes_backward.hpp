@@ -153,7 +153,7 @@ template <class S> void lanes_solve(const Task& t, std::int64_t o, ColumnSums co
 /// Calls f(position) for the vectors of a row that nothing is stored of, or stores what f returns in dx.
 template <class X, class F> NORMKIT_LOCAL void map_or_walk(X* dx, std::int64_t n, Streamer<X>* streamer, F f) {
   constexpr std::int64_t kWidth = kLanes<VectorOf<X>>;
-  if (dx) return map(dx, n, streamer, nullptr, f);
+  if (dx) return map(dx, n, streamer, Fetch{}, f);
   std::int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) f(Full{i});
   if (i < n) f(Part{i, static_cast<int>(n - i)});
@@ -166,7 +166,7 @@ void lanes_backward_span(const Task& t, std::int64_t o, std::int64_t span, Table
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
   const bool by_column = constant_in_column(g), active = t.activation.kind != ActivationKind::none;
-  const Fetch fetch = fetch_for<X>(t, o, span, last);
+  const NextSteps fetch = fetch_for<X>(t, o, span, last);
   ParamBuffer<S> weights, biases;
   for_walks(g, span_begin(span), span_end(g, span), !t.where.data && one_walk(g, {&t.x, &t.dy, &t.dx, &t.residual}),
             [&](std::int64_t step, std::int64_t k, std::int64_t n) NORMKIT_INLINE_LAMBDA {

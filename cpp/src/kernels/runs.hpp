@@ -112,12 +112,12 @@ template <class X, class Members>
 }
 
 /// Sums over differences to a pivot and over their squares, of each lane.
-template <class V> struct PivotSums { V sum, squares; };
+template <class V> struct DifferenceSums { V sum, squares; };
 
 /// Those of the members of `rows` segments of n elements, `stride` apart.
 template <class X, class Members>
-NORMKIT_LOCAL PivotSums<VectorOf<X>> pivot_sums(const X* x, std::int64_t rows, std::int64_t stride, std::int64_t n,
-                                                ScalarOf<X> pivot, Members members, Fetch fetch) {
+NORMKIT_LOCAL DifferenceSums<VectorOf<X>> pivot_sums(const X* x, std::int64_t rows, std::int64_t stride, std::int64_t n,
+                                                     ScalarOf<X> pivot, Members members, Fetch fetch) {
   using V = VectorOf<X>;
   constexpr int kWidth = kLanes<V>;
   constexpr int kShortSum = 16;  // additions; a sum of short sums rounds a quarter as much as one of a whole chunk
@@ -180,7 +180,7 @@ template <class X, class Members>
 [[gnu::noinline]] Moments chunk_moments(const X* x, std::int64_t rows, std::int64_t stride, std::int64_t n,
                                         ScalarOf<X> pivot, bool centered, double count, const Members& members,
                                         Fetch fetch) {
-  const PivotSums<VectorOf<X>> sums = pivot_sums(x, rows, stride, n, pivot, members, fetch);
+  const DifferenceSums<VectorOf<X>> sums = pivot_sums(x, rows, stride, n, pivot, members, fetch);
   const double s = sum(sums.sum), q = sum(sums.squares);
   if (settles<ScalarOf<X>>(s, q, count, centered)) return settled(static_cast<double>(pivot), s, q, count, centered);
   return unsettled_moments(x, rows, stride, n, pivot, q, centered, count, members);
