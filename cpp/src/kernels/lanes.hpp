@@ -182,9 +182,9 @@ template <class F> NORMKIT_LOCAL void for_blocks(std::int64_t begin, std::int64_
   for (std::int64_t step = begin; step < end; step += kBlockSteps) f(step, least(kBlockSteps, end - step));
 }
 
-/// True where the sums of a column say nothing of it.
+/// True where the sums of a column say nothing of it. Without branches, so that loops over columns become vectors.
 template <class S> NORMKIT_LOCAL bool doubtful(double s, double q, double n, bool centered) {
-  return n > 0 && !(centered ? trustworthy<S>(s, q, n) : q > kVanishing<S> && q < kOverflowing<S>);
+  return (n > 0) & !(centered ? trustworthy<S>(s, q, n) : (q > kVanishing<S>) & (q < kOverflowing<S>));
 }
 
 /// The doubtful columns of a span: constant ones keep their pivot, others are taken once more in double. A column is judged
@@ -248,14 +248,14 @@ void span_columns(const Task& t, std::int64_t o, std::int64_t span, double* memo
       });
     });
   });
-  bool any = false;
+  std::int64_t doubts = 0;
   for (std::int64_t k = 0; k < columns; ++k) {
     const double s = sums.sum[k], q = sums.squares[k], n = sums.members[k];
     const Moments m = from_pivot(static_cast<double>(sums.pivot[k]), s, q, n);
     out.set(k, t.centered ? m : Moments{0, q, n});
-    any |= doubtful<S>(s, q, n, t.centered);
+    doubts |= doubtful<S>(s, q, n, t.centered);
   }
-  if (any) mend_columns<X>(t, o, begin, end, sums, out);
+  if (doubts) mend_columns<X>(t, o, begin, end, sums, out);
 }
 
 /// From the moments of columns to those of a statistic, whose columns they are.
@@ -265,12 +265,31 @@ NORMKIT_LOCAL Moments fold_columns(const Geometry& g, std::int64_t lane, ColumnM
   return m;
 }
 
+/// The parameter of one column after the other, without a division for each. Where weights follow the elements there is none.
+class ColumnParameter {
+ public:
+  ColumnParameter(const Task& t, std::int64_t o)
+      : map_(t.geometry.params), by_column_(constant_in_column(t.geometry)), outer_(o * map_.outer) {
+    const std::int64_t first = t.geometry.offset(o, 0, 0, 0);
+    index_ = first / map_.stride % map_.count, left_ = map_.stride - first % map_.stride;
+  }
+  double of(const Param& p, double absent) const { return by_column_ ? element(p, outer_ + index_, absent) : absent; }
+  void next() {
+    if (--left_ > 0) return;
+    left_ = map_.stride;
+    if (++index_ == map_.count) index_ = 0;
+  }
+
+ private:
+  const ParamMap& map_;
+  bool by_column_;
+  std::int64_t outer_, index_, left_;
+};
+
 /// The factors of z = x_hat * weight + bias for one column; where weights follow the elements, those of x_hat.
 template <class S>
-NORMKIT_LOCAL Affine<S> column_affine(const Task& t, std::int64_t o, std::int64_t column, Statistic<S> s) {
-  if (!constant_in_column(t.geometry)) return forward_affine(s, 1, 0);
-  const std::int64_t parameter = t.geometry.parameter(o, t.geometry.offset(o, 0, 0, column));
-  return forward_affine(s, element(t.weight, parameter, 1), element(t.bias, parameter, 0));
+NORMKIT_LOCAL Affine<S> column_affine(const Task& t, const ColumnParameter& parameter, Statistic<S> s) {
+  return forward_affine(s, parameter.of(t.weight, 1), parameter.of(t.bias, 0));
 }
 
 /// Repeats arrays of a table to their end.
@@ -282,11 +301,12 @@ template <class S, int kArrays> NORMKIT_LOCAL void repeat_columns(const Geometry
 /// From the moments of columns to statistics, and to the table that apply reads.
 template <class S> void lanes_finish(const Task& t, std::int64_t o, ColumnMoments columns, Table<S> table) {
   const Geometry& g = t.geometry;
+  ColumnParameter parameter(t, o);
   for (std::int64_t lane = 0; lane < g.lanes; ++lane) {
     const std::int64_t r = o * g.lanes + lane;
     const Statistic<S> s = t.frozen ? given_statistic<S>(t, r) : publish<S>(t, r, fold_columns(g, lane, columns));
-    for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k) {
-      const Affine<S> affine = column_affine(t, o, k, s);
+    for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k, parameter.next()) {
+      const Affine<S> affine = column_affine(t, parameter, s);
       table.mean[k] = s.mean, table.a[k] = affine.scale, table.b[k] = affine.shift;
     }
   }

@@ -91,31 +91,28 @@ void span_column_sums(const Task& t, std::int64_t o, std::int64_t span, Known<Sc
 template <class S> void know_columns(const Task& t, std::int64_t o, S* mean, S* scale, S* shift) {
   const Geometry& g = t.geometry;
   const bool active = t.activation.kind != ActivationKind::none;
+  ColumnParameter parameter(t, o);
   for (std::int64_t lane = 0; lane < g.lanes; ++lane) {
     const Statistic<S> s = given_statistic<S>(t, o * g.lanes + lane);
-    for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k) {
+    for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k, parameter.next()) {
       mean[k] = s.mean;
       if (!active) continue;
-      const Affine<S> affine = column_affine(t, o, k, s);
+      const Affine<S> affine = column_affine(t, parameter, s);
       scale[k] = affine.scale, shift[k] = affine.shift;
     }
   }
   if (active) repeat_columns(g, {mean, scale, shift});
 }
 
-/// The weight of one column; where it has several, sums are taken with them.
-NORMKIT_LOCAL double column_weight(const Task& t, std::int64_t o, std::int64_t k) {
-  const Geometry& g = t.geometry;
-  return constant_in_column(g) ? element(t.weight, g.parameter(o, g.offset(o, 0, 0, k)), 1) : 1;
-}
-
-/// The sums of a statistic from those of its columns, times their weights; the count is that of its members.
-NORMKIT_LOCAL Reduced fold_column_sums(const Task& t, std::int64_t o, std::int64_t lane, ColumnSums columns) {
+/// The sums of a statistic from those of its columns, times their weights; where a column has several, sums are taken with
+/// them. The count is that of its members.
+NORMKIT_LOCAL Reduced fold_column_sums(const Task& t, std::int64_t o, std::int64_t lane, ColumnSums columns,
+                                       ColumnParameter& parameter) {
   const Geometry& g = t.geometry;
   if (t.phase == Phase::apply) return given_sums(t, o * g.lanes + lane);
   Reduced total;
-  for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k) {
-    const double w = column_weight(t, o, k);
+  for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k, parameter.next()) {
+    const double w = parameter.of(t.weight, 1);
     const Reduced column = columns.at(k);
     total = total + Reduced{{w * column.sums.g, w * column.sums.gx, column.sums.d}, column.n};
   }
@@ -125,9 +122,10 @@ NORMKIT_LOCAL Reduced fold_column_sums(const Task& t, std::int64_t o, std::int64
 /// From the sums of columns to statistics, their gradients and the parameters', and to the table that apply reads.
 template <class S> void lanes_solve(const Task& t, std::int64_t o, ColumnSums column_sums, Table<S> table) {
   const Geometry& g = t.geometry;
+  ColumnParameter parameter(t, o), folded = parameter;
   for (std::int64_t lane = 0; lane < g.lanes; ++lane) {
     const std::int64_t r = o * g.lanes + lane;
-    const Reduced reduced = fold_column_sums(t, o, lane, column_sums);
+    const Reduced reduced = fold_column_sums(t, o, lane, column_sums, folded);
     if (t.phase == Phase::reduce) {
       put_sums(t, r, reduced.sums, 1);
       continue;
@@ -138,8 +136,8 @@ template <class S> void lanes_solve(const Task& t, std::int64_t o, ColumnSums co
     const Sums<double> sums = recenter(reduced.sums, shift);
     const Gradient<S> gradient = t.frozen ? Gradient<S>{0, 0, 0} : gradient_of(s, sums, reduced.n, t.centered);
     const Affine<S> standard = forward_affine(s, 1, 0);
-    for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k) {
-      table.mean[k] = s.mean, table.a[k] = static_cast<S>(s.rstd * column_weight(t, o, k));
+    for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k, parameter.next()) {
+      table.mean[k] = s.mean, table.a[k] = static_cast<S>(s.rstd * parameter.of(t.weight, 1));
       table.b[k] = gradient.b, table.c[k] = gradient.c;
       table.unit[k] = standard.scale, table.origin[k] = standard.shift;
       if (t.kind != ParamKind::column) continue;
