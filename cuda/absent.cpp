@@ -1,0 +1,19 @@
+// The functions of cuda.hpp in a build without CUDA.
+#include "cuda.hpp"
+
+namespace normkit::cuda {
+namespace {
+
+[[noreturn]] void refuse() {
+  throw DeviceError("this build of normkit has no CUDA: install nvcc and build it again, or pass NumPy arrays");
+}
+
+}  // namespace
+
+bool available() { return false; }
+std::size_t workspace_bytes(const ForwardJob&) { refuse(); }
+std::size_t workspace_bytes(const BackwardJob&) { refuse(); }
+void run(const ForwardJob&, void*, void*, int) { refuse(); }
+void run(const BackwardJob&, void*, void*, int) { refuse(); }
+
+}  // namespace normkit::cuda

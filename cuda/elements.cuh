@@ -1,0 +1,388 @@
+// What both traversals do with the elements of one vector: 16 bytes of neighbors, or fewer at the end of a row.
+#pragma once
+
+#include "group.cuh"
+#include "normkit/activation.hpp"
+#include "work.hpp"
+
+namespace normkit::cuda {
+
+template <class X> constexpr int kVector = vector_for(sizeof(X));
+template <class X> struct alignas(kVector<X> * sizeof(X)) Vector { X e[kVector<X>]; };
+
+template <class X> struct Compute { using type = float; };
+template <> struct Compute<double> { using type = double; };
+/// The type of arithmetic on elements of type X.
+template <class X> using ComputeOf = typename Compute<X>::type;
+
+/// Integers are read, but never written.
+template <class X>
+constexpr bool kFloating = sizeof(X) > 1 && !__is_same(X, std::uint16_t) && !__is_same(X, std::int16_t);
+
+// ---- memory ------------------------------------------------------------------------------------------------------
+
+template <class X> NORMKIT_DEVICE ComputeOf<X> value_of(X v) {
+  if constexpr (__is_same(X, Half) || __is_same(X, Bfloat)) return widen(v);
+  else return static_cast<ComputeOf<X>>(v);
+}
+template <class Y, class S> NORMKIT_DEVICE Y stored(S v) {
+  if constexpr (__is_same(Y, Half) || __is_same(Y, Bfloat))
+    return narrow(static_cast<const Y*>(nullptr), static_cast<float>(v));
+  else return static_cast<Y>(v);
+}
+
+template <class T> NORMKIT_DEVICE T* at(std::byte* base, std::int64_t index) {
+  return reinterpret_cast<T*>(base) + index;
+}
+template <class T> NORMKIT_DEVICE const T* at(const std::byte* base, std::int64_t index) {
+  return reinterpret_cast<const T*>(base) + index;
+}
+template <class T>
+NORMKIT_DEVICE T* at(const Operand& a, std::int64_t o, std::int64_t step, std::int64_t lane, std::int64_t i) {
+  const Strides& s = a.strides;
+#if defined(NORMKIT_PLANT_INT_OVERFLOW)
+  return at<T>(a.data, o * s.outer + step * s.step + static_cast<int>(lane) * static_cast<int>(s.lane) + i);
+#endif
+  return at<T>(a.data, o * s.outer + step * s.step + lane * s.lane + i);
+}
+
+// Tests plant mistakes like these, to see that they would be found.
+#if defined(NORMKIT_PLANT_LONG_TAIL)
+inline constexpr int kPlantedTail = 1;
+#else
+inline constexpr int kPlantedTail = 0;
+#endif
+
+/// Width is asked of the address itself, so that any view is right and aligned ones are fast.
+template <class X> NORMKIT_DEVICE bool is_wide(const X* p) {
+#if defined(NORMKIT_PLANT_MISALIGNED_LOAD)
+  return p != nullptr;
+#endif
+  return reinterpret_cast<std::uintptr_t>(p) % alignof(Vector<X>) == 0;
+}
+
+/// The first n elements from p on; zeros follow.
+template <class X> NORMKIT_DEVICE Vector<X> load(const X* p, int n) {
+  if (n == kVector<X> && is_wide(p)) return *reinterpret_cast<const Vector<X>*>(p);
+  Vector<X> v;
+  NORMKIT_UNROLL
+  for (int e = 0; e < kVector<X>; ++e) v.e[e] = e < n + kPlantedTail ? p[e] : X{};
+  return v;
+}
+
+template <class X> NORMKIT_DEVICE void widened(const Vector<X>& v, ComputeOf<X> (&out)[kVector<X>]) {
+  NORMKIT_UNROLL
+  for (int e = 0; e < kVector<X>; ++e) out[e] = value_of(v.e[e]);
+}
+
+/// The first n of N values to p on: N may be several vectors of Y.
+template <class Y, class S, int N> NORMKIT_DEVICE void store(Y* p, const S (&v)[N], int n) {
+  if (N % kVector<Y> == 0 && n == N && is_wide(p)) {
+    NORMKIT_UNROLL
+    for (int first = 0; first < N; first += kVector<Y>) {
+      Vector<Y> out;
+      NORMKIT_UNROLL
+      for (int e = 0; e < kVector<Y> && first + e < N; ++e) out.e[e] = stored<Y>(v[first + e]);
+      *reinterpret_cast<Vector<Y>*>(p + first) = out;
+    }
+    return;
+  }
+  NORMKIT_UNROLL
+  for (int e = 0; e < N; ++e)
+    if (e < n) p[e] = stored<Y>(v[e]);
+}
+
+// ---- statistics and parameters -----------------------------------------------------------------------------------
+
+/// Calls f(Type<T>{}) with the floating storage type T of `dtype`.
+template <class F> NORMKIT_DEVICE auto visit_floating(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::float64: return f(Type<double>{});
+    case Dtype::float16: return f(Type<Half>{});
+    case Dtype::bfloat16: return f(Type<Bfloat>{});
+    default: return f(Type<float>{});
+  }
+}
+
+/// Element `index` of an array of any floating type.
+NORMKIT_DEVICE double element(const std::byte* data, Dtype dtype, std::int64_t index) {
+  return visit_floating(
+      dtype, [&](auto type) { return static_cast<double>(value_of(*at<typename decltype(type)::type>(data, index))); });
+}
+NORMKIT_DEVICE double element(const Param& p, std::int64_t index, double absent) {
+  return p.data ? p.offset + element(p.data, p.dtype, index) : absent;
+}
+/// The first n of N values to elements `index` and on.
+template <class S, int N>
+NORMKIT_DEVICE void put_elements(const ParamGradient& out, std::int64_t index, const S (&v)[N], int n) {
+  visit_floating(out.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    store(at<T>(out.data, index), v, n);
+  });
+}
+
+/// a / b and a % b of numbers that are not negative, in 32 bits where these hold both.
+NORMKIT_DEVICE std::int64_t quotient(std::int64_t a, std::int64_t b) {
+  if ((a | b) >> 32 == 0) return static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b);
+  return a / b;
+}
+NORMKIT_DEVICE std::int64_t remainder(std::int64_t a, std::int64_t b) { return a - quotient(a, b) * b; }
+
+template <class S> NORMKIT_DEVICE Statistic<S> given_statistic(const Task& t, std::int64_t statistic) {
+  const std::int64_t index = remainder(quotient(statistic, t.given.stride), t.given.count);
+  const double scale = element(t.given.scale, t.given.scale_dtype, index);
+  const double mean = t.given.mean ? element(t.given.mean, t.given.mean_dtype, index) : 0;
+  return statistic_of<S>(mean, t.given.is_variance ? rstd_of(scale, t.eps) : scale);
+}
+
+/// The parameter of the element that lies `offset` elements into the memory of x.
+NORMKIT_DEVICE std::int64_t parameter(const Geometry& g, std::int64_t o, std::int64_t offset) {
+  const ParamMap& p = g.params;
+  return p.count == 1 ? o * p.outer : o * p.outer + remainder(quotient(offset, p.stride), p.count);
+}
+
+/// Parameters `index` and on, one for each of n elements.
+template <class S, int N>
+NORMKIT_DEVICE void read_along(const Param& p, std::int64_t index, int n, double absent, S (&out)[N]) {
+  NORMKIT_UNROLL
+  for (S& v : out) v = static_cast<S>(absent);
+  if (!p.data) return;
+  visit_floating(p.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    constexpr int kStep = kVector<T> < N ? kVector<T> : N;
+    const T* const from = at<T>(p.data, index);
+    NORMKIT_UNROLL
+    for (int first = 0; first < N; first += kStep) {
+      const int left = n - first;
+      const Vector<T> v = load(from + first, left < 0 ? 0 : left < kStep ? left : kStep);
+      NORMKIT_UNROLL
+      for (int e = 0; e < kStep; ++e) out[first + e] = static_cast<S>(p.offset + value_of(v.e[e]));
+    }
+  });
+}
+
+/// Weight and bias of n neighbors, the first of which lies `offset` elements into the memory of x.
+template <class S, int N>
+NORMKIT_DEVICE void read_parameters(const Task& t, std::int64_t o, std::int64_t offset, int n, S (&weight)[N],
+                                    S (&bias)[N]) {
+  const ParamMap& p = t.geometry.params;
+  const std::int64_t group = quotient(offset, p.stride), index = remainder(group, p.count);
+  const std::int64_t first = o * p.outer + index;
+  if (p.stride == 1 && index + n <= p.count) {
+    read_along(t.weight, first, n, 1, weight), read_along(t.bias, first, n, 0, bias);
+  } else if (offset + n <= (group + 1) * p.stride) {
+    const S w = static_cast<S>(element(t.weight, first, 1)), b = static_cast<S>(element(t.bias, first, 0));
+    NORMKIT_UNROLL
+    for (int e = 0; e < N; ++e) weight[e] = w, bias[e] = b;
+  } else {
+    NORMKIT_UNROLL
+    for (int e = 0; e < N; ++e) {
+      const std::int64_t own = parameter(t.geometry, o, offset + (e < n ? e : n - 1));
+      weight[e] = static_cast<S>(element(t.weight, own, 1)), bias[e] = static_cast<S>(element(t.bias, own, 0));
+    }
+  }
+}
+
+/// What x_hat, or all of z = x_hat * weight + bias where the parameters are constant, is made with; for each of N elements.
+template <class S, int N> struct Factors {
+  S mean[N], scale[N], shift[N];
+  NORMKIT_DEVICE void set(int e, Statistic<S> s, double weight, double bias) {
+    const Affine<S> affine = forward_affine(s, weight, bias);
+    mean[e] = s.mean, scale[e] = affine.scale, shift[e] = affine.shift;
+  }
+  NORMKIT_DEVICE void set_all(Statistic<S> s, double weight, double bias) {
+    const Affine<S> affine = forward_affine(s, weight, bias);
+    NORMKIT_UNROLL
+    for (int e = 0; e < N; ++e) mean[e] = s.mean, scale[e] = affine.scale, shift[e] = affine.shift;
+  }
+};
+
+/// Where a vector lies: elements [i, i + n) of a run, or of the columns.
+struct Place {
+  std::int64_t o, step, lane, i;
+  int n;
+};
+NORMKIT_DEVICE std::int64_t offset_of(const Geometry& g, Place p) { return g.offset(p.o, p.step, p.lane, p.i); }
+template <class T> NORMKIT_DEVICE T* at(const Operand& a, Place p) { return at<T>(a, p.o, p.step, p.lane, p.i); }
+
+/// The elements of a vector that are members of their statistics, one bit each.
+NORMKIT_DEVICE unsigned members_of(const Task& t, Place p) {
+  const unsigned all = (1u << p.n) - 1;
+  if (!t.where.data) return all;
+  const Strides& s = t.where.strides;
+  const std::uint8_t* const byte = at<std::uint8_t>(t.where, {p.o, p.step, p.lane, p.i * s.run, p.n});
+  if (s.run == 0) return *byte ? all : 0;
+  unsigned bits = 0;
+  for (int e = 0; e < p.n; ++e) bits |= static_cast<unsigned>(byte[e] != 0) << e;
+  return bits;
+}
+
+// ---- activation --------------------------------------------------------------------------------------------------
+
+/// f of each value, by turning them through the first place: one copy of f in the code, and no index into registers.
+template <class S, int N, class F> NORMKIT_DEVICE void in_turn(S (&v)[N], F f) {
+  NORMKIT_ROLL
+  for (int turn = 0; turn < N; ++turn) {
+    const S first = f(v[0]);
+    NORMKIT_UNROLL
+    for (int e = 0; e + 1 < N; ++e) v[e] = v[e + 1];
+    v[N - 1] = first;
+  }
+}
+
+/// z = x_hat * weight + bias of the elements of one vector; `weight` is theirs where the parameters are not constant.
+template <class S, int N>
+NORMKIT_DEVICE void preactivation(const Work& work, const Factors<S, N>& factors, Place p, const S (&x)[N], S (&z)[N],
+                                  S (&weight)[N]) {
+  NORMKIT_UNROLL
+  for (int e = 0; e < N; ++e) z[e] = forward(x[e], factors.mean[e], factors.scale[e], factors.shift[e]), weight[e] = 1;
+  if (work.constant) return;
+  S bias[N];
+  read_parameters(work.task, p.o, offset_of(work.task.geometry, p), p.n, weight, bias);
+  NORMKIT_UNROLL
+  for (int e = 0; e < N; ++e) z[e] = mul_add(z[e], weight[e], bias[e]);
+}
+
+// ---- forward -----------------------------------------------------------------------------------------------------
+
+/// x of one vector: read, or formed as source + residual, rounded to the type of x and written.
+template <class X> NORMKIT_DEVICE Vector<X> read_x(const Task& t, Place p) {
+  if constexpr (kFloating<X>) {
+    if (t.residual.data) {
+      Vector<X> v = load(at<X>(t.source, p), p.n);
+      const Vector<X> residual = load(at<X>(t.residual, p), p.n);
+      ComputeOf<X> sum[kVector<X>];
+      NORMKIT_UNROLL
+      for (int e = 0; e < kVector<X>; ++e) {
+        sum[e] = value_of(v.e[e]) + value_of(residual.e[e]);
+        v.e[e] = stored<X>(sum[e]);
+      }
+      store(at<X>(t.x, p), sum, p.n);
+      return v;
+    }
+  }
+  return load(at<X>(t.x, p), p.n);
+}
+
+template <class X, class Y>
+NORMKIT_DEVICE void write_y(const Work& work, const Factors<ComputeOf<X>, kVector<X>>& factors, Place p,
+                            const Vector<X>& v) {
+  ComputeOf<X> x[kVector<X>], z[kVector<X>], weight[kVector<X>];
+  const Activation activation = work.task.activation;
+  widened(v, x);
+  preactivation(work, factors, p, x, z, weight);
+  if (activation.kind != ActivationKind::none) in_turn(z, [&](ComputeOf<X> one) { return activate(activation, one); });
+  store(at<Y>(work.task.y, p), z, p.n);
+}
+
+/// Sums of differences to a pivot that hold the moments to within a few roundings: the pivot is at most 4 standard
+/// deviations from the mean, and no square has overflowed or vanished.
+template <class S> NORMKIT_DEVICE bool trustworthy(double sum, double squares, double n, bool centered) {
+  constexpr double kVanishing = sizeof(S) == 8 ? 1e-280 : 1e-28, kOverflowing = sizeof(S) == 8 ? 1e300 : 1e38;
+  const bool near = !centered || sum * sum <= 16 * n * (squares - sum * sum / n);
+  return near && squares > kVanishing && squares < kOverflowing;
+}
+
+NORMKIT_DEVICE void put(Moments m, double* to) { to[0] = m.mean, to[1] = m.m2, to[2] = m.n; }
+NORMKIT_DEVICE Moments moments_at(const double* from) { return {from[0], from[1], from[2]}; }
+
+/// Hands the moments of a statistic out to the arrays that were asked for.
+template <class S> NORMKIT_DEVICE void publish(const Task& t, std::int64_t statistic, Moments m) {
+  if (t.mean) *at<S>(t.mean, statistic) = static_cast<S>(m.mean);
+  if (t.rstd) *at<S>(t.rstd, statistic) = static_cast<S>(rstd_of(m, t.eps));
+  if (t.moments) put(m, t.moments + 3 * statistic);
+}
+
+// ---- backward ----------------------------------------------------------------------------------------------------
+
+/// Sums of backward over a part of a statistic, and its members.
+struct Reduced {
+  Sums<double> sums{0, 0, 0};
+  double n = 0;
+};
+NORMKIT_DEVICE Reduced operator+(Reduced a, Reduced b) { return {a.sums + b.sums, a.n + b.n}; }
+NORMKIT_DEVICE void put(Reduced r, double* to) { to[0] = r.sums.g, to[1] = r.sums.gx, to[2] = r.sums.d, to[3] = r.n; }
+NORMKIT_DEVICE Reduced reduced_at(const double* from) { return {{from[0], from[1], from[2]}, from[3]}; }
+
+/// The gradient that reaches z, and the weight that it is to meet where the parameters are not constant.
+template <class S, int N>
+NORMKIT_DEVICE void incoming(const Work& work, const Factors<S, N>& factors, Place p, const S (&x)[N], S (&dz)[N],
+                             S (&weight)[N]) {
+  const Activation activation = work.task.activation;
+  const bool active = activation.kind != ActivationKind::none;
+  if (!active && work.constant) {
+    NORMKIT_UNROLL
+    for (int e = 0; e < N; ++e) weight[e] = 1;
+    return;
+  }
+  S z[N];
+  preactivation(work, factors, p, x, z, weight);
+  if (!active) return;
+  in_turn(z, [&](S one) { return activation_slope(activation, one); });
+  NORMKIT_UNROLL
+  for (int e = 0; e < N; ++e) dz[e] *= z[e];
+}
+
+/// What no gradient reaches adds nothing, even where x is NaN, as what is no member may be.
+NORMKIT_DEVICE bool has_gaps(const Task& t) { return t.where.data || t.activation.kind != ActivationKind::none; }
+
+/// x_hat of an element that `dz` reaches.
+template <class S> NORMKIT_DEVICE S standardized(const Task& t, S dz, S x, S mean, S unit, S origin) {
+  return t.where.data && dz == 0 ? S(0) : forward(x, mean, unit, origin);
+}
+
+/// Statistics as backward has solved them, for each of N elements.
+template <class S, int N> struct Known {
+  S mean[N], a[N], b[N], c[N], unit[N], origin[N];
+  NORMKIT_DEVICE void set(int e, const Work& work, std::int64_t r, double weight) {
+    const std::int64_t all = work.task.geometry.statistics();
+    const Statistic<S> s = statistic_of<S>(work.solved[r], work.solved[all + r]);
+    const Affine<S> standard = forward_affine(s, 1, 0);
+    mean[e] = s.mean, a[e] = static_cast<S>(s.rstd * weight);
+    b[e] = static_cast<S>(work.solved[2 * all + r]), c[e] = static_cast<S>(work.solved[3 * all + r]);
+    unit[e] = standard.scale, origin[e] = standard.shift;
+  }
+  NORMKIT_DEVICE void copy(int to, int from) {
+    mean[to] = mean[from], a[to] = a[from], b[to] = b[from], c[to] = c[from];
+    unit[to] = unit[from], origin[to] = origin[from];
+  }
+};
+
+/// dx of one vector, and where every element has parameters of its own, their gradients.
+template <class X>
+NORMKIT_DEVICE void write_dx(const Work& work, const Factors<ComputeOf<X>, kVector<X>>& given,
+                             const Known<ComputeOf<X>, kVector<X>>& known, Place p) {
+  using S = ComputeOf<X>;
+  constexpr int N = kVector<X>;
+  const Task& t = work.task;
+  S x[N], dz[N], weight[N];
+  widened(load(at<X>(t.x, p), p.n), x);
+  widened(load(at<X>(t.dy, p), p.n), dz);
+  incoming(work, given, p, x, dz, weight);
+  if (t.kind == ParamKind::element) {
+    const std::int64_t first = offset_of(t.geometry, p);
+    S product[N];
+    NORMKIT_UNROLL
+    for (int e = 0; e < N; ++e)
+      product[e] = dz[e] * standardized(t, dz[e], x[e], known.mean[e], known.unit[e], known.origin[e]);
+    if (work.dweight.data) put_elements(work.dweight, first, product, p.n);
+    if (work.dbias.data) put_elements(work.dbias, first, dz, p.n);
+  }
+  if (!t.dx.data) return;
+  const unsigned members = members_of(t, p);
+  S dx[N];
+  NORMKIT_UNROLL
+  for (int e = 0; e < N; ++e) {
+    const S through = members >> e & 1 ? through_statistics(x[e], known.mean[e], known.b[e], known.c[e]) : S(0);
+    dx[e] = backward(dz[e] * weight[e], known.a[e], through);
+  }
+  if (t.residual.data) {
+    S residual[N];
+    widened(load(at<X>(t.residual, p), p.n), residual);
+    NORMKIT_UNROLL
+    for (int e = 0; e < N; ++e) dx[e] += residual[e];
+  }
+  store(at<X>(t.dx, p), dx, p.n);
+}
+
+}  // namespace normkit::cuda

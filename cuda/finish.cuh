@@ -1,0 +1,218 @@
+// From what tiles found to statistics and gradients of parameters, and running statistics: small kernels on small arrays.
+// A warp takes a statistic, a channel or a parameter; its lanes take what belongs to it in turn, then merge as a tree.
+#pragma once
+
+#include "elements.cuh"
+
+namespace normkit::cuda {
+
+/// Calls f(k, warp) for the items of this warp.
+template <class F> NORMKIT_DEVICE void for_items(std::int64_t items, F f) {
+  const int per_block = block_threads() / kWarp;
+  for (std::int64_t k = block_index() * per_block + thread_index() / kWarp; k < items; k += block_count() * per_block)
+    f(k, Group::of(kWarp));
+}
+
+inline Grid grid_for_items(std::int64_t items) { return {blocks_for(items, kBlockThreads / kWarp), kBlockThreads, 0}; }
+
+/// Where the partial result of tile `tile` of unit `unit` of statistic r lies: unit by unit (runs), or a row of columns for
+/// each tile (lanes).
+NORMKIT_DEVICE std::int64_t partial_of(const Work& work, std::int64_t r, std::int64_t unit, std::int64_t tile) {
+  const Geometry& g = work.task.geometry;
+  if (work.task.traversal == Traversal::runs) return (r * work.units + unit) * work.runs.tiles + tile;
+  const std::int64_t o = quotient(r, g.lanes), lane = r - o * g.lanes;
+  return (o * work.lanes.tiles + tile) * g.columns() + lane * work.units + unit;
+}
+
+/// Statistics from the moments of their tiles, to those who asked for them and to `solved`: means, then 1/std.
+template <class S> struct ForwardFinish {
+  static constexpr const char* kName = "ForwardFinish";
+  Work work;
+
+  NORMKIT_DEVICE void operator()() const {
+    const Task& t = work.task;
+    const std::int64_t statistics = t.geometry.statistics(), tiles = work.tiles();
+    for_items(statistics, [&](std::int64_t r, Group warp) {
+      Moments m{0, 0, 0};
+      for (std::int64_t k = warp.rank; k < work.units * tiles; k += kWarp) {
+        const std::int64_t unit = quotient(k, tiles);
+        m = merge(m, moments_at(work.partials + 3 * partial_of(work, r, unit, k - unit * tiles)));
+      }
+      m = all_merge(warp, m);
+      if (warp.rank != 0) return;
+      publish<S>(t, r, m);
+      work.solved[r] = m.mean, work.solved[statistics + r] = rstd_of(m, t.eps);
+    });
+  }
+};
+
+/// From sums of units to the coefficients of a statistic's gradient, and the units' own gradients.
+template <class S> struct BackwardFinish {
+  static constexpr const char* kName = "BackwardFinish";
+  Work work;
+  bool summed;  // false: nobody needs the sums
+
+  NORMKIT_DEVICE void operator()() const {
+    for_items(work.task.geometry.statistics(), [&](std::int64_t r, Group warp) { finish(r, warp); });
+  }
+
+ private:
+  NORMKIT_DEVICE void finish(std::int64_t r, Group warp) const {
+    const Task& t = work.task;
+    const bool collects = t.dparams && t.kind != ParamKind::row;
+    Reduced total;
+    for (std::int64_t unit = 0; unit < (summed ? work.units : 0); ++unit) {
+      Reduced part;
+      for (std::int64_t tile = warp.rank; tile < work.tiles(); tile += kWarp)
+        part = part + reduced_at(work.partials + 4 * partial_of(work, r, unit, tile));
+      part = all_sum(warp, part);
+      const double weight = weight_of(r, unit);
+      total = total + Reduced{{weight * part.sums.g, weight * part.sums.gx, part.sums.d}, part.n};
+      if (collects && warp.rank == 0) {
+        double* const pair = t.dparams + 2 * (r * work.units + unit);
+        pair[0] = part.sums.gx, pair[1] = part.sums.g;
+      }
+    }
+    if (warp.rank != 0) return;
+    if (t.phase == Phase::reduce) {
+      t.sums[3 * r] = total.sums.g, t.sums[3 * r + 1] = total.sums.gx, t.sums[3 * r + 2] = total.sums.d;
+      return;
+    }
+    if (t.phase == Phase::apply) total = {{t.sums[3 * r], t.sums[3 * r + 1], t.sums[3 * r + 2]}, t.counts[r]};
+    solve(r, total, collects);
+  }
+
+  /// The weight that all elements of a unit share; where they do not, the sums hold it.
+  NORMKIT_DEVICE double weight_of(std::int64_t r, std::int64_t unit) const {
+    if (!work.constant) return 1;
+    const Geometry& g = work.task.geometry;
+    const std::int64_t o = quotient(r, g.lanes);
+    const std::int64_t first = g.offset(o, 0, r - o * g.lanes, unit * work.unit_run);
+    return element(work.task.weight, parameter(g, o, first), 1);
+  }
+
+  /// The sums are about the high part of the given mean: its low part, or the distance to the mean of the data, is still to
+  /// come.
+  NORMKIT_DEVICE void solve(std::int64_t r, Reduced total, bool collects) const {
+    const Task& t = work.task;
+    const std::int64_t all = t.geometry.statistics();
+    Statistic<S> s = given_statistic<S>(t, r);
+    double shift = 0, mean = static_cast<double>(s.mean) + static_cast<double>(s.mean_low);
+    if (t.centered && total.n > 0) shift = t.frozen ? static_cast<double>(s.mean_low) : total.sums.d / total.n;
+    if (t.centered && !t.frozen) mean = static_cast<double>(s.mean) + shift, s = statistic_of<S>(mean, s.rstd);
+    const Sums<double> sums = recenter(total.sums, shift);
+    const Gradient<S> gradient = t.frozen ? Gradient<S>{0, 0, 0} : gradient_of(s, sums, total.n, t.centered);
+    work.solved[r] = mean, work.solved[all + r] = s.rstd;
+    work.solved[2 * all + r] = static_cast<double>(gradient.b),
+                          work.solved[3 * all + r] = static_cast<double>(gradient.c);
+    for (std::int64_t unit = 0; unit < (collects ? work.units : 0); ++unit) {
+      double* const pair = t.dparams + 2 * (r * work.units + unit);
+      pair[0] = s.rstd * mul_add(-shift, pair[1], pair[0]);
+    }
+  }
+};
+
+/// Which units share parameter p: (repeat * count + p) * inner + k for all repeats and all k < inner.
+struct Share { std::int64_t repeats = 1, count = 1, inner = 1; };
+
+/// dweight and dbias from the pairs that their units left: in one order, in double.
+struct Totals {
+  static constexpr const char* kName = "Totals";
+  const double* pairs;
+  Share share;  // within an outer index where these have parameters of their own
+  std::int64_t parameters, outer_units;  // units of one such outer index
+  ParamGradient dweight, dbias;
+
+  NORMKIT_DEVICE void operator()() const {
+    for_items(parameters, [&](std::int64_t p, Group warp) {
+      const std::int64_t o = quotient(p, share.count), within = p - o * share.count;
+      const double* const own = pairs + 2 * o * outer_units;
+      Sums<double> sums{0, 0, 0};  // g is that of dbias, gx of dweight
+      for (std::int64_t k = warp.rank; k < share.repeats * share.inner; k += kWarp) {
+        const std::int64_t repeat = quotient(k, share.inner);
+        const double* const pair =
+            own + 2 * ((repeat * share.count + within) * share.inner + (k - repeat * share.inner));
+        sums.gx += pair[0], sums.g += pair[1];
+      }
+      sums = all_sum(warp, sums);
+      if (warp.rank != 0) return;
+      const double dw[1] = {sums.gx}, db[1] = {sums.g};
+      if (dweight.data) put_elements(dweight, p, dw, 1);
+      if (dbias.data) put_elements(dbias, p, db, 1);
+    });
+  }
+};
+
+// ---- running statistics ------------------------------------------------------------------------------------------
+
+/// Channel c of running statistics, which may have any stride.
+NORMKIT_DEVICE double running_value(const std::byte* data, Dtype dtype, std::int64_t stride, std::int64_t c) {
+  return element(data + c * stride, dtype, 0);
+}
+
+/// The update that cpu.cpp's update_running() makes, channel by channel: the average over all statistics of a channel, the
+/// variance unbiased. Those of fewer than two members, which a mask may leave, have none and stay out.
+struct UpdateRunning {
+  static constexpr const char* kName = "UpdateRunning";
+  const double* moments;
+  std::int64_t statistics;
+  Running running;
+
+  NORMKIT_DEVICE void operator()() const {
+    for_items(running.count, [&](std::int64_t c, Group warp) {
+      const Running& r = running;
+      Moments sum{0, 0, 0};  // of means and variances, and how many there are
+      for (std::int64_t k = warp.rank; k < statistics / r.count; k += kWarp) {
+        const std::int64_t turn = quotient(k, r.stride);
+        const Moments m = moments_at(moments + 3 * ((turn * r.count + c) * r.stride + (k - turn * r.stride)));
+        if (m.n >= 2) sum = {sum.mean + m.mean, sum.m2 + m.m2 / (m.n - 1), sum.n + 1};
+      }
+      sum = all_join(warp, sum,
+                     [](Moments a, Moments b) -> Moments { return {a.mean + b.mean, a.m2 + b.m2, a.n + b.n}; });
+      if (warp.rank != 0 || sum.n == 0) return;
+      put(r.mean + c * r.mean_stride, r.mean_dtype, sum.mean / sum.n);
+      put(r.var + c * r.var_stride, r.var_dtype, sum.m2 / sum.n);
+    });
+  }
+
+ private:
+  NORMKIT_DEVICE void put(std::byte* at, Dtype dtype, double statistic) const {
+    const double v[1] = {normkit::running(element(at, dtype, 0), statistic, running.momentum)};
+    put_elements(ParamGradient{at, dtype}, 0, v, 1);
+  }
+};
+
+/// Running statistics as dense doubles: means, then variances.
+struct ReadRunning {
+  static constexpr const char* kName = "ReadRunning";
+  Running running;
+  double* given;
+
+  NORMKIT_DEVICE void operator()() const {
+    const Running& r = running;
+    for_items(r.count, [&](std::int64_t c, Group warp) {
+      if (warp.rank != 0) return;
+      given[c] = running_value(r.mean, r.mean_dtype, r.mean_stride, c);
+      given[r.count + c] = running_value(r.var, r.var_dtype, r.var_stride, c);
+    });
+  }
+};
+
+/// Given statistics as the caller asked to see them: one for each statistic.
+template <class S> struct CopyGiven {
+  static constexpr const char* kName = "CopyGiven";
+  Task task;
+
+  NORMKIT_DEVICE void operator()() const {
+    for_items(task.geometry.statistics(), [&](std::int64_t r, Group warp) {
+      if (warp.rank != 0) return;
+      const Given& given = task.given;
+      const std::int64_t index = remainder(quotient(r, given.stride), given.count);
+      const double scale = element(given.scale, given.scale_dtype, index);
+      if (task.mean) *at<S>(task.mean, r) = static_cast<S>(element(given.mean, given.mean_dtype, index));
+      if (task.rstd) *at<S>(task.rstd, r) = static_cast<S>(given.is_variance ? rstd_of(scale, task.eps) : scale);
+    });
+  }
+};
+
+}  // namespace normkit::cuda

@@ -1,0 +1,227 @@
+// From a job to a sequence of kernels on a stream: workspace, tilings, order.
+#include "cuda.hpp"
+
+#include "finish.cuh"
+#include "work.hpp"
+
+namespace normkit::cuda {
+
+extern const Kernels kernels_float32, kernels_float64, kernels_float16, kernels_bfloat16, kernels_uint8, kernels_int8,
+    kernels_uint16, kernels_int16;
+
+#if !defined(NORMKIT_SHIM)
+void check(cudaError_t status, const char* what, Grid grid) {
+  if (status == cudaSuccess) return;
+  throw DeviceError(std::string("CUDA: ") + cudaGetErrorString(status) + " (" + what + ", " +
+                    std::to_string(grid.blocks) + " blocks of " + std::to_string(grid.threads) + " threads, " +
+                    std::to_string(grid.shared_bytes) + " bytes of shared memory)");
+}
+#endif
+
+bool available() { return has_device(); }
+
+namespace {
+
+const Kernels& kernels_for(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float64: return kernels_float64;
+    case Dtype::float16: return kernels_float16;
+    case Dtype::bfloat16: return kernels_bfloat16;
+    case Dtype::uint8: return kernels_uint8;
+    case Dtype::int8: return kernels_int8;
+    case Dtype::uint16: return kernels_uint16;
+    case Dtype::int16: return kernels_int16;
+    default: return kernels_float32;
+  }
+}
+
+/// Launches Kernel<S> for the compute type S of x, its members being `arguments`.
+template <template <class> class Kernel, class... Arguments>
+void launch_for(const Task& t, Grid grid, Stream stream, const Arguments&... arguments) {
+  if (compute_dtype(t.x.dtype) == Dtype::float64) launch(Kernel<double>{arguments...}, grid, stream);
+  else launch(Kernel<float>{arguments...}, grid, stream);
+}
+
+/// Carves a workspace into arrays. With a null workspace it only counts.
+struct Carver {
+  double* memory;
+  std::size_t used = 0;
+  double* take(std::int64_t doubles) {
+    double* const at = memory ? memory + used : nullptr;
+    used += (static_cast<std::size_t>(doubles) + 1) / 2 * 2;  // whole vectors
+    return at;
+  }
+};
+
+std::byte* bytes(double* p) { return reinterpret_cast<std::byte*>(p); }
+
+/// Given statistics as two arrays of doubles.
+Given given_by(double* mean, double* scale, std::int64_t stride, std::int64_t count, bool is_variance) {
+  return {bytes(mean), bytes(scale), Dtype::float64, Dtype::float64, stride, count, is_variance};
+}
+
+/// What both directions share. `pieces`: parameters change within a run, and each piece of it is a unit.
+Work work_for(const Task& t, bool pieces) {
+  const Geometry& g = t.geometry;
+  Work work;
+  work.task = t;
+  const int size = size_of(t.x.dtype);
+  if (t.traversal == Traversal::lanes) {
+    work.lanes = lanes_tiling_for(g.steps, g.columns(), size);
+    work.units = g.run, work.constant = constant_in_column(g);
+  } else {
+    work.units = pieces ? g.run / g.params.stride : 1, work.unit_run = g.run / work.units;
+    work.runs = tiling_for(g.steps, work.unit_run, size);
+    work.constant = pieces || constant_in_statistic(g);
+  }
+  return work;
+}
+
+// ---- forward -----------------------------------------------------------------------------------------------------
+
+struct ForwardSpace {
+  double* running = nullptr;  // running statistics that are not dense, as doubles
+  double* moments = nullptr;  // of each statistic, for the update of running statistics
+};
+
+bool is_split(const Work& work) {
+  return !work.task.frozen && (work.task.traversal == Traversal::lanes || work.runs.tiles > 1);
+}
+
+bool is_dense(const Running& r) {
+  return r.mean_stride == size_of(r.mean_dtype) && r.var_stride == size_of(r.var_dtype);
+}
+
+ForwardSpace carve(Carver& carver, const ForwardJob& job, Work& work) {
+  ForwardSpace space;
+  const std::int64_t statistics = work.task.geometry.statistics();
+  if (is_split(work)) {
+    work.partials = carver.take(3 * statistics * work.units * work.tiles());
+    work.solved = carver.take(2 * statistics);
+  }
+  if (!job.running.mean) return space;
+  if (work.task.frozen && !is_dense(job.running)) space.running = carver.take(2 * job.running.count);
+  if (!work.task.frozen && !work.task.moments) space.moments = carver.take(3 * statistics);
+  return space;
+}
+
+/// Statistics that are given as running ones.
+void use_running(Task& t, const Running& r, double* dense, Stream stream) {
+  if (dense) {
+    launch(ReadRunning{r, dense}, grid_for_items(r.count), stream);
+    t.given = given_by(dense, dense + r.count, r.stride, r.count, true);
+  } else {
+    t.given = {r.mean, r.var, r.mean_dtype, r.var_dtype, r.stride, r.count, true};
+  }
+  if (t.mean || t.rstd) launch_for<CopyGiven>(t, grid_for_items(t.geometry.statistics()), stream, t);
+}
+
+/// Two phases for statistics of several tiles: moments of all of them, then y.
+void run_split(const Kernels& kernels, Work& work, Stream stream) {
+  Task& t = work.task;
+  const bool lanes = t.traversal == Traversal::lanes;
+  const std::int64_t statistics = t.geometry.statistics();
+  (lanes ? kernels.lanes_sums : kernels.sums)(work, stream);
+  launch_for<ForwardFinish>(t, grid_for_items(statistics), stream, work);
+  if (t.phase == Phase::reduce) return;
+  t.given = given_by(work.solved, work.solved + statistics, 1, statistics, false);
+  t.residual = {};  // x is formed
+  (lanes ? kernels.lanes_apply : kernels.forward)(work, stream);
+}
+
+// ---- backward ----------------------------------------------------------------------------------------------------
+
+bool has_own_sums(ParamKind kind) {
+  return kind == ParamKind::statistic || kind == ParamKind::piece || kind == ParamKind::column;
+}
+
+/// True where anybody needs the sums of a statistic: frozen ones leave none in dx.
+bool needs_sums(const Task& t) {
+  const bool follows = t.dx.data || t.kind == ParamKind::row || t.kind == ParamKind::element;
+  return t.phase != Phase::apply && (has_own_sums(t.kind) || t.phase == Phase::reduce || (!t.frozen && follows));
+}
+
+void carve(Carver& carver, Work& work) {
+  Task& t = work.task;
+  const std::int64_t statistics = t.geometry.statistics();
+  if (needs_sums(t)) work.partials = carver.take(4 * statistics * work.units * work.tiles());
+  work.solved = carver.take(4 * statistics);
+  if (dparam_units(t.geometry, t.kind)) t.dparams = carver.take(2 * dparam_units(t.geometry, t.kind));
+}
+
+/// Which units share a parameter, within an outer index where these have parameters of their own.
+Share share_of(const Geometry& g, ParamKind kind, std::int64_t units) {
+  const ParamMap& p = g.params;
+  Share share{1, p.count, 1};
+  const std::int64_t slice = g.steps * g.columns();  // elements of an outer index
+  const bool by_outer = g.steps > 1 && p.stride % slice == 0;
+  if (kind == ParamKind::statistic) share.inner = by_outer ? p.stride / slice * g.lanes : p.stride / g.run;
+  if (kind == ParamKind::column) share.inner = by_outer ? p.stride / slice * g.columns() : p.stride;
+  if (p.count == 1) share.inner = units;
+  share.repeats = units / (share.count * share.inner);
+  return share;
+}
+
+void total_gradients(const BackwardJob& job, const Work& work, Stream stream) {
+  const Task& t = work.task;
+  const Geometry& g = t.geometry;
+  const std::int64_t units = dparam_units(g, t.kind) / (g.params.outer ? g.outer : 1);
+  const Share share = share_of(g, t.kind, units);
+  launch(Totals{t.dparams, share, g.parameters(), units, job.dweight, job.dbias}, grid_for_items(g.parameters()),
+         stream);
+}
+
+}  // namespace
+
+std::size_t workspace_bytes(const ForwardJob& job) {
+  Work work = work_for(job.task, false);
+  Carver carver{nullptr};
+  carve(carver, job, work);
+  return carver.used * sizeof(double);
+}
+
+std::size_t workspace_bytes(const BackwardJob& job) {
+  Work work = work_for(job.task, job.task.kind == ParamKind::piece);
+  Carver carver{nullptr};
+  carve(carver, work);
+  return carver.used * sizeof(double);
+}
+
+void run(const ForwardJob& job, void* workspace, void* on, int device) {
+  const DeviceGuard guard(device);
+  const Stream stream = static_cast<Stream>(on);
+  const Kernels& kernels = kernels_for(job.task.x.dtype);
+  Work work = work_for(job.task, false);
+  Task& t = work.task;
+  Carver carver{static_cast<double*>(workspace)};
+  const ForwardSpace space = carve(carver, job, work);
+  if (t.frozen && job.running.mean) use_running(t, job.running, space.running, stream);
+  if (space.moments) t.moments = space.moments;
+  const double* const moments = t.moments;
+  if (is_split(work)) run_split(kernels, work, stream);
+  else (t.traversal == Traversal::lanes ? kernels.lanes_apply : kernels.forward)(work, stream);
+  if (job.running.mean && !t.frozen)
+    launch(UpdateRunning{moments, t.geometry.statistics(), job.running}, grid_for_items(job.running.count), stream);
+}
+
+void run(const BackwardJob& job, void* workspace, void* on, int device) {
+  if (job.task.phase == Phase::both && !job.task.dx.data && !job.dweight.data && !job.dbias.data) return;
+  const DeviceGuard guard(device);
+  const Stream stream = static_cast<Stream>(on);
+  const Kernels& kernels = kernels_for(job.task.x.dtype);
+  Work work = work_for(job.task, job.task.kind == ParamKind::piece);
+  Task& t = work.task;
+  Carver carver{static_cast<double*>(workspace)};
+  carve(carver, work);
+  if (t.kind == ParamKind::element) work.dweight = job.dweight, work.dbias = job.dbias;
+  const bool lanes = t.traversal == Traversal::lanes, summed = needs_sums(t);
+  if (summed) (lanes ? kernels.lanes_backward_sums : kernels.backward_sums)(work, stream);
+  launch_for<BackwardFinish>(t, grid_for_items(t.geometry.statistics()), stream, work, summed);
+  if (t.phase == Phase::reduce) return;
+  if (t.kind == ParamKind::row) kernels.row_gradients(work, stream);  // before dx, which may lie over x or dy
+  if (t.dx.data || t.kind == ParamKind::element)
+    (lanes ? kernels.lanes_backward_apply : kernels.backward_apply)(work, stream);
+  if (t.dparams) total_gradients(job, work, stream);
+}
+
+}  // namespace normkit::cuda

@@ -1,0 +1,343 @@
+// The runs traversal, forward and backward: a statistic is reduced along its contiguous runs.
+//
+//     statistic = steps x run elements = tiles; a tile = rows x width elements = vectors, which the threads of a group take
+//     in turn:  thread 0 1 2 .. G-1 0 1 2 ..
+//     forward:  memory -> shared memory, where each thread keeps its own vectors -> sums about the first element
+//               -> one tile: the statistic -> y from shared memory, so that x is read once
+//               -> more tiles: one set of moments each; a statistic that is known by then is applied in a second launch
+//     backward: x, dy -> sums of each tile -> statistics solved (finish.cuh) -> dx in a second launch
+#pragma once
+
+#include "elements.cuh"
+
+namespace normkit::cuda {
+
+/// Rows [step, step + rows) and elements [begin, begin + width) of each, of unit `unit` of the whole task. Tiles have a
+/// number, unit by unit.
+struct Tile {
+  std::int64_t index, unit, o, lane, step, begin;
+  int rows, width, vectors;  // vectors of a row
+};
+
+template <class X> NORMKIT_DEVICE Tile tile_at(const Work& work, std::int64_t index) {
+  const Geometry& g = work.task.geometry;
+  const Tiling& tiling = work.runs;
+  Tile t;
+  t.index = index, t.unit = quotient(index, tiling.tiles);
+  const std::int64_t within = index - t.unit * tiling.tiles, r = quotient(t.unit, work.units);
+  t.o = quotient(r, g.lanes), t.lane = r - t.o * g.lanes;
+  t.begin = (t.unit - r * work.units) * work.unit_run;
+  if (tiling.per_run == 1) {
+    t.step = within * tiling.rows;
+    t.rows = g.steps - t.step < tiling.rows ? static_cast<int>(g.steps - t.step) : tiling.rows;
+    t.width = tiling.width;
+  } else {
+    t.step = quotient(within, tiling.per_run);
+    const std::int64_t part = (within - t.step * tiling.per_run) * tiling.width, left = work.unit_run - part;
+    t.rows = 1, t.width = left < tiling.width ? static_cast<int>(left) : tiling.width;
+    t.begin += part;
+  }
+  t.vectors = (t.width + kVector<X> - 1) / kVector<X>;
+  return t;
+}
+
+template <class X> NORMKIT_DEVICE Place place_of(const Tile& t, int vector) {
+  const int row = t.rows == 1 ? 0 : vector / t.vectors, first = (vector - row * t.vectors) * kVector<X>;
+  const int left = t.width - first;
+  return {t.o, t.step + row, t.lane, t.begin + first, left < kVector<X> ? left : kVector<X>};
+}
+
+/// Calls f(k, place) for this thread's vectors of a tile, k = 0, 1, ...
+template <class X, class F> NORMKIT_DEVICE void for_own(const Tile& t, Group group, F f) {
+  NORMKIT_ROLL
+  for (int k = 0, v = group.rank; v < t.rows * t.vectors; ++k, v += group.size) f(k, place_of<X>(t, v));
+}
+
+/// Calls f(tile, group) for the tiles of this group: blocks, and in them groups, take turns.
+template <class X, class F> NORMKIT_DEVICE void for_tiles(const Work& work, F f) {
+  const Geometry& g = work.task.geometry;
+  const int size = work.runs.group, per_block = block_threads() / size;
+  const std::int64_t tiles = g.statistics() * work.units * work.runs.tiles;
+  for (std::int64_t i = block_index() * per_block + thread_index() / size; i < tiles; i += block_count() * per_block)
+    f(tile_at<X>(work, i), Group::of(size));
+}
+
+// ---- forward -----------------------------------------------------------------------------------------------------
+
+inline constexpr int kInFlight = 4;  // vectors that a thread has on their way at a time
+
+/// The vectors of a tile in shared memory. Every thread reads only what it has put there itself: no barrier.
+template <class X> struct Held {
+  Vector<X>* first;
+  int stride;
+
+  NORMKIT_DEVICE Held(const Work& work, Group group) : stride(group.size) {
+    const int tile = thread_index() / group.size, vectors = work.runs.held(kVector<X>) * group.size;
+    first = reinterpret_cast<Vector<X>*>(shared_memory() + kGroupBytes) + tile * vectors + group.rank;
+  }
+  NORMKIT_DEVICE Vector<X>& operator[](int k) const { return first[k * stride]; }
+
+  NORMKIT_DEVICE void read(const Task& task, const Tile& tile, Group group) const {
+    const int vectors = tile.rows * tile.vectors;
+    for (int k = 0, v = group.rank; v < vectors; k += kInFlight, v += kInFlight * stride) {
+      Vector<X> x[kInFlight];
+      NORMKIT_UNROLL
+      for (int j = 0; j < kInFlight; ++j)
+        if (v + j * stride < vectors) x[j] = read_x<X>(task, place_of<X>(tile, v + j * stride));
+      NORMKIT_UNROLL
+      for (int j = 0; j < kInFlight; ++j)
+        if (v + j * stride < vectors) (*this)[k + j] = x[j];
+    }
+  }
+};
+
+template <class X> std::int64_t held_bytes(const Work& work) {
+  const int tiles = work.runs.group > kWarp ? 1 : kBlockThreads / work.runs.group;
+  return kGroupBytes +
+         std::int64_t{tiles} * work.runs.group * work.runs.held(kVector<X>) * static_cast<int>(sizeof(Vector<X>));
+}
+
+struct PivotSums { double sum, squares; };
+NORMKIT_DEVICE PivotSums operator+(PivotSums a, PivotSums b) { return {a.sum + b.sum, a.squares + b.squares}; }
+
+/// A member of a tile: the first of the thread that has one and comes first; and how many members there are.
+struct FirstMember { double value, n; };
+
+/// A tile that is held, as far as its moments are concerned.
+template <class X> struct HeldTile {
+  const Task& task;
+  const Tile& tile;
+  Group group;
+  Held<X> held;
+
+  /// Calls f(v, is a member) for this thread's elements.
+  template <class F> NORMKIT_DEVICE void for_elements(F f) const {
+    for_own<X>(tile, group, [&](int k, Place p) {
+      const Vector<X> v = held[k];
+      const unsigned members = members_of(task, p);
+      NORMKIT_UNROLL
+      for (int e = 0; e < kVector<X>; ++e) f(value_of(v.e[e]), (members >> e & 1) != 0);
+    });
+  }
+
+  NORMKIT_DEVICE FirstMember first_member() const {
+    if (!task.where.data) {
+      const double first = group.rank == 0 ? static_cast<double>(value_of(held[0].e[0])) : 0;
+      return {from_first(group, first), static_cast<double>(tile.rows) * tile.width};
+    }
+    FirstMember own{0, 0};
+    for_elements([&](ComputeOf<X> v, bool member) {
+      if (member && own.n == 0) own.value = static_cast<double>(v);
+      own.n += member;
+    });
+    return all_join(group, own, [](FirstMember a, FirstMember b) -> FirstMember {
+      return {a.n > 0 ? a.value : b.value, a.n + b.n};
+    });
+  }
+
+  /// In type A, and over threads in double.
+  template <class A> NORMKIT_DEVICE PivotSums sums_about(A pivot) const {
+    A sum = 0, squares = 0;
+    for_elements([&](ComputeOf<X> v, bool member) {
+      const A d = member ? static_cast<A>(v) - pivot : A(0);
+      sum += d, squares = mul_add(d, d, squares);
+    });
+    return all_sum(group, PivotSums{static_cast<double>(sum), static_cast<double>(squares)});
+  }
+
+  /// For data that defeats the pivot: all equal, or once more in double and in two passes.
+  NORMKIT_DEVICE Moments careful_moments(FirstMember first, bool centered) const {
+    double others = 0;
+    for_elements([&](ComputeOf<X> v, bool member) { others += member && !(static_cast<double>(v) == first.value); });
+    if (centered && all_sum(group, others) == 0) return {first.value, 0, first.n};
+    if (!centered) return {0, sums_about<double>(0).squares, first.n};
+    const PivotSums rough = sums_about<double>(first.value);
+    const double mean = from_pivot(first.value, rough.sum, rough.squares, first.n).mean;
+    const PivotSums sums = sums_about<double>(mean);
+    return from_pivot(mean, sums.sum, sums.squares, first.n);
+  }
+
+  NORMKIT_DEVICE Moments moments() const {
+    using S = ComputeOf<X>;
+    const FirstMember first = first_member();
+    const S pivot = task.centered ? static_cast<S>(first.value) : S(0);
+    if (first.n == 0) return {0, 0, 0};
+    const PivotSums sums = sums_about<S>(pivot);
+    if (!trustworthy<S>(sums.sum, sums.squares, first.n, task.centered)) return careful_moments(first, task.centered);
+    if (!task.centered) return {0, sums.squares, first.n};
+    return from_pivot(static_cast<double>(pivot), sums.sum, sums.squares, first.n);
+  }
+};
+
+/// y, and the statistics unless they are given; a group has one tile, which is all of its statistic in that case.
+template <class X, class Y> struct RunsForward {
+  static constexpr const char* kName = "RunsForward";
+  Work work;
+
+  NORMKIT_DEVICE void operator()() const {
+    using S = ComputeOf<X>;
+    for_tiles<X>(work, [&](const Tile& tile, Group group) {
+      const Task& t = work.task;
+      const Held<X> held(work, group);
+      held.read(t, tile, group);
+#if defined(NORMKIT_PLANT_EARLY_RETURN)
+      if (group.rank >= tile.rows * tile.vectors % group.size) return;
+#endif
+      Statistic<S> s;
+      if (t.given.scale) {
+        s = given_statistic<S>(t, tile.unit);
+      } else {
+        const Moments m = HeldTile<X>{t, tile, group, held}.moments();
+        if (group.rank == 0) publish<S>(t, tile.unit, m);
+        s = statistic_of<S>(m.mean, rstd_of(m, t.eps));
+      }
+      if (t.phase == Phase::reduce) return;
+      const std::int64_t first = parameter(t.geometry, tile.o, t.geometry.offset(tile.o, 0, tile.lane, 0));
+      Factors<S, kVector<X>> factors;
+      if (work.constant) factors.set_all(s, element(t.weight, first, 1), element(t.bias, first, 0));
+      else factors.set_all(s, 1, 0);
+      for_own<X>(tile, group, [&](int k, Place p) { write_y<X, Y>(work, factors, p, held[k]); });
+    });
+  }
+};
+
+/// The moments of every tile.
+template <class X> struct RunsSums {
+  static constexpr const char* kName = "RunsSums";
+  Work work;
+
+  NORMKIT_DEVICE void operator()() const {
+    for_tiles<X>(work, [&](const Tile& tile, Group group) {
+      const Held<X> held(work, group);
+      held.read(work.task, tile, group);
+      const Moments m = HeldTile<X>{work.task, tile, group, held}.moments();
+      if (group.rank == 0) put(m, work.partials + 3 * tile.index);
+    });
+  }
+};
+
+// ---- backward ----------------------------------------------------------------------------------------------------
+
+/// What z of a tile was made with; the first element of a tile has its unit's parameter.
+template <class X> NORMKIT_DEVICE Factors<ComputeOf<X>, kVector<X>> given_factors(const Work& work, const Tile& tile) {
+  const Task& t = work.task;
+  const std::int64_t r = quotient(tile.unit, work.units);
+  const std::int64_t first = parameter(t.geometry, tile.o, t.geometry.offset(tile.o, tile.step, tile.lane, tile.begin));
+  Factors<ComputeOf<X>, kVector<X>> factors;
+  const Statistic<ComputeOf<X>> s = given_statistic<ComputeOf<X>>(t, r);
+  if (work.constant) factors.set_all(s, element(t.weight, first, 1), element(t.bias, first, 0));
+  else factors.set_all(s, 1, 0);
+  return factors;
+}
+
+/// The sums of every tile about the given mean; without the weight where it is constant.
+template <class X> struct RunsBackwardSums {
+  static constexpr const char* kName = "RunsBackwardSums";
+  Work work;
+
+  NORMKIT_DEVICE void operator()() const {
+    using S = ComputeOf<X>;
+    constexpr int N = kVector<X>;
+    for_tiles<X>(work, [&](const Tile& tile, Group group) {
+      const Task& t = work.task;
+      const Factors<S, N> factors = given_factors<X>(work, tile);
+      const bool gaps = has_gaps(t);
+      Sums<S> sums{0, 0, 0};
+      int count = 0;
+      for_own<X>(tile, group, [&](int, Place p) {
+        S x[N], g[N], weight[N];
+        widened(load(at<X>(t.x, p), p.n), x);
+        widened(load(at<X>(t.dy, p), p.n), g);
+        incoming(work, factors, p, x, g, weight);
+        const unsigned members = members_of(t, p);
+        NORMKIT_UNROLL
+        for (int e = 0; e < N; ++e) {
+          if (e >= p.n) continue;
+          const S d = x[e] - factors.mean[e], weighted = g[e] * weight[e];
+          const bool member = members >> e & 1;
+          sums.g += weighted;
+          sums.gx = mul_add(weighted, gaps && weighted == 0 ? S(0) : d, sums.gx);
+          sums.d += member ? d : S(0);
+          count += member;
+        }
+      });
+      const Reduced own{{static_cast<double>(sums.g), static_cast<double>(sums.gx), static_cast<double>(sums.d)},
+                        static_cast<double>(count)};
+      const Reduced all = all_sum(group, own);
+      if (group.rank == 0) put(all, work.partials + 4 * tile.index);
+    });
+  }
+};
+
+template <class X> struct RunsBackwardApply {
+  static constexpr const char* kName = "RunsBackwardApply";
+  Work work;
+
+  NORMKIT_DEVICE void operator()() const {
+    using S = ComputeOf<X>;
+    constexpr int N = kVector<X>;
+    for_tiles<X>(work, [&](const Tile& tile, Group group) {
+      const Task& t = work.task;
+      const std::int64_t first =
+          parameter(t.geometry, tile.o, t.geometry.offset(tile.o, tile.step, tile.lane, tile.begin));
+      Known<S, N> known;
+      known.set(0, work, quotient(tile.unit, work.units), work.constant ? element(t.weight, first, 1) : 1);
+      NORMKIT_UNROLL
+      for (int e = 1; e < N; ++e) known.copy(e, 0);
+      const Factors<S, N> given = given_factors<X>(work, tile);
+      for_own<X>(tile, group, [&](int, Place p) { write_dx<X>(work, given, known, p); });
+    });
+  }
+};
+
+/// ParamKind::row: sums of dz * x_hat and of dz over 64 rows at a time, for each element of a run.
+///
+///     thread = one vector of elements of the runs of one group of rows, which it walks down
+template <class X> struct RowGradients {
+  static constexpr const char* kName = "RowGradients";
+  Work work;
+
+  NORMKIT_DEVICE void operator()() const {
+    using S = ComputeOf<X>;
+    constexpr int N = kVector<X>;
+    const Task& t = work.task;
+    const Geometry& g = t.geometry;
+    const std::int64_t vectors = ceil_div(g.run, N), groups = row_groups(g), items = g.outer * groups * vectors;
+    for (std::int64_t k = block_index() * block_threads() + thread_index(); k < items;
+         k += block_count() * block_threads()) {
+      const std::int64_t group = quotient(k, vectors), i = (k - group * vectors) * N;
+      const std::int64_t o = quotient(group, groups), row = (group - o * groups) * kRowGroup;
+      const int n = g.run - i < N ? static_cast<int>(g.run - i) : N;
+      S dweight[N], dbias[N];
+      NORMKIT_UNROLL
+      for (int e = 0; e < N; ++e) dweight[e] = dbias[e] = 0;
+      for (std::int64_t lane = row; lane < g.lanes && lane < row + kRowGroup; ++lane)
+        add_row({o, 0, lane, i, n}, dweight, dbias);
+      double* const out = t.dparams + 2 * (group * g.run + i);
+      NORMKIT_UNROLL
+      for (int e = 0; e < N; ++e)
+        if (e < n) out[2 * e] = static_cast<double>(dweight[e]), out[2 * e + 1] = static_cast<double>(dbias[e]);
+    }
+  }
+
+ private:
+  template <class S, int N> NORMKIT_DEVICE void add_row(Place p, S (&dweight)[N], S (&dbias)[N]) const {
+    const Task& t = work.task;
+    const std::int64_t r = p.o * t.geometry.lanes + p.lane;
+    Known<S, N> known;
+    known.set(0, work, r, 1);
+    Factors<S, N> given;
+    given.set_all(given_statistic<S>(t, r), 1, 0);
+    S x[N], dz[N], weight[N];
+    widened(load(at<X>(t.x, p), p.n), x);
+    widened(load(at<X>(t.dy, p), p.n), dz);
+    incoming(work, given, p, x, dz, weight);
+    NORMKIT_UNROLL
+    for (int e = 0; e < N; ++e) {
+      const S x_hat = standardized(t, dz[e], x[e], known.mean[0], known.unit[0], known.origin[0]);
+      dweight[e] = mul_add(x_hat, dz[e], dweight[e]), dbias[e] += dz[e];
+    }
+  }
+};
+
+}  // namespace normkit::cuda

@@ -1,0 +1,40 @@
+// The functions of cpu.hpp and of normkit.hpp's control, with the kernels of cuda/ behind them: linked in place of cpu.cpp, it
+// makes every test of the CPU one of the CUDA kernels.
+#include <cstring>
+
+#include "cuda.hpp"
+#include "normkit/formula.hpp"
+#include "normkit/normkit.hpp"
+
+namespace normkit {
+
+std::size_t workspace_doubles(const ForwardJob& job) { return cuda::workspace_bytes(job) / sizeof(double); }
+std::size_t workspace_doubles(const BackwardJob& job) { return cuda::workspace_bytes(job) / sizeof(double); }
+
+namespace {
+
+/// The workspace of a GPU holds anything, here NaN.
+template <class Job> void run_poisoned(const Job& job, double* workspace) {
+  std::memset(static_cast<void*>(workspace), 0xff, cuda::workspace_bytes(job));
+  cuda::run(job, workspace, nullptr, 0);
+}
+
+}  // namespace
+
+void run(ForwardJob& job, double* workspace) { run_poisoned(job, workspace); }
+void run(BackwardJob& job, double* workspace) { run_poisoned(job, workspace); }
+
+std::string isa() { return "shim"; }
+std::vector<std::string> isas() { return {"shim"}; }
+bool use_isa(const std::string& name) { return name == "shim"; }
+int num_threads() { return 1; }
+void set_num_threads(int) {}
+
+void merge_moments(double* into, const double* from, std::int64_t n) {
+  for (std::int64_t k = 0; k < n; ++k, into += 3, from += 3) {
+    const Moments m = merge({into[0], into[1], into[2]}, {from[0], from[1], from[2]});
+    into[0] = m.mean, into[1] = m.m2, into[2] = m.n;
+  }
+}
+
+}  // namespace normkit

@@ -1,0 +1,116 @@
+"""The CUDA kernels on the CPU, one fiber for each thread, under the sanitizers: no GPU and no nvcc needed.
+
+Needs a checkout and a C++20 compiler. What is compiled are the very sources of the kernels; tests/shim takes the place
+of the GPU. (The whole suite of the CPU runs on these kernels too, in a build with NORMKIT_CUDA=shim.)
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+SOURCES = {
+    "launch": ROOT / "cuda/launch.cu",
+    "float32": ROOT / "cuda/kernels.cu",
+    "others": ROOT / "tests/shim/only_float32.cpp",
+    "backend": ROOT / "tests/shim/backend.cpp",
+    "plan": ROOT / "cpp/src/plan.cpp",
+    "geometry": ROOT / "cpp/src/geometry.cpp",
+    "core_test": ROOT / "tests/cpp/core_test.cpp",
+    "shim_test": ROOT / "tests/shim/shim_test.cpp",
+}
+CORE = ("launch", "float32", "others", "backend", "plan", "geometry")
+# As in CMakeLists.txt: what the left out checks would find, the address sanitizer does.
+SANITIZERS = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize=null,object-size,pointer-overflow",
+    "-fno-sanitize-recover=all",
+)
+FLAGS = (
+    *("-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", *SANITIZERS),
+    *("-DNORMKIT_SHIM", "-DNORMKIT_STORAGE=float", "-DNORMKIT_STORAGE_NAME=float32"),
+    *(f"-I{ROOT / folder}" for folder in ("cpp/include", "cpp/src", "cuda", "tests/shim")),
+)
+
+pytestmark = [
+    pytest.mark.skipif(not COMPILER, reason="no C++ compiler"),
+    pytest.mark.skipif(not SOURCES["launch"].exists(), reason="not a checkout: no sources of the kernels"),
+    pytest.mark.skipif(platform.system() != "Linux", reason="the shim wants Linux"),
+]
+
+# What somebody may get wrong, where it shows, and what is said then.
+PLANTS = {
+    "MISSING_BARRIER": ("blocks", "shim: "),  # threads disagree about what comes next
+    "EARLY_RETURN": ("blocks", "shim: "),
+    "MISALIGNED_LOAD": ("misaligned", "misaligned address"),
+    "INT_OVERFLOW": ("far", "signed integer overflow"),
+    "LONG_TAIL": ("tails", "heap-buffer-overflow"),
+}
+
+
+@dataclass(frozen=True)
+class Programs:
+    folder: Path
+
+    def run(self, name: str, *arguments: str, seed: int = 1) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "NORMKIT_SHIM_SEED": str(seed), "ASAN_OPTIONS": "detect_leaks=0"}
+        command = [str(self.folder / name), *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def call(*command: object) -> None:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shim")
+
+    def compile_one(name: str, *, plant: str = "") -> Path:
+        out = folder / f"{name}{plant}.o"
+        planted = [f"-DNORMKIT_PLANT_{plant}"] if plant else []
+        call(COMPILER, *FLAGS, *planted, "-x", "c++", "-c", SOURCES[name], "-o", out)
+        return out
+
+    def link(name: str, *objects: Path) -> None:
+        call(COMPILER, *SANITIZERS, *objects, "-o", folder / name, "-pthread")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        planted = {plant: pool.submit(compile_one, "float32", plant=plant) for plant in PLANTS}
+        made = dict(zip(SOURCES, pool.map(compile_one, SOURCES), strict=True))
+        core = [made[name] for name in CORE]
+        link("core_test", made["core_test"], *core)
+        link("shim_test", made["shim_test"], *core)
+        for plant, kernels in planted.items():
+            others = [made[name] for name in CORE if name != "float32"]
+            link(plant, made["shim_test"], kernels.result(), *others)
+    return Programs(folder)
+
+
+def test_the_core_test_of_the_cpu_passes(programs):
+    done = programs.run("core_test")
+    assert "core test passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("scenario", ["tails", "misaligned", "blocks", "far", "policy"])
+def test_scenario(programs, scenario, seed):
+    done = programs.run("shim_test", scenario, seed=seed)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "shim test passed" in done.stdout
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_planted_bug_is_caught(programs, plant):
+    scenario, message = PLANTS[plant]
+    done = programs.run(plant, scenario)
+    assert done.returncode != 0
+    assert message in done.stdout + done.stderr
