@@ -10,6 +10,7 @@ namespace {
 
 }  // namespace
 
+std::string build() { return ""; }
 bool available() { return false; }
 std::size_t workspace_bytes(const ForwardJob&) { refuse(); }
 std::size_t workspace_bytes(const BackwardJob&) { refuse(); }

@@ -13,6 +13,9 @@ namespace normkit::cuda {
 /// What the driver reports. Calls that fail in it throw this; arrays may be half written then.
 struct DeviceError : std::runtime_error { using std::runtime_error::runtime_error; };
 
+/// What this build has: "CUDA 13.0", say, "shim", or "" for nothing.
+std::string build();
+
 /// True where there is a driver and a device that this build can use. Never throws.
 bool available();
 

@@ -85,6 +85,11 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+#define NORMKIT_STRING(name) #name
+#define NORMKIT_VALUE_OF(name) NORMKIT_STRING(name)
+inline constexpr const char* kBuild =
+    "CUDA " NORMKIT_VALUE_OF(__CUDACC_VER_MAJOR__) "." NORMKIT_VALUE_OF(__CUDACC_VER_MINOR__);
+
 inline bool has_device() {
   int devices = 0;
   return cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;

@@ -18,6 +18,7 @@ void check(cudaError_t status, const char* what, Grid grid) {
 }
 #endif
 
+std::string build() { return kBuild; }
 bool available() { return has_device(); }
 
 namespace {

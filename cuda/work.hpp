@@ -20,7 +20,7 @@ struct Work {
   double* solved = nullptr;    // backward, of each statistic: mean, rstd, b and c, one array each
   ParamGradient dweight, dbias;  // ParamKind::element
 
-  std::int64_t tiles() const { return task.traversal == Traversal::lanes ? lanes.tiles : runs.tiles; }
+  constexpr std::int64_t tiles() const { return task.traversal == Traversal::lanes ? lanes.tiles : runs.tiles; }
 };
 
 /// Each enqueues one kernel.

@@ -2,6 +2,7 @@
 
 #include <utility>
 
+#include "device.hpp"
 #include "output_cache.hpp"
 
 namespace arrays {
@@ -77,6 +78,12 @@ nb::object allocate(Dtype dtype, nb::handle like, int ndim, const std::int64_t* 
     if (dims[axis] != 1) c_order = c_order && bytes[axis] == dense;
     dense *= dims[axis];
   }
+  if (const device::Call* call = device::call()) {
+    nb::list extents, steps;
+    for (int axis = 0; axis < ndim; ++axis) extents.append(dims[axis]), steps.append(bytes[axis]);
+    const nb::object type = nb::steal(reinterpret_cast<PyObject*>(descr));
+    return call->arrays.attr("empty")(type, nb::tuple(extents), nb::tuple(steps));
+  }
   PyObject* out = nullptr;
   {
     const CachedMemory cached(dense);
@@ -88,7 +95,9 @@ nb::object allocate(Dtype dtype, nb::handle like, int ndim, const std::int64_t* 
 }
 
 nb::object filled(nb::object array, const Shapes& shapes) {
-  if (shapes.empty) array.attr("fill")(0);
+  if (!shapes.empty) return array;
+  if (const device::Call* call = device::call()) call->arrays.attr("clear")(array);
+  else array.attr("fill")(0);
   return array;
 }
 
@@ -156,7 +165,8 @@ nb::object new_gradient(nb::handle weight, const Shapes& s) {
 void repack(View& v, const std::int64_t* strides) {
   if (!v.array.present) return;
   nb::object copy = allocate(v.array.dtype, v.object, v.array.ndim(), v.array.shape.data(), strides);
-  if (PyArray_CopyInto(as_array(copy), as_array(v.object)) < 0) throw nb::python_error();
+  if (const device::Call* call = device::call()) call->arrays.attr("copy")(copy, v.object);
+  else if (PyArray_CopyInto(as_array(copy), as_array(v.object)) < 0) throw nb::python_error();
   replace(v, std::move(copy));
 }
 

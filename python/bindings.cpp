@@ -11,6 +11,7 @@
 #define NORMKIT_IMPORTS_NUMPY
 #include "arrays.hpp"
 #include "calls.hpp"
+#include "device.hpp"
 #include "function.hpp"
 #include "normkit/formula.hpp"
 #include "options.hpp"
@@ -173,6 +174,9 @@ NB_MODULE(_core, m) {
   m.def("geometry", &geometry, "shape"_a, "strides"_a, "reduce_axes"_a, "param_axes"_a);
   m.def("isa", &normkit::isa);
   m.def("isas", &normkit::isas);
+  m.attr("cuda") = normkit::cuda::build();
+  m.def("cuda_available", &normkit::cuda::available);
+  m.def("on_device", &device::run_call, "arrays"_a, "device"_a, "stream"_a, "function"_a, "arguments"_a);
   m.def("use_isa", &normkit::use_isa, "name"_a);
   m.def("num_threads", &normkit::num_threads);
   m.def("cache_limit", &output_cache::limit);

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "arrays.hpp"
+#include "device.hpp"
 #include "function.hpp"
 #include "plan.hpp"
 #include "recent.hpp"
@@ -49,6 +50,7 @@ class Workspace {
 constexpr std::int64_t kReleaseElements = 16384;
 
 template <class Job> void run_job(Job& job) {
+  if (const device::Call* call = device::call()) return device::run_job(*call, job);
   Workspace workspace(workspace_doubles(job));
   if (job.task.geometry.size() < kReleaseElements) return run(job, workspace.data());
   const nb::gil_scoped_release unlocked;

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from . import _core as _typed_core
+from . import _cuda
 
 _core: Any = _typed_core  # it takes and gives arrays of any library, which no stub can say
 
@@ -59,6 +60,8 @@ def _as_numpy(name: str, array: Any) -> NDArray:
         raise TypeError(f"{name} is a masked array, expected a plain one: a mask would be ignored")
     if isinstance(array, np.ndarray):
         return array.view(np.ndarray)
+    if _cuda.is_cupy(array):
+        raise TypeError(f"{name} is a CuPy array, expected a NumPy array in this call: pass {name}.get()")
     if getattr(array, "requires_grad", False):
         raise TypeError(
             f"{name} requires grad, expected a tensor that does not: normkit records no gradients, pass {name}.detach()"
@@ -70,7 +73,8 @@ def _as_numpy(name: str, array: Any) -> NDArray:
         )
     device, _ = array.__dlpack_device__()
     if int(device) not in (_CPU, _PINNED):
-        raise TypeError(f"{name} is on DLPack device type {int(device)}, expected the CPU: this build has no CUDA")
+        expected = f"the CPU, or CUDA by way of CuPy: pass cupy.from_dlpack({name})"
+        raise TypeError(f"{name} is on DLPack device type {int(device)}, expected {expected}")
     try:
         capsule = array.__dlpack__(max_version=(1, 1))
     except TypeError:  # a producer older than DLPack 1
@@ -95,9 +99,15 @@ def _give_back(library: Any) -> Callable[[Any], Any]:
 _REQUIRED = ("x", "dy", "content", "style")
 
 
-def views_of(**arrays: Any) -> tuple[dict[str, Any], Callable[[Any], Any]]:
-    """The arrays of a call as NumPy arrays, and the way back. The first one says which library it is."""
+def views_of(*, cuda: bool = False, **arrays: Any) -> tuple[dict[str, Any], Callable[[Any], Any]]:
+    """The arrays of a call as NumPy arrays, and the way back. The first one says which library it is.
+
+    With `cuda`, CuPy arrays stay what they are: the call is one of those that take them.
+    """
     first = next(iter(arrays.values()))
+    if cuda and _cuda.is_cupy(first):
+        _cuda.check_together(arrays)
+        return arrays, as_numpy
     views: dict[str, Any] = {}
     for name, array in arrays.items():
         views[name] = None if array is None and name not in _REQUIRED else _as_numpy(name, array)
@@ -156,7 +166,7 @@ def _narrow(values: NDArray, dtype: np.dtype[Any]) -> NDArray:
 
 def _sum_of(x: NDArray, residual: NDArray) -> NDArray:
     """x + residual where x lies, in its dtype, rounded once."""
-    total = np.empty_like(x, order="K", subok=False)
+    total: NDArray = _cuda.namespace_of(x).empty_like(x, order="K")
     total[...] = _narrow(_widen(x, x) + _widen(residual, x), x.dtype)
     return total
 
@@ -179,7 +189,7 @@ class _Packing:
     """x with its kept axes first and its normalized axes last, and the way back."""
 
     def __init__(self, kind: int, axes: Any, x: NDArray) -> None:
-        self.kind, self.x = kind, x
+        self.kind, self.x, self.xp = kind, x, _cuda.namespace_of(x)
         self.channels: list[int] = []  # the axes that (C,) and (N, C) lie along, where weights belong to channels
         if kind in (_core.INSTANCE, _core.GROUP):
             channel = axes[0] if kind == _core.GROUP else axes
@@ -195,11 +205,12 @@ class _Packing:
         self.order = kept + [a for a in range(x.ndim) if a not in kept]
 
     def data(self, array: NDArray) -> NDArray:
-        return np.array(array.transpose(self.order), order="C", copy=True)
+        packed: NDArray = array.transpose(self.order).copy(order="C")
+        return packed
 
     def optional(self, array: NDArray | None) -> NDArray | None:
         """A mask, which broadcasts against x, or a companion of x."""
-        return None if array is None else self.data(np.broadcast_to(array, self.x.shape))
+        return None if array is None else self.data(self.xp.broadcast_to(array, self.x.shape))
 
     def back(self, packed: NDArray) -> NDArray:
         return packed.transpose(np.argsort(self.order))
@@ -221,20 +232,20 @@ class _Packing:
         reduced = sorted(self.order[self.x.ndim - len(self.axes) :]) if not self.channels else self.channels[-1:]
         return tuple(self.x.shape[axis] for axis in reduced)
 
-    def ones(self) -> NDArray:
+    def ones(self) -> Any:
         """The weight that a missing one stands for."""
         dtype = np.float64 if self.x.dtype == np.float64 else np.float32
         if self.channels or self.kind in (_core.LAYER, _core.LAYER_RMS):
-            return np.ones(self.absent(), dtype)
+            return self.xp.ones(self.absent(), dtype)
         kept = self.order[: self.x.ndim - len(self.axes)]
-        return np.ones([1 if axis in kept else extent for axis, extent in enumerate(self.x.shape)], dtype)
+        return self.xp.ones([1 if axis in kept else extent for axis, extent in enumerate(self.x.shape)], dtype)
 
     def param(self, param: NDArray | None, *, expand: bool) -> NDArray | None:
         if param is None or (self._stays(param.shape) and not expand):
             return param
         aligned = param.reshape(self._aligned(param.shape))
         if expand:
-            aligned = np.broadcast_to(_widen(aligned, self.x), self.x.shape)
+            aligned = self.xp.broadcast_to(_widen(aligned, self.x), self.x.shape)
         return self.data(aligned)
 
     def gradient(self, gradient: NDArray | None, like: NDArray | None, *, expanded: bool) -> NDArray | None:
@@ -246,12 +257,12 @@ class _Packing:
             target = self._aligned(like.shape)
             repeated = tuple(a for a in range(full.ndim) if target[a] == 1)
             full = _narrow(full.sum(axis=repeated, dtype=np.float64, keepdims=True), like.dtype)
-        return np.array(full.reshape(like.shape), copy=True)
+        return full.reshape(like.shape).copy()
 
     def like_x(self, packed: NDArray, out: NDArray | None = None) -> NDArray:
         """A packed result where x lies, or in `out`; rounded, where `out` has another dtype."""
-        target = np.empty_like(self.x, dtype=packed.dtype, order="K", subok=False) if out is None else out
-        np.copyto(target, self.back(packed if packed.dtype == target.dtype else _narrow(packed, target.dtype)))
+        target = self.xp.empty_like(self.x, dtype=packed.dtype, order="K") if out is None else out
+        self.xp.copyto(target, self.back(packed if packed.dtype == target.dtype else _narrow(packed, target.dtype)))
         return target
 
     def call(self, core: Callable[..., Any], weight: NDArray | None, bias: NDArray | None) -> tuple[Any, bool]:
@@ -270,14 +281,15 @@ def forward_anywhere(
     """`_core.forward` for any library, layout and output dtype."""
     v, give_back = views_of(
         x=x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var, out=out, where=where,
-        residual=residual,
+        residual=residual, cuda=True,
     )  # fmt: skip
+    run = _cuda.runner_for(x)
     running = v["running_mean"], v["running_var"], use_input_stats, momentum
     name = _dtype_name(out_dtype)
 
     def core(axes: Any, x: Any, weight: Any, bias: Any, out: Any, name: str | None, where: Any, residual: Any) -> Any:
         options = where, residual, return_residual, activation, weight_offset
-        return _core.forward(kind, axes, x, weight, bias, eps, *running, out, name, return_stats, *options)
+        return run(_core.forward, kind, axes, x, weight, bias, eps, *running, out, name, return_stats, *options)
 
     result = core(axes, v["x"], v["weight"], v["bias"], v["out"], name, v["where"], v["residual"])
     if result is NotImplemented and residual is not None:
@@ -288,7 +300,7 @@ def forward_anywhere(
             activation, weight_offset,
         )  # fmt: skip
         if v["out"] is not None:
-            np.copyto(v["out"], y)
+            _cuda.namespace_of(y).copyto(v["out"], y)
             y = v["out"]
         result = (y, *others[: len(others) * return_stats], *[total][: int(return_residual)])
         result = result if len(result) > 1 else y
@@ -299,7 +311,7 @@ def forward_anywhere(
             lambda w, b: core(packing.axes, data, w, b, None, _wide(name, v["x"]), mask, None), v["weight"], v["bias"]
         )
         y, *others = result if return_stats else (result,)
-        y = packing.like_x(y, _target(v["x"], v["out"], name, numpy=isinstance(x, np.ndarray)))
+        y = packing.like_x(y, _target(v["x"], v["out"], name, numpy=isinstance(v["x"], type(x))))
         result = (y, *others) if return_stats else y
     return hand_back(result, give_back, out)
 
@@ -308,7 +320,8 @@ def _target(x: NDArray, out: NDArray | None, name: str | None, *, numpy: bool) -
     """Where y goes: `out`, or a new array where a dtype is named."""
     if out is not None or name is None:
         return out
-    return np.empty_like(x, dtype=_dtype_named(name, numpy=numpy), order="K", subok=False)
+    target: NDArray = _cuda.namespace_of(x).empty_like(x, dtype=_dtype_named(name, numpy=numpy), order="K")
+    return target
 
 
 def _wide(name: str | None, x: NDArray) -> str | None:
@@ -354,12 +367,13 @@ def backward_anywhere(
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     """`_core.backward` for any library and layout."""
     v, give_back = views_of(
-        x=x, dy=dy, mean=mean, rstd=rstd, weight=weight, out=out, where=where, bias=bias, dresidual=dresidual
+        x=x, dy=dy, mean=mean, rstd=rstd, weight=weight, out=out, where=where, bias=bias, dresidual=dresidual, cuda=True
     )
+    run = _cuda.runner_for(x)
 
     def core(axes: Any, dy: Any, x: Any, weight: Any, bias: Any, out: Any, where: Any, dresidual: Any) -> Any:
-        options = where, bias, activation, weight_offset, dresidual
-        return _core.backward(kind, axes, dy, x, v["mean"], v["rstd"], weight, use_input_stats, need, out, *options)
+        statistics, options = (v["mean"], v["rstd"]), (where, bias, activation, weight_offset, dresidual)
+        return run(_core.backward, kind, axes, dy, x, *statistics, weight, use_input_stats, need, out, *options)
 
     result = core(axes, v["dy"], v["x"], v["weight"], v["bias"], v["out"], v["where"], v["dresidual"])
     if result is NotImplemented:

@@ -89,8 +89,8 @@ def clear_cache() -> None:
 
 
 def cuda_available() -> bool:
-    """True where CUDA arrays can be normalized: a build with CUDA, a driver and a device. This release has none."""
-    return False
+    """True where CUDA arrays can be normalized: a build with CUDA, a driver and a device. Never raises."""
+    return bool(_core.cuda_available())
 
 
 def show_config() -> None:
@@ -99,7 +99,8 @@ def show_config() -> None:
     print(f"instruction sets: {', '.join(isas())}; in use: {isa()}")
     print(f"threads: {get_num_threads()}")
     print(f"cache of freed outputs: {cache_size()} of {get_cache_limit()} bytes")
-    print(f"CUDA: {'available' if cuda_available() else 'not in this build'}")
+    without = f"{_core.cuda}, but no driver or no device" if _core.cuda else "not in this build"
+    print(f"CUDA: {'available' if cuda_available() else without}")
 
 
 def _check_environment() -> None:

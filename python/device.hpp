@@ -1,0 +1,48 @@
+// Calls on arrays of a GPU. The NumPy arrays that stand for them say how they lie: nobody on this side looks into them. What a
+// call allocates, copies or clears is done by an object of _cuda.py.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+
+#include "cuda.hpp"
+
+namespace device {
+
+namespace nb = nanobind;
+
+struct Call {
+  nb::handle arrays;  // of _cuda.py
+  int device;
+  std::uintptr_t stream;
+};
+
+/// The one that this thread is in, and how many there are in all threads: calls on the CPU, which are many and short, ask for
+/// no more than that number. The interpreter lock guards it.
+inline thread_local const Call* mine = nullptr;
+inline int under_way = 0;
+inline const Call* call() { return under_way ? mine : nullptr; }
+
+/// function(*arguments), whose arrays are of a GPU.
+inline nb::object run_call(nb::handle arrays, int device, std::uintptr_t stream, nb::handle function,
+                           nb::typed<nb::tuple, nb::object, nb::ellipsis> arguments) {
+  struct Current {
+    const Call* before = mine;
+    explicit Current(const Call* call) { mine = call, ++under_way; }
+    Current(const Current&) = delete;
+    Current& operator=(const Current&) = delete;
+    ~Current() { mine = before, --under_way; }
+  };
+  const Call call{arrays, device, stream};
+  const Current current(&call);
+  return function(*arguments);
+}
+
+template <class Job> void run_job(const Call& call, const Job& job) {
+  const nb::object workspace = call.arrays.attr("workspace")(normkit::cuda::workspace_bytes(job));
+  normkit::cuda::run(job, reinterpret_cast<void*>(nb::cast<std::uintptr_t>(workspace)),
+                     reinterpret_cast<void*>(call.stream), call.device);
+}
+
+}  // namespace device
