@@ -1,7 +1,8 @@
 // All that kernels know of the machine: threads, barriers, shuffles, shared memory, conversions, launches. Nothing else in
 // this folder names an intrinsic, so a second implementation of this file (tests/shim) runs the same kernels on a CPU.
 //
-// A kernel is a function object: its members are the arguments, and every thread calls its operator().
+// A kernel is a function object: its members are the arguments, and every thread calls its operator(). It has a kName, for
+// errors, and kBlocks.
 #pragma once
 
 #include <cstddef>
@@ -95,7 +96,9 @@ inline bool has_device() {
   return cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
 }
 
-template <class Kernel> __global__ void __launch_bounds__(256, 1) entry(const __grid_constant__ Kernel kernel) {
+/// Kernel::kBlocks blocks of 256 threads fit the registers of a multiprocessor; for one more, registers would spill.
+template <class Kernel>
+__global__ void __launch_bounds__(256, Kernel::kBlocks) entry(const __grid_constant__ Kernel kernel) {
   kernel();
 }
 

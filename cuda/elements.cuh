@@ -8,7 +8,45 @@
 namespace normkit::cuda {
 
 template <class X> constexpr int kVector = vector_for(sizeof(X));
-template <class X> struct alignas(kVector<X> * sizeof(X)) Vector { X e[kVector<X>]; };
+/// The bits of an element, and the element that has these.
+template <class X> NORMKIT_DEVICE std::uint64_t bits_of(X v) {
+  if constexpr (__is_same(X, Half) || __is_same(X, Bfloat)) return v.bits;
+  else if constexpr (__is_same(X, float)) return __builtin_bit_cast(std::uint32_t, v);
+  else if constexpr (__is_same(X, double)) return __builtin_bit_cast(std::uint64_t, v);
+  else return static_cast<std::uint64_t>(v) & ((1u << 8 * sizeof(X)) - 1);
+}
+template <class X> NORMKIT_DEVICE X of_bits(std::uint64_t bits) {
+  if constexpr (__is_same(X, Half) || __is_same(X, Bfloat)) return {static_cast<std::uint16_t>(bits)};
+  else if constexpr (__is_same(X, float)) return __builtin_bit_cast(float, static_cast<std::uint32_t>(bits));
+  else if constexpr (__is_same(X, double)) return __builtin_bit_cast(double, bits);
+  else return static_cast<X>(bits);
+}
+
+/// The elements of a vector as they lie in memory, in whole words: kept apart, two-byte elements would take a register each.
+template <class X> struct alignas(kVector<X> * sizeof(X)) Vector {
+  static constexpr int kPerWord = sizeof(X) < 4 ? 4 / sizeof(X) : 1, kBits = 8 * sizeof(X);
+  std::uint32_t word[kVector<X> * sizeof(X) / 4];
+
+  NORMKIT_DEVICE X operator[](int e) const {
+    if constexpr (sizeof(X) == 8) return of_bits<X>(word[2 * e] | std::uint64_t{word[2 * e + 1]} << 32);
+    else return of_bits<X>(word[e / kPerWord] >> e % kPerWord * kBits);
+  }
+  /// Puts an element where there are zeros.
+  NORMKIT_DEVICE void put(int e, X v) {
+    const std::uint64_t bits = bits_of(v);
+    if constexpr (sizeof(X) == 8) {
+      word[2 * e] = static_cast<std::uint32_t>(bits), word[2 * e + 1] = static_cast<std::uint32_t>(bits >> 32);
+    } else {
+      word[e / kPerWord] |= static_cast<std::uint32_t>(bits) << e % kPerWord * kBits;
+    }
+  }
+};
+template <class X> NORMKIT_DEVICE Vector<X> zeros() {
+  Vector<X> v;
+  NORMKIT_UNROLL
+  for (std::uint32_t& word : v.word) word = 0;
+  return v;
+}
 
 template <class X> struct Compute { using type = float; };
 template <> struct Compute<double> { using type = double; };
@@ -64,15 +102,16 @@ template <class X> NORMKIT_DEVICE bool is_wide(const X* p) {
 /// The first n elements from p on; zeros follow.
 template <class X> NORMKIT_DEVICE Vector<X> load(const X* p, int n) {
   if (n == kVector<X> && is_wide(p)) return *reinterpret_cast<const Vector<X>*>(p);
-  Vector<X> v;
+  Vector<X> v = zeros<X>();
   NORMKIT_UNROLL
-  for (int e = 0; e < kVector<X>; ++e) v.e[e] = e < n + kPlantedTail ? p[e] : X{};
+  for (int e = 0; e < kVector<X>; ++e)
+    if (e < n + kPlantedTail) v.put(e, p[e]);
   return v;
 }
 
 template <class X> NORMKIT_DEVICE void widened(const Vector<X>& v, ComputeOf<X> (&out)[kVector<X>]) {
   NORMKIT_UNROLL
-  for (int e = 0; e < kVector<X>; ++e) out[e] = value_of(v.e[e]);
+  for (int e = 0; e < kVector<X>; ++e) out[e] = value_of(v[e]);
 }
 
 /// The first n of N values to p on: N may be several vectors of Y.
@@ -80,9 +119,9 @@ template <class Y, class S, int N> NORMKIT_DEVICE void store(Y* p, const S (&v)[
   if (N % kVector<Y> == 0 && n == N && is_wide(p)) {
     NORMKIT_UNROLL
     for (int first = 0; first < N; first += kVector<Y>) {
-      Vector<Y> out;
+      Vector<Y> out = zeros<Y>();
       NORMKIT_UNROLL
-      for (int e = 0; e < kVector<Y> && first + e < N; ++e) out.e[e] = stored<Y>(v[first + e]);
+      for (int e = 0; e < kVector<Y> && first + e < N; ++e) out.put(e, stored<Y>(v[first + e]));
       *reinterpret_cast<Vector<Y>*>(p + first) = out;
     }
     return;
@@ -90,6 +129,17 @@ template <class Y, class S, int N> NORMKIT_DEVICE void store(Y* p, const S (&v)[
   NORMKIT_UNROLL
   for (int e = 0; e < N; ++e)
     if (e < n) p[e] = stored<Y>(v[e]);
+}
+
+/// f of each value, by turning them through the first place: one copy of f in the code, and no index into registers.
+template <class S, int N, class F> NORMKIT_DEVICE void in_turn(S (&v)[N], F f) {
+  NORMKIT_ROLL
+  for (int turn = 0; turn < N; ++turn) {
+    const S first = f(v[0]);
+    NORMKIT_UNROLL
+    for (int e = 0; e + 1 < N; ++e) v[e] = v[e + 1];
+    v[N - 1] = first;
+  }
 }
 
 // ---- statistics and parameters -----------------------------------------------------------------------------------
@@ -156,7 +206,7 @@ NORMKIT_DEVICE void read_along(const Param& p, std::int64_t index, int n, double
       const int left = n - first;
       const Vector<T> v = load(from + first, left < 0 ? 0 : left < kStep ? left : kStep);
       NORMKIT_UNROLL
-      for (int e = 0; e < kStep; ++e) out[first + e] = static_cast<S>(p.offset + value_of(v.e[e]));
+      for (int e = 0; e < kStep; ++e) out[first + e] = static_cast<S>(p.offset + value_of(v[e]));
     }
   });
 }
@@ -174,12 +224,11 @@ NORMKIT_DEVICE void read_parameters(const Task& t, std::int64_t o, std::int64_t 
     const S w = static_cast<S>(element(t.weight, first, 1)), b = static_cast<S>(element(t.bias, first, 0));
     NORMKIT_UNROLL
     for (int e = 0; e < N; ++e) weight[e] = w, bias[e] = b;
-  } else {
-    NORMKIT_UNROLL
-    for (int e = 0; e < N; ++e) {
-      const std::int64_t own = parameter(t.geometry, o, offset + (e < n ? e : n - 1));
-      weight[e] = static_cast<S>(element(t.weight, own, 1)), bias[e] = static_cast<S>(element(t.bias, own, 0));
-    }
+  } else {  // several pieces in one vector
+    int e = 0, f = 0;
+    const auto own = [&](int k) { return parameter(t.geometry, o, offset + (k < n ? k : n - 1)); };
+    in_turn(weight, [&](S) { return static_cast<S>(element(t.weight, own(e++), 1)); });
+    in_turn(bias, [&](S) { return static_cast<S>(element(t.bias, own(f++), 0)); });
   }
 }
 
@@ -219,17 +268,6 @@ NORMKIT_DEVICE unsigned members_of(const Task& t, Place p) {
 
 // ---- activation --------------------------------------------------------------------------------------------------
 
-/// f of each value, by turning them through the first place: one copy of f in the code, and no index into registers.
-template <class S, int N, class F> NORMKIT_DEVICE void in_turn(S (&v)[N], F f) {
-  NORMKIT_ROLL
-  for (int turn = 0; turn < N; ++turn) {
-    const S first = f(v[0]);
-    NORMKIT_UNROLL
-    for (int e = 0; e + 1 < N; ++e) v[e] = v[e + 1];
-    v[N - 1] = first;
-  }
-}
-
 /// z = x_hat * weight + bias of the elements of one vector; `weight` is theirs where the parameters are not constant.
 template <class S, int N>
 NORMKIT_DEVICE void preactivation(const Work& work, const Factors<S, N>& factors, Place p, const S (&x)[N], S (&z)[N],
@@ -249,13 +287,13 @@ NORMKIT_DEVICE void preactivation(const Work& work, const Factors<S, N>& factors
 template <class X> NORMKIT_DEVICE Vector<X> read_x(const Task& t, Place p) {
   if constexpr (kFloating<X>) {
     if (t.residual.data) {
-      Vector<X> v = load(at<X>(t.source, p), p.n);
-      const Vector<X> residual = load(at<X>(t.residual, p), p.n);
+      const Vector<X> source = load(at<X>(t.source, p), p.n), residual = load(at<X>(t.residual, p), p.n);
+      Vector<X> v = zeros<X>();
       ComputeOf<X> sum[kVector<X>];
       NORMKIT_UNROLL
       for (int e = 0; e < kVector<X>; ++e) {
-        sum[e] = value_of(v.e[e]) + value_of(residual.e[e]);
-        v.e[e] = stored<X>(sum[e]);
+        sum[e] = value_of(source[e]) + value_of(residual[e]);
+        v.put(e, stored<X>(sum[e]));
       }
       store(at<X>(t.x, p), sum, p.n);
       return v;

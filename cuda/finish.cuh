@@ -27,6 +27,7 @@ NORMKIT_DEVICE std::int64_t partial_of(const Work& work, std::int64_t r, std::in
 /// Statistics from the moments of their tiles, to those who asked for them and to `solved`: means, then 1/std.
 template <class S> struct ForwardFinish {
   static constexpr const char* kName = "ForwardFinish";
+  static constexpr int kBlocks = 2;
   Work work;
 
   NORMKIT_DEVICE void operator()() const {
@@ -49,6 +50,7 @@ template <class S> struct ForwardFinish {
 /// From sums of units to the coefficients of a statistic's gradient, and the units' own gradients.
 template <class S> struct BackwardFinish {
   static constexpr const char* kName = "BackwardFinish";
+  static constexpr int kBlocks = 2;
   Work work;
   bool summed;  // false: nobody needs the sums
 
@@ -118,6 +120,7 @@ struct Share { std::int64_t repeats = 1, count = 1, inner = 1; };
 /// dweight and dbias from the pairs that their units left: in one order, in double.
 struct Totals {
   static constexpr const char* kName = "Totals";
+  static constexpr int kBlocks = 2;
   const double* pairs;
   Share share;  // within an outer index where these have parameters of their own
   std::int64_t parameters, outer_units;  // units of one such outer index
@@ -154,6 +157,7 @@ NORMKIT_DEVICE double running_value(const std::byte* data, Dtype dtype, std::int
 /// variance unbiased. Those of fewer than two members, which a mask may leave, have none and stay out.
 struct UpdateRunning {
   static constexpr const char* kName = "UpdateRunning";
+  static constexpr int kBlocks = 2;
   const double* moments;
   std::int64_t statistics;
   Running running;
@@ -185,6 +189,7 @@ struct UpdateRunning {
 /// Running statistics as dense doubles: means, then variances.
 struct ReadRunning {
   static constexpr const char* kName = "ReadRunning";
+  static constexpr int kBlocks = 2;
   Running running;
   double* given;
 
@@ -201,6 +206,7 @@ struct ReadRunning {
 /// Given statistics as the caller asked to see them: one for each statistic.
 template <class S> struct CopyGiven {
   static constexpr const char* kName = "CopyGiven";
+  static constexpr int kBlocks = 2;
   Task task;
 
   NORMKIT_DEVICE void operator()() const {

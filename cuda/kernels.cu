@@ -26,8 +26,12 @@ template <template <class, class> class Kernel> void launch_forward(const Work& 
   launch(Kernel<X, ComputeOf<X>>{work}, grid, stream);
 }
 
+template <class In, class Out> using PlainForward = RunsForward<In, Out, true>;
+template <class In, class Out> using AnyForward = RunsForward<In, Out, false>;
+
 void forward(const Work& work, Stream stream) {
-  launch_forward<RunsForward>(work, grid_for_tiles(work, held_bytes<X>(work)), stream);
+  const Grid grid = grid_for_tiles(work, held_bytes<X>(work));
+  is_plain(work) ? launch_forward<PlainForward>(work, grid, stream) : launch_forward<AnyForward>(work, grid, stream);
 }
 void sums(const Work& work, Stream stream) {
   launch(RunsSums<X>{work}, grid_for_tiles(work, held_bytes<X>(work)), stream);

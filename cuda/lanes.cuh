@@ -113,6 +113,7 @@ NORMKIT_DEVICE Moments careful_strand(const Task& t, const Strand& s, int e, dou
 /// The moments of every column of every tile.
 template <class X> struct LanesSums {
   static constexpr const char* kName = "LanesSums";
+  static constexpr int kBlocks = kVector<X> < 8 ? 2 : 1;
   Work work;
 
   NORMKIT_DEVICE void operator()() const {
@@ -139,7 +140,7 @@ template <class X> struct LanesSums {
       const unsigned members = members_of(t, s[j]);
       NORMKIT_UNROLL
       for (int e = 0; e < N; ++e) {
-        const S x = value_of(v.e[e]);
+        const S x = value_of(v[e]);
         const bool member = members >> e & 1;
         if (t.centered && member && n[e] == 0) pivot[e] = x;
         const S d = member ? x - pivot[e] : S(0);
@@ -179,6 +180,7 @@ template <class X> NORMKIT_DEVICE Factors<ComputeOf<X>, kVector<X>> given_factor
 
 template <class X, class Y> struct LanesApply {
   static constexpr const char* kName = "LanesApply";
+  static constexpr int kBlocks = 2;
   Work work;
 
   NORMKIT_DEVICE void operator()() const {
@@ -196,6 +198,7 @@ template <class X, class Y> struct LanesApply {
 
 template <class X> struct LanesBackwardSums {
   static constexpr const char* kName = "LanesBackwardSums";
+  static constexpr int kBlocks = 1;
   Work work;
 
   NORMKIT_DEVICE void operator()() const {
@@ -247,6 +250,7 @@ template <class X> struct LanesBackwardSums {
 
 template <class X> struct LanesBackwardApply {
   static constexpr const char* kName = "LanesBackwardApply";
+  static constexpr int kBlocks = 1;
   Work work;
 
   NORMKIT_DEVICE void operator()() const {

@@ -110,23 +110,31 @@ template <class X> struct HeldTile {
   Group group;
   Held<X> held;
 
-  /// Calls f(v, is a member) for this thread's elements.
+  /// Calls f(v, is a member) for this thread's elements: fast, or in little code.
   template <class F> NORMKIT_DEVICE void for_elements(F f) const {
     for_own<X>(tile, group, [&](int k, Place p) {
       const Vector<X> v = held[k];
       const unsigned members = members_of(task, p);
       NORMKIT_UNROLL
-      for (int e = 0; e < kVector<X>; ++e) f(value_of(v.e[e]), (members >> e & 1) != 0);
+      for (int e = 0; e < kVector<X>; ++e) f(value_of(v[e]), (members >> e & 1) != 0);
+    });
+  }
+  template <class F> NORMKIT_DEVICE void for_elements_in_turn(F f) const {
+    for_own<X>(tile, group, [&](int k, Place p) {
+      const unsigned members = members_of(task, p);
+      NORMKIT_ROLL
+      for (int e = 0; e < p.n; ++e)
+        f(value_of(at<X>(reinterpret_cast<const std::byte*>(&held[k]), 0)[e]), (members >> e & 1) != 0);
     });
   }
 
   NORMKIT_DEVICE FirstMember first_member() const {
     if (!task.where.data) {
-      const double first = group.rank == 0 ? static_cast<double>(value_of(held[0].e[0])) : 0;
+      const double first = group.rank == 0 ? static_cast<double>(value_of(held[0][0])) : 0;
       return {from_first(group, first), static_cast<double>(tile.rows) * tile.width};
     }
     FirstMember own{0, 0};
-    for_elements([&](ComputeOf<X> v, bool member) {
+    for_elements_in_turn([&](ComputeOf<X> v, bool member) {
       if (member && own.n == 0) own.value = static_cast<double>(v);
       own.n += member;
     });
@@ -135,26 +143,38 @@ template <class X> struct HeldTile {
     });
   }
 
-  /// In type A, and over threads in double.
-  template <class A> NORMKIT_DEVICE PivotSums sums_about(A pivot) const {
-    A sum = 0, squares = 0;
-    for_elements([&](ComputeOf<X> v, bool member) {
-      const A d = member ? static_cast<A>(v) - pivot : A(0);
+  /// Sums in the compute type, and over threads in double.
+  NORMKIT_DEVICE PivotSums sums_about(ComputeOf<X> pivot) const {
+    using S = ComputeOf<X>;
+    S sum = 0, squares = 0;
+    for_elements([&](S v, bool member) {
+      const S d = member ? v - pivot : S(0);
       sum += d, squares = mul_add(d, d, squares);
     });
     return all_sum(group, PivotSums{static_cast<double>(sum), static_cast<double>(squares)});
   }
 
+  /// All in double.
+  NORMKIT_DEVICE PivotSums careful_sums_about(double pivot) const {
+    PivotSums own{0, 0};
+    for_elements_in_turn([&](ComputeOf<X> v, bool member) {
+      const double d = member ? static_cast<double>(v) - pivot : 0;
+      own = {own.sum + d, mul_add(d, d, own.squares)};
+    });
+    return all_sum(group, own);
+  }
+
   /// For data that defeats the pivot: all equal, or once more in double and in two passes.
   NORMKIT_DEVICE Moments careful_moments(FirstMember first, bool centered) const {
     double others = 0;
-    for_elements([&](ComputeOf<X> v, bool member) { others += member && !(static_cast<double>(v) == first.value); });
+    for_elements_in_turn(
+        [&](ComputeOf<X> v, bool member) { others += member && !(static_cast<double>(v) == first.value); });
     if (centered && all_sum(group, others) == 0) return {first.value, 0, first.n};
-    if (!centered) return {0, sums_about<double>(0).squares, first.n};
-    const PivotSums rough = sums_about<double>(first.value);
-    const double mean = from_pivot(first.value, rough.sum, rough.squares, first.n).mean;
-    const PivotSums sums = sums_about<double>(mean);
-    return from_pivot(mean, sums.sum, sums.squares, first.n);
+    if (!centered) return {0, careful_sums_about(0).squares, first.n};
+    double pivot = first.value;
+    PivotSums sums = careful_sums_about(pivot);
+    pivot = from_pivot(pivot, sums.sum, sums.squares, first.n).mean, sums = careful_sums_about(pivot);
+    return from_pivot(pivot, sums.sum, sums.squares, first.n);
   }
 
   NORMKIT_DEVICE Moments moments() const {
@@ -162,7 +182,7 @@ template <class X> struct HeldTile {
     const FirstMember first = first_member();
     const S pivot = task.centered ? static_cast<S>(first.value) : S(0);
     if (first.n == 0) return {0, 0, 0};
-    const PivotSums sums = sums_about<S>(pivot);
+    const PivotSums sums = sums_about(pivot);
     if (!trustworthy<S>(sums.sum, sums.squares, first.n, task.centered)) return careful_moments(first, task.centered);
     if (!task.centered) return {0, sums.squares, first.n};
     return from_pivot(static_cast<double>(pivot), sums.sum, sums.squares, first.n);
@@ -170,12 +190,15 @@ template <class X> struct HeldTile {
 };
 
 /// y, and the statistics unless they are given; a group has one tile, which is all of its statistic in that case.
-template <class X, class Y> struct RunsForward {
+/// kPlain: as is_plain() says.
+template <class X, class Y, bool kPlain> struct RunsForward {
   static constexpr const char* kName = "RunsForward";
-  Work work;
+  static constexpr int kBlocks = kPlain && kVector<X> < 8 ? 3 : 2;
+  Work given;
 
   NORMKIT_DEVICE void operator()() const {
     using S = ComputeOf<X>;
+    const Work work = kPlain ? made_plain(given) : given;
     for_tiles<X>(work, [&](const Tile& tile, Group group) {
       const Task& t = work.task;
       const Held<X> held(work, group);
@@ -204,6 +227,7 @@ template <class X, class Y> struct RunsForward {
 /// The moments of every tile.
 template <class X> struct RunsSums {
   static constexpr const char* kName = "RunsSums";
+  static constexpr int kBlocks = 2;
   Work work;
 
   NORMKIT_DEVICE void operator()() const {
@@ -233,6 +257,7 @@ template <class X> NORMKIT_DEVICE Factors<ComputeOf<X>, kVector<X>> given_factor
 /// The sums of every tile about the given mean; without the weight where it is constant.
 template <class X> struct RunsBackwardSums {
   static constexpr const char* kName = "RunsBackwardSums";
+  static constexpr int kBlocks = 2;
   Work work;
 
   NORMKIT_DEVICE void operator()() const {
@@ -271,6 +296,7 @@ template <class X> struct RunsBackwardSums {
 
 template <class X> struct RunsBackwardApply {
   static constexpr const char* kName = "RunsBackwardApply";
+  static constexpr int kBlocks = 2;
   Work work;
 
   NORMKIT_DEVICE void operator()() const {
@@ -295,6 +321,7 @@ template <class X> struct RunsBackwardApply {
 ///     thread = one vector of elements of the runs of one group of rows, which it walks down
 template <class X> struct RowGradients {
   static constexpr const char* kName = "RowGradients";
+  static constexpr int kBlocks = 2;
   Work work;
 
   NORMKIT_DEVICE void operator()() const {

@@ -23,6 +23,19 @@ struct Work {
   constexpr std::int64_t tiles() const { return task.traversal == Traversal::lanes ? lanes.tiles : runs.tiles; }
 };
 
+/// True where y is x_hat * weight + bias with constant parameters, and every element is a member: kernels that know take a
+/// third fewer registers.
+constexpr bool is_plain(const Work& w) {
+  return w.constant && w.task.activation.kind == ActivationKind::none && !w.task.where.data && !w.task.residual.data;
+}
+
+/// The same work, where the compiler sees that it is plain.
+constexpr Work made_plain(Work w) {
+  w.constant = true, w.task.activation.kind = ActivationKind::none;
+  w.task.where.data = nullptr, w.task.residual.data = nullptr;
+  return w;
+}
+
 /// Each enqueues one kernel.
 struct Kernels {
   void (*forward)(const Work&, Stream);  // runs: statistics are given, or found where a tile holds all of one; then y
