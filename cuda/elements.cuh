@@ -211,24 +211,33 @@ NORMKIT_DEVICE void read_along(const Param& p, std::int64_t index, int n, double
   });
 }
 
-/// Weight and bias of n neighbors, the first of which lies `offset` elements into the memory of x.
+/// Weight and bias of n neighbors, the first of which lies `offset` elements into the memory of x. Both pass through the same
+/// code, one after the other: it would be most of a kernel twice.
 template <class S, int N>
 NORMKIT_DEVICE void read_parameters(const Task& t, std::int64_t o, std::int64_t offset, int n, S (&weight)[N],
                                     S (&bias)[N]) {
-  const ParamMap& p = t.geometry.params;
-  const std::int64_t group = quotient(offset, p.stride), index = remainder(group, p.count);
-  const std::int64_t first = o * p.outer + index;
-  if (p.stride == 1 && index + n <= p.count) {
-    read_along(t.weight, first, n, 1, weight), read_along(t.bias, first, n, 0, bias);
-  } else if (offset + n <= (group + 1) * p.stride) {
-    const S w = static_cast<S>(element(t.weight, first, 1)), b = static_cast<S>(element(t.bias, first, 0));
+  const ParamMap& map = t.geometry.params;
+  const std::int64_t group = quotient(offset, map.stride), index = remainder(group, map.count);
+  const std::int64_t first = o * map.outer + index;
+  NORMKIT_ROLL
+  for (int k = 0; k < 2; ++k) {
+    const Param p = k == 0 ? t.weight : t.bias;
+    const double absent = k == 0 ? 1 : 0;
     NORMKIT_UNROLL
-    for (int e = 0; e < N; ++e) weight[e] = w, bias[e] = b;
-  } else {  // several pieces in one vector
-    int e = 0, f = 0;
-    const auto own = [&](int k) { return parameter(t.geometry, o, offset + (k < n ? k : n - 1)); };
-    in_turn(weight, [&](S) { return static_cast<S>(element(t.weight, own(e++), 1)); });
-    in_turn(bias, [&](S) { return static_cast<S>(element(t.bias, own(f++), 0)); });
+    for (int e = 0; e < N; ++e) weight[e] = bias[e];
+    if (map.stride == 1 && index + n <= map.count) {
+      read_along(p, first, n, absent, bias);
+    } else if (offset + n <= (group + 1) * map.stride) {
+      const S all = static_cast<S>(element(p, first, absent));
+      NORMKIT_UNROLL
+      for (S& v : bias) v = all;
+    } else {  // several pieces in one vector
+      int e = 0;
+      in_turn(bias, [&](S) {
+        const std::int64_t own = parameter(t.geometry, o, offset + (e < n ? e : n - 1));
+        return ++e, static_cast<S>(element(p, own, absent));
+      });
+    }
   }
 }
 
@@ -275,7 +284,7 @@ NORMKIT_DEVICE void preactivation(const Work& work, const Factors<S, N>& factors
   NORMKIT_UNROLL
   for (int e = 0; e < N; ++e) z[e] = forward(x[e], factors.mean[e], factors.scale[e], factors.shift[e]), weight[e] = 1;
   if (work.constant) return;
-  S bias[N];
+  S bias[N] = {};
   read_parameters(work.task, p.o, offset_of(work.task.geometry, p), p.n, weight, bias);
   NORMKIT_UNROLL
   for (int e = 0; e < N; ++e) z[e] = mul_add(z[e], weight[e], bias[e]);

@@ -31,7 +31,10 @@ template <class In, class Out> using AnyForward = RunsForward<In, Out, false>;
 
 void forward(const Work& work, Stream stream) {
   const Grid grid = grid_for_tiles(work, held_bytes<X>(work));
-  is_plain(work) ? launch_forward<PlainForward>(work, grid, stream) : launch_forward<AnyForward>(work, grid, stream);
+  if constexpr (kFloating<X>) {
+    if (is_plain(work)) return launch_forward<PlainForward>(work, grid, stream);
+  }
+  launch_forward<AnyForward>(work, grid, stream);
 }
 void sums(const Work& work, Stream stream) {
   launch(RunsSums<X>{work}, grid_for_tiles(work, held_bytes<X>(work)), stream);

@@ -142,6 +142,14 @@ bool needs_sums(const Task& t) {
   return t.phase != Phase::apply && (has_own_sums(t.kind) || t.phase == Phase::reduce || (!t.frozen && follows));
 }
 
+/// True where the parameters are constant over pieces of a run. Asked of the geometry, whatever gradients are wanted: the bits of
+/// dx must not depend on that.
+bool has_pieces(const Task& t) {
+  const Geometry& g = t.geometry;
+  return t.traversal == Traversal::runs && !constant_in_statistic(g) && g.params.stride > 1 && g.steps == 1 &&
+         g.run % g.params.stride == 0;
+}
+
 void carve(Carver& carver, Work& work) {
   Task& t = work.task;
   const std::int64_t statistics = t.geometry.statistics();
@@ -182,7 +190,7 @@ std::size_t workspace_bytes(const ForwardJob& job) {
 }
 
 std::size_t workspace_bytes(const BackwardJob& job) {
-  Work work = work_for(job.task, job.task.kind == ParamKind::piece);
+  Work work = work_for(job.task, has_pieces(job.task));
   Carver carver{nullptr};
   carve(carver, work);
   return carver.used * sizeof(double);
@@ -210,7 +218,7 @@ void run(const BackwardJob& job, void* workspace, void* on, int device) {
   const DeviceGuard guard(device);
   const Stream stream = static_cast<Stream>(on);
   const Kernels& kernels = kernels_for(job.task.x.dtype);
-  Work work = work_for(job.task, job.task.kind == ParamKind::piece);
+  Work work = work_for(job.task, has_pieces(job.task));
   Task& t = work.task;
   Carver carver{static_cast<double*>(workspace)};
   carve(carver, work);
