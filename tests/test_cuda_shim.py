@@ -16,17 +16,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+PLANNING = ("geometry", "arguments", "specs", "plan", "normkit")
 SOURCES = {
     "launch": ROOT / "cuda/launch.cu",
     "float32": ROOT / "cuda/kernels.cu",
     "others": ROOT / "tests/shim/only_float32.cpp",
     "backend": ROOT / "tests/shim/backend.cpp",
-    "plan": ROOT / "cpp/src/plan.cpp",
-    "geometry": ROOT / "cpp/src/geometry.cpp",
+    **{name: ROOT / f"cpp/src/{name}.cpp" for name in PLANNING},
     "core_test": ROOT / "tests/cpp/core_test.cpp",
     "shim_test": ROOT / "tests/shim/shim_test.cpp",
 }
-CORE = ("launch", "float32", "others", "backend", "plan", "geometry")
+CORE = ("launch", "float32", "others", "backend", *PLANNING)
 # As in CMakeLists.txt: what the left out checks would find, the address sanitizer does.
 SANITIZERS = (
     "-fsanitize=address,undefined",
