@@ -5,7 +5,7 @@ namespace normkit::cuda {
 namespace {
 
 [[noreturn]] void refuse() {
-  throw DeviceError("this build of normkit has no CUDA: install nvcc and build it again, or pass NumPy arrays");
+  throw DeviceError("this build of normkit has no CUDA: install it with NORMKIT_CUDA=on, or pass NumPy arrays");
 }
 
 }  // namespace

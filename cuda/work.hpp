@@ -3,7 +3,7 @@
 
 #include "cpu.hpp"
 #include "device.cuh"
-#include "policy.hpp"
+#include "tiling.hpp"
 
 namespace normkit::cuda {
 
