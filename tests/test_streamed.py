@@ -65,7 +65,7 @@ def test_streamed_channels_last(shape, dtype, offset, isa, rng):
 
 @pytest.mark.parametrize("columns", [3, 64, 100])
 def test_frozen_channels_last_goes_round_the_table(columns, isa, rng):
-    """Every element meets the parameters of its own channel, wherever the vectors begin: exactly, as mean and var are."""
+    """Every element meets the parameters of its own channel, wherever the vectors begin."""
     shape = (2, 200000 // columns + 1, columns)
     x = rng.integers(-8, 8, shape).astype(np.float32)
     weight, bias, mean = rng.integers(-8, 8, (3, columns)).astype(np.float32)

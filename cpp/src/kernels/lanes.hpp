@@ -184,7 +184,7 @@ template <class F> NORMKIT_LOCAL void for_blocks(std::int64_t begin, std::int64_
 
 /// True where the sums of a column say nothing of it. Without branches, so that loops over columns become vectors.
 template <class S> NORMKIT_LOCAL bool doubtful(double s, double q, double n, bool centered) {
-  return (n > 0) & !(centered ? trustworthy<S>(s, q, n) : (q > kVanishing<S>) & (q < kOverflowing<S>));
+  return (n > 0) & !trustworthy<S>(centered ? s : 0, q, n);
 }
 
 /// The doubtful columns of a span: constant ones keep their pivot, others are taken once more in double. A column is judged

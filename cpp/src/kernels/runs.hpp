@@ -88,7 +88,9 @@ template <class S> constexpr S kMagnify = sizeof(S) == 8 ? S(1e200) : S(1e30f);
 /// pivot is at most 4 standard deviations from the mean, and no square has overflowed or vanished.
 template <class S> NORMKIT_LOCAL bool trustworthy(double sum, double sum_squares, double n) {
   const double spread = sum_squares - sum * sum / n;
-  return (sum * sum <= 16 * n * spread) & (sum_squares > kVanishing<S>) & (sum_squares < kOverflowing<S>);
+  const bool near = sum * sum <= 16 * n * spread;
+  const bool kept = sum_squares > kVanishing<S>, held = sum_squares < kOverflowing<S>;
+  return near & kept & held;  // without branches: loops over rows and columns become vectors
 }
 
 /// True where all members are `value`: their differences are scaled so that no square vanishes.
