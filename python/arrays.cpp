@@ -60,6 +60,15 @@ class CachedMemory {
   PyObject* before_ = nullptr;
 };
 
+/// Takes the reference to `descr`.
+[[gnu::noinline, gnu::cold]] nb::object allocate_on(const device::Call& call, PyArray_Descr* descr, int ndim,
+                                                    const npy_intp* shape, const npy_intp* strides) {
+  const nb::object type = nb::steal(reinterpret_cast<PyObject*>(descr));
+  nb::list extents, steps;
+  for (int axis = 0; axis < ndim; ++axis) extents.append(shape[axis]), steps.append(strides[axis]);
+  return call.arrays.attr("empty")(type, nb::tuple(extents), nb::tuple(steps));
+}
+
 /// A new array, dense with these strides; of the type of `like`, where given, which has this dtype.
 nb::object allocate(Dtype dtype, nb::handle like, int ndim, const std::int64_t* shape, const std::int64_t* strides) {
   PyArray_Descr* descr;
@@ -78,12 +87,7 @@ nb::object allocate(Dtype dtype, nb::handle like, int ndim, const std::int64_t* 
     if (dims[axis] != 1) c_order = c_order && bytes[axis] == dense;
     dense *= dims[axis];
   }
-  if (const device::Call* call = device::call()) {
-    nb::list extents, steps;
-    for (int axis = 0; axis < ndim; ++axis) extents.append(dims[axis]), steps.append(bytes[axis]);
-    const nb::object type = nb::steal(reinterpret_cast<PyObject*>(descr));
-    return call->arrays.attr("empty")(type, nb::tuple(extents), nb::tuple(steps));
-  }
+  if (const device::Call* call = device::call()) return allocate_on(*call, descr, ndim, dims, bytes);
   PyObject* out = nullptr;
   {
     const CachedMemory cached(dense);

@@ -39,7 +39,8 @@ inline nb::object run_call(nb::handle arrays, int device, std::uintptr_t stream,
   return function(*arguments);
 }
 
-template <class Job> void run_job(const Call& call, const Job& job) {
+/// Out of the way of calls on the CPU, as are the other things that only calls on a GPU do.
+template <class Job> [[gnu::noinline, gnu::cold]] void run_job(const Call& call, const Job& job) {
   const nb::object workspace = call.arrays.attr("workspace")(normkit::cuda::workspace_bytes(job));
   normkit::cuda::run(job, reinterpret_cast<void*>(nb::cast<std::uintptr_t>(workspace)),
                      reinterpret_cast<void*>(call.stream), call.device);
