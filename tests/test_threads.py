@@ -132,8 +132,11 @@ def test_python_runs_while_the_kernel_does(rng):
         time.sleep(0.01)
         before = ticks[0]
         with normkit.num_threads(1):
-            normkit.instance_norm(x)
-        after = ticks[0]
+            for _ in range(100):  # a busy machine may have no time for the other thread in one
+                normkit.instance_norm(x)
+                after = ticks[0]
+                if after > before:
+                    break
     finally:
         done.set()
         sys.setswitchinterval(switch)
