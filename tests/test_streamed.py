@@ -10,9 +10,17 @@ SHAPES = {"rows": (24, 9, 5003), "lines": (24, 8, 8192), "register-rows": (300, 
 
 
 def poisoned(shape, dtype, offset):
-    """An output `offset` elements into a larger buffer of NaNs, and that buffer."""
-    buffer = np.full(int(np.prod(shape)) + 128, np.nan, dtype)
-    return buffer[64 + offset : 64 + offset + int(np.prod(shape))].reshape(shape), buffer
+    """An output `offset` elements past the start of a line of memory, amid a larger buffer of NaNs, and that buffer."""
+    size, line = int(np.prod(shape)), 64 // np.dtype(dtype).itemsize
+    buffer = np.full(size + 192, np.nan, dtype)
+    start = 64 + offset + -(buffer.ctypes.data // buffer.itemsize) % line
+    return buffer[start : start + size].reshape(shape), buffer
+
+
+def assert_written(out, buffer):
+    """All of `out`, and nothing around it."""
+    assert not np.isnan(out).any()
+    assert np.isnan(buffer).sum() == buffer.size - out.size
 
 
 @pytest.mark.parametrize("offset", [0, 1, 4])
@@ -30,9 +38,8 @@ def test_streamed_outputs(shape, dtype, offset, isa, rng):
             found = normkit.instance_norm_backward(dy[one].copy(), x[one].copy(), mean[one].copy(), rstd[one].copy())[0]
             assert normkit.instance_norm(x[one].copy()).tobytes() == y[one].tobytes()
             assert found.tobytes() == dx[one].tobytes()
-    for buffer in (y_buffer, dx_buffer):
-        assert np.isnan(buffer[: 64 + offset]).all()
-        assert np.isnan(buffer[64 + offset + x.size :]).all()
+    assert_written(y, y_buffer)
+    assert_written(dx, dx_buffer)
 
 
 # Rows of one line, of many, and such as end within a line; slabs that are fetched ahead, and one of several spans.
@@ -58,9 +65,8 @@ def test_streamed_channels_last(shape, dtype, offset, isa, rng):
         )[0]
         assert alone.tobytes() == y[one].tobytes()
         assert found.tobytes() == dx[one].tobytes()
-    for buffer in (y_buffer, dx_buffer):
-        assert np.isnan(buffer[: 64 + offset]).all()
-        assert np.isnan(buffer[64 + offset + x.size :]).all()
+    assert_written(y, y_buffer)
+    assert_written(dx, dx_buffer)
 
 
 @pytest.mark.parametrize("columns", [3, 64, 100])
@@ -73,3 +79,56 @@ def test_frozen_channels_last_goes_round_the_table(columns, isa, rng):
     running = {"running_mean": mean, "running_var": np.ones(columns, np.float32), "eps": 0}
     y = normkit.batch_norm(x, weight, bias, **running, channel_axis=-1, out=out)
     assert np.array_equal(y, (x - mean) * weight + bias)
+
+
+# Written while the next is read, or side by side: pieces that end within a block or a line, runs of several steps,
+# weights that must be converted, rows that a batch has an odd number of.
+OVERLAPPED = {
+    "instance": ((16, 41, 3001), lambda w: ("instance_norm", w((41,))), {}),
+    "conditional": ((16, 40, 3008), lambda w: ("instance_norm", w((16, 40))), {}),
+    "pixel": ((16, 40, 3008), lambda w: ("instance_norm", w((16, 40, 3008))), {}),
+    "pieces": ((9, 64, 4001), lambda w: ("group_norm", (16, *w((64,)))), {}),
+    "small-pieces": ((50, 960, 49), lambda w: ("group_norm", (32, *w((960,)))), {}),
+    "steps": ((7, 33, 10007), lambda w: ("batch_norm", w((33,))), {"training": True}),
+    "short-steps": ((40, 33, 2003), lambda w: ("batch_norm", w((33,))), {"training": True}),
+    "rows": ((3001, 1024), lambda w: ("layer_norm", w((1024,))), {}),
+    "long-rows": ((601, 4096), lambda w: ("layer_norm", w((4096,))), {}),
+    "longer-rows": ((301, 8192), lambda w: ("layer_norm", w((8192,))), {}),
+    "ragged-rows": ((2001, 1003), lambda w: ("layer_norm", w((1003,))), {}),
+    "square-rows": ((4001, 400), lambda w: ("layer_norm", w((400,))), {}),
+    "no-mean": ((3001, 768), lambda w: ("rms_norm", w((768,))[:1]), {}),
+}
+
+
+@pytest.mark.parametrize("weight_dtype", ["float32", "like x", None])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("name", OVERLAPPED)
+def test_overlapped_has_the_bits_of_in_place(name, offset, dtype, weight_dtype, isa, rng):
+    """In place nothing goes past the caches, so each statistic is read, solved and written before the next."""
+    shape, arguments, options = OVERLAPPED[name]
+    x, dy = uniform(rng, shape, np.dtype(dtype)), uniform(rng, shape, np.dtype(dtype))
+
+    def parameters(shape):
+        kind = dtype if weight_dtype == "like x" else weight_dtype
+        return (None, None) if kind is None else tuple(rng.standard_normal((2, *shape)).astype(kind))
+
+    function, given = arguments(parameters)
+    forward, backward = getattr(normkit, function), getattr(normkit, f"{function}_backward")
+    y, buffer = poisoned(shape, dtype, offset)
+    _, *statistics = forward(x, *given, **options, out=y, return_stats=True)
+    over = x.copy()
+    forward(over, *given, **options, out=over)
+    assert y.tobytes() == over.tobytes()
+    assert_written(y, buffer)
+    weight = given[-1] if function == "rms_norm" else given[-2]
+    groups = given[:1] if function == "group_norm" else ()
+    for need in (("dx",), ("dx", "dweight", "dbias")):
+        dx, buffer = poisoned(shape, dtype, offset)
+        found = backward(dy, x, *groups, *statistics, weight, **options, need=need, out=dx)
+        assert_written(dx, buffer)
+        over = dy.copy()
+        expected = backward(over, x, *groups, *statistics, weight, **options, need=need, out=over)
+        for a, b in zip(found, expected, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or a.tobytes() == b.tobytes()

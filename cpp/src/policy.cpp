@@ -43,6 +43,12 @@ std::int64_t fetch_bytes_of(const Geometry& g, std::int64_t element_bytes, bool 
 /// residual: 2.0 times a call without, 3.0 where the sum is formed in y.
 std::int64_t sum_row_bytes() { return second_level_cache() / 4; }
 
+/// The largest statistic that is written while the next is read: both pass through the caches meanwhile.
+std::int64_t overlapped_bytes() { return 4 * second_level_cache(); }
+
+/// A run shorter than this has too few whole blocks.
+constexpr std::int64_t kOverlappedRun = 512;
+
 bool in_place(const Task& t, const Operand& out) { return out.data == t.x.data || out.data == t.dy.data; }
 
 }  // namespace
@@ -68,6 +74,11 @@ Policy policy_for(const Task& t, int threads) {
   const std::int64_t moved = g.size() * (is_forward ? x_bytes + size_of(out.dtype) : 3 * x_bytes);
   const bool aliased = p.sum_row ? out.data == t.source.data : in_place(t, out);
   p.stream_stores = out.data && !aliased && moved >= streamed_bytes();
+  const bool plain = t.traversal == Traversal::runs && !t.frozen && t.phase == Phase::both && !t.where.data &&
+                     !t.residual.data && t.activation.kind == ActivationKind::none && out.dtype == t.x.dtype;
+  const bool covered = is_forward || !follows_elements(g);
+  p.overlapped = plain && covered && p.stream_stores && !p.split && g.run >= kOverlappedRun &&
+                 g.members() * (moved / g.size() - size_of(out.dtype)) <= overlapped_bytes();
   p.fetch_bytes = fetch_bytes_of(g, x_bytes, one_run);
   return p;
 }

@@ -94,9 +94,6 @@ template <class S> NORMKIT_LOCAL Statistic<S> publish(const Task& t, std::int64_
 template <class X>
 constexpr bool kFloating = sizeof(X) > 1 && !__is_same(X, std::uint16_t) && !__is_same(X, std::int16_t);
 
-/// True where weights vary from element to element of a run.
-NORMKIT_LOCAL bool follows_elements(const Geometry& g) { return g.params.stride == 1 && g.params.count > 1; }
-
 /// A part of a run whose parameters are one (`linear` false) or follow the elements.
 struct Piece {
   std::int64_t begin, n;      // elements of the run
@@ -104,18 +101,25 @@ struct Piece {
   bool linear;
 };
 
+/// The piece that begins with element i of a run that starts at `offset`; it ends at `end` at the latest, and has no more than
+/// `limit` elements.
+NORMKIT_LOCAL Piece piece_at(const Geometry& g, std::int64_t o, std::int64_t offset, std::int64_t i, std::int64_t end,
+                             std::int64_t limit) {
+  const ParamMap& p = g.params;
+  const bool linear = follows_elements(g);
+  const std::int64_t here = offset + i, group = here / p.stride, index = group % p.count;
+  const std::int64_t left = linear ? p.count - index : (group + 1) * p.stride - here;
+  return {i, least(p.count == 1 ? end - i : least(left, end - i), limit), o * p.outer + index, linear};
+}
+
 /// Walks the pieces of [begin, end) of a run that starts at `offset`. None is longer than `limit`.
 template <class F>
 NORMKIT_LOCAL void for_pieces(const Task& t, std::int64_t o, std::int64_t offset, std::int64_t begin, std::int64_t end,
                               std::int64_t limit, F f) {
-  const ParamMap& p = t.geometry.params;
-  const bool linear = follows_elements(t.geometry);
   for (std::int64_t i = begin; i < end;) {
-    const std::int64_t here = offset + i, group = here / p.stride, index = group % p.count;
-    const std::int64_t left = linear ? p.count - index : (group + 1) * p.stride - here;
-    const std::int64_t n = least(p.count == 1 ? end - i : least(left, end - i), limit);
-    f(Piece{i, n, o * p.outer + index, linear});
-    i += n;
+    const Piece piece = piece_at(t.geometry, o, offset, i, end, limit);
+    f(piece);
+    i += piece.n;
   }
 }
 
@@ -125,9 +129,12 @@ constexpr std::int64_t kBuffer = 512;
 template <class S> struct ParamBuffer {
   alignas(64) S value[kBuffer];
 
+  /// True where any number of them can be read.
+  static bool reads_in_place(const Param& p) {
+    return p.data && p.offset == 0 && p.dtype == (sizeof(S) == 8 ? Dtype::float64 : Dtype::float32);
+  }
   const S* read(const Param& p, std::int64_t index, std::int64_t n, S absent) {
-    if (p.data && p.offset == 0 && p.dtype == (sizeof(S) == 8 ? Dtype::float64 : Dtype::float32))
-      return at<S>(p.data, index);
+    if (reads_in_place(p)) return at<S>(p.data, index);
     for (std::int64_t i = 0; i < n; ++i) value[i] = static_cast<S>(element(p, index + i, absent));
     return value;
   }
@@ -338,6 +345,87 @@ template <class Y, class F> NORMKIT_LOCAL void map(Y* y, std::int64_t n, Streame
     part.store(y, f(part));
   }
 }
+
+/// What is done beside sums, with every block of 4 vectors: nothing, or some of the outputs of what was summed before are
+/// written, so that memory reads and writes at once. Instance norm (1, 64, 512, 512): 1.5 of a copy before, 1.2 after.
+struct Nothing {
+  NORMKIT_LOCAL void block() {}
+};
+
+/// Writes the outputs of one statistic past the caches. `Outputs` knows the formula of each piece of constant parameters, and
+/// writes ranges that are no whole blocks of whole lines.
+template <class Outputs> class BesideWriter {
+  using X = typename Outputs::X;
+  static constexpr int kWidth = kLanes<VectorOf<X>>, kBlock = 4 * kWidth;
+
+ public:
+  explicit BesideWriter(Outputs& outputs)
+      : outputs_(outputs), steps_(outputs.t.geometry.steps), run_(outputs.t.geometry.run) {}
+
+  NORMKIT_LOCAL void block() {
+    if (i_ == end_) {
+      if (step_ < steps_) advance();
+      if (i_ == end_) return;
+    }
+    const typename Outputs::Formula formula = formula_;  // copied: stores might change it, for all that is known
+    X* const out = out_;
+    const std::int64_t i = i_;
+    for (int k = 0; k < 4; ++k) stream(out + i + k * kWidth, formula(Full{i + k * kWidth}));
+    i_ = i + kBlock;
+  }
+
+  /// What is left.
+  [[gnu::noinline]] void finish() {
+    for (; step_ < steps_; ++step_, piece_ = i_ = 0)
+      if (piece_ + i_ < run_) outputs_.write(step_, piece_ + i_, run_);
+  }
+
+ private:
+  /// From where blocks have come to, on to the next blocks that begin with a line.
+  [[gnu::noinline]] void advance() {
+    const std::int64_t begin = piece_ + i_;
+    const Piece piece = outputs_.piece(step_, begin);
+    out_ = outputs_.out(step_) + begin, piece_ = begin;
+    const std::int64_t past = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(out_) % 64 / sizeof(X));
+    const std::int64_t head = past ? Streamer<X>::kLine - past : 0, blocks = (piece.n - head) / kBlock;
+    i_ = blocks > 0 ? head : piece.n, end_ = i_ + (blocks > 0 ? blocks * kBlock : 0);
+    if (i_ > 0) outputs_.write(step_, begin, begin + i_);
+    if (blocks > 0) formula_ = outputs_.formula(step_, piece);
+    else if (begin + i_ == run_) ++step_, piece_ = i_ = end_ = 0;
+  }
+
+  Outputs& outputs_;
+  typename Outputs::Formula formula_;
+  X* out_ = nullptr;              // of the piece
+  std::int64_t i_ = 0, end_ = 0;  // in the piece: what is next, and where whole blocks end
+  std::int64_t piece_ = 0, step_ = 0;
+  const std::int64_t steps_, run_;
+};
+
+/// Writes rows of whole lines side by side, a vector of each or two, so that what they share is read once. `Tile` has their
+/// number and a formula: put(position, store), which calls store(address, vector) for each row.
+template <class X, class Tile> class TileWriter {
+  static constexpr int kWidth = kLanes<VectorOf<X>>;
+
+ public:
+  TileWriter(const Tile& tile, std::int64_t n, bool streamed) : tile_(tile), n_(n), streamed_(streamed) {}
+
+  NORMKIT_LOCAL void block() {
+    for (int k = 0; k < 4 / Tile::kRows && i_ < n_; ++k, i_ += kWidth) {
+      if (streamed_) tile_.put(Full{i_}, [](X* to, VectorOf<X> v) NORMKIT_INLINE_LAMBDA { stream(to, v); });
+      else tile_.put(Full{i_}, [](X* to, VectorOf<X> v) NORMKIT_INLINE_LAMBDA { store(to, v); });
+    }
+  }
+  void finish() {
+    while (i_ < n_) block();
+  }
+
+ private:
+  const Tile& tile_;
+  std::int64_t i_ = 0;
+  const std::int64_t n_;
+  const bool streamed_;
+};
 
 }  // namespace
 }  // namespace normkit

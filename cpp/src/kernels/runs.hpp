@@ -117,9 +117,9 @@ template <class X, class Members>
 template <class V> struct DifferenceSums { V sum, squares; };
 
 /// Those of the members of `rows` segments of n elements, `stride` apart.
-template <class X, class Members>
+template <class X, class Members, class Beside>
 NORMKIT_LOCAL DifferenceSums<VectorOf<X>> pivot_sums(const X* x, std::int64_t rows, std::int64_t stride, std::int64_t n,
-                                                     ScalarOf<X> pivot, Members members, Fetch fetch) {
+                                                     ScalarOf<X> pivot, Members members, Fetch fetch, Beside& beside) {
   using V = VectorOf<X>;
   constexpr int kWidth = kLanes<V>;
   constexpr int kShortSum = 16;  // additions; a sum of short sums rounds a quarter as much as one of a whole chunk
@@ -127,10 +127,10 @@ NORMKIT_LOCAL DifferenceSums<VectorOf<X>> pivot_sums(const X* x, std::int64_t ro
   V s[4], q[4], total_s[4], total_q[4];
   for (int k = 0; k < 4; ++k) s[k] = q[k] = total_s[k] = total_q[k] = zero;
   std::int64_t pending = 0;
-  const auto add = [&](int k, auto place, const X* from) NORMKIT_INLINE_LAMBDA {
+  const auto add = [&](V& sum, V& squares, auto place, const X* from) NORMKIT_INLINE_LAMBDA {
     const V d = members.keep(place, place.load(from) - p);
-    s[k] = s[k] + d;
-    q[k] = mul_add(d, d, q[k]);
+    sum = sum + d;
+    squares = mul_add(d, d, squares);
   };
   const auto added = [&](std::int64_t times) NORMKIT_INLINE_LAMBDA {
     pending += times;
@@ -143,17 +143,21 @@ NORMKIT_LOCAL DifferenceSums<VectorOf<X>> pivot_sums(const X* x, std::int64_t ro
     std::int64_t i = 0;
     while (i < whole) {
       const std::int64_t first = i, stop = least(whole, i + (kShortSum - pending) * 4 * kWidth);
+      V local_s[4], local_q[4];  // copies, which stay in registers whatever is done beside
+      for (int k = 0; k < 4; ++k) local_s[k] = s[k], local_q[k] = q[k];
       for (; i < stop; i += 4 * kWidth) {
         fetch.template block<4 * kWidth * sizeof(X)>((row * stride + i) * static_cast<std::int64_t>(sizeof(X)));
-        for (int k = 0; k < 4; ++k) add(k, Full{i + k * kWidth}, x);
+        beside.block();
+        for (int k = 0; k < 4; ++k) add(local_s[k], local_q[k], Full{i + k * kWidth}, x);
       }
+      for (int k = 0; k < 4; ++k) s[k] = local_s[k], q[k] = local_q[k];
       added((stop - first) / (4 * kWidth));
     }
     if (i == n) continue;
-    if (i + kWidth <= n) add(0, Full{i}, x), i += kWidth;
-    if (i + kWidth <= n) add(1, Full{i}, x), i += kWidth;
-    if (i + kWidth <= n) add(2, Full{i}, x), i += kWidth;
-    if (i < n) add(3, Part{i, static_cast<int>(n - i)}, x);
+    if (i + kWidth <= n) add(s[0], q[0], Full{i}, x), i += kWidth;
+    if (i + kWidth <= n) add(s[1], q[1], Full{i}, x), i += kWidth;
+    if (i + kWidth <= n) add(s[2], q[2], Full{i}, x), i += kWidth;
+    if (i < n) add(s[3], q[3], Part{i, static_cast<int>(n - i)}, x);
     added(1);
   }
   for (int k = 0; k < 4; ++k) total_s[k] = total_s[k] + s[k], total_q[k] = total_q[k] + q[k];
@@ -178,11 +182,11 @@ template <class X, class Members>
 }
 
 /// Moments of the members of `rows` segments of n elements, `stride` apart, from one pass about a pivot near their mean.
-template <class X, class Members>
+template <class X, class Members, class Beside>
 [[gnu::noinline]] Moments chunk_moments(const X* x, std::int64_t rows, std::int64_t stride, std::int64_t n,
                                         ScalarOf<X> pivot, bool centered, double count, const Members& members,
-                                        Fetch fetch) {
-  const DifferenceSums<VectorOf<X>> sums = pivot_sums(x, rows, stride, n, pivot, members, fetch);
+                                        Fetch fetch, Beside& beside) {
+  const DifferenceSums<VectorOf<X>> sums = pivot_sums(x, rows, stride, n, pivot, members, fetch, beside);
   const double s = sum(sums.sum), q = sum(sums.squares);
   if (settles<ScalarOf<X>>(s, q, count, centered)) return settled(static_cast<double>(pivot), s, q, count, centered);
   return unsettled_moments(x, rows, stride, n, pivot, q, centered, count, members);
@@ -240,26 +244,32 @@ void form_sum(const Task& t, std::int64_t o, std::int64_t step, std::int64_t lan
   }
 }
 
+/// Adds the moments of one chunk, whose pivot is the mean of those before it.
+template <class X, class Members, class Beside>
+NORMKIT_LOCAL void add_chunk(const X* x, std::int64_t rows, std::int64_t stride, std::int64_t n, bool centered,
+                             const Members& members, Fetch fetch, Beside& beside, Moments& m) {
+  const double count = members.count(rows, n);
+  if (count == 0) return;
+  const ScalarOf<X> pivot = !centered  ? ScalarOf<X>(0)
+                            : m.n == 0 ? first_pivot(x, stride, rows, n, members)
+                                       : static_cast<ScalarOf<X>>(m.mean);
+  const Moments chunk = chunk_moments(x, rows, stride, n, pivot, centered, count, members, fetch, beside);
+  m = m.n == 0 ? chunk : merge(m, chunk);
+}
+
 /// Moments of the members of one span of a statistic.
 template <class X> Moments span_moments(const Task& t, std::int64_t o, std::int64_t lane, Chunks c, std::int64_t span) {
-  const Geometry& g = t.geometry;
   const std::int64_t first = span * kSpanChunks, last = least(c.count, first + kSpanChunks);
   Moments m;
-  for_chunks(g, c, first, last, [&](std::int64_t step, std::int64_t rows, std::int64_t begin, std::int64_t end) {
+  for_chunks(t.geometry, c, first, last,
+             [&](std::int64_t step, std::int64_t rows, std::int64_t begin, std::int64_t end) {
     if (t.residual.data) form_sum<X>(t, o, step, lane, rows, begin, end);
-    const X* x = at<X>(t.x, o, step, lane) + begin;
-    const std::int64_t stride = t.x.strides.step, n = end - begin;
     const Fetch fetch = fetch_while_reading(t, t.residual.data ? t.source : t.x, o, step, lane, rows, begin);
-    const auto merge_chunk = [&](const auto& members) {
-      const double count = members.count(rows, n);
-      if (count == 0) return;
-      const ScalarOf<X> pivot = !t.centered ? ScalarOf<X>(0)
-                                : m.n == 0  ? first_pivot(x, stride, rows, n, members)
-                                            : static_cast<ScalarOf<X>>(m.mean);
-      const Moments chunk = chunk_moments(x, rows, stride, n, pivot, t.centered, count, members, fetch);
-      m = m.n == 0 ? chunk : merge(m, chunk);
-    };
-    with_members(t, o, step, lane, begin, merge_chunk);
+    with_members(t, o, step, lane, begin, [&](const auto& members) {
+      Nothing alone;
+      add_chunk(at<X>(t.x, o, step, lane) + begin, rows, t.x.strides.step, end - begin, t.centered, members, fetch,
+                alone, m);
+    });
   });
   return m;
 }
@@ -298,17 +308,87 @@ void forward_span(const Task& t, std::int64_t o, std::int64_t lane, Chunks c, st
   });
 }
 
+/// Of a whole statistic; `span` gives those of each span, in order.
+template <class F> NORMKIT_LOCAL Moments merged_spans(Chunks c, F span) {
+  Moments m = span(std::int64_t{0});
+  for (std::int64_t k = 1; k < c.spans; ++k) m = merge(m, span(k));
+  return m;
+}
+
 template <class X> Statistic<ScalarOf<X>> forward_statistic(const Task& t, std::int64_t r, Chunks c) {
   if (t.frozen) return given_statistic<ScalarOf<X>>(t, r);
-  Moments m = span_moments<X>(t, r / t.geometry.lanes, r % t.geometry.lanes, c, 0);
-  for (std::int64_t span = 1; span < c.spans; ++span)
-    m = merge(m, span_moments<X>(t, r / t.geometry.lanes, r % t.geometry.lanes, c, span));
-  return publish<ScalarOf<X>>(t, r, m);
+  return publish<ScalarOf<X>>(t, r, merged_spans(c, [&](std::int64_t span) {
+    return span_moments<X>(t, r / t.geometry.lanes, r % t.geometry.lanes, c, span);
+  }));
+}
+
+/// y of one statistic, for a BesideWriter.
+template <class Element, bool kLinear> struct ForwardOutputs {
+  using X = Element;
+  using S = ScalarOf<X>;
+  struct Formula {
+    const X* x;
+    Preactivation<X> z;
+    NORMKIT_LOCAL VectorOf<X> operator()(Full place) const {
+      return kLinear ? z.linear(place, place.load(x)) : z.constant(place.load(x));
+    }
+  };
+
+  const Task& t;
+  std::int64_t o, lane;
+  Statistic<S> s;
+  Streamer<X>& streamer;
+  ParamBuffer<S>&weights, &biases;
+
+  Piece piece(std::int64_t step, std::int64_t begin) const {
+    const bool whole = !kLinear || (weights.reads_in_place(t.weight) && biases.reads_in_place(t.bias));
+    const std::int64_t run = t.geometry.run, offset = t.geometry.offset(o, step, lane, 0);
+    return piece_at(t.geometry, o, offset, begin, run, whole ? run : kBuffer);
+  }
+  X* out(std::int64_t step) const { return at<X>(t.y, o, step, lane); }
+  Formula formula(std::int64_t step, Piece piece) {
+    return {at<X>(t.x, o, step, lane) + piece.begin, preactivation<X>(t, piece, s, weights, biases)};
+  }
+  void write(std::int64_t step, std::int64_t begin, std::int64_t end) {
+    forward_range(t, at<X>(t.x, o, step, lane), out(step), o, t.geometry.offset(o, step, lane, 0), begin, end, s,
+                  &streamer, Fetch{});
+  }
+};
+
+/// Each statistic is written while the next one is read.
+template <class X, bool kLinear> void runs_forward_overlapped(const Task& t, std::int64_t begin, std::int64_t end) {
+  const Geometry& g = t.geometry;
+  const Chunks c = chunks_of(g, Traversal::runs);
+  Streamer<X> streamer;
+  ParamBuffer<ScalarOf<X>> weights, biases;
+  Statistic<ScalarOf<X>> s = forward_statistic<X>(t, begin, c);
+  for (std::int64_t r = begin; r < end; ++r) {
+    ForwardOutputs<X, kLinear> outputs{t, r / g.lanes, r % g.lanes, s, streamer, weights, biases};
+    BesideWriter<ForwardOutputs<X, kLinear>> writer(outputs);
+    const std::int64_t next = r + 1, o = next / g.lanes, lane = next % g.lanes;
+    if (next < end)
+      s = publish<ScalarOf<X>>(t, next, merged_spans(c, [&](std::int64_t span) {
+        Moments m;
+        for_chunks(g, c, span * kSpanChunks, least(c.count, (span + 1) * kSpanChunks),
+                   [&](std::int64_t step, std::int64_t rows, std::int64_t first, std::int64_t last) {
+          const X* x = at<X>(t.x, o, step, lane) + first;
+          const Fetch fetch{reinterpret_cast<const char*>(x) + near_ahead(g.run * sizeof(X)), true};
+          add_chunk(x, rows, t.x.strides.step, last - first, t.centered, Everyone{}, fetch, writer, m);
+        });
+        return m;
+      }));
+    writer.finish();
+  }
 }
 
 template <class X, class Y> void runs_forward(const Task& t, std::int64_t begin, std::int64_t end) {
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
+  if constexpr (kFloating<X> && __is_same(X, Y)) {
+    if (t.overlapped)
+      return follows_elements(g) ? runs_forward_overlapped<X, true>(t, begin, end)
+                                 : runs_forward_overlapped<X, false>(t, begin, end);
+  }
   const Chunks c = chunks_of(g, Traversal::runs);
   Streamer<Y> streamer;
   for (std::int64_t r = begin; r < end; ++r) {

@@ -20,15 +20,21 @@ NORMKIT_LOCAL bool has_detailed_sums(const Task& t) {
 }
 NORMKIT_LOCAL bool has_detailed_ranges(const Task& t) { return t.residual.data || has_detailed_sums(t); }
 
-/// What a walk over dy and x fetches: both, `bytes` ahead of where it is.
+/// How far a walk over dy and x fetches both ahead; 0: not at all.
+struct Ahead {
+  std::int64_t bytes = 0;
+  bool near = false;
+};
+
+/// What such a walk fetches.
 struct FetchBoth {
   const char *x, *dy;
   bool near;
 
-  template <class X> FetchBoth(const X* x_now, const X* dy_now, std::int64_t bytes, bool near)
-      : x(reinterpret_cast<const char*>(x_now) + bytes),
-        dy(reinterpret_cast<const char*>(dy_now) + bytes),
-        near(near) {}
+  template <class X> FetchBoth(const X* x_now, const X* dy_now, Ahead ahead)
+      : x(reinterpret_cast<const char*>(x_now) + ahead.bytes),
+        dy(reinterpret_cast<const char*>(dy_now) + ahead.bytes),
+        near(ahead.near) {}
   NORMKIT_LOCAL void line(std::int64_t byte) const {
     if (near) prefetch_first(x + byte), prefetch_first(dy + byte);
     else prefetch_second(x + byte), prefetch_second(dy + byte);
@@ -36,44 +42,49 @@ struct FetchBoth {
 };
 
 /// Sums of each lane over `rows` segments of n elements of dy and x; of dy * weight where `weight` gives one factor an element.
-template <class X, bool kWeighted>
+template <class X, bool kWeighted, class Beside>
 NORMKIT_LOCAL Sums<VectorOf<X>> lane_sums(const X* dy, std::int64_t dy_stride, const X* x, std::int64_t x_stride,
                                           std::int64_t rows, std::int64_t n, ScalarOf<X> mean,
-                                          const ScalarOf<X>* weight, bool fetching) {
+                                          const ScalarOf<X>* weight, Ahead ahead, Beside& beside) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
   constexpr int kWidth = kLanes<V>;
   const V m = broadcast<V>(mean);
   Sums<V> s[2];
   for (auto& part : s) part.g = part.gx = part.d = broadcast<V>(S(0));
-  const auto add = [&](int k, auto place) NORMKIT_INLINE_LAMBDA {
+  const auto add = [&](Sums<V>& part, auto place) NORMKIT_INLINE_LAMBDA {
     V g = place.load(dy);
     if constexpr (kWeighted) g = g * place.load(weight);
     const V d = place.keep(place.load(x) - m);
-    s[k].g = s[k].g + g;
-    s[k].gx = mul_add(g, d, s[k].gx);
-    s[k].d = s[k].d + d;
+    part.g = part.g + g;
+    part.gx = mul_add(g, d, part.gx);
+    part.d = part.d + d;
   };
   for (std::int64_t row = 0; row < rows; ++row, x += x_stride, dy += dy_stride) {
-    const FetchBoth fetch(x, dy, kFarAhead, false);
+    const FetchBoth fetch(x, dy, ahead);
     std::int64_t i = 0;
+    Sums<V> even = s[0], odd = s[1];  // copies, which stay in registers whatever is done beside
     for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
-      if (fetching)
+      if (ahead.bytes)
         for (std::int64_t line = 0; line < 4 * kWidth * static_cast<std::int64_t>(sizeof(X)); line += 64)
           fetch.line(i * static_cast<std::int64_t>(sizeof(X)) + line);
-      for (int k = 0; k < 4; ++k) add(k % 2, Full{i + k * kWidth});
+      beside.block();
+      add(even, Full{i}), add(odd, Full{i + kWidth});
+      add(even, Full{i + 2 * kWidth}), add(odd, Full{i + 3 * kWidth});
     }
-    for (; i + kWidth <= n; i += kWidth) add(0, Full{i});
-    if (i < n) add(1, Part{i, static_cast<int>(n - i)});
+    s[0] = even, s[1] = odd;
+    for (; i + kWidth <= n; i += kWidth) add(s[0], Full{i});
+    if (i < n) add(s[1], Part{i, static_cast<int>(n - i)});
   }
   return s[0] + s[1];
 }
 
-template <class X, bool kWeighted>
+template <class X, bool kWeighted, class Beside>
 [[gnu::noinline]] Sums<double> chunk_sums(const X* dy, std::int64_t dy_stride, const X* x, std::int64_t x_stride,
                                           std::int64_t rows, std::int64_t n, ScalarOf<X> mean,
-                                          const ScalarOf<X>* weight) {
-  const Sums<VectorOf<X>> all = lane_sums<X, kWeighted>(dy, dy_stride, x, x_stride, rows, n, mean, weight, true);
+                                          const ScalarOf<X>* weight, Ahead ahead, Beside& beside) {
+  const Sums<VectorOf<X>> all =
+      lane_sums<X, kWeighted>(dy, dy_stride, x, x_stride, rows, n, mean, weight, ahead, beside);
   return {static_cast<double>(sum(all.g)), static_cast<double>(sum(all.gx)), static_cast<double>(sum(all.d))};
 }
 
@@ -112,13 +123,19 @@ template <class X, class Members>
   return {static_cast<double>(sum(s.g)), static_cast<double>(sum(s.gx)), static_cast<double>(sum(s.d))};
 }
 
+/// What sums fetch: near, if outputs are written beside them.
+NORMKIT_LOCAL Ahead ahead_while_summing(const Task&, Nothing) { return {kFarAhead, false}; }
+template <class Beside> NORMKIT_LOCAL Ahead ahead_while_summing(const Task& t, const Beside&) {
+  return {near_ahead(t.geometry.run * size_of(t.x.dtype)), true};
+}
+
 /// One range of a statistic's run, or several whole runs, whose place it knows.
 struct Range { std::int64_t o, step, lane, rows, begin, end; };
 
 /// The sums of a range in which one parameter holds, or in which weights follow the elements.
-template <class X>
+template <class X, class Beside>
 Sums<double> piece_sums(const Task& t, Range range, Piece piece, Statistic<ScalarOf<X>> s,
-                        ParamBuffer<ScalarOf<X>>& weights, ParamBuffer<ScalarOf<X>>& biases) {
+                        ParamBuffer<ScalarOf<X>>& weights, ParamBuffer<ScalarOf<X>>& biases, Beside& beside) {
   const X* x = at<X>(t.x, range.o, range.step, range.lane) + piece.begin;
   const X* dy = at<X>(t.dy, range.o, range.step, range.lane) + piece.begin;
   if (has_detailed_sums(t)) {
@@ -127,20 +144,24 @@ Sums<double> piece_sums(const Task& t, Range range, Piece piece, Statistic<Scala
       return detailed_sums(t, dy, x, range.rows, piece.n, s.mean, z, members);
     });
   }
+  const Ahead ahead = ahead_while_summing(t, beside);
   if (piece.linear)
-    return chunk_sums<X, true>(dy, 0, x, 0, 1, piece.n, s.mean, weights.read(t.weight, piece.parameter, piece.n, 1));
-  return chunk_sums<X, false>(dy, t.dy.strides.step, x, t.x.strides.step, range.rows, piece.n, s.mean, nullptr);
+    return chunk_sums<X, true>(dy, 0, x, 0, 1, piece.n, s.mean, weights.read(t.weight, piece.parameter, piece.n, 1),
+                               ahead, beside);
+  return chunk_sums<X, false>(dy, t.dy.strides.step, x, t.x.strides.step, range.rows, piece.n, s.mean, nullptr, ahead,
+                              beside);
 }
 
 /// Where the parameters change within a statistic: the sums of a range of one run, each piece with its own weight. What a
 /// piece adds to its own gradients goes to `dparams`.
-template <class X> Sums<double> piecewise_sums(const Task& t, Range range, Statistic<ScalarOf<X>> s) {
+template <class X, class Beside>
+Sums<double> piecewise_sums(const Task& t, Range range, Statistic<ScalarOf<X>> s, Beside& beside) {
   const Geometry& g = t.geometry;
   ParamBuffer<ScalarOf<X>> weights, biases;
   Sums<double> total{0, 0, 0};
   const std::int64_t offset = g.offset(range.o, range.step, range.lane, 0);
   for_pieces(t, range.o, offset, range.begin, range.end, follows_elements(g) ? kBuffer : range.end, [&](Piece piece) {
-    const Sums<double> sums = piece_sums<X>(t, range, piece, s, weights, biases);
+    const Sums<double> sums = piece_sums<X>(t, range, piece, s, weights, biases, beside);
     const double w = piece.linear ? 1 : element(t.weight, piece.parameter, 1);
     total = total + Sums<double>{w * sums.g, w * sums.gx, sums.d};
     if (t.kind == ParamKind::piece) {
@@ -152,9 +173,9 @@ template <class X> Sums<double> piecewise_sums(const Task& t, Range range, Stati
 }
 
 /// The sums of one span of a statistic; where one weight serves all of it, without that weight.
-template <class X>
+template <class X, class Beside>
 Reduced span_sums(const Task& t, std::int64_t o, std::int64_t lane, Chunks c, std::int64_t span,
-                  Statistic<ScalarOf<X>> s) {
+                  Statistic<ScalarOf<X>> s, Beside& beside) {
   const Geometry& g = t.geometry;
   const bool constant = constant_in_statistic(g);
   const std::int64_t parameter = constant ? g.parameter(o, g.offset(o, 0, lane, 0)) : 0;
@@ -166,11 +187,12 @@ Reduced span_sums(const Task& t, std::int64_t o, std::int64_t lane, Chunks c, st
         with_members(t, o, step, lane, begin, [&](const auto& members) { return members.count(rows, end - begin); });
     if (constant) {
       const Piece piece{begin, end - begin, parameter, false};
-      total.sums = total.sums + piece_sums<X>(t, {o, step, lane, rows, begin, end}, piece, s, unused[0], unused[1]);
+      total.sums =
+          total.sums + piece_sums<X>(t, {o, step, lane, rows, begin, end}, piece, s, unused[0], unused[1], beside);
       return;
     }
     for (std::int64_t row = step; row < step + rows; ++row)
-      total.sums = total.sums + piecewise_sums<X>(t, {o, row, lane, 1, begin, end}, s);
+      total.sums = total.sums + piecewise_sums<X>(t, {o, row, lane, 1, begin, end}, s, beside);
   });
   return total;
 }
@@ -291,7 +313,7 @@ template <class X>
              [&](Piece piece) NORMKIT_INLINE_LAMBDA {
     const X *dy = rows.dy + piece.begin, *x = rows.x + piece.begin;
     X* dx = rows.dx + piece.begin;
-    const FetchBoth fetch(x, dy, t.frozen ? kAhead : t.fetch_bytes, t.frozen);
+    const FetchBoth fetch(x, dy, {t.frozen ? kAhead : t.fetch_bytes, t.frozen});
     const double weight = piece.linear ? 1 : element(t.weight, piece.parameter, 1);
     const V a = broadcast<V>(static_cast<S>(known.statistic.rstd * weight));
     const S* factors = piece.linear ? weights.read(t.weight, piece.parameter, piece.n, 1) : nullptr;
@@ -379,21 +401,80 @@ void backward_span(const Task& t, std::int64_t r, Chunks c, std::int64_t span, c
   });
 }
 
-template <class X> void backward_statistic(const Task& t, std::int64_t r, Chunks c, Streamer<X>* streamer) {
-  using S = ScalarOf<X>;
-  const Geometry& g = t.geometry;
-  const std::int64_t o = r / g.lanes, lane = r % g.lanes;
+/// The sums of a whole statistic, or those that are given.
+template <class X, class Beside>
+Reduced statistic_sums(const Task& t, std::int64_t r, Chunks c, Beside& beside) {
+  if (t.phase == Phase::apply) return given_sums(t, r);
   Reduced reduced;
-  if (t.phase == Phase::apply) {
-    reduced = given_sums(t, r);
-  } else if (needs_sums(t)) {
-    const Statistic<S> given = given_statistic<S>(t, r);
-    for (std::int64_t span = 0; span < c.spans; ++span) reduced = reduced + span_sums<X>(t, o, lane, c, span, given);
-  }
+  if (!needs_sums(t)) return reduced;
+  const Statistic<ScalarOf<X>> given = given_statistic<ScalarOf<X>>(t, r);
+  for (std::int64_t span = 0; span < c.spans; ++span)
+    reduced = reduced + span_sums<X>(t, r / t.geometry.lanes, r % t.geometry.lanes, c, span, given, beside);
+  return reduced;
+}
+
+template <class X> void backward_statistic(const Task& t, std::int64_t r, Chunks c, Streamer<X>* streamer) {
+  const std::int64_t o = r / t.geometry.lanes, lane = r % t.geometry.lanes;
+  Nothing alone;
+  const Reduced reduced = statistic_sums<X>(t, r, c, alone);
   if (t.phase == Phase::reduce) return put_sums(t, r, reduced.sums, common_weight(t, o, lane));
-  const Solved<S> known = solve<S>(t, r, o, lane, reduced);
+  const Solved<ScalarOf<X>> known = solve<ScalarOf<X>>(t, r, o, lane, reduced);
   if (t.dx.data || writes_element_gradients(t))
     for (std::int64_t span = c.spans; span-- > 0;) backward_span<X>(t, r, c, span, known, streamer);
+}
+
+/// dx of one statistic, for a BesideWriter; parameters do not follow the elements.
+template <class Element> struct BackwardOutputs {
+  using X = Element;
+  using V = VectorOf<X>;
+  using S = ScalarOf<X>;
+  struct Formula {
+    const X *dy, *x;
+    V mean, a, b, c;
+    NORMKIT_LOCAL V operator()(Full place) const {
+      return backward(place.load(dy), a, through_statistics(place.load(x), mean, b, c));
+    }
+  };
+
+  const Task& t;
+  std::int64_t o, lane;
+  Solved<S> known;
+  Streamer<X>& streamer;
+
+  Piece piece(std::int64_t step, std::int64_t begin) const {
+    const Geometry& g = t.geometry;
+    return piece_at(g, o, g.offset(o, step, lane, 0), begin, g.run, g.run);
+  }
+  X* out(std::int64_t step) const { return at<X>(t.dx, o, step, lane); }
+  Formula formula(std::int64_t step, Piece piece) const {
+    const double weight = element(t.weight, piece.parameter, 1);
+    return {at<X>(t.dy, o, step, lane) + piece.begin, at<X>(t.x, o, step, lane) + piece.begin,
+            broadcast<V>(known.statistic.mean),       broadcast<V>(static_cast<S>(known.statistic.rstd * weight)),
+            broadcast<V>(known.gradient.b),           broadcast<V>(known.gradient.c)};
+  }
+  void write(std::int64_t step, std::int64_t begin, std::int64_t end) const {
+    const BackwardRows<X> rows{at<X>(t.dy, o, step, lane), at<X>(t.x, o, step, lane), nullptr, out(step), nullptr};
+    backward_range(t, rows, o, t.geometry.offset(o, step, lane, 0), begin, end, known, &streamer);
+  }
+};
+
+/// Each statistic is written while the next one is read.
+template <class X> void runs_backward_overlapped(const Task& t, std::int64_t begin, std::int64_t end) {
+  using S = ScalarOf<X>;
+  const Geometry& g = t.geometry;
+  const Chunks c = chunks_of(g, Traversal::runs);
+  const auto solve_with = [&](std::int64_t r, auto& beside) {
+    return solve<S>(t, r, r / g.lanes, r % g.lanes, statistic_sums<X>(t, r, c, beside));
+  };
+  Streamer<X> streamer;
+  Nothing alone;
+  Solved<S> known = solve_with(begin, alone);
+  for (std::int64_t r = begin; r < end; ++r) {
+    BackwardOutputs<X> outputs{t, r / g.lanes, r % g.lanes, known, streamer};
+    BesideWriter<BackwardOutputs<X>> writer(outputs);
+    if (r + 1 < end) known = solve_with(r + 1, writer);
+    writer.finish();
+  }
 }
 
 /// The statistics of one unit of the schedule: one, or where weights along the row want their gradients summed, those of a
@@ -407,6 +488,7 @@ NORMKIT_LOCAL Rows rows_of(const Task& t, std::int64_t unit) {
 }
 
 template <class X> void runs_backward(const Task& t, std::int64_t begin, std::int64_t end) {
+  if (t.overlapped) return runs_backward_overlapped<X>(t, begin, end);
   const Chunks c = chunks_of(t.geometry, Traversal::runs);
   Streamer<X> streamer;
   for (std::int64_t unit = begin; unit < end; ++unit) {
@@ -422,7 +504,8 @@ template <class X> void runs_backward_sums(const Task& t, std::int64_t begin, st
   for (std::int64_t unit = begin; unit < end; ++unit) {
     const std::int64_t r = unit / c.spans;
     const Statistic<ScalarOf<X>> given = given_statistic<ScalarOf<X>>(t, r);
-    put(span_sums<X>(t, r / g.lanes, r % g.lanes, c, unit % c.spans, given), t.partials + 4 * unit);
+    Nothing alone;
+    put(span_sums<X>(t, r / g.lanes, r % g.lanes, c, unit % c.spans, given, alone), t.partials + 4 * unit);
   }
 }
 
