@@ -152,10 +152,10 @@ constexpr std::int64_t dparam_units(const Geometry& g, ParamKind kind) {
 /// Columns of the table that apply goes round: those of several steps where they are few.
 constexpr std::int64_t table_period(const Geometry& g) { return ceil_div(64, g.columns()) * g.columns(); }
 
-/// Elements of an array of columns in scratch: whole vectors, and one more, so that one may begin anywhere in the period. It
-/// also keeps neighboring arrays from lying whole pages apart.
+/// Elements of an array of columns in scratch: whole vectors, and four more, so that so many may begin anywhere in the period. They
+/// also keep neighboring arrays from lying whole pages apart.
 constexpr std::int64_t whole_vectors(std::int64_t columns) { return ceil_div(columns, 16) * 16; }
-constexpr std::int64_t array_of_columns(const Geometry& g) { return whole_vectors(table_period(g)) + 16; }
+constexpr std::int64_t array_of_columns(const Geometry& g) { return whole_vectors(table_period(g)) + 64; }
 
 /// Arrays of columns in the table of the lanes traversal.
 inline constexpr std::int64_t kTableColumns = 9;
@@ -173,9 +173,9 @@ constexpr std::int64_t solved_doubles(const Geometry& g, Traversal traversal) {
 }
 
 /// Doubles of scratch that a thread needs for one outer index of the lanes traversal: sums of all spans, of one and of its
-/// blocks, and the table.
+/// blocks, and the table, of which there are two where one outer index is written while the next is read.
 constexpr std::int64_t scratch_doubles(const Geometry& g, Traversal traversal) {
-  return traversal == Traversal::lanes ? (2 * 4 + 4 + kTableColumns) * array_of_columns(g) : 0;
+  return traversal == Traversal::lanes ? (2 * 4 + 4 + 2 * kTableColumns) * array_of_columns(g) : 0;
 }
 
 /// Units of a fused schedule: statistics (runs), groups of them where weights along the row want their gradients summed,

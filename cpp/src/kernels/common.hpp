@@ -163,6 +163,18 @@ struct Part {
   template <class V> NORMKIT_LOCAL V flags(const std::uint8_t* p) const { return ::normkit::flags<V>(p + i, n); }
 };
 
+/// Spans that are written in the order of memory, which a fetch ahead foresees.
+constexpr std::int64_t kStretch = 16;
+/// Calls f(span) for spans [begin, end) after a first pass over them: stretch by stretch, backwards, since what was read last is
+/// still in cache. Given statistics had no first pass.
+template <class F> NORMKIT_LOCAL void for_spans(const Task& t, std::int64_t begin, std::int64_t end, F f) {
+  for (std::int64_t last = end; last > begin;) {
+    const std::int64_t first = t.frozen || last - begin < kStretch ? begin : last - kStretch;
+    for (std::int64_t span = first; span < last; ++span) f(span);
+    last = first;
+  }
+}
+
 // ---- members -----------------------------------------------------------------------------------------------------
 
 /// Which elements of a range are members of its statistic: all of them.

@@ -226,8 +226,9 @@ template <class X> void lanes_backward(const Task& t, std::int64_t begin, std::i
     }
     lanes_solve(t, o, sums, table);
     if (t.phase != Phase::reduce && (t.dx.data || t.kind == ParamKind::element))
-      for (std::int64_t span = c.spans; span-- > 0;)
+      for_spans(t, 0, c.spans, [&](std::int64_t span) {
         lanes_backward_span<X>(t, o, span, table, t.stream_stores ? &streamer : nullptr, o + 1 == end);
+      });
   }
 }
 
@@ -259,11 +260,11 @@ template <class X> void lanes_backward_apply(const Task& t, std::int64_t begin, 
   const Chunks c = chunks_of(t.geometry, Traversal::lanes);
   const std::int64_t columns = array_of_columns(t.geometry);
   Streamer<X> streamer;
-  for (std::int64_t unit = end; unit-- > begin;) {
+  for_spans(t, begin, end, [&](std::int64_t unit) {
     const std::int64_t o = unit / c.spans;
     lanes_backward_span<X>(t, o, unit % c.spans, Table<ScalarOf<X>>(t.solved + kTableColumns * columns * o, columns),
                            t.stream_stores ? &streamer : nullptr, true);
-  }
+  });
 }
 
 }  // namespace

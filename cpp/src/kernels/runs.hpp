@@ -395,9 +395,9 @@ template <class X, class Y> void runs_forward(const Task& t, std::int64_t begin,
     const std::int64_t o = r / g.lanes, lane = r % g.lanes;
     const Statistic<S> s = forward_statistic<X>(t, r, c);
     if (t.phase == Phase::reduce) continue;
-    // Backwards: what was read last is still in cache.
-    for (std::int64_t span = c.spans; span-- > 0;)
+    for_spans(t, 0, c.spans, [&](std::int64_t span) {
       forward_span<X, Y>(t, o, lane, c, span, s, t.stream_stores ? &streamer : nullptr);
+    });
   }
 }
 
@@ -434,11 +434,11 @@ template <class X, class Y> void runs_forward_apply(const Task& t, std::int64_t 
   const Geometry& g = t.geometry;
   Streamer<Y> streamer;
   const Chunks c = chunks_of(g, Traversal::runs);
-  for (std::int64_t unit = end; unit-- > begin;) {
+  for_spans(t, begin, end, [&](std::int64_t unit) {
     const std::int64_t r = unit / c.spans;
     forward_span<X, Y>(t, r / g.lanes, r % g.lanes, c, unit % c.spans, solved<ScalarOf<X>>(t, r)->statistic,
                        t.stream_stores ? &streamer : nullptr);
-  }
+  });
 }
 
 }  // namespace

@@ -420,7 +420,7 @@ template <class X> void backward_statistic(const Task& t, std::int64_t r, Chunks
   if (t.phase == Phase::reduce) return put_sums(t, r, reduced.sums, common_weight(t, o, lane));
   const Solved<ScalarOf<X>> known = solve<ScalarOf<X>>(t, r, o, lane, reduced);
   if (t.dx.data || writes_element_gradients(t))
-    for (std::int64_t span = c.spans; span-- > 0;) backward_span<X>(t, r, c, span, known, streamer);
+    for_spans(t, 0, c.spans, [&](std::int64_t span) { backward_span<X>(t, r, c, span, known, streamer); });
 }
 
 /// dx of one statistic, for a BesideWriter; parameters do not follow the elements.
@@ -529,11 +529,11 @@ template <class X> void runs_backward_finish(const Task& t, std::int64_t begin, 
 template <class X> void runs_backward_apply(const Task& t, std::int64_t begin, std::int64_t end) {
   const Chunks c = chunks_of(t.geometry, Traversal::runs);
   Streamer<X> streamer;
-  for (std::int64_t unit = end; unit-- > begin;) {
+  for_spans(t, begin, end, [&](std::int64_t unit) {
     const Rows rows = rows_of(t, unit / c.spans);
     for (std::int64_t r = rows.first; r < rows.last; ++r)
       backward_span<X>(t, r, c, unit % c.spans, *solved<ScalarOf<X>>(t, r), t.stream_stores ? &streamer : nullptr);
-  }
+  });
 }
 
 }  // namespace

@@ -47,8 +47,15 @@ inline Reg64 reg_keep(Reg64 v, int n) { return _mm512_maskz_mov_pd(first8(n), v)
 
 // Sixteen 16-bit or 8-bit integers to floats and back.
 inline Reg32 from_bits(const Half*, __m256i v) { return _mm512_cvtph_ps(v); }
+// The words of a vector, each in the upper half of a double word, and back: one permutation each way.
 inline Reg32 from_bits(const Bfloat*, __m256i v) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+  const __m512i where = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 16);
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, where, _mm512_castsi256_si512(v)));
+}
+inline __m256i upper_words(__m512i v) {
+  const __m512i where = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0x1f001d, 0x1b0019, 0x170015, 0x130011, 0xf000d,
+                                         0xb0009, 0x70005, 0x30001);
+  return _mm512_castsi512_si256(_mm512_permutexvar_epi16(where, v));
 }
 inline Reg32 from_bits(const std::uint16_t*, __m256i v) { return _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(v)); }
 inline Reg32 from_bits(const std::int16_t*, __m256i v) { return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(v)); }
@@ -58,12 +65,11 @@ inline __m256i to_bits(const Half*, Reg32 v) {
   return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 inline __m256i to_bits(const Bfloat*, Reg32 v) {  // to nearest even; a NaN keeps its sign and becomes quiet
-  const __m512i bits = _mm512_castps_si512(v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
-  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __m512i bits = _mm512_castps_si512(v), half = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __m512i rounded = _mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1));
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+  return upper_words(_mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000)));
 }
 
 inline Reg32 reg_load(const float* p) { return _mm512_loadu_ps(p); }
