@@ -341,18 +341,22 @@ void forward_batches(const Task& t, Count<kVectors> vectors, std::int64_t begin,
   }
 }
 
+/// Loops of known length for what is usual: each is compiled for every type it is for.
 template <class X, class Y> void batches_forward(const Task& t, std::int64_t begin, std::int64_t end) {
-  switch (ceil_div(t.geometry.run, kLanes<VectorOf<X>>)) {
-    case 1: return forward_batches<X, Y>(t, Count<1>{}, begin, end);
-    case 2: return forward_batches<X, Y>(t, Count<2>{}, begin, end);
-    case 3: return forward_batches<X, Y>(t, Count<3>{}, begin, end);
-    case 4: return forward_batches<X, Y>(t, Count<4>{}, begin, end);
-    case 5: return forward_batches<X, Y>(t, Count<5>{}, begin, end);
-    case 6: return forward_batches<X, Y>(t, Count<6>{}, begin, end);
-    case 7: return forward_batches<X, Y>(t, Count<7>{}, begin, end);
-    case 8: return forward_batches<X, Y>(t, Count<8>{}, begin, end);
-    default: return forward_batches<X, Y>(t, Count<0>{}, begin, end);
+  if constexpr (kFloating<X> && __is_same(X, Y)) {
+    switch (ceil_div(t.geometry.run, kLanes<VectorOf<X>>)) {
+      case 1: return forward_batches<X, Y>(t, Count<1>{}, begin, end);
+      case 2: return forward_batches<X, Y>(t, Count<2>{}, begin, end);
+      case 3: return forward_batches<X, Y>(t, Count<3>{}, begin, end);
+      case 4: return forward_batches<X, Y>(t, Count<4>{}, begin, end);
+      case 5: return forward_batches<X, Y>(t, Count<5>{}, begin, end);
+      case 6: return forward_batches<X, Y>(t, Count<6>{}, begin, end);
+      case 7: return forward_batches<X, Y>(t, Count<7>{}, begin, end);
+      case 8: return forward_batches<X, Y>(t, Count<8>{}, begin, end);
+      default: break;
+    }
   }
+  forward_batches<X, Y>(t, Count<0>{}, begin, end);
 }
 
 }  // namespace

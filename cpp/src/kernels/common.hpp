@@ -339,15 +339,18 @@ template <class Y, class F> NORMKIT_LOCAL void map(Y* y, std::int64_t n, Streame
       streamer->done(elements);
     };
     const std::int64_t past = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(y) % 64 / sizeof(Y));
-    if (past) gather(least(kLine - past, n));
-    for (; i + kBlock <= n; i += kBlock) {
-      fetch.template block<kBlock * sizeof(Y)>(i * static_cast<std::int64_t>(sizeof(Y)));
-      for (int k = 0; k < 4; ++k) stream(y + i + k * kWidth, f(Full{i + k * kWidth}));
+    for (std::int64_t ragged = past ? least(kLine - past, n) : 0;;
+         ragged = n) {  // a loop, so that gather() is here once
+      if (i < ragged) gather(ragged);
+      if (i == n) return;
+      for (; i + kBlock <= n; i += kBlock) {
+        fetch.template block<kBlock * sizeof(Y)>(i * static_cast<std::int64_t>(sizeof(Y)));
+        for (int k = 0; k < 4; ++k) stream(y + i + k * kWidth, f(Full{i + k * kWidth}));
+      }
+      for (; i + kLine <= n; i += kLine)
+        for (int k = 0; k < kLine / kWidth; ++k) stream(y + i + k * kWidth, f(Full{i + k * kWidth}));
+      if (i == n) return;
     }
-    for (; i + kLine <= n; i += kLine)
-      for (int k = 0; k < kLine / kWidth; ++k) stream(y + i + k * kWidth, f(Full{i + k * kWidth}));
-    if (i < n) gather(n);
-    return;
   }
   for (; i + kBlock <= n; i += kBlock)
     for (int k = 0; k < 4; ++k) store(y + i + k * kWidth, f(Full{i + k * kWidth}));

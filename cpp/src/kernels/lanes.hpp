@@ -386,14 +386,12 @@ void lanes_forward_span(const Task& t, std::int64_t o, std::int64_t span, Table<
       const auto column = round(place);
       return forward(place.load(x), column.load(mean), column.load(scale), column.load(shift));
     };
-    auto linear = [=](auto place) mutable NORMKIT_INLINE_LAMBDA {
-      return by_column ? constant(place) : mul_add(constant(place), place.load(weight), place.load(bias));
-    };
-    if (active)
-      map(y, n, streamer, Fetch{},
-          [=, &t](auto place) mutable NORMKIT_INLINE_LAMBDA { return activated(t.activation, linear(place)); });
-    else if (by_column) map(y, n, streamer, Fetch{}, constant);
-    else map(y, n, streamer, Fetch{}, linear);
+    if (by_column && !active) return map(y, n, streamer, Fetch{}, constant);
+    map(y, n, streamer, Fetch{}, [=, &t](auto place) mutable NORMKIT_INLINE_LAMBDA {
+      VectorOf<X> z = constant(place);
+      if (!by_column) z = mul_add(z, place.load(weight), place.load(bias));
+      return active ? activated(t.activation, z) : z;
+    });
   });
 }
 

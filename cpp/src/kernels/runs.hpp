@@ -220,7 +220,8 @@ NORMKIT_LOCAL const char* address(const Operand& a, std::int64_t o, std::int64_t
 NORMKIT_LOCAL Fetch fetch_while_reading(const Task& t, const Operand& a, std::int64_t o, std::int64_t step,
                                         std::int64_t lane, std::int64_t rows, std::int64_t begin) {
   const bool strided = t.geometry.run < kChunk && t.geometry.steps > 1;  // then the next chunk is
-  return {address(a, o, step, lane, begin) + (strided ? rows * a.strides.step * size_of(a.dtype) : kFarAhead)};
+  const std::int64_t next = strided ? rows * a.strides.step * size_of(a.dtype) : kNearAhead;
+  return {address(a, o, step, lane, begin) + next, !strided};
 }
 NORMKIT_LOCAL Fetch fetch_while_writing(const Task& t, const Operand& a, std::int64_t o, std::int64_t step,
                                         std::int64_t lane, std::int64_t begin) {
