@@ -52,6 +52,17 @@ enum class ParamKind : std::uint8_t {
 /// What a task does: all of it, or one of its two halves. Forward: moments, then y. Backward: sums, then dx.
 enum class Phase : std::uint8_t { both, reduce, apply };
 
+/// How memory is walked: what policy.cpp chooses, and what the results do not depend on.
+struct Walk {
+  bool stream_stores = false;  // outputs go past the caches
+  bool overlapped = false;     // each statistic (runs) or outer index (lanes) is written while the next is read
+  bool batched = false;        // statistics of short runs are solved together
+  bool tiled = false;          // and written side by side
+  bool whole_lines = false;    // rows of the output begin and end with lines of memory
+  std::int64_t fetch_bytes =
+      0;  // so far ahead is fetched while a statistic is written; lanes: as much of the next slab is
+};
+
 struct Task {
   Geometry geometry;
   Traversal traversal = Traversal::runs;
@@ -59,9 +70,7 @@ struct Task {
   Phase phase = Phase::both;
   bool centered = true;
   bool frozen = false;         // statistics are given and take no part in the gradient
-  bool stream_stores = false;  // outputs go past the caches
-  bool overlapped = false;     // each statistic is written while the next is read
-  std::int64_t fetch_bytes = 0;  // so far ahead is fetched while a statistic is written
+  Walk walk;
   double eps = 0;
   Activation activation;  // of y; in backward, dy is the gradient of what it gave
   Operand x, y, dy, dx;
@@ -189,6 +198,11 @@ constexpr std::int64_t fused_units(const Geometry& g, Traversal traversal, Param
 
 /// True where weights vary from element to element of a run.
 constexpr bool follows_elements(const Geometry& g) { return g.params.stride == 1 && g.params.count > 1; }
+
+/// True where every row has the same weights, one for each element.
+constexpr bool weighs_elements(const Geometry& g) {
+  return follows_elements(g) && g.params.count == g.run && g.params.outer == 0;
+}
 
 /// True where all members of a statistic share one parameter.
 constexpr bool constant_in_statistic(const Geometry& g) {

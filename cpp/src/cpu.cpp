@@ -301,7 +301,7 @@ void run(ForwardJob& job, double* workspace) {
   Carver carver{workspace};
   const ForwardSpace space = carve(carver, job, p);
   if (space.moments) t.moments = space.moments;
-  t.stream_stores = p.stream_stores, t.overlapped = p.overlapped, t.fetch_bytes = p.fetch_bytes;
+  t.walk = p.walk;
   if (t.frozen && job.running.mean) read_running(t, job.running, space.given), copy_given(t, statistics);
   const auto scratch = [&](int slot) { return space.common.scratch + slot * space.common.scratch_stride; };
   if (!p.split) {
@@ -335,7 +335,7 @@ void run(BackwardJob& job, double* workspace) {
   const BackwardSpace space = carve(carver, job, p);
   if (t.dparams)
     std::memset(t.dparams, 0, static_cast<std::size_t>(2 * dparam_units(t.geometry, t.kind)) * sizeof(double));
-  t.stream_stores = p.stream_stores, t.overlapped = p.overlapped, t.fetch_bytes = p.fetch_bytes;
+  t.walk = p.walk;
   if (t.kind == ParamKind::element) {
     t.dweight_out = space.elements[0] ? reinterpret_cast<std::byte*>(space.elements[0]) : job.dweight.data;
     t.dbias_out = space.elements[1] ? reinterpret_cast<std::byte*>(space.elements[1]) : job.dbias.data;

@@ -44,9 +44,9 @@ void forward(const Task& t, std::int64_t begin, std::int64_t end, double* scratc
     using X = typename decltype(x)::type;
     using Y = typename decltype(y)::type;
     if (t.traversal == Traversal::lanes) lanes_forward<X, Y>(t, begin, end, scratch);
-    else has_batches<X>(t) ? batches_forward<X, Y>(t, begin, end) : runs_forward<X, Y>(t, begin, end);
+    else t.walk.batched ? batches_forward<X, Y>(t, begin, end) : runs_forward<X, Y>(t, begin, end);
   });
-  if (t.stream_stores) stream_fence();
+  if (t.walk.stream_stores) stream_fence();
 }
 
 void forward_sums(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
@@ -70,16 +70,16 @@ void forward_apply(const Task& t, std::int64_t begin, std::int64_t end) {
     using Y = typename decltype(y)::type;
     t.traversal == Traversal::runs ? runs_forward_apply<X, Y>(t, begin, end) : lanes_forward_apply<X, Y>(t, begin, end);
   });
-  if (t.stream_stores) stream_fence();
+  if (t.walk.stream_stores) stream_fence();
 }
 
 void backward(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
   visit_floating(t, [&](auto x) {
     using X = typename decltype(x)::type;
     if (t.traversal == Traversal::lanes) lanes_backward<X>(t, begin, end, scratch);
-    else has_backward_batches<X>(t) ? batches_backward<X>(t, begin, end) : runs_backward<X>(t, begin, end);
+    else t.walk.batched ? batches_backward<X>(t, begin, end) : runs_backward<X>(t, begin, end);
   });
-  if (t.stream_stores) stream_fence();
+  if (t.walk.stream_stores) stream_fence();
 }
 
 void backward_sums(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
@@ -102,7 +102,7 @@ void backward_apply(const Task& t, std::int64_t begin, std::int64_t end) {
     using X = typename decltype(x)::type;
     t.traversal == Traversal::runs ? runs_backward_apply<X>(t, begin, end) : lanes_backward_apply<X>(t, begin, end);
   });
-  if (t.stream_stores) stream_fence();
+  if (t.walk.stream_stores) stream_fence();
 }
 
 void merge_moments(double* into, const double* from, std::int64_t n) {

@@ -52,19 +52,55 @@ std::int64_t overlapped_bytes() { return 8 * second_level_cache(); }
 /// A run shorter than this has too few whole blocks.
 constexpr std::int64_t kOverlappedRun = 512;
 
+/// True where nothing is asked for that the plain loops do not do.
+bool is_plain(const Task& t) {
+  return !t.frozen && t.phase == Phase::both && !t.where.data && !t.residual.data &&
+         t.activation.kind == ActivationKind::none;
+}
+
 /// True where each statistic, or outer index of lanes, can be written while the next one is read.
 bool overlaps(const Task& t, const Operand& out) {
   const Geometry& g = t.geometry;
-  const bool is_forward = !t.dy.data, plain = !t.frozen && t.phase == Phase::both && !t.where.data &&
-                                              !t.residual.data && t.activation.kind == ActivationKind::none &&
-                                              out.dtype == t.x.dtype;
+  const bool is_forward = !t.dy.data;
   const std::int64_t element_bytes = (is_forward ? 1 : 2) * size_of(t.x.dtype);
+  if (!is_plain(t) || out.dtype != t.x.dtype) return false;
   if (t.traversal == Traversal::runs)
-    return plain && (is_forward || !follows_elements(g)) && g.run >= kOverlappedRun &&
+    return (is_forward || !follows_elements(g)) && g.run >= kOverlappedRun &&
            g.members() * element_bytes <= overlapped_bytes();
   const bool dense = t.x.strides.step == g.columns() && out.strides.step == g.columns();
-  return plain && is_forward && dense && g.outer > 1 && constant_in_column(g) &&
+  return is_forward && dense && g.outer > 1 && constant_in_column(g) &&
          g.steps * g.columns() * element_bytes <= overlapped_bytes();
+}
+
+/// True where each row of an array begins and ends with a line of memory.
+bool has_whole_lines(const Operand& a, const Geometry& g) {
+  const auto is_whole = [&](std::int64_t elements) { return elements * size_of(a.dtype) % 64 == 0; };
+  return reinterpret_cast<std::uintptr_t>(a.data) % 64 == 0 && is_whole(g.run) &&
+         (g.lanes == 1 || is_whole(a.strides.lane)) && (g.outer == 1 || is_whole(a.strides.outer));
+}
+
+/// True where rows of whole vectors can be written side by side. Forward, those of up to 8 vectors stay in registers instead.
+bool has_tiles(const Task& t, const Operand& out, const Walk& walk) {
+  const Geometry& g = t.geometry;
+  const std::int64_t vector = t.x.dtype == Dtype::float64 ? 8 : 16;
+  const std::int64_t least_run = t.dy.data ? 4 * vector : 8 * vector + 1;
+  return g.steps == 1 && g.run >= least_run && g.run * size_of(t.x.dtype) % 64 == 0 && t.x.dtype == out.dtype &&
+         (!walk.stream_stores || walk.whole_lines);
+}
+
+/// True where rows go in batches: short ones, and longer ones that can be written side by side. Rows whose parameters are
+/// constant are better off overlapped, one by one.
+bool has_batches(const Task& t, const Operand& out, const Walk& walk) {
+  const Geometry& g = t.geometry;
+  const int element_bytes = size_of(t.x.dtype);
+  const bool weighs = weighs_elements(g);
+  if (!is_plain(t) || !out.data || batch_rows(g, element_bytes) == 0 || !(weighs || constant_in_statistic(g)))
+    return false;
+  // Backward with weights along a row, batches sum it as a whole and others by pieces: the bits must not depend on where it lies.
+  if (t.dy.data && weighs) return t.kind == ParamKind::none || t.kind == ParamKind::row;
+  const bool whole = t.kind == ParamKind::none || t.kind == ParamKind::statistic || t.kind == ParamKind::row;
+  return (!t.dy.data || whole) && (is_short(g, element_bytes) || walk.tiled) &&
+         (!walk.overlapped || (weighs && walk.tiled));
 }
 
 }  // namespace
@@ -89,9 +125,12 @@ Policy policy_for(const Task& t, int threads) {
   const Operand& out = is_forward ? t.y : t.dx;
   const std::int64_t moved = g.size() * (is_forward ? x_bytes + size_of(out.dtype) : 3 * x_bytes);
   const bool aliased = p.sum_row ? out.data == t.source.data : in_place(t, out);
-  p.stream_stores = out.data && !aliased && moved >= streamed_bytes();
-  p.overlapped = p.stream_stores && !p.split && overlaps(t, out);
-  p.fetch_bytes = fetch_bytes_of(g, x_bytes, one_run);
+  p.walk.stream_stores = out.data && !aliased && moved >= streamed_bytes();
+  p.walk.whole_lines = has_whole_lines(out, g);
+  p.walk.overlapped = p.walk.stream_stores && !p.split && overlaps(t, out);
+  p.walk.tiled = has_tiles(t, out, p.walk);
+  p.walk.batched = has_batches(t, out, p.walk);
+  p.walk.fetch_bytes = t.traversal == Traversal::lanes ? streamed_bytes() : fetch_bytes_of(g, x_bytes, one_run);
   return p;
 }
 

@@ -10,9 +10,7 @@ namespace normkit {
 struct Policy {
   int threads = 1;
   bool split = false;           // statistics are shared among threads
-  bool stream_stores = false;   // outputs go past the caches
-  bool overlapped = false;      // of Task
-  std::int64_t fetch_bytes = 0; // of Task
+  Walk walk;
   std::int64_t sum_row = 0;     // doubles of a row of each thread that x + residual is formed in; 0: formed in y
   std::int64_t units = 1;       // fused_units()
   std::int64_t statistics = 1;  // entries of `solved`: statistics (runs) or outer indices (lanes)

@@ -11,43 +11,6 @@
 namespace normkit {
 namespace {
 
-/// True where every row has the same weights, one for each element.
-NORMKIT_LOCAL bool weighs_elements(const Geometry& g) {
-  return follows_elements(g) && g.params.count == g.run && g.params.outer == 0;
-}
-
-/// True where each row of an array begins and ends with a line of memory.
-template <class X> NORMKIT_LOCAL bool has_whole_lines(const Operand& a, const Geometry& g) {
-  constexpr std::int64_t kLine = Streamer<X>::kLine;
-  const bool begins = reinterpret_cast<std::uintptr_t>(a.data) % 64 == 0;
-  return begins && g.run % kLine == 0 && (g.lanes == 1 || a.strides.lane % kLine == 0) &&
-         (g.outer == 1 || a.strides.outer % kLine == 0);
-}
-
-/// True where rows of more than 8 vectors (forward; shorter ones stay in registers) can be written side by side.
-template <class X> NORMKIT_LOCAL bool has_tiles(const Task& t, const Operand& out) {
-  const Geometry& g = t.geometry;
-  const std::int64_t least_run = t.dy.data ? 4 * kLanes<VectorOf<X>> : 8 * kLanes<VectorOf<X>> + 1;
-  return g.steps == 1 && g.run >= least_run && g.run % Streamer<X>::kLine == 0 && t.x.dtype == out.dtype &&
-         (!t.stream_stores || has_whole_lines<X>(out, g));
-}
-
-/// True where rows go in batches: short ones, and longer ones that can be written side by side. Backward with weights along the
-/// row sums in batches alone as a whole, elsewhere by pieces, so there it is no matter of where the rows lie.
-template <class X> NORMKIT_LOCAL bool batches_pay(const Task& t, const Operand& out) {
-  const Geometry& g = t.geometry;
-  if (batch_rows(g, sizeof(X)) == 0) return false;
-  if (weighs_elements(g)) return t.dy.data || is_short(g, sizeof(X)) || has_tiles<X>(t, out);
-  return constant_in_statistic(g) && (is_short(g, sizeof(X)) || has_tiles<X>(t, out));
-}
-
-template <class X> NORMKIT_LOCAL bool has_batches(const Task& t) {
-  const bool plain = !t.frozen && !t.where.data && !t.residual.data && t.activation.kind == ActivationKind::none;
-  const bool shares =
-      weighs_elements(t.geometry) && has_tiles<X>(t, t.y);  // else each row by itself is better overlapped
-  return plain && t.phase == Phase::both && batches_pay<X>(t, t.y) && (shares || !t.overlapped);
-}
-
 /// Parameters along a row, the same for all rows, in the compute type: read where they lie, or converted once for all rows.
 template <class S> struct RowParameter {
   const S* value = nullptr;  // null: none that vary
@@ -281,7 +244,7 @@ template <class X, bool kLinear>
     tile.mean[j] = broadcast<V>(batch.mean[k + j]), tile.scale[j] = broadcast<V>(batch.scale[k + j]);
     tile.shift[j] = broadcast<V>(batch.shift[k + j]);
   }
-  TileWriter<X, ForwardTile<X, kLinear>> writer(tile, g.run, t.stream_stores);
+  TileWriter<X, ForwardTile<X, kLinear>> writer(tile, g.run, t.walk.stream_stores);
   for (int j = k; j < k + kRows && j < next.rows; ++j)
     sum_row(Count<0>{}, g.run, j, Fetch{reinterpret_cast<const char*>(next.x[j]) + near_ahead(g.run * sizeof(X)), true},
             writer, next);
@@ -293,13 +256,12 @@ void forward_batches(const Task& t, Count<kVectors> vectors, std::int64_t begin,
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
-  const std::int64_t n = g.run, rows = batch_rows(g, sizeof(X)), ahead = t.fetch_bytes;
+  const std::int64_t n = g.run, rows = batch_rows(g, sizeof(X)), ahead = t.walk.fetch_bytes;
   const RowParameter<S> weight(g, t.weight, 1), bias(g, t.bias, 0);
   const auto at_y = [&](std::int64_t r) { return at<Y>(t.y, r / g.lanes, 0, r % g.lanes); };
   Stores stores = Stores::plain;
-  if (t.stream_stores && kVectors > 0 && rows_are_dense(t.y, g))
-    stores = has_whole_lines<Y>(t.y, g) ? Stores::streamed : Stores::gathered;
-  const bool tiled = kVectors == 0 && has_tiles<X>(t, t.y);
+  if (t.walk.stream_stores && kVectors > 0 && rows_are_dense(t.y, g))
+    stores = t.walk.whole_lines ? Stores::streamed : Stores::gathered;
   LineBuffer<Y> lines(at_y(begin));
   Streamer<Y> streamer;
   Nothing alone;
@@ -313,7 +275,7 @@ void forward_batches(const Task& t, Count<kVectors> vectors, std::int64_t begin,
     for (int k = 0; k < batch->rows; ++k) {
       if constexpr (kVectors == 0 && kFloating<X> && __is_same(X, Y)) {
         constexpr int kTile = ForwardTile<X, true>::kRows;
-        if (tiled && k + kTile <= batch->rows) {
+        if (t.walk.tiled && k + kTile <= batch->rows) {
           weight.value ? write_tile<X, true>(t, k, *batch, *next, weight.value, bias.value)
                        : write_tile<X, false>(t, k, *batch, *next, nullptr, nullptr);
           k += kTile - 1;
@@ -329,7 +291,7 @@ void forward_batches(const Task& t, Count<kVectors> vectors, std::int64_t begin,
       const Preactivation<X> z{broadcast<V>(batch->mean[k]), broadcast<V>(batch->scale[k]),
                                broadcast<V>(batch->shift[k]), weight.value, bias.value};
       const auto write = [&](auto f) NORMKIT_INLINE_LAMBDA {
-        if constexpr (kVectors == 0) map(y, n, t.stream_stores ? &streamer : nullptr, fetch, f);
+        if constexpr (kVectors == 0) map(y, n, t.walk.stream_stores ? &streamer : nullptr, fetch, f);
         else map_row(vectors, y, n, stores, lines, f);
       };
       if (z.weight) write([&](auto place) NORMKIT_INLINE_LAMBDA { return z.linear(place, place.load(x)); });

@@ -5,12 +5,6 @@
 namespace normkit {
 namespace {
 
-template <class X> NORMKIT_LOCAL bool has_backward_batches(const Task& t) {
-  const bool plain = !t.frozen && t.dx.data && t.phase == Phase::both && !has_detailed_ranges(t);
-  const bool whole = t.kind == ParamKind::none || t.kind == ParamKind::statistic || t.kind == ParamKind::row;
-  return plain && whole && batches_pay<X>(t, t.dx) && !t.overlapped;
-}
-
 /// The rows of one batch and what is known of them.
 template <class X> struct BackwardBatch {
   using V = VectorOf<X>;
@@ -149,7 +143,7 @@ template <class X, bool kLinear, bool kSummed>
     tile.b[j] = broadcast<V>(known.gradient.b), tile.c[j] = broadcast<V>(known.gradient.c);
     tile.scale[j] = broadcast<V>(standard.scale), tile.shift[j] = broadcast<V>(standard.shift);
   }
-  TileWriter<X, BackwardTile<X, kLinear, kSummed>> writer(tile, g.run, t.stream_stores);
+  TileWriter<X, BackwardTile<X, kLinear, kSummed>> writer(tile, g.run, t.walk.stream_stores);
   const Ahead ahead{2048, true};  // (4096, 768): 1.7, 4 KB ahead 1.9, 16 KB 2.1, far fetches 2.4
   for (int j = k; j < k + kBackwardTile && j < next.rows; ++j)
     sum_row<X, kLinear>(g.run, j, weight, ahead, writer, next);
@@ -164,9 +158,8 @@ template <class X> NORMKIT_LOCAL bool is_tile(const Task& t, int k, const Backwa
 
 template <class X, bool kLinear, bool kSummed>
 void backward_batches(const Task& t, std::int64_t begin, std::int64_t end, const ScalarOf<X>* weight) {
-  const std::int64_t n = t.geometry.run, rows = batch_rows(t.geometry, sizeof(X)), ahead = t.fetch_bytes;
+  const std::int64_t n = t.geometry.run, rows = batch_rows(t.geometry, sizeof(X)), ahead = t.walk.fetch_bytes;
   const std::int64_t last = rows_of(t, end - 1).last;
-  const bool tiled = has_tiles<X>(t, t.dx);
   Streamer<X> streamer;
   Nothing alone;
   BackwardBatch<X> batches[2], *batch = &batches[0], *next = &batches[1];
@@ -178,13 +171,13 @@ void backward_batches(const Task& t, std::int64_t begin, std::int64_t end, const
     first = batch->first + batch->rows;
     begin_batch(t, first, least(last, first + rows), *next);
     for (int k = 0; k < batch->rows; ++k) {
-      if (tiled && is_tile(t, k, *batch)) {
+      if (t.walk.tiled && is_tile(t, k, *batch)) {
         write_tile<X, kLinear, kSummed>(t, k, *batch, *next, weight);
         k += kBackwardTile - 1;
         continue;
       }
       if (k < next->rows) sum_row<X, kLinear>(n, k, weight, Ahead{}, alone, *next);
-      write_row(t, n, k, weight, ahead, *batch, t.stream_stores ? &streamer : nullptr);
+      write_row(t, n, k, weight, ahead, *batch, t.walk.stream_stores ? &streamer : nullptr);
     }
     solve_batch(t, *next);
     BackwardBatch<X>* const written = batch;

@@ -319,8 +319,6 @@ template <class S> void lanes_finish(const Task& t, std::int64_t o, ColumnMoment
 
 /// Bytes that apply runs ahead of itself where it reads from memory.
 constexpr std::int64_t kApplyAhead = 16384;
-/// The largest part of the next slab that is fetched while this one is written.
-constexpr std::int64_t kFetchableSlab = std::int64_t{4} << 20;
 
 /// What is fetched while a step is applied: the step that is `shift` later, of `o`.
 struct NextSteps {
@@ -331,7 +329,7 @@ struct NextSteps {
 template <class X> NORMKIT_LOCAL NextSteps fetch_for(const Task& t, std::int64_t o, std::int64_t span, bool last) {
   const Operand& from = t.residual.data ? t.source : t.x;
   const std::int64_t step_bytes = t.geometry.columns() * static_cast<std::int64_t>(sizeof(X));
-  if (!t.frozen && !last && span_begin(span) * step_bytes < kFetchableSlab) return {from, o + 1, 0};
+  if (!t.frozen && !last && span_begin(span) * step_bytes < t.walk.fetch_bytes) return {from, o + 1, 0};
   return {t.x, o, ceil_div(kApplyAhead, step_bytes)};
 }
 
@@ -484,7 +482,7 @@ void lanes_forward_overlapped(const Task& t, std::int64_t begin, std::int64_t en
 
 template <class X, class Y> void lanes_forward(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
   if constexpr (kFloating<X> && __is_same(X, Y)) {
-    if (t.overlapped) return lanes_forward_overlapped<X>(t, begin, end, scratch);
+    if (t.walk.overlapped) return lanes_forward_overlapped<X>(t, begin, end, scratch);
   }
   const Chunks c = chunks_of(t.geometry, Traversal::lanes);
   const std::int64_t columns = array_of_columns(t.geometry);
@@ -496,7 +494,7 @@ template <class X, class Y> void lanes_forward(const Task& t, std::int64_t begin
     if (t.phase == Phase::reduce) continue;
     for_spans(t, 0, c.spans, [&](std::int64_t span) {
       lanes_forward_span<X, Y>(t, o, span, table, fetch_for<X>(t, o, span, o + 1 == end),
-                               t.stream_stores ? &streamer : nullptr);
+                               t.walk.stream_stores ? &streamer : nullptr);
     });
   }
 }
@@ -530,7 +528,7 @@ template <class X, class Y> void lanes_forward_apply(const Task& t, std::int64_t
   for_spans(t, begin, end, [&](std::int64_t unit) {
     const std::int64_t o = unit / c.spans, span = unit % c.spans;
     lanes_forward_span<X, Y>(t, o, span, Table<ScalarOf<X>>(t.solved + kTableColumns * columns * o, columns),
-                             fetch_for<X>(t, o, span, true), t.stream_stores ? &streamer : nullptr);
+                             fetch_for<X>(t, o, span, true), t.walk.stream_stores ? &streamer : nullptr);
   });
 }
 

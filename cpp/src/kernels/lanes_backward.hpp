@@ -227,7 +227,7 @@ template <class X> void lanes_backward(const Task& t, std::int64_t begin, std::i
     lanes_solve(t, o, sums, table);
     if (t.phase != Phase::reduce && (t.dx.data || t.kind == ParamKind::element))
       for_spans(t, 0, c.spans, [&](std::int64_t span) {
-        lanes_backward_span<X>(t, o, span, table, t.stream_stores ? &streamer : nullptr, o + 1 == end);
+        lanes_backward_span<X>(t, o, span, table, t.walk.stream_stores ? &streamer : nullptr, o + 1 == end);
       });
   }
 }
@@ -263,7 +263,7 @@ template <class X> void lanes_backward_apply(const Task& t, std::int64_t begin, 
   for_spans(t, begin, end, [&](std::int64_t unit) {
     const std::int64_t o = unit / c.spans;
     lanes_backward_span<X>(t, o, unit % c.spans, Table<ScalarOf<X>>(t.solved + kTableColumns * columns * o, columns),
-                           t.stream_stores ? &streamer : nullptr, true);
+                           t.walk.stream_stores ? &streamer : nullptr, true);
   });
 }
 

@@ -226,7 +226,7 @@ NORMKIT_LOCAL Fetch fetch_while_reading(const Task& t, const Operand& a, std::in
 NORMKIT_LOCAL Fetch fetch_while_writing(const Task& t, const Operand& a, std::int64_t o, std::int64_t step,
                                         std::int64_t lane, std::int64_t begin) {
   const char* from = address(a, o, step, lane, begin);
-  return t.frozen ? Fetch{from + kAhead, true} : Fetch{from + t.fetch_bytes};
+  return t.frozen ? Fetch{from + kAhead, true} : Fetch{from + t.walk.fetch_bytes};
 }
 
 /// Writes x = source + residual, rounded to the type of x.
@@ -386,7 +386,7 @@ template <class X, class Y> void runs_forward(const Task& t, std::int64_t begin,
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
   if constexpr (kFloating<X> && __is_same(X, Y)) {
-    if (t.overlapped)
+    if (t.walk.overlapped)
       return follows_elements(g) ? runs_forward_overlapped<X, true>(t, begin, end)
                                  : runs_forward_overlapped<X, false>(t, begin, end);
   }
@@ -397,7 +397,7 @@ template <class X, class Y> void runs_forward(const Task& t, std::int64_t begin,
     const Statistic<S> s = forward_statistic<X>(t, r, c);
     if (t.phase == Phase::reduce) continue;
     for_spans(t, 0, c.spans, [&](std::int64_t span) {
-      forward_span<X, Y>(t, o, lane, c, span, s, t.stream_stores ? &streamer : nullptr);
+      forward_span<X, Y>(t, o, lane, c, span, s, t.walk.stream_stores ? &streamer : nullptr);
     });
   }
 }
@@ -438,7 +438,7 @@ template <class X, class Y> void runs_forward_apply(const Task& t, std::int64_t 
   for_spans(t, begin, end, [&](std::int64_t unit) {
     const std::int64_t r = unit / c.spans;
     forward_span<X, Y>(t, r / g.lanes, r % g.lanes, c, unit % c.spans, solved<ScalarOf<X>>(t, r)->statistic,
-                       t.stream_stores ? &streamer : nullptr);
+                       t.walk.stream_stores ? &streamer : nullptr);
   });
 }
 

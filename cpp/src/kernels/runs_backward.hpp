@@ -313,7 +313,7 @@ template <class X>
              [&](Piece piece) NORMKIT_INLINE_LAMBDA {
     const X *dy = rows.dy + piece.begin, *x = rows.x + piece.begin;
     X* dx = rows.dx + piece.begin;
-    const FetchBoth fetch(x, dy, {t.frozen ? kAhead : t.fetch_bytes, t.frozen});
+    const FetchBoth fetch(x, dy, {t.frozen ? kAhead : t.walk.fetch_bytes, t.frozen});
     const double weight = piece.linear ? 1 : element(t.weight, piece.parameter, 1);
     const V a = broadcast<V>(static_cast<S>(known.statistic.rstd * weight));
     const S* factors = piece.linear ? weights.read(t.weight, piece.parameter, piece.n, 1) : nullptr;
@@ -488,13 +488,13 @@ NORMKIT_LOCAL Rows rows_of(const Task& t, std::int64_t unit) {
 }
 
 template <class X> void runs_backward(const Task& t, std::int64_t begin, std::int64_t end) {
-  if (t.overlapped) return runs_backward_overlapped<X>(t, begin, end);
+  if (t.walk.overlapped) return runs_backward_overlapped<X>(t, begin, end);
   const Chunks c = chunks_of(t.geometry, Traversal::runs);
   Streamer<X> streamer;
   for (std::int64_t unit = begin; unit < end; ++unit) {
     const Rows rows = rows_of(t, unit);
     for (std::int64_t r = rows.first; r < rows.last; ++r)
-      backward_statistic<X>(t, r, c, t.stream_stores ? &streamer : nullptr);
+      backward_statistic<X>(t, r, c, t.walk.stream_stores ? &streamer : nullptr);
   }
 }
 
@@ -532,7 +532,7 @@ template <class X> void runs_backward_apply(const Task& t, std::int64_t begin, s
   for_spans(t, begin, end, [&](std::int64_t unit) {
     const Rows rows = rows_of(t, unit / c.spans);
     for (std::int64_t r = rows.first; r < rows.last; ++r)
-      backward_span<X>(t, r, c, unit % c.spans, *solved<ScalarOf<X>>(t, r), t.stream_stores ? &streamer : nullptr);
+      backward_span<X>(t, r, c, unit % c.spans, *solved<ScalarOf<X>>(t, r), t.walk.stream_stores ? &streamer : nullptr);
   });
 }
 
