@@ -51,7 +51,10 @@ class Memory:
         with self:
             self.bytes[start - GUARD : self.used] = 0xA5
         self.pieces.append(slice(start, start + size))
-        return Pointer(self, self.address + start)
+        return self.pointer(self.address + start)
+
+    def pointer(self, address: int) -> "Pointer":
+        return Pointer(self.bytes, address)
 
     def untouched(self) -> bool:
         """True where nothing beside the pieces was written."""
@@ -70,18 +73,46 @@ class Memory:
         return self.address <= values.__array_interface__["data"][0] < self.address + ROOM
 
 
+class Piece(np.ndarray):
+    """What OpenMemory gives."""
+
+
+class OpenMemory(Memory):
+    """Poisoned and never closed; a piece goes when nobody has it any more. For whole suites."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def take(self, size: int) -> "Pointer":
+        piece = Piece(size + GUARD, np.uint8)
+        piece.fill(0xFF)
+        return Pointer(piece, piece.ctypes.data)
+
+    def holds(self, values: np.ndarray) -> bool:
+        root: Any = values
+        while type(root) is np.ndarray:
+            root = root.base
+        return isinstance(root, Piece)
+
+
 class Pointer:
     """As cupy.cuda.MemoryPointer."""
 
-    def __init__(self, memory: Memory, address: int) -> None:
+    def __init__(self, memory: np.ndarray, address: int) -> None:
         self.memory, self.ptr = memory, address
 
     def __add__(self, offset: int) -> "Pointer":
         return Pointer(self.memory, self.ptr + offset)
 
     def show(self, shape: Any, dtype: Any, strides: Any) -> np.ndarray:
-        offset = self.ptr - self.memory.address if np.prod(shape) else 0
-        return np.ndarray(shape, dtype, self.memory.bytes, offset, strides)
+        offset = self.ptr - self.memory.ctypes.data if np.prod(shape) else 0
+        return np.ndarray(shape, dtype, self.memory, offset, strides)
 
 
 class Array:
@@ -163,6 +194,13 @@ class Library(ModuleType):
         with self.memory:
             return np.array(array._numpy, order="K", copy=True)
 
+    def pointer_of(self, values: np.ndarray) -> Pointer:
+        """That of an array that is in this memory."""
+        root: Any = values
+        while type(root) is np.ndarray and isinstance(root.base, np.ndarray):
+            root = root.base
+        return Pointer(root, values.__array_interface__["data"][0])
+
     def alloc(self, size: int) -> Pointer:
         self.allocated.append(self.memory.take(size))
         return self.allocated[-1]
@@ -180,15 +218,21 @@ class ndarray(Array):  # noqa: N801
     def __init__(self, shape: Any, dtype: Any = 0, memptr: Any = None, strides: Any = None) -> None:
         if isinstance(shape, np.ndarray):
             super().__init__(shape, dtype)
+            self.data = self.library.pointer_of(shape)
         else:
             super().__init__(memptr.show(shape, dtype, strides))
-        values = self._numpy
-        self.dtype, self.strides = values.dtype, values.strides
-        self.data = Pointer(self.library.memory, values.__array_interface__["data"][0])
+            self.data = memptr
+        self.dtype, self.strides = self._numpy.dtype, self._numpy.strides
         self.device = SimpleNamespace(id=self._device)
 
     def astype(self, dtype: Any, order: str = "K") -> Any:
         return self.library.compute(lambda: self._numpy.astype(dtype, order=order))
+
+    def set(self, values: np.ndarray) -> None:
+        self[...] = values
+
+    def get(self) -> np.ndarray:
+        return self.library.get(self)
 
     def __dlpack__(self, *, stream: Any = None, **options: Any) -> Any:
         self.library.exported.append(stream)
@@ -234,8 +278,12 @@ class FakeCupy(Library):
             alloc=alloc,
             get_current_stream=get_current_stream,
             UnownedMemory=unowned,
-            MemoryPointer=lambda memory, offset: Pointer(module.memory, memory.address + offset),
+            MemoryPointer=lambda memory, offset: self.memory.pointer(memory.address + offset),
         )
+
+
+def fake_cupy() -> FakeCupy:
+    return FakeCupy(OpenMemory())
 
 
 # ---- PyTorch -----------------------------------------------------------------------------------------------------
@@ -268,7 +316,7 @@ class Tensor(Array):
 
     def as_strided(self, shape: Any, steps: Any, offset: int) -> Any:
         size, memory = self._numpy.itemsize, self.library.memory
-        place = Pointer(memory, memory.address + offset * size)
+        place = memory.pointer(memory.address + offset * size)
         return type(self)(place.show(shape, self._numpy.dtype, [step * size for step in steps]))
 
     def to(self, dtype: Any) -> Any:
