@@ -10,7 +10,7 @@
 #
 # What Python has installed is seen too, so that large packages need not be installed again. Exit status 1 where anything
 # failed; later steps are done all the same.
-set -uo pipefail
+set -ufo pipefail
 cd "$(dirname "$0")/.."
 
 work=${WORK:-build/gpu}

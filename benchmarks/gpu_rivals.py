@@ -393,7 +393,7 @@ class Liger(Torch):
 
 
 class Quack(Torch):
-    """Rows of RMS norm and layer norm, with float32 weights; bias only where it takes one."""
+    """Rows of RMS norm and layer norm, with float32 weights. It has no gradient of layer norm."""
 
     name, package = "quack", "quack-kernels"
     options = ()
@@ -406,7 +406,17 @@ class Quack(Torch):
         self.quack = rmsnorm
 
     def takes(self, case: Case, threads: int) -> bool:
-        return case.operation == "layer" and case.direction == "forward" and super().takes(case, threads)
+        has = case.operation == "rms" or (case.operation, case.direction) == ("layer", "forward")
+        return has and super().takes(case, threads)
+
+    def rms_forward(self, w: Any, threads: int) -> Call:
+        x, (weight, bias) = self.seen(w, w.x), map(self.tensor, (w.weight, w.bias))
+        return lambda k: self.quack.rmsnorm_fwd(x[k], weight, bias=bias, eps=EPS, store_rstd=True)
+
+    def rms_backward(self, w: Any, threads: int) -> Call:
+        dy, x, weight = self.seen(w, w.dy), self.seen(w, w.x), self.tensor(w.weight)
+        rstd = [self.tensor(s.reshape(-1)) for _, s in w.all_statistics]
+        return lambda k: self.quack.rmsnorm_bwd(x[k], weight, dy[k], rstd[k], has_bias=True)[:3]
 
     def layer_forward(self, w: Any, threads: int) -> Call:
         x, (weight, bias) = self.seen(w, w.x), map(self.tensor, (w.weight, w.bias))

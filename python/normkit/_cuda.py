@@ -28,7 +28,7 @@ class _Stand:
     """Memory as NumPy's array interface describes it: what is at the root of every view."""
 
     def __init__(
-        self, owner: Any, pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, frozen: bool
+        self, owner: Any, pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, frozen: bool
     ) -> None:
         self.owner, self.pointer, self.shape, self.strides = owner, pointer, shape, strides
         self.__array_interface__ = {
@@ -36,7 +36,7 @@ class _Stand:
             "data": (pointer, frozen),
             "shape": shape,
             "strides": strides,
-            "typestr": f"|V{itemsize}",
+            "typestr": dtype,
         }
 
 
@@ -75,7 +75,9 @@ class _Device(Memory):
         self, owner: Any, pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any],
         frozen: bool = False,
     ) -> NDArray:  # fmt: skip
-        return np.asarray(_Stand(owner, pointer, shape, strides, dtype.itemsize, frozen)).view(dtype)
+        if dtype.isbuiltin == 1:
+            return np.asarray(_Stand(owner, pointer, shape, strides, dtype.str, frozen))
+        return np.asarray(_Stand(owner, pointer, shape, strides, f"|V{dtype.itemsize}", frozen)).view(dtype)
 
     def array_of(self, view: NDArray) -> Any:
         root: Any = view
@@ -222,10 +224,10 @@ def is_cupy(array: Any) -> bool:
 
 def device_of(array: Any) -> int | None:
     """The number of the GPU that an array is on; None for the CPU, and for what is no array."""
-    if isinstance(array, np.ndarray) or not hasattr(array, "__dlpack_device__"):
-        return None
     if is_cupy(array):
         return int(array.device.id)
+    if isinstance(array, np.ndarray) or not hasattr(array, "__dlpack_device__"):
+        return None
     kind, number = array.__dlpack_device__()
     return int(number) if int(kind) in (_CUDA, _MANAGED) else None
 

@@ -20,10 +20,16 @@ NDArray: TypeAlias = np.ndarray[Any, Any]
 # ---- libraries ---------------------------------------------------------------------------------------------------
 
 
+_library_of: dict[type, str] = {}  # for calls on small arrays: finding it takes as long as all else about one
+
+
 def library_of(array: Any) -> str:
     """The library that an array belongs to, by the root of its type's module."""
-    root = type(array).__module__.partition(".")[0]
-    return {"jaxlib": "jax"}.get(root, root)
+    kind = type(array)
+    if kind not in _library_of:
+        root = kind.__module__.partition(".")[0]
+        _library_of[kind] = {"jaxlib": "jax"}.get(root, root)
+    return _library_of[kind]
 
 
 def namespace_of(array: Any) -> Any:
