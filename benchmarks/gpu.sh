@@ -26,7 +26,7 @@ try() {
   echo "=== $* ($SECONDS s)"
   "$@" || failed+=("$*")
 }
-install() { pip install --quiet "${source_of_packages[@]}" "$@"; }
+install() { python -m pip install --quiet "${source_of_packages[@]}" "$@"; }
 
 architecture() {
   local capability
@@ -38,11 +38,11 @@ build() {
   must install scikit-build-core nanobind nanobind-backend cmake ninja "numpy>=2" ml_dtypes pytest hypothesis
   python -c 'import cupy' 2>/dev/null || install cupy-cuda13x || echo "CuPy left out: no tests and no benchmarks on a GPU"
   for package in $rivals; do
-    pip show --quiet "${package%%[*}" 2>/dev/null || install "$package" || echo "$package left out"
+    python -m pip show --quiet "${package%%[*}" 2>/dev/null || install "$package" || echo "$package left out"
   done
   local targets
   targets=${ARCHITECTURES:-$(architecture)} || { echo "no GPU: nvidia-smi tells none" >&2; exit 1; }
-  must pip install --quiet --no-deps --no-build-isolation --config-settings=build-dir="$work/build" \
+  must python -m pip install --quiet --no-deps --no-build-isolation --config-settings=build-dir="$work/build" \
     --config-settings=cmake.define.NORMKIT_CUDA_ARCHITECTURES="$targets" .
   python -m normkit
 }
@@ -51,11 +51,11 @@ build() {
 values() {
   local files=(tests/test_{values,layouts,out,where,residual,activation,adaptive,extremes,edges,family,phases}.py
     tests/test_{double_backward,streamed}.py)
-  NORMKIT_TEST_ARRAYS=${NORMKIT_TEST_ARRAYS:-cupy} pytest -q "${files[@]}"
+  NORMKIT_TEST_ARRAYS=${NORMKIT_TEST_ARRAYS:-cupy} python -m pytest -q "${files[@]}"
 }
 
 sanitized() {
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
+  NORMKIT_TEST_POOL=off compute-sanitizer --tool "$1" --error-exitcode 9 \
     python -m pytest -q -m sanitizer tests/test_gpu.py
 }
 
@@ -63,7 +63,7 @@ python3 -m venv --system-site-packages "$work/venv" || exit 1
 . "$work/venv/bin/activate"
 has build && build
 if has test; then
-  try pytest -q tests/test_gpu.py tests/test_cuda_arrays.py
+  try python -m pytest -q tests/test_gpu.py tests/test_cuda_arrays.py
   try values
 fi
 if has sanitize; then

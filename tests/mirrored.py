@@ -10,6 +10,7 @@ does not have: threads, instruction sets, other libraries.
 """
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -144,8 +145,13 @@ def mirrored(cupy: Any, function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def poisoned(cupy: Any) -> Any:
-    """New memory holds NaNs, whatever the dtype."""
-    allocate = cupy.get_default_memory_pool().malloc
+    """New memory holds NaNs, whatever the dtype. NORMKIT_TEST_POOL=off: each piece comes from the driver, so that
+    compute-sanitizer knows where it ends."""
+    pool = allocate = cupy.get_default_memory_pool().malloc
+    if os.environ.get("NORMKIT_TEST_POOL") == "off":
+
+        def allocate(size: int) -> Any:
+            return cupy.cuda.MemoryPointer(cupy.cuda.Memory(size), 0)
 
     def allocate_poisoned(size: int) -> Any:
         memory = allocate(size)
@@ -154,7 +160,7 @@ def poisoned(cupy: Any) -> Any:
 
     cupy.cuda.set_allocator(allocate_poisoned)
     yield
-    cupy.cuda.set_allocator(allocate)
+    cupy.cuda.set_allocator(pool)
 
 
 def cupy_or_fake(name: str) -> Any:
