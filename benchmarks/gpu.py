@@ -3,8 +3,8 @@
 Every figure is time / limit: the fastest copy of as many bytes as any implementation must move, in the same loop. What
 a rival does with all sets of arrays is one CUDA graph, timed by events, so that no launch is waited for; sets are at
 least four and four times the second-level cache, each of numbers of its own. Graphs of rival and copy take turns, and
-the figure is the median of the pairs' ratios. Beside it: microseconds of a call in the graph, and of one as programs
-make it.
+the figure is the median of the pairs' ratios. Beside it: microseconds of a call in the graph, of one on the same set
+again and again, and of one as programs make it.
 An answer is compared with float64 first, in memory that held NaNs; a wrong one gets no time. All leave what a backward
 needs: forward writes statistics, backward gives all three gradients.
 
@@ -275,6 +275,8 @@ def measured(sets: Sets, rival: Any, timer: Any, copy: tuple[str, Callable[[], A
         seconds(launch), timer.seconds(copy[1])
     limits, times = zip(*((timer.seconds(copy[1]), seconds(launch)) for _ in range(pairs)), strict=True)
     plain = [seconds(lambda: [call(k) for k in every]) for _ in range(5)]
+    same = rival.recorded(timer, lambda: [call(0) for _ in every])  # one set, which stays in the cache where it fits
+    warm = [seconds(same) for _ in range(5)]
     ratios = [t / limit for t, limit in zip(times, limits, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     per_call = statistics.median(times) / sets.sets
@@ -288,6 +290,7 @@ def measured(sets: Sets, rival: Any, timer: Any, copy: tuple[str, Callable[[], A
         "pairs": pairs,
         "us": per_call * 1e6,
         "us_plain": statistics.median(plain) / sets.sets * 1e6,
+        "us_warm": statistics.median(warm) / sets.sets * 1e6,
         "gb_per_s": case.moved_bytes / per_call / 1e9,
         "limit_gb_per_s": case.moved_bytes * sets.sets / statistics.median(limits) / 1e9,
         "limit": copy[0],
