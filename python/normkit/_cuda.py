@@ -11,7 +11,7 @@ import importlib
 import math
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,20 +24,13 @@ _CUDA, _MANAGED = 2, 13  # DLPack device types
 _LEGACY = 1  # what DLPack calls the stream whose handle is 0
 
 
-class _Stand:
-    """Memory as NumPy's array interface describes it: what is at the root of every view."""
+class _Root(NamedTuple):
+    """Whose memory a view shows a part of: what is at the end of its bases."""
 
-    def __init__(
-        self, owner: Any, pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, frozen: bool
-    ) -> None:
-        self.owner, self.pointer, self.shape, self.strides = owner, pointer, shape, strides
-        self.__array_interface__ = {
-            "version": 3,
-            "data": (pointer, frozen),
-            "shape": shape,
-            "strides": strides,
-            "typestr": dtype,
-        }
+    owner: Any
+    pointer: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 def _dense_strides(shape: tuple[int, ...], itemsize: int, order: Any = None) -> tuple[int, ...]:
@@ -75,9 +68,9 @@ class _Device(Memory):
         self, owner: Any, pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any],
         frozen: bool = False,
     ) -> NDArray:  # fmt: skip
-        if dtype.isbuiltin == 1:
-            return np.asarray(_Stand(owner, pointer, shape, strides, dtype.str, frozen))
-        return np.asarray(_Stand(owner, pointer, shape, strides, f"|V{dtype.itemsize}", frozen)).view(dtype)
+        root = _Root(owner, pointer, shape, strides)
+        view: NDArray = _core.stand_in(root, pointer, shape, strides, dtype, not frozen)
+        return view
 
     def array_of(self, view: NDArray) -> Any:
         root: Any = view
