@@ -1,5 +1,7 @@
 """Tables and pictures of stored results: `python benchmarks/report.py results.json`, of `pytest --benchmark-json`.
 
+Results of gpu.py are printed as a table, and nothing is written.
+
 Writes between the lines `<!-- benchmarks -->` and `<!-- /benchmarks -->` of two files: all tables into
 docs/performance.md, the rows that HEADLINES names into README.md. Two pictures go into docs/: bars.png, time / limit of
 each operation beside its rivals, and sizes.png, the share of the limit against size. `--store` keeps of the results
@@ -10,6 +12,7 @@ import argparse
 import json
 import math
 import re
+import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -178,6 +181,25 @@ def tables(results: Results) -> str:
     return "\n".join(text)
 
 
+def gpu(whole: dict[str, Any], results: Results) -> str:
+    """Of gpu.py: one line for each case, one column for each rival, whose fastest is bold; the source above."""
+    names = list(dict.fromkeys(r["rival"] for r in results))
+    rows: dict[str, dict[str, Any]] = defaultdict(dict)
+    for r in results:
+        rows[f"{title(r)}{' backward' * (r['direction'] == 'backward')}"][r["rival"]] = r
+    lines = [f"| % of a copy (us) | copy, GB/s | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    for name, row in rows.items():
+        fastest = min(r["ratio"] for r in row.values())
+        cells = [f"{statistics.median(r['limit_gb_per_s'] for r in row.values()):.0f}"]
+        for rival in names:
+            r = row.get(rival)
+            share = f"{100 / r['ratio']:.0f}" if r else "-"
+            bold = "**" if r and r["ratio"] == fastest else ""
+            cells.append(f"{bold}{share}{bold} ({r['us']:.3g})" if r else share)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([source(whole, results), "", *lines]) if results else "nothing was measured"
+
+
 def write(path: Path, content: str) -> None:
     """Between the markers."""
     text = path.read_text()
@@ -291,7 +313,10 @@ def main() -> None:
         store(whole, options.store)
     results = [{**r["extra_info"], "function": r["name"].split("[")[0]} for r in whole["benchmarks"]]
     sweep = [r for r in results if r["function"] == "bench_sizes"]
-    cases = [r for r in results if r["function"] != "bench_sizes"]
+    of_gpu = [r for r in results if r["function"] == "gpu"]
+    cases = [r for r in results if r["function"] not in ("bench_sizes", "gpu")]
+    if of_gpu:
+        print(gpu(whole, of_gpu))
     docs = options.root / "docs"
     if cases:
         told = source(whole, cases)

@@ -66,7 +66,7 @@ class CachedMemory {
   const nb::object type = nb::steal(reinterpret_cast<PyObject*>(descr));
   nb::list extents, steps;
   for (int axis = 0; axis < ndim; ++axis) extents.append(shape[axis]), steps.append(strides[axis]);
-  return call.arrays.attr("empty")(type, nb::tuple(extents), nb::tuple(steps));
+  return call.arrays.attr("empty")(nb::tuple(extents), type, nb::tuple(steps));
 }
 
 /// A new array, dense with these strides; of the type of `like`, where given, which has this dtype.
@@ -100,7 +100,7 @@ nb::object allocate(Dtype dtype, nb::handle like, int ndim, const std::int64_t* 
 
 nb::object filled(nb::object array, const Shapes& shapes) {
   if (!shapes.empty) return array;
-  if (const device::Call* call = device::call()) call->arrays.attr("clear")(array);
+  if (const device::Call* call = device::call()) call->arrays.attr("put")(array, 0);
   else array.attr("fill")(0);
   return array;
 }
@@ -180,6 +180,13 @@ void widen(View& v) {
   if (!v.array.present || v.array.dtype == Dtype::float64) return;
   const int type = PyArray_TYPE(as_array(v.object));
   if (!PyTypeNum_ISINTEGER(type) && !PyTypeNum_ISFLOAT(type)) return;
+  if (const device::Call* call = device::call()) {
+    std::int64_t strides[NPY_MAXDIMS], dense = 1;
+    for (int axis = v.array.ndim() - 1; axis >= 0; --axis) strides[axis] = dense, dense *= v.array.shape[axis];
+    nb::object wide = allocate(Dtype::float64, {}, v.array.ndim(), v.array.shape.data(), strides);
+    call->arrays.attr("copy")(wide, v.object);
+    return replace(v, std::move(wide));
+  }
   PyObject* cast = PyArray_CastToType(as_array(v.object), PyArray_DescrFromType(NPY_DOUBLE), 0);
   if (!cast) throw nb::python_error();
   replace(v, nb::steal(cast));

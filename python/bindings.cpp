@@ -5,6 +5,8 @@
 #include <nanobind/stl/vector.h>
 
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -112,6 +114,26 @@ nb::object from_capsule(const char* name, nb::handle capsule) {
   return result;
 }
 
+/// A NumPy array that stands for memory of a GPU: where it lies, how, and `root`, whose it is.
+nb::object stand_in(nb::handle root, std::uintptr_t pointer, nb::handle shape, nb::handle strides, nb::handle dtype,
+                    bool writable) {
+  npy_intp dims[NPY_MAXDIMS], steps[NPY_MAXDIMS];
+  const int ndim = static_cast<int>(nb::len(shape));
+  if (ndim > NPY_MAXDIMS) throw Error(Error::Kind::value, "an array has more axes than NumPy counts");
+  for (int axis = 0; axis < ndim; ++axis) {
+    dims[axis] = nb::cast<npy_intp>(shape[axis]);
+    steps[axis] = nb::cast<npy_intp>(strides[axis]);
+  }
+  if (pointer == 0) pointer = alignof(std::max_align_t);  // of an empty array; for none at all NumPy would allocate
+  PyArray_Descr* descr = reinterpret_cast<PyArray_Descr*>(nb::borrow(dtype).release().ptr());
+  PyObject* array = PyArray_NewFromDescr(&PyArray_Type, descr, ndim, dims, steps, reinterpret_cast<void*>(pointer),
+                                         writable ? NPY_ARRAY_WRITEABLE : 0, nullptr);
+  if (!array) throw nb::python_error();
+  nb::object result = nb::steal(array);
+  if (PyArray_SetBaseObject(as_array(result), nb::borrow(root).release().ptr()) < 0) throw nb::python_error();
+  return result;
+}
+
 /// A NumPy array as something that other libraries import, whatever its dtype.
 nb::object to_dlpack(nb::handle array) {
   View v;
@@ -171,6 +193,7 @@ NB_MODULE(_core, m) {
   m.def("deviation_of_moments", &deviation_of_moments, "triples"_a, "eps"_a.none(), "inverse"_a);
   m.def("from_capsule", &from_capsule, "name"_a, "capsule"_a);
   m.def("to_dlpack", &to_dlpack, "array"_a);
+  m.def("stand_in", &stand_in, "root"_a, "pointer"_a, "shape"_a, "strides"_a, "dtype"_a, "writable"_a);
   m.def("geometry", &geometry, "shape"_a, "strides"_a, "reduce_axes"_a, "param_axes"_a);
   m.def("isa", &normkit::isa);
   m.def("isas", &normkit::isas);

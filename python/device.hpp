@@ -1,5 +1,5 @@
 // Calls on arrays of a GPU. The NumPy arrays that stand for them say how they lie: nobody on this side looks into them. What a
-// call allocates, copies or clears is done by an object of _cuda.py.
+// call allocates, copies or fills is done by an object of _cuda.py.
 #pragma once
 
 #include <nanobind/nanobind.h>

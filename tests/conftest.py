@@ -1,11 +1,18 @@
-"""Fixtures: a seeded generator and every instruction set of this machine."""
+"""Fixtures: a seeded generator and every instruction set of this machine. `NORMKIT_TEST_ARRAYS`: see mirrored.py."""
 
+import os
 import zlib
 from collections.abc import Iterator
 
 import normkit
 import numpy as np
 import pytest
+
+ARRAYS = os.environ.get("NORMKIT_TEST_ARRAYS")
+if ARRAYS:
+    import mirrored
+
+    mirrored.install(ARRAYS)
 
 
 @pytest.fixture
@@ -14,7 +21,7 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
 
 
-@pytest.fixture(params=normkit.isas())
+@pytest.fixture(params=normkit.isas()[: 1 if ARRAYS else None])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     with normkit.use_isa(request.param):
         yield request.param

@@ -1,129 +1,381 @@
-"""CuPy arrays, as far as that goes without a GPU: a module that looks like CuPy, with host memory behind its arrays.
+"""Arrays of a GPU, as far as that goes without one: modules that look like their libraries, with host memory behind.
 
-In a build with NORMKIT_CUDA=shim the kernels run on that memory, and results are compared with those of the references.
-Other builds are asked for their errors.
+In a build with NORMKIT_CUDA=shim the kernels run on that memory, and results are compared with those of the references,
+or with calls on NumPy arrays, which run the same kernels there. Other builds are asked for their errors.
 """
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import bounds
 import normkit
 import numpy as np
 import pytest
-from fake_cupy import FakeCupy
+from cases import DTYPES, lay, uniform
+from fake_gpu import FakeCupy, FakeOther, FakeTorch, Memory
 from normkit import _core
-from reference import OPERATIONS
+from reference import OPERATIONS, REGISTRY
 
 SHIM = _core.cuda == "shim"
 on_shim = pytest.mark.skipif(not SHIM, reason="only in a build with NORMKIT_CUDA=shim do kernels run on host memory")
+SHAPE = (3, 4, 5, 7)
 
 
 @pytest.fixture
-def cupy(monkeypatch):
-    fake = FakeCupy()
+def memory(monkeypatch):
+    memory = Memory()
+    run, memory.ran = _core.on_device, []
+
+    def on_device(arrays, device, stream, *call):
+        memory.ran.append((device, stream))
+        with memory:
+            return run(arrays, device, stream, *call)
+
+    monkeypatch.setattr(_core, "on_device", on_device)
+    yield memory
+    assert memory.untouched(), "something was written past the end"
+
+
+@pytest.fixture
+def cupy(monkeypatch, memory):
+    fake = FakeCupy(memory)
     monkeypatch.setitem(sys.modules, "cupy", fake)
     yield fake
     assert fake.current == 7, "the current device was not put back"
-    assert all(memory.untouched() for memory in fake.allocated), "something was written past the end"
 
 
-LAYOUTS = {"contiguous": lambda x: x, "channels-last": lambda x: np.moveaxis(np.moveaxis(x, 1, -1).copy(), -1, 1)}
+@pytest.fixture
+def torch(monkeypatch, memory):
+    fake = FakeTorch(memory)
+    monkeypatch.setitem(sys.modules, "torch", fake)
+    monkeypatch.setitem(sys.modules, "cupy", None)  # cannot be imported
+    return fake
+
+
+@pytest.fixture
+def other(cupy, memory):
+    """A library of which nothing is known: CuPy does for it what it has to."""
+    return FakeOther(memory)
+
+
+@pytest.fixture
+def real_torch(monkeypatch):
+    """PyTorch itself, which is told that its memory is that of a GPU."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    monkeypatch.setattr(torch.Tensor, "__dlpack_device__", lambda _: (2, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setitem(sys.modules, "cupy", None)
+
+    def array(values, device=0):
+        low, high = np.lib.array_utils.byte_bounds(values)
+        storage = torch.empty(high - low, dtype=torch.uint8).view(getattr(torch, values.dtype.name))
+        made = storage.as_strided(values.shape, [step // values.itemsize for step in values.strides])
+        made[...] = torch.from_numpy(values.astype(np.float64, order="C")).to(made.dtype)
+        return made
+
+    def get(tensor):
+        if tensor.dtype is torch.bfloat16:
+            return tensor.view(torch.int16).numpy().view(DTYPES["bfloat16"]).copy(order="K")
+        return tensor.numpy().copy(order="K")
+
+    return SimpleNamespace(array=array, get=get, Array=torch.Tensor)
+
+
+LIBRARIES = ["cupy", "torch", "other", "real_torch"]
+
+
+@pytest.fixture(params=LIBRARIES)
+def library(request):
+    return request.getfixturevalue(request.param)
+
+
+def same(library, found, wanted):
+    """The same bits in the same places."""
+    if not isinstance(wanted, tuple):
+        found, wanted = (found,), (wanted,)
+    assert len(found) == len(wanted)
+    for f, w in zip(found, wanted, strict=True):
+        if w is None:
+            assert f is None
+            continue
+        assert type(f) is library.Array
+        f, w = library.get(f), np.array(w, order="K", copy=True)
+        assert (f.shape, f.dtype) == (w.shape, w.dtype)
+        assert all(a == b for a, b, extent in zip(f.strides, w.strides, w.shape, strict=True) if extent > 1)
+        assert f.tobytes() == w.tobytes()
+
+
+# ---- CuPy against the references ---------------------------------------------------------------------------------
 
 
 @on_shim
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 @pytest.mark.parametrize("op", ["instance", "group", "batch", "layer"])
 def test_forward_and_backward_match_the_reference(op, dtype, layout, cupy, rng):
-    op, shape = OPERATIONS[op], (3, 4, 5, 7)
-    x, dy = (LAYOUTS[layout](a.astype(dtype)) for a in rng.standard_normal((2, *shape)))
-    weight, bias = rng.standard_normal((2, *op.weight_shape(shape, "channel"))).astype(np.float32)
+    op = OPERATIONS[op]
+    x, dy = (lay(uniform(rng, SHAPE, dtype), layout) for _ in range(2))
+    weight, bias = rng.standard_normal((2, *op.weight_shape(SHAPE, "channel"))).astype(np.float32)
     arrays = [cupy.array(a) for a in (x, weight, bias)]
     y, mean, rstd = op.statistics(arrays[0], weight=arrays[1], bias=arrays[2])
     f = op.reference(x, weight, bias)
     assert (type(y), y.dtype, y.shape) == (cupy.ndarray, x.dtype, x.shape)
     assert y.strides == x.strides
-    assert bounds.excess(y.get(), f.y.reshape(shape), bounds.y(f, dtype).reshape(shape)) <= 1
+    assert bounds.excess(cupy.get(y), f.y.reshape(SHAPE), bounds.y(f, x.dtype).reshape(SHAPE)) <= 1
     dx, dweight, dbias = op.backward(cupy.array(dy), arrays[0], mean, rstd, arrays[1])
     assert (dx.dtype, dx.shape, dx.strides) == (x.dtype, x.shape, x.strides)
-    b = op.reference_backward(dy, x, mean.get(), rstd.get(), weight)
-    assert bounds.excess(dx.get(), b.dx.reshape(shape), bounds.dx(b, dtype).reshape(shape)) <= 1
-    on_cpu = op.backward(dy, x, mean.get(), rstd.get(), weight)
-    for found, want in zip((dweight, dbias), on_cpu[1:], strict=True):
-        np.testing.assert_array_equal(found.get(), want)  # the CPU of this build runs the same kernels
+    mean, rstd = cupy.get(mean), cupy.get(rstd)
+    b = op.reference_backward(dy, x, mean, rstd, weight)
+    assert bounds.excess(cupy.get(dx), b.dx.reshape(SHAPE), bounds.dx(b, x.dtype).reshape(SHAPE)) <= 1
+    same(cupy, (dweight, dbias), op.backward(dy, x, mean, rstd, weight)[1:])
+
+
+# ---- every library against NumPy ---------------------------------------------------------------------------------
 
 
 @on_shim
-def test_one_stream_one_workspace_and_the_outputs(cupy, rng):
-    x = cupy.array(rng.standard_normal((2, 3, 40)).astype(np.float32))
-    normkit.instance_norm(x)
-    assert cupy.streams == [0]
-    assert len(cupy.allocated) == 2  # y and the workspace
-    out = cupy.array(np.zeros((2, 3, 40), np.float32))
-    assert normkit.instance_norm(x, out=out) is out
-    assert len(cupy.allocated) == 3
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "step"])
+@pytest.mark.parametrize("op", REGISTRY, ids=repr)
+def test_calls_have_the_bits_of_numpy(op, layout, library, rng):
+    """What fits, and what is packed first: axes that are no neighbors, weights of other axes, a residual that lies
+    otherwise."""
+    x, dy, dresidual = (lay(uniform(rng, SHAPE), layout) for _ in range(3))
+    residual, where = lay(uniform(rng, SHAPE), "fortran"), rng.random((SHAPE[0], 1, *SHAPE[2:])) < 0.7
+    weight, bias = rng.standard_normal((2, *op.weight_shape(SHAPE, "channel"))).astype(np.float32)
+    options = {"activation": "silu", "weight_offset": 1.0}
+
+    def calls(of):
+        a, w, b = of(x), of(weight), of(bias)
+        y, mean, rstd = op.statistics(a, weight=w, bias=b)
+        yield from (y, mean, rstd)
+        yield from op.backward(of(dy), a, mean, rstd, w)
+        yield from op.backward(of(dy), a, mean, rstd)
+        masked = {"where": of(where), "bias": b, "dresidual": of(dresidual)}
+        yield from op.backward(of(dy), a, mean, rstd, w, **masked, **options)
+        extra = {"return_residual": True, "residual": of(residual), "where": masked["where"]}
+        yield from op.forward(a, weight=w, bias=b, **extra, **options)
+        yield op.forward(a, weight=w, out_dtype="float64")
+
+    same(library, tuple(calls(library.array)), tuple(calls(lambda a: a)))
 
 
 @on_shim
-def test_running_statistics_are_updated_in_place(cupy, rng):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype(dtype, library, rng):
+    op, dtype = OPERATIONS["over-channels"], DTYPES[dtype]
+    x, dy, residual = (lay(uniform(rng, SHAPE, dtype), "channels-last") for _ in range(3))
+    weight = uniform(rng, SHAPE[-1:], dtype)
+
+    def calls(of):
+        a = of(x)
+        y, mean, rstd = op.statistics(a, weight=of(weight), residual=of(np.ascontiguousarray(residual)))
+        yield from (y, mean, rstd)
+        yield from op.backward(of(dy), a, mean, rstd, of(weight))
+        yield normkit.instance_norm(a, out_dtype=dtype.name)
+
+    same(library, tuple(calls(library.array)), tuple(calls(lambda a: a)))
+
+
+@on_shim
+@pytest.mark.parametrize("layout", ["contiguous", "step"])
+def test_phases_have_the_bits_of_numpy(layout, library, rng):
+    """But for merges and rstd, which are of the library: a rounding here or there."""
+    x, dy = (lay(uniform(rng, SHAPE), layout) for _ in range(2))
+    where = rng.random((5, 1)) < 0.6
+    weight, bias = rng.standard_normal((2, 4, 1, 1)).astype(np.float32)
+    rstd, count = rng.uniform(0.5, 2, SHAPE[:2]), np.full(SHAPE[:2], 35)
+
+    def phases(of):
+        a, w = of(x), of(weight)
+        m = normkit.moments(a, axis=(2, 3), where=of(where))
+        options = {"axis": (2, 3), "bias": of(bias), "activation": "gelu"}
+        sums = normkit.backward_sums(of(dy), a, m.mean, of(rstd), w, where=of(where), **options)
+        yield from (m.count, m.mean, m.m2, sums)
+        yield normkit.apply(a, m.mean, of(rstd), w, of(bias), axis=(2, 3))
+        for members in (35, of(count)):
+            yield normkit.apply_backward(of(dy), a, m.mean, of(rstd), sums, members, w, where=of(where), **options)
+
+    same(library, tuple(phases(library.array)), tuple(phases(lambda a: a)))
+
+
+@on_shim
+def test_moments_merge(library, rng):
+    x = uniform(rng, SHAPE, offset=3.0)
+    where = np.ones(SHAPE, bool)
+    where[0] = False  # statistics without members
+
+    def moments(of):
+        parts = [(slice(None),) * 3 + (slice(k, k + 3),) for k in (0, 3, 6)]
+        return normkit.merge([normkit.moments(of(x[p]), axis=(2, 3), where=of(where[p])) for p in parts])
+
+    found, wanted = moments(library.array), moments(lambda a: a)
+    for name, get in {
+        **{name: lambda m, name=name: getattr(m, name) for name in ("count", "mean", "m2")},
+        "var": lambda m: m.var(),
+        "unbiased": lambda m: m.var(correction=1),
+        "none left": lambda m: m.var(correction=35),
+        "std": lambda m: m.std(0.5),
+        "rstd": lambda m: m.rstd(1e-3),
+    }.items():
+        assert type(get(found)) is library.Array
+        of_library, of_numpy = library.get(get(found)), get(wanted)
+        assert of_library.dtype == np.float64
+        # Two merges and a quotient, each a few roundings of numbers that are no larger than the largest.
+        np.testing.assert_allclose(of_library, of_numpy, rtol=32 * bounds.DOUBLE, atol=0, err_msg=name)
+    constant = normkit.moments(library.array(np.full((2, 3), 0.5, np.float32)), axis=1)
+    assert (library.get(constant.rstd(0.0)) == 0).all()
+    with pytest.raises(ValueError, match="eps is -1"):
+        found.rstd(-1)
+    if type(found._triples) is not np.ndarray:
+        with pytest.raises(TypeError, match=r"other has arrays of .*, expected numpy: all parts share a library"):
+            wanted.merge(found)
+
+
+@on_shim
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("op", ["instance", "group-last", "batch", "rms", "over-channels"])
+def test_double_backward_matches_numpy(op, dtype, library, rng, monkeypatch):
+    """In blocks; but for the sums over the batch the same operations in the same order."""
+    monkeypatch.setattr("normkit._cuda._Device.block", 100)
+    op = OPERATIONS[op]
+    ddx, dy, x = (lay(uniform(rng, SHAPE, dtype), "channels-last") for _ in range(3))
+    params = [np.asarray(uniform(rng, op.weight_shape(SHAPE, "channel"), bounds.compute(dtype))) for _ in range(3)]
+
+    def calls(of):
+        a, w = of(x), of(params[0])
+        _, mean, rstd = op.statistics(a)
+        dds = of(ddx), *map(of, params[1:])
+        yield from op.double_backward(dds, of(dy), a, mean, rstd, w, weight_offset=1.0)
+        yield from op.double_backward((of(ddx), None, None), of(dy), a, mean, rstd, use_input_stats=False)
+
+    for found, wanted in zip(calls(library.array), calls(lambda a: a), strict=True):
+        assert (found is None) == (wanted is None)
+        if wanted is not None:
+            assert type(found) is library.Array
+            found = library.get(found)
+            assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+            scale = np.abs(wanted.astype(np.float64)).max()
+            # Sums of 140 terms at most in another order, and what is rounded to the dtype to another neighbor.
+            error = (200 * bounds.DOUBLE + 2 * bounds.UNIT[wanted.dtype.name]) * scale
+            np.testing.assert_allclose(found.astype(np.float64), wanted.astype(np.float64), rtol=0, atol=error)
+
+
+@on_shim
+def test_adaptive_has_the_bits_of_numpy(library, rng):
+    content, dy, style = uniform(rng, SHAPE), uniform(rng, SHAPE), uniform(rng, (3, 4, 4, 6))
+
+    def calls(of):
+        y, mean, rstd = normkit.adaptive_instance_norm(of(content), of(style), return_stats=True)
+        yield from (y, mean, rstd)
+        yield from normkit.adaptive_instance_norm_backward(of(dy), of(content), of(style), mean, rstd)
+
+    for found, wanted in zip(calls(library.array), calls(lambda a: a), strict=True):
+        assert type(found) is library.Array
+        # Deviations of style are of the library: a rounding of doubles, which may be one of the result's dtype.
+        np.testing.assert_allclose(library.get(found), wanted, rtol=4 * bounds.UNIT["float32"], atol=1e-7)
+
+
+@on_shim
+def test_outputs_in_place(library, rng):
     x = rng.standard_normal((4, 3, 50)).astype(np.float32)
     mean, var = np.zeros(3, np.float32), np.ones(3, np.float32)
-    on_device = cupy.array(mean), cupy.array(var)
-    normkit.batch_norm(cupy.array(x), running_mean=on_device[0], running_var=on_device[1], training=True)
-    normkit.batch_norm(x, running_mean=mean, running_var=var, training=True)
-    np.testing.assert_array_equal(on_device[0].get(), mean)
-    np.testing.assert_array_equal(on_device[1].get(), var)
+    out, *running = map(library.array, (np.zeros_like(x), mean, var))
+    names = "running_mean", "running_var"
+    options = {"training": True, "out": out, **dict(zip(names, running, strict=True))}
+    assert normkit.batch_norm(library.array(x), **options) is out
+    want = normkit.batch_norm(x, training=True, running_mean=mean, running_var=var)
+    same(library, (out, *running), (want, mean, var))
 
 
 @on_shim
-def test_empty_arrays_have_zero_gradients(cupy):
-    x = cupy.array(np.empty((0, 3, 4), np.float32))
-    statistics = cupy.array(np.empty((0, 3), np.float32))
+def test_empty_arrays_have_zero_gradients(library):
+    x = library.array(np.empty((0, 3, 4), np.float32))
+    statistics = library.array(np.empty((0, 3), np.float32))
     dx, dweight, dbias = normkit.instance_norm_backward(x, x, statistics, statistics)
-    assert dx.shape == x.shape
-    assert not dweight.get().any()
-    assert not dbias.get().any()
+    assert tuple(dx.shape) == (0, 3, 4)
+    assert not library.get(dweight).any()
+    assert not library.get(dbias).any()
+
+
+# ---- streams, allocations, devices -------------------------------------------------------------------------------
 
 
 @on_shim
-def test_what_no_geometry_holds_is_packed_on_its_own_side(cupy, rng):
-    """Axes that are no neighbors, weights of other axes, a residual that lies otherwise: the bits of calls on NumPy."""
-    x, dy, residual = rng.standard_normal((3, 2, 3, 4, 5)).astype(np.float32)
-    weight, bias = rng.standard_normal((3, 1, 1)).astype(np.float32), rng.standard_normal((5,)).astype(np.float32)
-    residual = np.asfortranarray(residual)
-    options = {"axis": (0, 2), "return_stats": True}
-    want = normkit.normalize(x, weight, bias, residual=residual, **options)
-    found = normkit.normalize(*map(cupy.array, (x, weight, bias)), residual=cupy.array(residual), **options)
-    for a, b in zip(found, want, strict=True):
-        np.testing.assert_array_equal(a.get(), b)
-    want_gradients = normkit.normalize_backward(dy, x, *want[1:], weight, axis=(0, 2))
-    gradients = normkit.normalize_backward(*map(cupy.array, (dy, x)), *found[1:], cupy.array(weight), axis=(0, 2))
-    for a, b in zip(gradients, want_gradients, strict=True):
-        np.testing.assert_array_equal(a.get(), b)
+@pytest.mark.parametrize("name", ["cupy", "torch"])
+def test_one_stream_one_workspace_and_the_outputs(name, request, rng):
+    library = request.getfixturevalue(name)
+    x = library.array(rng.standard_normal((2, 3, 40)).astype(np.float32))
+    normkit.instance_norm(x)
+    assert library.streams == [0]
+    assert len(library.allocated) == 2  # y and the workspace
+    out = library.array(np.zeros((2, 3, 40), np.float32))
+    assert normkit.instance_norm(x, out=out) is out
+    assert len(library.allocated) == 3
+
+
+@on_shim
+@pytest.mark.parametrize(("stream", "asked"), [(0, 1), (1, 1), (2, 2), (0x7F00, 0x7F00)])
+def test_other_libraries_are_asked_for_the_stream_that_works(stream, asked, other, cupy, memory, rng):
+    """The legacy default stream, whose handle is 0, is 1 to DLPack. What comes back is ordered by CuPy."""
+    cupy.stream = stream
+    normkit.instance_norm(other.array(uniform(rng, (2, 3, 40))), other.array(np.ones(3, np.float32)))
+    assert other.streams == [asked, asked]
+    assert memory.ran == [(0, stream)]
+    assert cupy.exported == [other.STREAM]
 
 
 @pytest.mark.skipif(_core.cuda != "", reason="a build with CUDA")
-def test_a_build_without_cuda_says_so(cupy):
+def test_a_build_without_cuda_says_so(library):
     assert not normkit.cuda_available()
     with pytest.raises(RuntimeError, match="this build of normkit has no CUDA: install it with NORMKIT_CUDA=on"):
-        normkit.instance_norm(cupy.array(np.ones((2, 3, 4), np.float32)))
+        normkit.instance_norm(library.array(np.ones((2, 3, 4), np.float32)))
 
 
-def test_arrays_of_one_call_share_a_library_and_a_device(cupy):
-    x = cupy.array(np.ones((2, 3, 4), np.float32))
-    with pytest.raises(TypeError, match="weight is a numpy array, expected cupy, as x is"):
-        normkit.instance_norm(x, np.ones(3, np.float32))
-    with pytest.raises(TypeError, match="weight is on device 1, expected 0, that of x"):
-        normkit.instance_norm(x, cupy.array(np.ones(3, np.float32), device=1))
-    with pytest.raises(TypeError, match="weight is a CuPy array, expected a NumPy array"):
-        normkit.instance_norm(np.ones((2, 3, 4), np.float32), cupy.array(np.ones(3, np.float32)))
+@pytest.mark.parametrize("name", ["cupy", "torch", "other"])
+def test_arrays_of_one_call_share_a_library_and_a_device(name, request):
+    library = request.getfixturevalue(name)
+    x, ones = library.array(np.ones((2, 3, 4), np.float32)), np.ones(3, np.float32)
+    with pytest.raises(TypeError, match=f"weight is a numpy array, expected {name}, as x is"):
+        normkit.instance_norm(x, ones)
+    with pytest.raises(TypeError, match="weight is on device 1, expected device 0, that of x"):
+        normkit.instance_norm(x, library.array(ones, device=1))
+    expected = "a CuPy array, expected a NumPy" if name == "cupy" else "on DLPack device type 2, expected the CPU"
+    with pytest.raises(TypeError, match=f"weight is {expected}"):
+        normkit.instance_norm(np.ones((2, 3, 4), np.float32), library.array(ones))
+    with pytest.raises(TypeError, match=f"dy is a builtins array, expected {name}"):
+        normkit.instance_norm_backward(None, x, library.array(ones), library.array(ones))
 
 
-@pytest.mark.parametrize("call", [normkit.moments], ids=lambda f: f.__name__)
-def test_what_is_not_there_for_cuda_arrays_says_so(call, cupy):
-    with pytest.raises(TypeError, match=r"x is a CuPy array, expected a NumPy array.*pass x.get\(\)"):
-        call(cupy.array(np.ones((2, 3, 4), np.float32)), axis=2)
+def test_a_tensor_on_the_cpu_beside_others(torch):
+    x, weight = (torch.array(np.ones(shape, np.float32)) for shape in ((2, 3, 4), (3,)))
+    weight.__class__ = type("Tensor", (type(weight),), {"__module__": "torch", "__dlpack_device__": lambda _: (1, 0)})
+    with pytest.raises(TypeError, match="weight is on the CPU, expected device 0, that of x"):
+        normkit.instance_norm(x, weight)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "message"),
+    [("requires_grad", r"x requires grad.*pass x.detach\(\)"), ("negated", r"x is negated.*pass x.resolve_neg\(\)")],
+)
+def test_tensors_that_are_refused(attribute, message, torch):
+    x = torch.array(np.ones((2, 3, 4), np.float32))
+    setattr(x, attribute, True)
+    with pytest.raises(TypeError, match=message):
+        normkit.instance_norm(x)
+
+
+def test_a_dtype_that_numpy_does_not_know(torch):
+    x = torch.array(np.ones((2, 3, 4), np.uint8))
+    x.dtype = "torch.float8_e4m3fn"
+    with pytest.raises(TypeError, match=r"x has dtype .*float8_e4m3fn"):
+        normkit.instance_norm(x)
+
+
+def test_other_libraries_want_cupy(other, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(TypeError, match="arrays of other on a GPU want CuPy, which makes their outputs: install"):
+        normkit.instance_norm(other.array(np.ones((2, 3, 4), np.float32)))
 
 
 def test_errors_come_before_anything_is_allocated(cupy):
@@ -132,6 +384,17 @@ def test_errors_come_before_anything_is_allocated(cupy):
     assert not cupy.allocated
 
 
-def test_cupy_is_never_imported_first():
-    code = "import sys, numpy, normkit; normkit.instance_norm(numpy.ones((1, 1, 2))); assert 'cupy' not in sys.modules"
+def test_libraries_are_never_imported_first():
+    code = """
+import sys, numpy, normkit
+normkit.instance_norm(numpy.ones((1, 1, 2)))
+assert not {"cupy", "torch", "jax"} & {*sys.modules}
+"""
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_memory_of_the_device_is_closed(memory):
+    """Else no test here would see a host that looks into it."""
+    code = "from fake_gpu import FakeCupy, Memory; import numpy; FakeCupy(Memory()).array(numpy.ones(3))._numpy.sum()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=__file__.rpartition("/")[0], capture_output=True)
+    assert done.returncode < 0

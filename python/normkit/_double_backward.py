@@ -1,7 +1,7 @@
 """The gradient of a backward: what a gradient penalty needs.
 
 Arrays are seen with their kept axes first and their normalized axes last, whatever normalization it is, and a block of
-statistics at a time: its intermediate results are float64 and stay in cache.
+statistics at a time: its intermediate results are float64 and stay in cache, or take a bounded part of a GPU's memory.
 """
 
 import itertools
@@ -12,22 +12,22 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from . import _core as _typed_core
-from ._arrays import _BFLOAT16_BITS, NDArray, _narrow, _widen, views_of
+from ._arrays import views_of
+from ._memory import BFLOAT16_BITS, Memory, NDArray
 
 _core: Any = _typed_core  # it takes and gives arrays of any library, which no stub can say
 
-_BLOCK = 1 << 14  # elements of a block: ten float64 arrays of that size fill a second-level cache
 _LINE = 64  # bytes
 Block: TypeAlias = tuple[slice, ...]
 
 
 def _backward(
-    kind: int, axes: Any, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, use_input_stats: bool, need: Any,
-    weight_offset: float = 0.0,
+    memory: Memory, kind: int, axes: Any, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, use_input_stats: bool,
+    need: Any, weight_offset: float = 0.0,
 ) -> Any:  # fmt: skip
     """The one call of the core, without where, bias, activation and dresidual."""
     options = None, None, None, weight_offset, None
-    return _core.backward(kind, axes, dy, x, mean, rstd, weight, use_input_stats, need, None, *options)
+    return memory.run(_core.backward, kind, axes, dy, x, mean, rstd, weight, use_input_stats, need, None, *options)
 
 
 # ---- views -------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ class _Frame:
         return array.transpose(self.order)
 
     def statistics(self, array: NDArray) -> NDArray:
-        return array.astype(np.float64).reshape(self.statistics_shape)
+        return array[(..., *(None for _ in self.statistics_shape[len(self.kept) :]))]
 
     def absent(self) -> tuple[int, ...]:
         """The shape of the gradient of a weight that is not there."""
@@ -88,12 +88,12 @@ class _Frame:
         extents = dict(zip(along, shape, strict=True))
         return self.data(array.reshape([extents.get(axis, 1) for axis in range(ndim)]))
 
-    def blocks(self, x: NDArray) -> Iterator[Block]:
-        """Blocks of whole statistics."""
+    def blocks(self, x: NDArray, elements: int) -> Iterator[Block]:
+        """Blocks of whole statistics, of about so many elements."""
         last = self.data(x).strides[: len(self.kept)][-1:]
         # Where neighbors in memory belong to different statistics, a block of few would read every line many times.
         least = _LINE // x.itemsize if last == (x.itemsize,) else 1
-        rows = max(least, _BLOCK // self.members)
+        rows = max(least, elements // self.members)
         steps = []
         for extent in reversed(self.kept):
             steps.append(min(extent, rows))
@@ -109,20 +109,15 @@ def _part(array: NDArray, block: Block) -> NDArray:
     return array[tuple(slice(None) if extent == 1 else cut for cut, extent in zip(block, array.shape, strict=False))]
 
 
-def _load(array: NDArray | None, block: Block) -> Any:
-    if array is None:
-        return None
-    part = _part(array, block)
-    if part.dtype == _BFLOAT16_BITS:
-        part = _widen(part, part)
-    return part.astype(np.float64, order="C")
+def _load(memory: Memory, array: NDArray | None, block: Block) -> Any:
+    return None if array is None else memory.wide(_part(array, block), np.float64)
 
 
 # ---- one block ---------------------------------------------------------------------------------------------------
 
 
 def _of_block(
-    x: NDArray, mean: NDArray | None, rstd: NDArray, dy: NDArray, w: Any, v: Any, ddw: Any, ddb: Any, frozen: bool
+    memory: Memory, x: Any, mean: Any, rstd: Any, dy: Any, w: Any, v: Any, ddw: Any, ddb: Any, frozen: bool
 ) -> tuple[Any, Any, Any]:
     """d_dy, d_x and the terms of d_weight, all in float64; w is 1 where there is no weight.
 
@@ -132,26 +127,36 @@ def _of_block(
 
     and the rest is made of that. Nothing divides by rstd, which is 0 for constant data without eps.
     """
-    rows, members = rstd.size, x.size // rstd.size
+    rows = math.prod(rstd.shape)
+    members = math.prod(x.shape) // rows
 
-    def average(u: NDArray) -> NDArray:
-        sums: NDArray = u.reshape(rows, members).sum(axis=1)
-        return sums.reshape(rstd.shape) / members
+    def average(u: Any) -> Any:
+        """By the core, whose sums do not depend on how many rows there are."""
+        u = memory.view_of(u.reshape(rows, members))
+        moments = memory.array_of(memory.run(_core.moments, _core.NORMALIZE, 1, u, None))
+        return moments[..., 0].reshape(rstd.shape)
+
+    def constant(shape: tuple[int, ...], value: float) -> NDArray:
+        filled = memory.empty(shape, np.float64)
+        memory.put(filled, value)
+        return filled
 
     if mean is not None:
         x = x - mean
         if not frozen:
-            x -= average(x)  # a mean is rounded: the rest of it is in the data
+            x = x - average(x)  # a mean is rounded: the rest of it is in the data
     x_hat = x * rstd
     # About zero from here on: a mean far from it would round once more.
     kind = _core.NORMALIZE_RMS if mean is None else _core.NORMALIZE
-    zero = None if mean is None else np.zeros(rows)
-    data = x.reshape(rows, members), zero, rstd.ravel(), np.ones((rows, 1)), not frozen
+    zero = None if mean is None else constant((rows,), 0.0)
+    seen, scale = memory.view_of(x.reshape(rows, members)), memory.view_of(rstd.reshape(rows))
+    data = seen, zero, scale, constant((rows, 1), 1.0), not frozen
 
-    def projected(u: NDArray) -> tuple[NDArray, NDArray]:
+    def projected(u: Any) -> tuple[Any, Any]:
         """rp(u) and the mean of u * x_hat."""
-        rp, sums, _ = _backward(kind, 1, u.reshape(rows, members), *data, ("dx", "dweight"))
-        return rp.reshape(x.shape), sums.reshape(rstd.shape) / members
+        u = memory.view_of(u.reshape(rows, members))
+        rp, sums, _ = _backward(memory, kind, 1, u, *data, ("dx", "dweight"))
+        return memory.array_of(rp).reshape(x.shape), memory.array_of(sums).reshape(rstd.shape) / members
 
     d_dy: Any = 0.0
     d_x: Any = 0.0
@@ -176,7 +181,7 @@ def _of_block(
 
 
 def _name(dtype: np.dtype[Any]) -> str:
-    return "bfloat16" if dtype == _BFLOAT16_BITS else dtype.name
+    return "bfloat16" if dtype == BFLOAT16_BITS else dtype.name
 
 
 def _check_dtype(name: str, array: NDArray, x: NDArray, *, wide: bool) -> None:
@@ -203,31 +208,37 @@ def double_backward(
     """(d_dy, d_x, d_weight) of any normalization, for any library and layout."""
     if ddx is None and ddweight is None and ddbias is None:
         raise ValueError("ddx, ddweight and ddbias are None, expected an array for at least one of them")
-    v, give_back = views_of(x=x, dy=dy, mean=mean, rstd=rstd, weight=weight, ddx=ddx, ddweight=ddweight, ddbias=ddbias)
+    v, memory = views_of(x=x, dy=dy, mean=mean, rstd=rstd, weight=weight, ddx=ddx, ddweight=ddweight, ddbias=ddbias)
     if kind in (_core.NORMALIZE_RMS, _core.LAYER_RMS):
         v["mean"] = None  # whatever was passed for it
     x, weight = v["x"], v["weight"]
-    # Nothing is needed of it but that it judges what a backward takes.
-    _backward(kind, axes, v["dy"], x, v["mean"], v["rstd"], weight, use_input_stats, (), weight_offset)
-    frame = _Frame(kind, axes, x)
-    shape, whose = (frame.absent(), "dweight") if weight is None else (weight.shape, "weight")
-    for name, wanted, of in (("ddx", x.shape, "x"), ("ddweight", shape, whose), ("ddbias", shape, whose)):
-        if v[name] is not None:
-            _check_dtype(name, v[name], x, wide=name != "ddx")
-            _check_shape(name, v[name], wanted, of)
+    with memory:
+        # Nothing is needed of it but that it judges what a backward takes.
+        _backward(memory, kind, axes, v["dy"], x, v["mean"], v["rstd"], weight, use_input_stats, (), weight_offset)
+        frame = _Frame(kind, axes, x)
+        shape, whose = (frame.absent(), "dweight") if weight is None else (weight.shape, "weight")
+        for name, wanted, of in (("ddx", x.shape, "x"), ("ddweight", shape, whose), ("ddbias", shape, whose)):
+            if v[name] is not None:
+                _check_dtype(name, v[name], x, wide=name != "ddx")
+                _check_shape(name, v[name], wanted, of)
 
-    outputs = [np.empty_like(x, order="K", subok=False) for _ in range(2)]
-    total = None if weight is None else np.zeros(weight.shape)
-    with np.errstate(all="ignore"):  # NaN, infinity and what overflows go where they belong, as in the backward
-        if x.size:
-            _over_blocks(frame, v, float(weight_offset), not use_input_stats, outputs, total)
-        d_weight = None if total is None else _narrow(total, weight.dtype)
-    return give_back(outputs[0]), give_back(outputs[1]), give_back(d_weight)
+        d_dy, d_x, d_weight = memory.empty_like(x), memory.empty_like(x), None
+        total = None
+        if weight is not None:
+            total, d_weight = memory.empty(weight.shape, np.float64), memory.empty(weight.shape, weight.dtype)
+            memory.put(total, 0.0)
+        with np.errstate(all="ignore"):  # NaN, infinity and what overflows go where they belong, as in the backward
+            if x.size:
+                _over_blocks(memory, frame, v, float(weight_offset), not use_input_stats, (d_dy, d_x), total)
+            if total is not None and d_weight is not None:
+                memory.put(d_weight, memory.array_of(total))
+        return memory.give_back(d_dy), memory.give_back(d_x), memory.give_back(d_weight)
 
 
 def _over_blocks(
-    frame: _Frame, v: dict[str, Any], weight_offset: float, frozen: bool, outputs: list[NDArray], total: NDArray | None
-) -> None:
+    memory: Memory, frame: _Frame, v: dict[str, Any], weight_offset: float, frozen: bool,
+    outputs: tuple[NDArray, NDArray], total: NDArray | None,
+) -> None:  # fmt: skip
     """Fills the outputs, and adds d_weight up in `total`."""
 
     def see(name: str, view: Callable[..., NDArray], **options: bool) -> NDArray | None:
@@ -239,16 +250,16 @@ def _over_blocks(
     params = [see(name, frame.param, like_absent=like_absent) for name in ("weight", "ddweight", "ddbias")]
     places = [frame.data(output) for output in outputs]
     sums = None if total is None else frame.param(total, like_absent=False)
-    for block in frame.blocks(v["x"]):
-        x, dy, ddx = (_load(array, block) for array in data)
-        w, ddweight, ddbias = (_load(array, block) for array in params)
+    for block in frame.blocks(v["x"], memory.block):
+        x, dy, ddx = (_load(memory, array, block) for array in data)
+        w, ddweight, ddbias = (_load(memory, array, block) for array in params)
         w = 1.0 if w is None else w + weight_offset
-        statistics = _load(mean, block), _load(rstd, block)
-        *found, terms = _of_block(x, *statistics, dy, w, ddx, ddweight, ddbias, frozen)
+        statistics = _load(memory, mean, block), _load(memory, rstd, block)
+        *found, terms = _of_block(memory, x, *statistics, dy, w, ddx, ddweight, ddbias, frozen)
         for place, values in zip(places, found, strict=True):
-            part = _part(place, block)
-            part[...] = _narrow(np.asarray(values), part.dtype)
+            memory.put(_part(place, block), values)
         if sums is not None and terms is not None:
             part = _part(sums, block)
             shared = tuple(axis for axis in range(part.ndim) if part.shape[axis] == 1)
-            part += terms.sum(axis=shared, keepdims=True)
+            so_far = memory.array_of(part)
+            so_far += terms.sum(axis=shared, keepdims=True) if shared else terms

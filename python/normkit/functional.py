@@ -753,14 +753,16 @@ def adaptive_instance_norm(
     TypeError, ValueError, numpy.exceptions.AxisError
         Naming the argument, before anything is written.
     """
-    v, give_back = views_of(content=content, style=style, out=out, where=where, residual=residual)
-    of_style = _style_moments(v["content"], v["style"], channel_axis)
-    with called("content"):
-        result = forward_anywhere(
-            _INSTANCE, channel_axis, v["content"], of_style.std(eps), of_style.mean, eps, None, None, True, 0.0,
-            v["out"], out_dtype, return_stats, v["where"], v["residual"], return_residual, activation, 0.0,
-        )  # fmt: skip
-    return hand_back(result, give_back, out)
+    v, memory = views_of(content=content, style=style, out=out, where=where, residual=residual)
+    with memory:
+        a = {name: None if view is None else memory.array_of(view) for name, view in v.items()}
+        of_style = _style_moments(a["content"], a["style"], channel_axis)
+        with called("content"):
+            result = forward_anywhere(
+                _INSTANCE, channel_axis, a["content"], of_style.std(eps), of_style.mean, eps, None, None, True, 0.0,
+                a["out"], out_dtype, return_stats, a["where"], a["residual"], return_residual, activation, 0.0,
+            )  # fmt: skip
+        return hand_back(result, memory.hand_over, out)
 
 
 def adaptive_instance_norm_backward(
@@ -809,32 +811,29 @@ def adaptive_instance_norm_backward(
     unknown = [name for name in need if name not in ("dcontent", "dstyle")]
     if unknown:
         raise ValueError(f"need has {unknown[0]!r}, expected names from ('dcontent', 'dstyle')")
-    v, give_back = views_of(
+    v, memory = views_of(
         content=content, style=style, dy=dy, mean=mean, rstd=rstd, out=out, where=where, dresidual=dresidual
     )
     if v["style"].dtype.kind in "iu":
         raise TypeError(f"style has dtype {v['style'].dtype}, expected float32, float64, float16 or bfloat16")
-    of_style = _style_moments(v["content"], v["style"], channel_axis)
     wanted = ("dx",) if "dcontent" in need else ()
     if "dstyle" in need:
         wanted = (*wanted, "dweight", "dbias")
-    with called("content"):
-        dcontent, dweight, dbias = backward_anywhere(
-            _INSTANCE, channel_axis, v["dy"], v["content"], v["mean"], v["rstd"], of_style.std(eps), True, wanted,
-            v["out"], v["where"], of_style.mean, activation, 0.0, v["dresidual"],
-        )  # fmt: skip
-    gradients: tuple[Any, Any]
-    if "dstyle" not in need:
-        gradients = hand_back((dcontent, None), give_back, out)
+    with memory:
+        a = {name: None if view is None else memory.array_of(view) for name, view in v.items()}
+        of_style = _style_moments(a["content"], a["style"], channel_axis)
+        with called("content"):
+            dcontent, dweight, dbias = backward_anywhere(
+                _INSTANCE, channel_axis, a["dy"], a["content"], a["mean"], a["rstd"], of_style.std(eps), True, wanted,
+                a["out"], a["where"], of_style.mean, activation, 0.0, a["dresidual"],
+            )  # fmt: skip
+        dstyle = None
+        if "dstyle" in need:  # sqrt(var + eps) and mean of style are weight and bias of content
+            statistics, params = (of_style.mean, of_style.rstd(eps)), (g / of_style.count for g in (dweight, dbias))
+            with called("style"):
+                dstyle = apply_any(_INSTANCE, channel_axis, a["style"], *statistics, *params, None, None, None, 0.0)
+        gradients: tuple[Any, Any] = hand_back((dcontent, dstyle), memory.hand_over, out)
         return gradients
-    # sqrt(var + eps) and mean of style are weight and bias of content.
-    weight, bias = dweight / of_style.count, dbias / of_style.count
-    with called("style"):
-        dstyle = apply_any(
-            _INSTANCE, channel_axis, v["style"], of_style.mean, of_style.rstd(eps), weight, bias, None, None, None, 0.0
-        )
-    gradients = hand_back((dcontent, dstyle), give_back, out)
-    return gradients
 
 
 def _style_moments(content: Array, style: Array, channel_axis: int) -> Moments:

@@ -6,7 +6,8 @@
 Moments of parts merge, sums of the backward add. Both are held in float64, so that parts lose nothing by being parts.
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,12 @@ from . import _core as _typed_core
 from ._arrays import (
     Activation,
     Array,
-    NDArray,
     apply_anywhere,
     apply_backward_anywhere,
-    as_numpy,
     backward_sums_anywhere,
     moments_anywhere,
 )
+from ._memory import Memory, library_of
 
 _core: Any = _typed_core  # it takes and gives arrays of any library, which no stub can say
 
@@ -33,34 +33,38 @@ class Moments:
         Where count is 0, so are the others. Without centering mean is None and m2 the sum of squares.
     """
 
-    __slots__ = ("_centered", "_give_back", "_triples")
+    __slots__ = ("_centered", "_memory", "_triples")
 
-    def __init__(self, triples: NDArray, centered: bool, give_back: Callable[[Any], Any]) -> None:
-        self._triples, self._centered, self._give_back = triples, centered, give_back
+    def __init__(self, triples: Any, centered: bool, memory: Memory) -> None:
+        self._triples, self._centered, self._memory = (
+            triples,
+            centered,
+            memory,
+        )  # mean, m2, count: an array of memory.xp
 
     @classmethod
     def of(cls, kind: int, axes: Any, x: Array, where: Array = None) -> "Moments":
         """Those of any normalization: what is given to the compiled core, and what comes back."""
-        give_back: Callable[[Any], Any] = as_numpy
+        memory = _NUMPY
         triples = _core.moments(kind, axes, x, where)
         if triples is NotImplemented:
-            triples, give_back = moments_anywhere(kind, axes, x, where)
-        return cls(triples, kind not in (_core.NORMALIZE_RMS, _core.LAYER_RMS), give_back)
+            triples, memory = moments_anywhere(kind, axes, x, where)
+        return cls(triples, kind not in (_core.NORMALIZE_RMS, _core.LAYER_RMS), memory)
 
     def __repr__(self) -> str:
         return f"Moments(count={self.count!r}, mean={self.mean!r}, m2={self.m2!r})"
 
     @property
     def count(self) -> Array:
-        return self._give_back(self._triples[..., 2])
+        return self._memory.hand_over(self._triples[..., 2])
 
     @property
     def mean(self) -> Array:
-        return self._give_back(self._triples[..., 0]) if self._centered else None
+        return self._memory.hand_over(self._triples[..., 0]) if self._centered else None
 
     @property
     def m2(self) -> Array:
-        return self._give_back(self._triples[..., 1])
+        return self._memory.hand_over(self._triples[..., 1])
 
     def merge(self, other: "Moments") -> "Moments":
         """The moments of the members of both, which share none.
@@ -69,31 +73,38 @@ class Moments:
         """
         if not isinstance(other, Moments):
             raise TypeError(f"other is {other!r}, expected Moments")
+        if type(other._triples) is not type(self._triples):
+            theirs, ours = (library_of(m._triples) for m in (other, self))
+            raise TypeError(f"other has arrays of {theirs}, expected {ours}: all parts share a library")
         if other._triples.shape != self._triples.shape:
-            raise ValueError(
-                f"other has statistics of shape {other._triples.shape[:-1]}, expected {self._triples.shape[:-1]}"
-            )
+            found, expected = (tuple(m._triples.shape[:-1]) for m in (other, self))
+            raise ValueError(f"other has statistics of shape {found}, expected {expected}")
         if other._centered != self._centered:
             raise ValueError("other is centered and this is not, or the other way round: expected both alike")
-        a, b = (np.ascontiguousarray(m._triples) for m in (self, other))
-        return Moments(_core.merge_moments(a, b), self._centered, self._give_back)
+        with self._memory as memory:
+            return Moments(memory.merged(self._triples, other._triples), self._centered, memory)
 
     def var(self, correction: float = 0) -> Array:
         """m2 / (count - correction); 0 where there are no members, NaN where `correction` leaves none."""
         if not isinstance(correction, int | float | np.number):
             raise TypeError(f"correction is {correction!r}, expected a number")
-        count, m2 = self._triples[..., 2], self._triples[..., 1]
-        left = count - correction
-        undefined = np.where(count == 0, 0.0, np.nan)
-        return self._give_back(np.divide(m2, left, out=undefined, where=left > 0))
+        with self._memory as memory, np.errstate(all="ignore"):
+            where, count, m2 = memory.xp.where, self._triples[..., 2], self._triples[..., 1]
+            left = count - correction
+            return memory.hand_over(where(left > 0, m2 / left, where(count == 0, 0.0, math.nan)))
 
     def std(self, eps: float = 0.0) -> Array:
         """sqrt(var + eps)."""
-        return self._give_back(_core.deviation_of_moments(np.ascontiguousarray(self._triples), eps, False))
+        with self._memory as memory:
+            return memory.hand_over(memory.deviation(self._triples, eps, inverse=False))
 
     def rstd(self, eps: float = 1e-5) -> Array:
         """1 / sqrt(var + eps), as the normalizations have it: 0 where there are no members, or where var + eps is 0."""
-        return self._give_back(_core.deviation_of_moments(np.ascontiguousarray(self._triples), eps, True))
+        with self._memory as memory:
+            return memory.hand_over(memory.deviation(self._triples, eps, inverse=True))
+
+
+_NUMPY = Memory()
 
 
 def merge(moments: Iterable[Moments]) -> Moments:
