@@ -37,9 +37,8 @@ elseif(NORMKIT_CUDA STREQUAL "auto")
   endif()
 endif()
 
-# One object library for each storage type: the list generates the build.
-set(normkit_storages float32=float float64=double float16=Half bfloat16=Bfloat uint8=std::uint8_t int8=std::int8_t
-                     uint16=std::uint16_t int16=std::int16_t)
+# One object library for each type that elements have in kernels: the list generates the build.
+set(normkit_storages float32=float float64=double float16=Half bfloat16=Bfloat)
 
 # Adds the kernels to `objects`; the rest are usage requirements and options of each target.
 function(normkit_add_kernels objects language)

@@ -1,4 +1,4 @@
-// All that kernels know of the machine: threads, barriers, shuffles, shared memory, conversions, launches. Nothing else in
+// All that kernels know of the machine: threads, barriers, shuffles, shared memory, clusters, conversions, launches. Nothing else in
 // this folder names an intrinsic, so a second implementation of this file (tests/shim) runs the same kernels on a CPU.
 //
 // A kernel is a function object: its members are the arguments, and every thread calls its operator(). It has a kName, for
@@ -10,6 +10,7 @@
 
 #include "normkit/dtype.hpp"
 #include "normkit/formula.hpp"
+#include "policy.hpp"
 
 #if defined(NORMKIT_SHIM)
 #include "shim.hpp"
@@ -19,9 +20,13 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
+#include <atomic>
+
 #define NORMKIT_DEVICE __device__ __forceinline__
 #define NORMKIT_UNROLL _Pragma("unroll")
 #define NORMKIT_ROLL _Pragma("unroll 1")
+/// Tests plant mistakes, to see that they would be found: in the shim, where this names one of them.
+#define NORMKIT_PLANTED(mistake) false
 
 namespace normkit::cuda {
 
@@ -52,17 +57,29 @@ NORMKIT_DEVICE std::byte* shared_memory() {
   return reinterpret_cast<std::byte*>(memory);
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+inline constexpr bool kHasClusters = true;
+NORMKIT_DEVICE int cluster_rank() { return static_cast<int>(__clusterRelativeBlockRank()); }
+/// The barrier of all threads of the cluster, in two halves: each thread says that it has come, then waits for all to have come.
+/// What was written before is read after it.
+NORMKIT_DEVICE void arrive_at_cluster() { __cluster_barrier_arrive(); }
+NORMKIT_DEVICE void wait_for_cluster() { __cluster_barrier_wait(); }
+/// The shared memory of block `rank` of the cluster: as long as that block is known to have started, and not to have left.
+NORMKIT_DEVICE std::byte* peer_memory(int rank) {
+  return static_cast<std::byte*>(__cluster_map_shared_rank(shared_memory(), static_cast<unsigned>(rank)));
+}
+#else  // never launched in clusters
+inline constexpr bool kHasClusters = false;
+NORMKIT_DEVICE int cluster_rank() { return 0; }
+NORMKIT_DEVICE void arrive_at_cluster() {}
+NORMKIT_DEVICE void wait_for_cluster() {}
+NORMKIT_DEVICE std::byte* peer_memory(int) { return shared_memory(); }
+#endif
+
 NORMKIT_DEVICE float widen(Half v) { return __half2float(__ushort_as_half(v.bits)); }
 NORMKIT_DEVICE float widen(Bfloat v) { return __bfloat162float(__ushort_as_bfloat16(v.bits)); }
 NORMKIT_DEVICE Half narrow(const Half*, float v) { return {__half_as_ushort(__float2half_rn(v))}; }
 NORMKIT_DEVICE Bfloat narrow(const Bfloat*, float v) { return {__bfloat16_as_ushort(__float2bfloat16_rn(v))}; }
-
-/// Blocks and threads of one launch, and the bytes of shared memory that a block has.
-struct Grid {
-  std::int64_t blocks = 1;
-  int threads = 256;
-  int shared_bytes = 0;
-};
 
 /// Throws DeviceError where `status` is not success: what was done, and the shape of the launch if it was one.
 void check(cudaError_t status, const char* what, Grid grid = {});
@@ -102,12 +119,63 @@ __global__ void __launch_bounds__(256, Kernel::kBlocks) entry(const __grid_const
   kernel();
 }
 
+template <class Kernel> const void* symbol() { return reinterpret_cast<const void*>(&entry<Kernel>); }
+
+/// A launch with one attribute: its cluster.
+class Launch {
+ public:
+  Launch(Grid grid, Stream stream) {
+    attribute_.id = cudaLaunchAttributeClusterDimension;
+    attribute_.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+    config_.gridDim = dim3(static_cast<unsigned>(grid.blocks)),
+    config_.blockDim = dim3(static_cast<unsigned>(grid.threads));
+    config_.dynamicSmemBytes = static_cast<std::size_t>(grid.shared_bytes), config_.stream = stream;
+    config_.attrs = &attribute_, config_.numAttrs = grid.cluster > 1;
+  }
+  Launch(const Launch&) = delete;
+  Launch& operator=(const Launch&) = delete;
+  const cudaLaunchConfig_t* config() const { return &config_; }
+
+ private:
+  cudaLaunchAttribute attribute_{};
+  cudaLaunchConfig_t config_{};
+};
+
 template <class Kernel> void launch(const Kernel& kernel, Grid grid, Stream stream) {
   void* arguments[] = {const_cast<Kernel*>(&kernel)};
-  const dim3 blocks(static_cast<unsigned>(grid.blocks)), threads(static_cast<unsigned>(grid.threads));
-  const auto bytes = static_cast<std::size_t>(grid.shared_bytes);
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(&entry<Kernel>), blocks, threads, arguments, bytes, stream),
-        Kernel::kName, grid);
+  if (grid.blocks > kMostBlocks) check(cudaErrorInvalidConfiguration, Kernel::kName, grid);
+  check(cudaLaunchKernelExC(Launch(grid, stream).config(), symbol<Kernel>(), arguments), Kernel::kName, grid);
+}
+
+/// What a device gives a kernel beyond what all do: kMostSharedBytes of shared memory to a block, then clusters of
+/// kClusterBlocks such blocks, as far as there is code for them: code for older GPUs that was translated for a newer one has
+/// none.
+enum class Extent : signed char { unknown, plain, large, clusters };
+
+template <class Kernel> Extent ask_extent() {
+  const void* const kernel = symbol<Kernel>();
+  const auto succeeds = [](cudaError_t status) {
+    if (status != cudaSuccess) static_cast<void>(cudaGetLastError());  // an answer, and no error of the next call
+    return status == cudaSuccess;
+  };
+  if (!succeeds(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostSharedBytes)))
+    return Extent::plain;
+  cudaFuncAttributes attributes{};
+  if (!succeeds(cudaFuncGetAttributes(&attributes, kernel)) || attributes.ptxVersion < 90) return Extent::large;
+  int clusters = 0;
+  const Launch largest({kClusterBlocks, kBlockThreads, kMostSharedBytes, kClusterBlocks}, nullptr);
+  if (!succeeds(cudaOccupancyMaxActiveClusters(&clusters, kernel, largest.config())) || clusters < 1)
+    return Extent::large;
+  return Extent::clusters;
+}
+
+/// That of the current device, which is `device`: asked once for each kernel and device.
+template <class Kernel> Extent extent_of(int device) {
+  static std::atomic<Extent> known[64];
+  if (device >= 64) return ask_extent<Kernel>();
+  Extent extent = known[device].load(std::memory_order_relaxed);
+  if (extent == Extent::unknown) known[device].store(extent = ask_extent<Kernel>(), std::memory_order_relaxed);
+  return extent;
 }
 
 }  // namespace normkit::cuda

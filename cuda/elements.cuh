@@ -10,16 +10,14 @@ namespace normkit::cuda {
 template <class X> constexpr int kVector = vector_for(sizeof(X));
 /// The bits of an element, and the element that has these.
 template <class X> NORMKIT_DEVICE std::uint64_t bits_of(X v) {
-  if constexpr (__is_same(X, Half) || __is_same(X, Bfloat)) return v.bits;
-  else if constexpr (__is_same(X, float)) return __builtin_bit_cast(std::uint32_t, v);
+  if constexpr (__is_same(X, float)) return __builtin_bit_cast(std::uint32_t, v);
   else if constexpr (__is_same(X, double)) return __builtin_bit_cast(std::uint64_t, v);
-  else return static_cast<std::uint64_t>(v) & ((1u << 8 * sizeof(X)) - 1);
+  else return v.bits;
 }
 template <class X> NORMKIT_DEVICE X of_bits(std::uint64_t bits) {
-  if constexpr (__is_same(X, Half) || __is_same(X, Bfloat)) return {static_cast<std::uint16_t>(bits)};
-  else if constexpr (__is_same(X, float)) return __builtin_bit_cast(float, static_cast<std::uint32_t>(bits));
+  if constexpr (__is_same(X, float)) return __builtin_bit_cast(float, static_cast<std::uint32_t>(bits));
   else if constexpr (__is_same(X, double)) return __builtin_bit_cast(double, bits);
-  else return static_cast<X>(bits);
+  else return {static_cast<std::uint16_t>(bits)};
 }
 
 /// The elements of a vector as they lie in memory, in whole words: kept apart, two-byte elements would take a register each.
@@ -53,10 +51,6 @@ template <> struct Compute<double> { using type = double; };
 /// The type of arithmetic on elements of type X.
 template <class X> using ComputeOf = typename Compute<X>::type;
 
-/// Integers are read, but never written.
-template <class X>
-constexpr bool kFloating = sizeof(X) > 1 && !__is_same(X, std::uint16_t) && !__is_same(X, std::int16_t);
-
 // ---- memory ------------------------------------------------------------------------------------------------------
 
 template <class X> NORMKIT_DEVICE ComputeOf<X> value_of(X v) {
@@ -78,24 +72,14 @@ template <class T> NORMKIT_DEVICE const T* at(const std::byte* base, std::int64_
 template <class T>
 NORMKIT_DEVICE T* at(const Operand& a, std::int64_t o, std::int64_t step, std::int64_t lane, std::int64_t i) {
   const Strides& s = a.strides;
-#if defined(NORMKIT_PLANT_INT_OVERFLOW)
-  return at<T>(a.data, o * s.outer + step * s.step + static_cast<int>(lane) * static_cast<int>(s.lane) + i);
-#endif
+  if (NORMKIT_PLANTED(int_overflow))
+    return at<T>(a.data, o * s.outer + step * s.step + static_cast<int>(lane) * static_cast<int>(s.lane) + i);
   return at<T>(a.data, o * s.outer + step * s.step + lane * s.lane + i);
 }
 
-// Tests plant mistakes like these, to see that they would be found.
-#if defined(NORMKIT_PLANT_LONG_TAIL)
-inline constexpr int kPlantedTail = 1;
-#else
-inline constexpr int kPlantedTail = 0;
-#endif
-
 /// Width is asked of the address itself, so that any view is right and aligned ones are fast.
 template <class X> NORMKIT_DEVICE bool is_wide(const X* p) {
-#if defined(NORMKIT_PLANT_MISALIGNED_LOAD)
-  return p != nullptr;
-#endif
+  if (NORMKIT_PLANTED(misaligned_load)) return true;
   return reinterpret_cast<std::uintptr_t>(p) % alignof(Vector<X>) == 0;
 }
 
@@ -105,7 +89,7 @@ template <class X> NORMKIT_DEVICE Vector<X> load(const X* p, int n) {
   Vector<X> v = zeros<X>();
   NORMKIT_UNROLL
   for (int e = 0; e < kVector<X>; ++e)
-    if (e < n + kPlantedTail) v.put(e, p[e]);
+    if (e < n + NORMKIT_PLANTED(long_tail)) v.put(e, p[e]);
   return v;
 }
 
@@ -131,15 +115,17 @@ template <class Y, class S, int N> NORMKIT_DEVICE void store(Y* p, const S (&v)[
     if (e < n) p[e] = stored<Y>(v[e]);
 }
 
+/// Takes the first of N values; the others move up.
+template <class S, int N> NORMKIT_DEVICE S take(S (&v)[N]) {
+  const S first = v[0];
+  NORMKIT_UNROLL
+  for (int e = 0; e + 1 < N; ++e) v[e] = v[e + 1];
+  return first;
+}
 /// f of each value, by turning them through the first place: one copy of f in the code, and no index into registers.
 template <class S, int N, class F> NORMKIT_DEVICE void in_turn(S (&v)[N], F f) {
   NORMKIT_ROLL
-  for (int turn = 0; turn < N; ++turn) {
-    const S first = f(v[0]);
-    NORMKIT_UNROLL
-    for (int e = 0; e + 1 < N; ++e) v[e] = v[e + 1];
-    v[N - 1] = first;
-  }
+  for (int turn = 0; turn < N; ++turn) v[N - 1] = f(take(v));
 }
 
 // ---- statistics and parameters -----------------------------------------------------------------------------------
@@ -178,11 +164,29 @@ NORMKIT_DEVICE std::int64_t quotient(std::int64_t a, std::int64_t b) {
 }
 NORMKIT_DEVICE std::int64_t remainder(std::int64_t a, std::int64_t b) { return a - quotient(a, b) * b; }
 
-template <class S> NORMKIT_DEVICE Statistic<S> given_statistic(const Task& t, std::int64_t statistic) {
-  const std::int64_t index = remainder(quotient(statistic, t.given.stride), t.given.count);
+/// (k / stride) % count of a number, and of the numbers after it without another division.
+struct Cycle {
+  std::int64_t stride, count, within, index;
+
+  NORMKIT_DEVICE Cycle(std::int64_t k, std::int64_t run, std::int64_t runs) : stride(run), count(runs) {
+    const std::int64_t turn = quotient(k, stride);
+    within = k - turn * stride, index = remainder(turn, count);
+  }
+  NORMKIT_DEVICE void next() {
+    if (++within < stride) return;
+    within = 0;
+    if (++index == count) index = 0;
+  }
+};
+
+/// Element `index` of the given statistics.
+template <class S> NORMKIT_DEVICE Statistic<S> given_at(const Task& t, std::int64_t index) {
   const double scale = element(t.given.scale, t.given.scale_dtype, index);
   const double mean = t.given.mean ? element(t.given.mean, t.given.mean_dtype, index) : 0;
   return statistic_of<S>(mean, t.given.is_variance ? rstd_of(scale, t.eps) : scale);
+}
+template <class S> NORMKIT_DEVICE Statistic<S> given_statistic(const Task& t, std::int64_t statistic) {
+  return given_at<S>(t, remainder(quotient(statistic, t.given.stride), t.given.count));
 }
 
 /// The parameter of the element that lies `offset` elements into the memory of x.
@@ -292,26 +296,58 @@ NORMKIT_DEVICE void preactivation(const Work& work, const Factors<S, N>& factors
 
 // ---- forward -----------------------------------------------------------------------------------------------------
 
-/// x of one vector: read, or formed as source + residual, rounded to the type of x and written.
-template <class X> NORMKIT_DEVICE Vector<X> read_x(const Task& t, Place p) {
-  if constexpr (kFloating<X>) {
-    if (t.residual.data) {
-      const Vector<X> source = load(at<X>(t.source, p), p.n), residual = load(at<X>(t.residual, p), p.n);
-      Vector<X> v = zeros<X>();
-      ComputeOf<X> sum[kVector<X>];
-      NORMKIT_UNROLL
-      for (int e = 0; e < kVector<X>; ++e) {
-        sum[e] = value_of(source[e]) + value_of(residual[e]);
-        v.put(e, stored<X>(sum[e]));
-      }
-      store(at<X>(t.x, p), sum, p.n);
-      return v;
+/// The first n of four integers from p on, as floats; zeros follow.
+template <class T> NORMKIT_DEVICE Vector<float> load_integers(const T* p, int n) {
+  struct alignas(4 * sizeof(T)) Four { std::uint32_t word[sizeof(T)]; };
+  Vector<float> v = zeros<float>();
+  if (n == 4 && reinterpret_cast<std::uintptr_t>(p) % alignof(Four) == 0) {
+    const Four four = *reinterpret_cast<const Four*>(p);
+    NORMKIT_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const std::uint32_t bits = four.word[e * sizeof(T) / 4] >> e * 8 * sizeof(T) % 32;
+      v.put(e, static_cast<float>(static_cast<T>(bits)));
     }
+    return v;
+  }
+  NORMKIT_UNROLL
+  for (int e = 0; e < 4; ++e)
+    if (e < n) v.put(e, static_cast<float>(p[e]));
+  return v;
+}
+NORMKIT_DEVICE Vector<float> read_integers(const Task& t, Place p) {
+  switch (t.x.dtype) {
+    case Dtype::uint8: return load_integers(at<std::uint8_t>(t.x, p), p.n);
+    case Dtype::int8: return load_integers(at<std::int8_t>(t.x, p), p.n);
+    case Dtype::uint16: return load_integers(at<std::uint16_t>(t.x, p), p.n);
+    default: return load_integers(at<std::int16_t>(t.x, p), p.n);
+  }
+}
+
+/// x of one vector, as it lies in memory.
+template <class X> NORMKIT_DEVICE Vector<X> read_x(const Task& t, Place p) {
+  if constexpr (__is_same(X, float)) {
+    if (!is_floating(t.x.dtype)) return read_integers(t, p);
   }
   return load(at<X>(t.x, p), p.n);
 }
 
-template <class X, class Y>
+/// The same, or where there is a residual, formed as source + residual, rounded to the type of x and written.
+template <class X> NORMKIT_DEVICE Vector<X> form_x(const Task& t, Place p) {
+  if (!t.residual.data) return read_x<X>(t, p);
+  const Vector<X> source = load(at<X>(t.source, p), p.n), residual = load(at<X>(t.residual, p), p.n);
+  Vector<X> v = zeros<X>();
+  ComputeOf<X> sum[kVector<X>];
+  NORMKIT_UNROLL
+  for (int e = 0; e < kVector<X>; ++e) {
+    sum[e] = value_of(source[e]) + value_of(residual[e]);
+    v.put(e, stored<X>(sum[e]));
+  }
+  store(at<X>(t.x, p), sum, p.n);
+  return v;
+}
+
+/// y has the type of x, or the compute type.
+template <class X>
 NORMKIT_DEVICE void write_y(const Work& work, const Factors<ComputeOf<X>, kVector<X>>& factors, Place p,
                             const Vector<X>& v) {
   ComputeOf<X> x[kVector<X>], z[kVector<X>], weight[kVector<X>];
@@ -319,7 +355,8 @@ NORMKIT_DEVICE void write_y(const Work& work, const Factors<ComputeOf<X>, kVecto
   widened(v, x);
   preactivation(work, factors, p, x, z, weight);
   if (activation.kind != ActivationKind::none) in_turn(z, [&](ComputeOf<X> one) { return activate(activation, one); });
-  store(at<Y>(work.task.y, p), z, p.n);
+  if (sizeof(X) == 2 && work.task.y.dtype == work.task.x.dtype) store(at<X>(work.task.y, p), z, p.n);
+  else store(at<ComputeOf<X>>(work.task.y, p), z, p.n);
 }
 
 /// Sums of differences to a pivot that hold the moments to within a few roundings: the pivot is at most 4 standard
@@ -378,33 +415,43 @@ template <class S> NORMKIT_DEVICE S standardized(const Task& t, S dz, S x, S mea
   return t.where.data && dz == 0 ? S(0) : forward(x, mean, unit, origin);
 }
 
-/// Statistics as backward has solved them, for each of N elements.
+/// A statistic as backward has solved it: its mean and 1/std, and the coefficients of its gradient.
+struct Solved { double mean, rstd, b, c; };
+
+NORMKIT_DEVICE Solved solved_at(const Work& work, std::int64_t r) {
+  const std::int64_t all = work.task.geometry.statistics();
+  return {work.solved[r], work.solved[all + r], work.solved[2 * all + r], work.solved[3 * all + r]};
+}
+
+/// The same for each of N elements, as write_dx() wants it.
 template <class S, int N> struct Known {
   S mean[N], a[N], b[N], c[N], unit[N], origin[N];
-  NORMKIT_DEVICE void set(int e, const Work& work, std::int64_t r, double weight) {
-    const std::int64_t all = work.task.geometry.statistics();
-    const Statistic<S> s = statistic_of<S>(work.solved[r], work.solved[all + r]);
+  NORMKIT_DEVICE void set(int e, const Solved& solved, double weight) {
+    const Statistic<S> s = statistic_of<S>(solved.mean, solved.rstd);
     const Affine<S> standard = forward_affine(s, 1, 0);
     mean[e] = s.mean, a[e] = static_cast<S>(s.rstd * weight);
-    b[e] = static_cast<S>(work.solved[2 * all + r]), c[e] = static_cast<S>(work.solved[3 * all + r]);
+    b[e] = static_cast<S>(solved.b), c[e] = static_cast<S>(solved.c);
     unit[e] = standard.scale, origin[e] = standard.shift;
   }
-  NORMKIT_DEVICE void copy(int to, int from) {
-    mean[to] = mean[from], a[to] = a[from], b[to] = b[from], c[to] = c[from];
-    unit[to] = unit[from], origin[to] = origin[from];
+  NORMKIT_DEVICE void set_all(const Solved& solved, double weight) {
+    set(0, solved, weight);
+    NORMKIT_UNROLL
+    for (int e = 1; e < N; ++e)
+      mean[e] = mean[0], a[e] = a[0], b[e] = b[0], c[e] = c[0], unit[e] = unit[0], origin[e] = origin[0];
   }
 };
 
 /// dx of one vector, and where every element has parameters of its own, their gradients.
 template <class X>
 NORMKIT_DEVICE void write_dx(const Work& work, const Factors<ComputeOf<X>, kVector<X>>& given,
-                             const Known<ComputeOf<X>, kVector<X>>& known, Place p) {
+                             const Known<ComputeOf<X>, kVector<X>>& known, Place p, const Vector<X>& vx,
+                             const Vector<X>& vdy) {
   using S = ComputeOf<X>;
   constexpr int N = kVector<X>;
   const Task& t = work.task;
   S x[N], dz[N], weight[N];
-  widened(load(at<X>(t.x, p), p.n), x);
-  widened(load(at<X>(t.dy, p), p.n), dz);
+  widened(vx, x);
+  widened(vdy, dz);
   incoming(work, given, p, x, dz, weight);
   if (t.kind == ParamKind::element) {
     const std::int64_t first = offset_of(t.geometry, p);

@@ -1,118 +1,128 @@
 // From what tiles found to statistics and gradients of parameters, and running statistics: small kernels on small arrays.
-// A warp takes a statistic, a channel or a parameter; its lanes take what belongs to it in turn, then merge as a tree.
+// A few threads or a warp take a statistic, a channel or a parameter: what belongs to it in turn, then they merge as a tree.
 #pragma once
 
 #include "elements.cuh"
 
 namespace normkit::cuda {
 
-/// Calls f(k, warp) for the items of this warp.
-template <class F> NORMKIT_DEVICE void for_items(std::int64_t items, F f) {
-  const int per_block = block_threads() / kWarp;
-  for (std::int64_t k = block_index() * per_block + thread_index() / kWarp; k < items; k += block_count() * per_block)
-    f(k, Group::of(kWarp));
+inline Grid grid_for_items(std::int64_t items, int size) {
+  return {ceil_div(items, kBlockThreads / size), kBlockThreads, 0, 1};
 }
-
-inline Grid grid_for_items(std::int64_t items) { return {blocks_for(items, kBlockThreads / kWarp), kBlockThreads, 0}; }
 
 /// Where the partial result of tile `tile` of unit `unit` of statistic r lies: unit by unit (runs), or a row of columns for
 /// each tile (lanes).
 NORMKIT_DEVICE std::int64_t partial_of(const Work& work, std::int64_t r, std::int64_t unit, std::int64_t tile) {
   const Geometry& g = work.task.geometry;
-  if (work.task.traversal == Traversal::runs) return (r * work.units + unit) * work.runs.tiles + tile;
+  const Policy& policy = work.policy;
+  if (policy.traversal == Traversal::runs) return (r * policy.units + unit) * policy.runs.tiles + tile;
   const std::int64_t o = quotient(r, g.lanes), lane = r - o * g.lanes;
-  return (o * work.lanes.tiles + tile) * g.columns() + lane * work.units + unit;
+  return (o * policy.lanes.tiles + tile) * g.columns() + lane * policy.units + unit;
 }
 
-/// Statistics from the moments of their tiles, to those who asked for them and to `solved`: means, then 1/std.
+// ---- statistics --------------------------------------------------------------------------------------------------
+
+/// A statistic from the moments of its tiles, to those who asked for it and to `solved`.
+template <class S> NORMKIT_DEVICE void finish_forward(const Work& work, std::int64_t r, Group meeting) {
+  const Task& t = work.task;
+  const std::int64_t tiles = work.policy.tiles();
+  const auto moments_of = [&](std::int64_t k) {
+    const std::int64_t unit = quotient(k, tiles);
+    return moments_at(work.partials + 3 * partial_of(work, r, unit, k - unit * tiles));
+  };
+  const Moments m =
+      joined<Moments>(meeting, work.policy.units * tiles, moments_of, [](Moments a, Moments b) { return merge(a, b); });
+  if (meeting.rank != 0) return;
+  publish<S>(t, r, m);
+  work.solved[r] = m.mean, work.solved[t.geometry.statistics() + r] = rstd_of(m, t.eps);
+}
+
+/// The weight that all elements of a unit share; where they do not, the sums hold it.
+NORMKIT_DEVICE double weight_of(const Work& work, std::int64_t r, std::int64_t unit) {
+  if (!work.constant) return 1;
+  const Geometry& g = work.task.geometry;
+  const std::int64_t o = quotient(r, g.lanes);
+  const std::int64_t first = g.offset(o, 0, r - o * g.lanes, unit * work.policy.unit_run);
+  return element(work.task.weight, parameter(g, o, first), 1);
+}
+
+/// A statistic's gradient from what its tiles found, sums_of(unit, tile), and the gradients of its units' parameters. All
+/// threads that meet come; the one that leads writes.
+template <class S, class F>
+NORMKIT_DEVICE Solved solve(const Work& work, std::int64_t r, Group meeting, bool leads, F sums_of) {
+  const Task& t = work.task;
+  const std::int64_t units = work.policy.units;
+  const bool collects = t.dparams && t.kind != ParamKind::row;
+  Reduced total;
+  for (std::int64_t unit = 0; unit < (work.summed ? units : 0); ++unit) {
+    const Reduced part = joined<Reduced>(meeting, work.policy.tiles(), [&](std::int64_t tile) {
+      return sums_of(unit, tile);
+    }, [](Reduced a, Reduced b) { return a + b; });
+    const double weight = weight_of(work, r, unit);
+    total = total + Reduced{{weight * part.sums.g, weight * part.sums.gx, part.sums.d}, part.n};
+    if (!collects || !leads) continue;
+    double* const pair = t.dparams + 2 * (r * units + unit);
+    pair[0] = part.sums.gx, pair[1] = part.sums.g;
+  }
+  if (t.phase == Phase::reduce) {
+    if (leads) t.sums[3 * r] = total.sums.g, t.sums[3 * r + 1] = total.sums.gx, t.sums[3 * r + 2] = total.sums.d;
+    return {};
+  }
+  if (t.phase == Phase::apply) total = {{t.sums[3 * r], t.sums[3 * r + 1], t.sums[3 * r + 2]}, t.counts[r]};
+
+  // The sums are about the high part of the given mean: its low part, or the distance to the mean of the data, is still to come.
+  Statistic<S> s = given_statistic<S>(t, r);
+  double shift = 0, mean = static_cast<double>(s.mean) + static_cast<double>(s.mean_low);
+  if (t.centered && total.n > 0) shift = t.frozen ? static_cast<double>(s.mean_low) : total.sums.d / total.n;
+  if (t.centered && !t.frozen) mean = static_cast<double>(s.mean) + shift, s = statistic_of<S>(mean, s.rstd);
+  const Sums<double> sums = recenter(total.sums, shift);
+  const Gradient<S> gradient = t.frozen ? Gradient<S>{0, 0, 0} : gradient_of(s, sums, total.n, t.centered);
+  const Solved solved{mean, s.rstd, static_cast<double>(gradient.b), static_cast<double>(gradient.c)};
+  if (!leads) return solved;
+  if (work.solved) {
+    const std::int64_t all = t.geometry.statistics();
+    work.solved[r] = solved.mean, work.solved[all + r] = solved.rstd;
+    work.solved[2 * all + r] = solved.b, work.solved[3 * all + r] = solved.c;
+  }
+  for (std::int64_t unit = 0; unit < (collects ? units : 0); ++unit) {
+    double* const pair = t.dparams + 2 * (r * units + unit);
+    pair[0] = s.rstd * mul_add(-shift, pair[1], pair[0]);
+  }
+  return solved;
+}
+
+/// The same from the partial results of its tiles.
+template <class S> NORMKIT_DEVICE void finish_backward(const Work& work, std::int64_t r, Group meeting) {
+  solve<S>(work, r, meeting, meeting.rank == 0, [&](std::int64_t unit, std::int64_t tile) {
+    return reduced_at(work.partials + 4 * partial_of(work, r, unit, tile));
+  });
+}
+
 template <class S> struct ForwardFinish {
   static constexpr const char* kName = "ForwardFinish";
   static constexpr int kBlocks = 2;
   Work work;
 
   NORMKIT_DEVICE void operator()() const {
-    const Task& t = work.task;
-    const std::int64_t statistics = t.geometry.statistics(), tiles = work.tiles();
-    for_items(statistics, [&](std::int64_t r, Group warp) {
-      Moments m{0, 0, 0};
-      for (std::int64_t k = warp.rank; k < work.units * tiles; k += kWarp) {
-        const std::int64_t unit = quotient(k, tiles);
-        m = merge(m, moments_at(work.partials + 3 * partial_of(work, r, unit, k - unit * tiles)));
-      }
-      m = all_merge(warp, m);
-      if (warp.rank != 0) return;
-      publish<S>(t, r, m);
-      work.solved[r] = m.mean, work.solved[statistics + r] = rstd_of(m, t.eps);
-    });
+    const Group meeting = Group::of(work.policy.meeting);
+    const std::int64_t r = own_item(meeting.size);
+    if (r < work.task.geometry.statistics()) finish_forward<S>(work, r, meeting);
   }
 };
 
-/// From sums of units to the coefficients of a statistic's gradient, and the units' own gradients.
 template <class S> struct BackwardFinish {
   static constexpr const char* kName = "BackwardFinish";
   static constexpr int kBlocks = 2;
   Work work;
-  bool summed;  // false: nobody needs the sums
 
   NORMKIT_DEVICE void operator()() const {
-    for_items(work.task.geometry.statistics(), [&](std::int64_t r, Group warp) { finish(r, warp); });
-  }
-
- private:
-  NORMKIT_DEVICE void finish(std::int64_t r, Group warp) const {
-    const Task& t = work.task;
-    const bool collects = t.dparams && t.kind != ParamKind::row;
-    Reduced total;
-    for (std::int64_t unit = 0; unit < (summed ? work.units : 0); ++unit) {
-      Reduced part;
-      for (std::int64_t tile = warp.rank; tile < work.tiles(); tile += kWarp)
-        part = part + reduced_at(work.partials + 4 * partial_of(work, r, unit, tile));
-      part = all_sum(warp, part);
-      const double weight = weight_of(r, unit);
-      total = total + Reduced{{weight * part.sums.g, weight * part.sums.gx, part.sums.d}, part.n};
-      if (collects && warp.rank == 0) {
-        double* const pair = t.dparams + 2 * (r * work.units + unit);
-        pair[0] = part.sums.gx, pair[1] = part.sums.g;
-      }
-    }
-    if (warp.rank != 0) return;
-    if (t.phase == Phase::reduce) {
-      t.sums[3 * r] = total.sums.g, t.sums[3 * r + 1] = total.sums.gx, t.sums[3 * r + 2] = total.sums.d;
-      return;
-    }
-    if (t.phase == Phase::apply) total = {{t.sums[3 * r], t.sums[3 * r + 1], t.sums[3 * r + 2]}, t.counts[r]};
-    solve(r, total, collects);
-  }
-
-  /// The weight that all elements of a unit share; where they do not, the sums hold it.
-  NORMKIT_DEVICE double weight_of(std::int64_t r, std::int64_t unit) const {
-    if (!work.constant) return 1;
-    const Geometry& g = work.task.geometry;
-    const std::int64_t o = quotient(r, g.lanes);
-    const std::int64_t first = g.offset(o, 0, r - o * g.lanes, unit * work.unit_run);
-    return element(work.task.weight, parameter(g, o, first), 1);
-  }
-
-  /// The sums are about the high part of the given mean: its low part, or the distance to the mean of the data, is still to
-  /// come.
-  NORMKIT_DEVICE void solve(std::int64_t r, Reduced total, bool collects) const {
-    const Task& t = work.task;
-    const std::int64_t all = t.geometry.statistics();
-    Statistic<S> s = given_statistic<S>(t, r);
-    double shift = 0, mean = static_cast<double>(s.mean) + static_cast<double>(s.mean_low);
-    if (t.centered && total.n > 0) shift = t.frozen ? static_cast<double>(s.mean_low) : total.sums.d / total.n;
-    if (t.centered && !t.frozen) mean = static_cast<double>(s.mean) + shift, s = statistic_of<S>(mean, s.rstd);
-    const Sums<double> sums = recenter(total.sums, shift);
-    const Gradient<S> gradient = t.frozen ? Gradient<S>{0, 0, 0} : gradient_of(s, sums, total.n, t.centered);
-    work.solved[r] = mean, work.solved[all + r] = s.rstd;
-    work.solved[2 * all + r] = static_cast<double>(gradient.b),
-                          work.solved[3 * all + r] = static_cast<double>(gradient.c);
-    for (std::int64_t unit = 0; unit < (collects ? work.units : 0); ++unit) {
-      double* const pair = t.dparams + 2 * (r * work.units + unit);
-      pair[0] = s.rstd * mul_add(-shift, pair[1], pair[0]);
-    }
+    const Group meeting = Group::of(work.policy.meeting);
+    const std::int64_t r = own_item(meeting.size);
+    if (r < work.task.geometry.statistics()) finish_backward<S>(work, r, meeting);
   }
 };
+
+// ---- gradients of parameters -------------------------------------------------------------------------------------
 
 /// Which units share parameter p: (repeat * count + p) * inner + k for all repeats and all k < inner.
 struct Share { std::int64_t repeats = 1, count = 1, inner = 1; };
@@ -127,22 +137,22 @@ struct Totals {
   ParamGradient dweight, dbias;
 
   NORMKIT_DEVICE void operator()() const {
-    for_items(parameters, [&](std::int64_t p, Group warp) {
-      const std::int64_t o = quotient(p, share.count), within = p - o * share.count;
-      const double* const own = pairs + 2 * o * outer_units;
-      Sums<double> sums{0, 0, 0};  // g is that of dbias, gx of dweight
-      for (std::int64_t k = warp.rank; k < share.repeats * share.inner; k += kWarp) {
-        const std::int64_t repeat = quotient(k, share.inner);
-        const double* const pair =
-            own + 2 * ((repeat * share.count + within) * share.inner + (k - repeat * share.inner));
-        sums.gx += pair[0], sums.g += pair[1];
-      }
-      sums = all_sum(warp, sums);
-      if (warp.rank != 0) return;
-      const double dw[1] = {sums.gx}, db[1] = {sums.g};
-      if (dweight.data) put_elements(dweight, p, dw, 1);
-      if (dbias.data) put_elements(dbias, p, db, 1);
-    });
+    const Group warp = Group::of(kWarp);
+    const std::int64_t p = own_item(kWarp);
+    if (p >= parameters) return;
+    const std::int64_t o = quotient(p, share.count), within = p - o * share.count;
+    const double* const own = pairs + 2 * o * outer_units;
+    Sums<double> sums{0, 0, 0};  // g is that of dbias, gx of dweight
+    for (std::int64_t k = warp.rank; k < share.repeats * share.inner; k += kWarp) {
+      const std::int64_t repeat = quotient(k, share.inner);
+      const double* const pair = own + 2 * ((repeat * share.count + within) * share.inner + (k - repeat * share.inner));
+      sums.gx += pair[0], sums.g += pair[1];
+    }
+    sums = all_sum(warp, sums);
+    if (warp.rank != 0) return;
+    const double dw[1] = {sums.gx}, db[1] = {sums.g};
+    if (dweight.data) put_elements(dweight, p, dw, 1);
+    if (dbias.data) put_elements(dbias, p, db, 1);
   }
 };
 
@@ -163,20 +173,21 @@ struct UpdateRunning {
   Running running;
 
   NORMKIT_DEVICE void operator()() const {
-    for_items(running.count, [&](std::int64_t c, Group warp) {
-      const Running& r = running;
-      Moments sum{0, 0, 0};  // of means and variances, and how many there are
-      for (std::int64_t k = warp.rank; k < statistics / r.count; k += kWarp) {
-        const std::int64_t turn = quotient(k, r.stride);
-        const Moments m = moments_at(moments + 3 * ((turn * r.count + c) * r.stride + (k - turn * r.stride)));
-        if (m.n >= 2) sum = {sum.mean + m.mean, sum.m2 + m.m2 / (m.n - 1), sum.n + 1};
-      }
-      sum = all_join(warp, sum,
-                     [](Moments a, Moments b) -> Moments { return {a.mean + b.mean, a.m2 + b.m2, a.n + b.n}; });
-      if (warp.rank != 0 || sum.n == 0) return;
-      put(r.mean + c * r.mean_stride, r.mean_dtype, sum.mean / sum.n);
-      put(r.var + c * r.var_stride, r.var_dtype, sum.m2 / sum.n);
-    });
+    const Group warp = Group::of(kWarp);
+    const std::int64_t c = own_item(kWarp);
+    if (c >= running.count) return;
+    const Running& r = running;
+    Moments sum{0, 0, 0};  // of means and variances, and how many there are
+    for (std::int64_t k = warp.rank; k < statistics / r.count; k += kWarp) {
+      const std::int64_t turn = quotient(k, r.stride);
+      const Moments m = moments_at(moments + 3 * ((turn * r.count + c) * r.stride + (k - turn * r.stride)));
+      if (m.n >= 2) sum = {sum.mean + m.mean, sum.m2 + m.m2 / (m.n - 1), sum.n + 1};
+    }
+    sum =
+        all_join(warp, sum, [](Moments a, Moments b) -> Moments { return {a.mean + b.mean, a.m2 + b.m2, a.n + b.n}; });
+    if (warp.rank != 0 || sum.n == 0) return;
+    put(r.mean + c * r.mean_stride, r.mean_dtype, sum.mean / sum.n);
+    put(r.var + c * r.var_stride, r.var_dtype, sum.m2 / sum.n);
   }
 
  private:
@@ -195,11 +206,10 @@ struct ReadRunning {
 
   NORMKIT_DEVICE void operator()() const {
     const Running& r = running;
-    for_items(r.count, [&](std::int64_t c, Group warp) {
-      if (warp.rank != 0) return;
-      given[c] = running_value(r.mean, r.mean_dtype, r.mean_stride, c);
-      given[r.count + c] = running_value(r.var, r.var_dtype, r.var_stride, c);
-    });
+    const std::int64_t c = own_item(1);
+    if (c >= r.count) return;
+    given[c] = running_value(r.mean, r.mean_dtype, r.mean_stride, c);
+    given[r.count + c] = running_value(r.var, r.var_dtype, r.var_stride, c);
   }
 };
 
@@ -210,14 +220,13 @@ template <class S> struct CopyGiven {
   Task task;
 
   NORMKIT_DEVICE void operator()() const {
-    for_items(task.geometry.statistics(), [&](std::int64_t r, Group warp) {
-      if (warp.rank != 0) return;
-      const Given& given = task.given;
-      const std::int64_t index = remainder(quotient(r, given.stride), given.count);
-      const double scale = element(given.scale, given.scale_dtype, index);
-      if (task.mean) *at<S>(task.mean, r) = static_cast<S>(element(given.mean, given.mean_dtype, index));
-      if (task.rstd) *at<S>(task.rstd, r) = static_cast<S>(given.is_variance ? rstd_of(scale, task.eps) : scale);
-    });
+    const std::int64_t r = own_item(1);
+    if (r >= task.geometry.statistics()) return;
+    const Given& given = task.given;
+    const std::int64_t index = remainder(quotient(r, given.stride), given.count);
+    const double scale = element(given.scale, given.scale_dtype, index);
+    if (task.mean) *at<S>(task.mean, r) = static_cast<S>(element(given.mean, given.mean_dtype, index));
+    if (task.rstd) *at<S>(task.rstd, r) = static_cast<S>(given.is_variance ? rstd_of(scale, task.eps) : scale);
   }
 };
 

@@ -6,10 +6,6 @@
 
 namespace normkit::cuda {
 
-inline constexpr int kWarp = 32;
-/// Shared memory that a block keeps for what its warps tell each other: 8 values of up to 64 bytes.
-inline constexpr int kGroupBytes = 512;
-
 /// `size` threads: a power of two up to 32, or the block. `scratch`: kGroupBytes, used where there is more than one warp.
 struct Group {
   int rank, size;
@@ -24,6 +20,25 @@ struct Group {
   NORMKIT_DEVICE int width() const { return size < kWarp ? size : kWarp; }
 };
 
+/// The item of this thread's group, where groups of `size` threads take one each: a number beyond the last for some.
+NORMKIT_DEVICE std::int64_t own_item(int size) {
+  return block_index() * (block_threads() / size) + thread_index() / size;
+}
+
+/// What the tiles of a team found, in the shared memory of each of its blocks: nobody reads another block's copy, so that
+/// blocks may leave when they have read their own.
+template <class T> struct Board {
+  NORMKIT_DEVICE static T* of(std::byte* shared) { return reinterpret_cast<T*>(shared + kGroupBytes); }
+  /// Tells all blocks of the cluster, each of which must be known to run. All threads of the group know `v`.
+  NORMKIT_DEVICE static void post(Group group, int blocks, int tile, T v) {
+    if (group.rank < blocks) of(peer_memory(group.rank))[tile] = v;
+  }
+  NORMKIT_DEVICE static T read(int tile) {
+    if (NORMKIT_PLANTED(read_of_peer)) return of(peer_memory((cluster_rank() + 1) % 2))[tile];
+    return of(shared_memory())[tile];
+  }
+};
+
 /// join(...join(join(v of thread 0, v of 1), ...)) as a tree: neighbors first. join need not be commutative.
 template <class T, class Join> NORMKIT_DEVICE T all_join(Group group, T v, Join join) {
   const int lane = thread_index() % kWarp;
@@ -35,9 +50,7 @@ template <class T, class Join> NORMKIT_DEVICE T all_join(Group group, T v, Join 
   static_assert(sizeof(T) * 8 <= kGroupBytes);
   T* const warp = reinterpret_cast<T*>(group.scratch);
   if (lane == 0) warp[group.rank / kWarp] = v;
-#if !defined(NORMKIT_PLANT_MISSING_BARRIER)
-  sync_block();
-#endif
+  if (!NORMKIT_PLANTED(missing_barrier)) sync_block();
   v = warp[0];
   for (int k = 1; k < group.size / kWarp; ++k) v = join(v, warp[k]);
   sync_block();  // scratch may be written again
@@ -50,6 +63,15 @@ template <class T> NORMKIT_DEVICE T all_sum(Group group, T v) {
 
 NORMKIT_DEVICE Moments all_merge(Group group, Moments m) {
   return all_join(group, m, [](Moments a, Moments b) { return merge(a, b); });
+}
+
+/// at(0), at(1), .. at(count - 1) as one: threads take them in turn, then meet as a tree. Wherever tiles meet they meet here, in
+/// a group of Policy::meeting threads, so that no schedule shows in the bits.
+template <class T, class At, class Join>
+NORMKIT_DEVICE T joined(Group meeting, std::int64_t count, At at, Join join) {
+  T all{};
+  for (std::int64_t k = meeting.rank; k < count; k += meeting.size) all = join(all, at(k));
+  return all_join(meeting, all, join);
 }
 
 /// `v` of thread 0.

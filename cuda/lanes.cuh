@@ -12,7 +12,7 @@
 // Which columns share a block is left out of that order, so a column's bits do not depend on its neighbors.
 #pragma once
 
-#include "elements.cuh"
+#include "finish.cuh"
 
 namespace normkit::cuda {
 
@@ -29,9 +29,9 @@ struct Strand {
 /// That of slot `slot` in the block with index `block`.
 template <class X> NORMKIT_DEVICE Strand strand_of(const Work& work, std::int64_t block, int slot) {
   const Geometry& g = work.task.geometry;
-  const LanesTiling& tiling = work.lanes;
+  const LanesTiling& tiling = work.policy.lanes;
   const std::int64_t row = quotient(block, tiling.slabs), slab = block - row * tiling.slabs;
-  const std::int64_t index = row * (kSlots / tiling.slots) + slot / tiling.slots;
+  const std::int64_t index = row * tiling.abreast() + slot / tiling.slots;
   Strand s;
   s.o = quotient(index, tiling.tiles), s.tile = index - s.o * tiling.tiles;
   s.column = (slab * tiling.slots + slot % tiling.slots) * kVector<X>;
@@ -44,32 +44,40 @@ template <class X> NORMKIT_DEVICE Strand strand_of(const Work& work, std::int64_
   return s;
 }
 
-constexpr std::int64_t lanes_blocks(const Work& work) {
-  return ceil_div(work.task.geometry.outer * work.lanes.tiles, kSlots / work.lanes.slots) * work.lanes.slabs;
+/// What is left when statistics are known goes backwards, since what was summed last is still in the cache.
+NORMKIT_DEVICE std::int64_t own_block(const Work& work) {
+  return work.stage == Stage::rest ? block_count() - 1 - block_index() : block_index();
 }
 
-/// Calls f(block) for this block and those that it takes over from the ones that were not launched.
-template <class F> NORMKIT_DEVICE void for_blocks(const Work& work, F f) {
-  const std::int64_t blocks = lanes_blocks(work);
-  for (std::int64_t b = block_index(); b < blocks; b += block_count()) f(b);
+/// Calls f(statistic, group) for the statistics of a block which has all of each, Policy::meeting threads to each.
+template <class X, class F> NORMKIT_DEVICE void for_statistics(const Work& work, std::int64_t block, F f) {
+  const Geometry& g = work.task.geometry;
+  const LanesTiling& tiling = work.policy.lanes;
+  const int size = work.policy.meeting, slab_columns = tiling.slots * kVector<X>;
+  const std::int64_t row = quotient(block, tiling.slabs), first = (block - row * tiling.slabs) * slab_columns;
+  const std::int64_t left = g.columns() - first, o = row * tiling.abreast();
+  const std::int64_t lanes = quotient(left < slab_columns ? left : slab_columns, g.run);
+  const std::int64_t outers = g.outer - o < tiling.abreast() ? g.outer - o : tiling.abreast();
+  for (std::int64_t k = thread_index() / size; k < outers * lanes; k += block_threads() / size) {
+    const std::int64_t down = quotient(k, lanes);
+    f((o + down) * g.lanes + quotient(first, g.run) + (k - down * lanes), Group::of(size));
+  }
 }
 
 inline constexpr int kPairs = kStrands / 2;
 
-/// Bytes of shared memory in which pairs of strands meet: a value of T for each column of each.
-template <class X, class T> constexpr int kMeetingBytes = kPairs * kSlots * kVector<X> * static_cast<int>(sizeof(T));
-
-/// Joins what the strands of a block found for their columns, strand by strand, and calls put(strand of the column's slot,
-/// column within it, value). All threads of the block come here.
-template <class X, class T, class Join, class Put>
-NORMKIT_DEVICE void join_strands(const Work& work, std::int64_t block, const T (&own)[kVector<X>], Join join, Put put) {
+/// Joins what the strands of a block found, strand by strand: own() is what this thread has of its first column, then of its
+/// second, and so on. Calls put(strand of the column's slot, column within it, value). All threads of the block come here, and
+/// what was put is there for all of them afterwards.
+template <class X, class T, class Own, class Join, class Put>
+NORMKIT_DEVICE void join_strands(const Work& work, std::int64_t block, Own own, Join join, Put put) {
   constexpr int N = kVector<X>;
   const int thread = thread_index(), lane = thread % kWarp;
   T* const meeting = reinterpret_cast<T*>(shared_memory());
-  NORMKIT_UNROLL
+  NORMKIT_ROLL
   for (int e = 0; e < N; ++e) {
-    const T other = shuffle(own[e], lane ^ kSlots, ~0u);
-    if (lane < kSlots) meeting[(thread / kWarp * kSlots + lane) * N + e] = join(own[e], other);
+    const T v = own(), other = shuffle(v, lane ^ kSlots, ~0u);
+    if (lane < kSlots) meeting[(thread / kWarp * kSlots + lane) * N + e] = join(v, other);
   }
   sync_block();
   for (int column = thread; column < kSlots * N; column += block_threads()) {
@@ -84,7 +92,7 @@ NORMKIT_DEVICE void join_strands(const Work& work, std::int64_t block, const T (
 
 /// Where the partial result of a column of a tile belongs.
 NORMKIT_DEVICE std::int64_t partial_index(const Work& work, const Strand& s, int e) {
-  return (s.o * work.lanes.tiles + s.tile) * work.task.geometry.columns() + s.column + e;
+  return (s.o * work.policy.lanes.tiles + s.tile) * work.task.geometry.columns() + s.column + e;
 }
 
 // ---- forward -----------------------------------------------------------------------------------------------------
@@ -98,7 +106,7 @@ NORMKIT_DEVICE Moments careful_strand(const Task& t, const Strand& s, int e, dou
       Place p = s[j];
       p.i += e, p.n = 1;
       if (!members_of(t, p)) continue;
-      const double d = static_cast<double>(value_of(*at<X>(t.x, p))) - pivot;
+      const double d = static_cast<double>(value_of(read_x<X>(t, p)[0])) - pivot;
       sum += d, squares = mul_add(d, d, squares);
     }
     return from_pivot(pivot, sum, squares, n);
@@ -110,25 +118,51 @@ NORMKIT_DEVICE Moments careful_strand(const Task& t, const Strand& s, int e, dou
   return sums_about(sums_about(first).mean);
 }
 
-/// The moments of every column of every tile.
-template <class X> struct LanesSums {
-  static constexpr const char* kName = "LanesSums";
-  static constexpr int kBlocks = kVector<X> < 8 ? 2 : 1;
+/// What the columns of a strand are made with.
+template <class X> NORMKIT_DEVICE Factors<ComputeOf<X>, kVector<X>> given_factors(const Work& work, const Strand& s) {
+  const Task& t = work.task;
+  const Geometry& g = t.geometry;
+  Cycle given(s.o * g.columns() + s.column, g.run * t.given.stride, t.given.count);
+  Cycle own(g.offset(s.o, 0, 0, s.column), g.params.stride, g.params.count);
+  Factors<ComputeOf<X>, kVector<X>> factors;
+  NORMKIT_UNROLL
+  for (int e = 0; e < kVector<X>; ++e) {
+    const std::int64_t parameter = s.o * g.params.outer + own.index;
+    const double weight = work.constant ? element(t.weight, parameter, 1) : 1;
+    const double bias = work.constant ? element(t.bias, parameter, 0) : 0;
+    factors.set(e, given_at<ComputeOf<X>>(t, given.index), weight, bias);
+    if (e + 1 < s.n) given.next(), own.next();
+  }
+  return factors;
+}
+
+/// Stage::all: statistics of one tile, then y. Stage::sums: the moments of every column of every tile. Stage::rest: y, with
+/// given statistics.
+template <class X> struct LanesForward {
+  static constexpr const char* kName = "LanesForward";
+  static constexpr int kBlocks = 2;
   Work work;
 
   NORMKIT_DEVICE void operator()() const {
-    for_blocks(work, [&](std::int64_t block) {
-      Moments own[kVector<X>];
-      strand_moments(strand_of<X>(work, block, thread_index() % kSlots), own);
-      join_strands<X>(work, block, own, [](Moments a, Moments b) {
-        return merge(a, b);
-      }, [&](const Strand& s, int e, Moments m) { put(m, work.partials + 3 * partial_index(work, s, e)); });
-    });
+    using S = ComputeOf<X>;
+    const std::int64_t block = own_block(work);
+    const Strand s = strand_of<X>(work, block, thread_index() % kSlots);
+    if (work.stage != Stage::rest) sum(block, s);
+    if (work.stage == Stage::all) {
+      for_statistics<X>(work, block, [&](std::int64_t r, Group meeting) { finish_forward<S>(work, r, meeting); });
+      sync_block();
+    }
+    if (work.stage == Stage::sums || work.task.phase == Phase::reduce || s.n == 0 || s.steps == 0) return;
+    const Factors<S, kVector<X>> factors = given_factors<X>(work, s);
+    NORMKIT_ROLL
+    for (int j = 0; j < s.steps; ++j)
+      write_y<X>(work, factors, s[j],
+                 work.stage == Stage::all ? read_x<X>(work.task, s[j]) : form_x<X>(work.task, s[j]));
   }
 
  private:
   /// About the first member of each column. A strand is short: its sums need no more care than that.
-  NORMKIT_DEVICE void strand_moments(const Strand& s, Moments (&own)[kVector<X>]) const {
+  NORMKIT_DEVICE void sum(std::int64_t block, const Strand& s) const {
     using S = ComputeOf<X>;
     constexpr int N = kVector<X>;
     const Task& t = work.task;
@@ -136,7 +170,7 @@ template <class X> struct LanesSums {
     NORMKIT_UNROLL
     for (int e = 0; e < N; ++e) pivot[e] = sum[e] = squares[e] = n[e] = 0;
     for (int j = 0; j < (s.n ? s.steps : 0); ++j) {
-      const Vector<X> v = read_x<X>(t, s[j]);
+      const Vector<X> v = form_x<X>(t, s[j]);
       const unsigned members = members_of(t, s[j]);
       NORMKIT_UNROLL
       for (int e = 0; e < N; ++e) {
@@ -148,71 +182,67 @@ template <class X> struct LanesSums {
         n[e] += member ? S(1) : S(0);
       }
     }
-    unsigned doubtful = 0;
-    NORMKIT_UNROLL
-    for (int e = 0; e < N; ++e) {
-      const double all = static_cast<double>(sum[e]), q = static_cast<double>(squares[e]),
-                   count = static_cast<double>(n[e]);
-      own[e] = t.centered ? from_pivot(static_cast<double>(pivot[e]), all, q, count) : Moments{0, q, count};
-      if (e < s.n && count > 0 && !trustworthy<S>(all, q, count, t.centered)) doubtful |= 1u << e;
-    }
-    NORMKIT_UNROLL
-    for (int e = 0; e < N; ++e)
-      if (doubtful >> e & 1)
-        own[e] = careful_strand<X>(t, s, e, static_cast<double>(pivot[e]), static_cast<double>(n[e]));
-  }
-};
-
-/// What the columns of a strand are made with.
-template <class X> NORMKIT_DEVICE Factors<ComputeOf<X>, kVector<X>> given_factors(const Work& work, const Strand& s) {
-  const Task& t = work.task;
-  const Geometry& g = t.geometry;
-  Factors<ComputeOf<X>, kVector<X>> factors;
-  NORMKIT_UNROLL
-  for (int e = 0; e < kVector<X>; ++e) {
-    const std::int64_t column = s.column + (e < s.n ? e : 0);
-    const Statistic<ComputeOf<X>> known = given_statistic<ComputeOf<X>>(t, s.o * g.lanes + quotient(column, g.run));
-    const std::int64_t own = parameter(g, s.o, g.offset(s.o, 0, 0, column));
-    factors.set(e, known, work.constant ? element(t.weight, own, 1) : 1, work.constant ? element(t.bias, own, 0) : 0);
-  }
-  return factors;
-}
-
-template <class X, class Y> struct LanesApply {
-  static constexpr const char* kName = "LanesApply";
-  static constexpr int kBlocks = 2;
-  Work work;
-
-  NORMKIT_DEVICE void operator()() const {
-    for_blocks(work, [&](std::int64_t block) {
-      const Strand s = strand_of<X>(work, block, thread_index() % kSlots);
-      if (s.n == 0 || s.steps == 0) return;
-      const Factors<ComputeOf<X>, kVector<X>> factors = given_factors<X>(work, s);
-      NORMKIT_ROLL
-      for (int j = 0; j < s.steps; ++j) write_y<X, Y>(work, factors, s[j], read_x<X>(work.task, s[j]));
-    });
+    int column = 0;
+    const auto own = [&]() -> Moments {
+      const double first = static_cast<double>(take(pivot)), all = static_cast<double>(take(sum)),
+                   q = static_cast<double>(take(squares)), count = static_cast<double>(take(n));
+      const int e = column++;
+      if (count > 0 && !trustworthy<S>(all, q, count, t.centered)) return careful_strand<X>(t, s, e, first, count);
+      return t.centered ? from_pivot(first, all, q, count) : Moments{0, q, count};
+    };
+    join_strands<X, Moments>(work, block, own, [](Moments a, Moments b) {
+      return merge(a, b);
+    }, [&](const Strand& of, int e, Moments m) { put(m, work.partials + 3 * partial_index(work, of, e)); });
   }
 };
 
 // ---- backward ----------------------------------------------------------------------------------------------------
 
-template <class X> struct LanesBackwardSums {
-  static constexpr const char* kName = "LanesBackwardSums";
+/// Stage::all: sums of one tile, then dx. Stage::sums: those of every column of every tile. Stage::rest: dx, of statistics that
+/// are solved.
+template <class X> struct LanesBackward {
+  static constexpr const char* kName = "LanesBackward";
   static constexpr int kBlocks = 1;
   Work work;
 
   NORMKIT_DEVICE void operator()() const {
-    for_blocks(work, [&](std::int64_t block) {
-      Reduced own[kVector<X>];
-      strand_sums(strand_of<X>(work, block, thread_index() % kSlots), own);
-      join_strands<X>(work, block, own, [](Reduced a, Reduced b) {
-        return a + b;
-      }, [&](const Strand& s, int e, Reduced r) { put(r, work.partials + 4 * partial_index(work, s, e)); });
-    });
+    using S = ComputeOf<X>;
+    constexpr int N = kVector<X>;
+    const Task& t = work.task;
+    const std::int64_t block = own_block(work);
+    const Strand s = strand_of<X>(work, block, thread_index() % kSlots);
+    const int steps = s.n ? s.steps : 0;
+    Factors<S, N> given;
+    if (steps) given = given_factors<X>(work, s);
+    if (work.stage != Stage::rest) sum(block, s, given);
+    if (work.stage == Stage::all) {
+      for_statistics<X>(work, block, [&](std::int64_t r, Group meeting) { finish_backward<S>(work, r, meeting); });
+      sync_block();
+    }
+    const bool wanted = t.phase != Phase::reduce && (t.dx.data || t.kind == ParamKind::element);
+    if (work.stage == Stage::sums || !wanted || steps == 0) return;
+    const Known<S, N> known = known_of(s);
+    NORMKIT_ROLL
+    for (int j = 0; j < steps; ++j)
+      write_dx<X>(work, given, known, s[j], load(at<X>(t.x, s[j]), s.n), load(at<X>(t.dy, s[j]), s.n));
   }
 
  private:
-  NORMKIT_DEVICE void strand_sums(const Strand& s, Reduced (&own)[kVector<X>]) const {
+  NORMKIT_DEVICE Known<ComputeOf<X>, kVector<X>> known_of(const Strand& s) const {
+    const Geometry& g = work.task.geometry;
+    Cycle statistic(s.o * g.columns() + s.column, g.run, g.statistics());
+    Cycle own(g.offset(s.o, 0, 0, s.column), g.params.stride, g.params.count);
+    Known<ComputeOf<X>, kVector<X>> known;
+    NORMKIT_UNROLL
+    for (int e = 0; e < kVector<X>; ++e) {
+      const double weight = work.constant ? element(work.task.weight, s.o * g.params.outer + own.index, 1) : 1;
+      known.set(e, solved_at(work, statistic.index), weight);
+      if (e + 1 < s.n) statistic.next(), own.next();
+    }
+    return known;
+  }
+
+  NORMKIT_DEVICE void sum(std::int64_t block, const Strand& s, const Factors<ComputeOf<X>, kVector<X>>& given) const {
     using S = ComputeOf<X>;
     constexpr int N = kVector<X>;
     const Task& t = work.task;
@@ -221,19 +251,16 @@ template <class X> struct LanesBackwardSums {
     S n[N];
     NORMKIT_UNROLL
     for (int e = 0; e < N; ++e) sums[e] = {0, 0, 0}, n[e] = 0;
-    const int steps = s.n ? s.steps : 0;
-    Factors<S, N> factors;
-    if (steps) factors = given_factors<X>(work, s);
-    for (int j = 0; j < steps; ++j) {
+    for (int j = 0; j < (s.n ? s.steps : 0); ++j) {
       const Place p = s[j];
       S x[N], g[N], weight[N];
       widened(load(at<X>(t.x, p), p.n), x);
       widened(load(at<X>(t.dy, p), p.n), g);
-      incoming(work, factors, p, x, g, weight);
+      incoming(work, given, p, x, g, weight);
       const unsigned members = members_of(t, p);
       NORMKIT_UNROLL
       for (int e = 0; e < N; ++e) {
-        const S d = x[e] - factors.mean[e], weighted = g[e] * weight[e];
+        const S d = x[e] - given.mean[e], weighted = g[e] * weight[e];
         const bool member = members >> e & 1;
         sums[e].g += weighted;
         sums[e].gx = mul_add(weighted, gaps && weighted == 0 ? S(0) : d, sums[e].gx);
@@ -241,37 +268,14 @@ template <class X> struct LanesBackwardSums {
         n[e] += member ? S(1) : S(0);
       }
     }
-    NORMKIT_UNROLL
-    for (int e = 0; e < N; ++e)
-      own[e] = {{static_cast<double>(sums[e].g), static_cast<double>(sums[e].gx), static_cast<double>(sums[e].d)},
-                static_cast<double>(n[e])};
-  }
-};
-
-template <class X> struct LanesBackwardApply {
-  static constexpr const char* kName = "LanesBackwardApply";
-  static constexpr int kBlocks = 1;
-  Work work;
-
-  NORMKIT_DEVICE void operator()() const {
-    using S = ComputeOf<X>;
-    constexpr int N = kVector<X>;
-    for_blocks(work, [&](std::int64_t block) {
-      const Strand s = strand_of<X>(work, block, thread_index() % kSlots);
-      if (s.n == 0 || s.steps == 0) return;
-      const Task& t = work.task;
-      const Geometry& g = t.geometry;
-      const Factors<S, N> given = given_factors<X>(work, s);
-      Known<S, N> known;
-      NORMKIT_UNROLL
-      for (int e = 0; e < N; ++e) {
-        const std::int64_t column = s.column + (e < s.n ? e : 0);
-        const std::int64_t own = parameter(g, s.o, g.offset(s.o, 0, 0, column));
-        known.set(e, work, s.o * g.lanes + quotient(column, g.run), work.constant ? element(t.weight, own, 1) : 1);
-      }
-      NORMKIT_ROLL
-      for (int j = 0; j < s.steps; ++j) write_dx<X>(work, given, known, s[j]);
-    });
+    const auto own = [&]() -> Reduced {
+      const Sums<S> all = take(sums);
+      return {{static_cast<double>(all.g), static_cast<double>(all.gx), static_cast<double>(all.d)},
+              static_cast<double>(take(n))};
+    };
+    join_strands<X, Reduced>(work, block, own, [](Reduced a, Reduced b) {
+      return a + b;
+    }, [&](const Strand& of, int e, Reduced r) { put(r, work.partials + 4 * partial_index(work, of, e)); });
   }
 };
 

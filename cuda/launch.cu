@@ -6,15 +6,15 @@
 
 namespace normkit::cuda {
 
-extern const Kernels kernels_float32, kernels_float64, kernels_float16, kernels_bfloat16, kernels_uint8, kernels_int8,
-    kernels_uint16, kernels_int16;
+extern const Kernels kernels_float32, kernels_float64, kernels_float16, kernels_bfloat16;
 
 #if !defined(NORMKIT_SHIM)
 void check(cudaError_t status, const char* what, Grid grid) {
   if (status == cudaSuccess) return;
   throw DeviceError(std::string("CUDA: ") + cudaGetErrorString(status) + " (" + what + ", " +
                     std::to_string(grid.blocks) + " blocks of " + std::to_string(grid.threads) + " threads, " +
-                    std::to_string(grid.shared_bytes) + " bytes of shared memory)");
+                    std::to_string(grid.shared_bytes) + " bytes of shared memory, clusters of " +
+                    std::to_string(grid.cluster) + ")");
 }
 #endif
 
@@ -23,15 +23,14 @@ bool available() { return has_device(); }
 
 namespace {
 
+/// The type that elements have in a kernel: integers become floats when they are read.
+Dtype held_dtype(Dtype dtype) { return is_floating(dtype) ? dtype : Dtype::float32; }
+
 const Kernels& kernels_for(Dtype dtype) {
-  switch (dtype) {
+  switch (held_dtype(dtype)) {
     case Dtype::float64: return kernels_float64;
     case Dtype::float16: return kernels_float16;
     case Dtype::bfloat16: return kernels_bfloat16;
-    case Dtype::uint8: return kernels_uint8;
-    case Dtype::int8: return kernels_int8;
-    case Dtype::uint16: return kernels_uint16;
-    case Dtype::int16: return kernels_int16;
     default: return kernels_float32;
   }
 }
@@ -61,21 +60,22 @@ Given given_by(double* mean, double* scale, std::int64_t stride, std::int64_t co
   return {bytes(mean), bytes(scale), Dtype::float64, Dtype::float64, stride, count, is_variance};
 }
 
-/// What both directions share. `pieces`: parameters change within a run, and each piece of it is a unit.
-Work work_for(const Task& t, bool pieces) {
+/// What both directions share. `pieces`: as policy_for() has it.
+Work work_for(const Task& t, Direction direction, bool pieces) {
   const Geometry& g = t.geometry;
   Work work;
   work.task = t;
-  const int size = size_of(t.x.dtype);
-  if (t.traversal == Traversal::lanes) {
-    work.lanes = lanes_tiling_for(g.steps, g.columns(), size);
-    work.units = g.run, work.constant = constant_in_column(g);
-  } else {
-    work.units = pieces ? g.run / g.params.stride : 1, work.unit_run = g.run / work.units;
-    work.runs = tiling_for(g.steps, work.unit_run, size);
-    work.constant = pieces || constant_in_statistic(g);
-  }
+  work.policy = policy_for(g, t.traversal, size_of(held_dtype(t.x.dtype)), direction, pieces);
+  work.forms_x = t.residual.data || !is_floating(t.x.dtype);
+  if (t.traversal == Traversal::lanes) work.constant = constant_in_column(g);
+  else work.constant = pieces || constant_in_statistic(g);
   return work;
+}
+
+/// Doubles of the partial results of all tiles.
+std::int64_t partial_doubles(const Work& work) {
+  const std::int64_t each = work.policy.direction == Direction::forward ? 3 : 4;
+  return each * work.task.geometry.statistics() * work.policy.units * work.policy.tiles();
 }
 
 // ---- forward -----------------------------------------------------------------------------------------------------
@@ -85,8 +85,9 @@ struct ForwardSpace {
   double* moments = nullptr;  // of each statistic, for the update of running statistics
 };
 
+/// True where tiles meet in the workspace, or may have to: whether the device has teams is not known yet.
 bool is_split(const Work& work) {
-  return !work.task.frozen && (work.task.traversal == Traversal::lanes || work.runs.tiles > 1);
+  return !work.task.frozen && (work.task.traversal == Traversal::lanes || work.policy.runs.tiles > 1);
 }
 
 bool is_dense(const Running& r) {
@@ -97,7 +98,7 @@ ForwardSpace carve(Carver& carver, const ForwardJob& job, Work& work) {
   ForwardSpace space;
   const std::int64_t statistics = work.task.geometry.statistics();
   if (is_split(work)) {
-    work.partials = carver.take(3 * statistics * work.units * work.tiles());
+    work.partials = carver.take(partial_doubles(work));
     work.solved = carver.take(2 * statistics);
   }
   if (!job.running.mean) return space;
@@ -109,25 +110,31 @@ ForwardSpace carve(Carver& carver, const ForwardJob& job, Work& work) {
 /// Statistics that are given as running ones.
 void use_running(Task& t, const Running& r, double* dense, Stream stream) {
   if (dense) {
-    launch(ReadRunning{r, dense}, grid_for_items(r.count), stream);
+    launch(ReadRunning{r, dense}, grid_for_items(r.count, 1), stream);
     t.given = given_by(dense, dense + r.count, r.stride, r.count, true);
   } else {
     t.given = {r.mean, r.var, r.mean_dtype, r.var_dtype, r.stride, r.count, true};
   }
-  if (t.mean || t.rstd) launch_for<CopyGiven>(t, grid_for_items(t.geometry.statistics()), stream, t);
+  if (t.mean || t.rstd) launch_for<CopyGiven>(t, grid_for_items(t.geometry.statistics(), 1), stream, t);
 }
 
-/// Two phases for statistics of several tiles: moments of all of them, then y.
-void run_split(const Kernels& kernels, Work& work, Stream stream) {
+/// Statistics and y in one launch by teams, else in three: moments of all tiles, statistics, y.
+void run_forward(const Kernels& kernels, Work& work, int device, Stream stream) {
   Task& t = work.task;
-  const bool lanes = t.traversal == Traversal::lanes;
   const std::int64_t statistics = t.geometry.statistics();
-  (lanes ? kernels.lanes_sums : kernels.sums)(work, stream);
-  launch_for<ForwardFinish>(t, grid_for_items(statistics), stream, work);
+  if (t.frozen) {
+    work.stage = Stage::rest;
+    return kernels.run(work, stream);
+  }
+  if (work.solved) t.given = given_by(work.solved, work.solved + statistics, 1, statistics, false);
+  if (work.policy.team.exists() && kernels.has_team(work, device)) return kernels.run(work, stream);
+  work.stage = Stage::sums;
+  kernels.run(work, stream);
+  launch_for<ForwardFinish>(t, grid_for_items(statistics, work.policy.meeting), stream, work);
   if (t.phase == Phase::reduce) return;
-  t.given = given_by(work.solved, work.solved + statistics, 1, statistics, false);
-  t.residual = {};  // x is formed
-  (lanes ? kernels.lanes_apply : kernels.forward)(work, stream);
+  work.stage = Stage::rest;
+  t.residual = {}, work.forms_x = !is_floating(t.x.dtype);  // the sum lies in x by now
+  kernels.run(work, stream);
 }
 
 // ---- backward ----------------------------------------------------------------------------------------------------
@@ -153,9 +160,33 @@ bool has_pieces(const Task& t) {
 void carve(Carver& carver, Work& work) {
   Task& t = work.task;
   const std::int64_t statistics = t.geometry.statistics();
-  if (needs_sums(t)) work.partials = carver.take(4 * statistics * work.units * work.tiles());
+  work.summed = needs_sums(t);
+  if (work.summed) work.partials = carver.take(partial_doubles(work));
   work.solved = carver.take(4 * statistics);
   if (dparam_units(t.geometry, t.kind)) t.dparams = carver.take(2 * dparam_units(t.geometry, t.kind));
+}
+
+/// Sums and dx in one launch by teams, else in three: sums of all tiles, statistics, dx. Gradients of ParamKind::row want
+/// solved statistics, and x and dy as they were: dx may lie over them.
+void run_backward(const Kernels& kernels, Work& work, int device, Stream stream) {
+  const Task& t = work.task;
+  const bool by_rows = t.kind == ParamKind::row && t.phase != Phase::reduce;
+  const bool in_place = t.dx.data && (t.dx.data == t.x.data || t.dx.data == t.dy.data);
+  const bool solves_alone = t.traversal == Traversal::runs && !work.summed;
+  if (!(by_rows && in_place) && work.policy.team.exists() && work.summed && kernels.has_team(work, device)) {
+    if (!by_rows && t.traversal == Traversal::runs) work.solved = nullptr;  // nobody reads it
+    kernels.run(work, stream);
+    if (by_rows) kernels.row_gradients(work, stream);
+    return;
+  }
+  work.stage = Stage::sums;
+  if (work.summed) kernels.run(work, stream);
+  if (by_rows || !solves_alone)
+    launch_for<BackwardFinish>(t, grid_for_items(t.geometry.statistics(), work.policy.meeting), stream, work);
+  if (t.phase == Phase::reduce) return;
+  if (by_rows) kernels.row_gradients(work, stream);
+  work.stage = Stage::rest;
+  if (t.dx.data || t.kind == ParamKind::element) kernels.run(work, stream);
 }
 
 /// Which units share a parameter, within an outer index where these have parameters of their own.
@@ -176,21 +207,21 @@ void total_gradients(const BackwardJob& job, const Work& work, Stream stream) {
   const Geometry& g = t.geometry;
   const std::int64_t units = dparam_units(g, t.kind) / (g.params.outer ? g.outer : 1);
   const Share share = share_of(g, t.kind, units);
-  launch(Totals{t.dparams, share, g.parameters(), units, job.dweight, job.dbias}, grid_for_items(g.parameters()),
+  launch(Totals{t.dparams, share, g.parameters(), units, job.dweight, job.dbias}, grid_for_items(g.parameters(), kWarp),
          stream);
 }
 
 }  // namespace
 
 std::size_t workspace_bytes(const ForwardJob& job) {
-  Work work = work_for(job.task, false);
+  Work work = work_for(job.task, Direction::forward, false);
   Carver carver{nullptr};
   carve(carver, job, work);
   return carver.used * sizeof(double);
 }
 
 std::size_t workspace_bytes(const BackwardJob& job) {
-  Work work = work_for(job.task, has_pieces(job.task));
+  Work work = work_for(job.task, Direction::backward, has_pieces(job.task));
   Carver carver{nullptr};
   carve(carver, work);
   return carver.used * sizeof(double);
@@ -199,38 +230,29 @@ std::size_t workspace_bytes(const BackwardJob& job) {
 void run(const ForwardJob& job, void* workspace, void* on, int device) {
   const DeviceGuard guard(device);
   const Stream stream = static_cast<Stream>(on);
-  const Kernels& kernels = kernels_for(job.task.x.dtype);
-  Work work = work_for(job.task, false);
+  Work work = work_for(job.task, Direction::forward, false);
   Task& t = work.task;
   Carver carver{static_cast<double*>(workspace)};
   const ForwardSpace space = carve(carver, job, work);
   if (t.frozen && job.running.mean) use_running(t, job.running, space.running, stream);
   if (space.moments) t.moments = space.moments;
-  const double* const moments = t.moments;
-  if (is_split(work)) run_split(kernels, work, stream);
-  else (t.traversal == Traversal::lanes ? kernels.lanes_apply : kernels.forward)(work, stream);
+  run_forward(kernels_for(t.x.dtype), work, device, stream);
   if (job.running.mean && !t.frozen)
-    launch(UpdateRunning{moments, t.geometry.statistics(), job.running}, grid_for_items(job.running.count), stream);
+    launch(UpdateRunning{t.moments, t.geometry.statistics(), job.running}, grid_for_items(job.running.count, kWarp),
+           stream);
 }
 
 void run(const BackwardJob& job, void* workspace, void* on, int device) {
   if (job.task.phase == Phase::both && !job.task.dx.data && !job.dweight.data && !job.dbias.data) return;
   const DeviceGuard guard(device);
   const Stream stream = static_cast<Stream>(on);
-  const Kernels& kernels = kernels_for(job.task.x.dtype);
-  Work work = work_for(job.task, has_pieces(job.task));
-  Task& t = work.task;
+  Work work = work_for(job.task, Direction::backward, has_pieces(job.task));
+  const Task& t = work.task;
   Carver carver{static_cast<double*>(workspace)};
   carve(carver, work);
   if (t.kind == ParamKind::element) work.dweight = job.dweight, work.dbias = job.dbias;
-  const bool lanes = t.traversal == Traversal::lanes, summed = needs_sums(t);
-  if (summed) (lanes ? kernels.lanes_backward_sums : kernels.backward_sums)(work, stream);
-  launch_for<BackwardFinish>(t, grid_for_items(t.geometry.statistics()), stream, work, summed);
-  if (t.phase == Phase::reduce) return;
-  if (t.kind == ParamKind::row) kernels.row_gradients(work, stream);  // before dx, which may lie over x or dy
-  if (t.dx.data || t.kind == ParamKind::element)
-    (lanes ? kernels.lanes_backward_apply : kernels.backward_apply)(work, stream);
-  if (t.dparams) total_gradients(job, work, stream);
+  run_backward(kernels_for(t.x.dtype), work, device, stream);
+  if (t.phase != Phase::reduce && t.dparams) total_gradients(job, work, stream);
 }
 
 }  // namespace normkit::cuda

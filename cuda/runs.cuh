@@ -2,13 +2,14 @@
 //
 //     statistic = steps x run elements = tiles; a tile = rows x width elements = vectors, which the threads of a group take
 //     in turn:  thread 0 1 2 .. G-1 0 1 2 ..
-//     forward:  memory -> shared memory, where each thread keeps its own vectors -> sums about the first element
-//               -> one tile: the statistic -> y from shared memory, so that x is read once
-//               -> more tiles: one set of moments each; a statistic that is known by then is applied in a second launch
-//     backward: x, dy -> sums of each tile -> statistics solved (finish.cuh) -> dx in a second launch
+//
+//     teams:  memory -> shared memory, where each thread keeps its own vectors -> sums of each tile -> the statistic -> y or
+//             dx from shared memory, so that all is read once. A team is a group with one tile, or the blocks of a cluster,
+//             which tell each other what their tiles found.
+//     others: the sums of each tile in one launch; y or dx in another, when statistics are known (finish.cuh)
 #pragma once
 
-#include "elements.cuh"
+#include "finish.cuh"
 
 namespace normkit::cuda {
 
@@ -21,19 +22,20 @@ struct Tile {
 
 template <class X> NORMKIT_DEVICE Tile tile_at(const Work& work, std::int64_t index) {
   const Geometry& g = work.task.geometry;
-  const Tiling& tiling = work.runs;
+  const Policy& policy = work.policy;
+  const Tiling& tiling = policy.runs;
   Tile t;
   t.index = index, t.unit = quotient(index, tiling.tiles);
-  const std::int64_t within = index - t.unit * tiling.tiles, r = quotient(t.unit, work.units);
+  const std::int64_t within = index - t.unit * tiling.tiles, r = quotient(t.unit, policy.units);
   t.o = quotient(r, g.lanes), t.lane = r - t.o * g.lanes;
-  t.begin = (t.unit - r * work.units) * work.unit_run;
+  t.begin = (t.unit - r * policy.units) * policy.unit_run;
   if (tiling.per_run == 1) {
     t.step = within * tiling.rows;
     t.rows = g.steps - t.step < tiling.rows ? static_cast<int>(g.steps - t.step) : tiling.rows;
     t.width = tiling.width;
   } else {
     t.step = quotient(within, tiling.per_run);
-    const std::int64_t part = (within - t.step * tiling.per_run) * tiling.width, left = work.unit_run - part;
+    const std::int64_t part = (within - t.step * tiling.per_run) * tiling.width, left = policy.unit_run - part;
     t.rows = 1, t.width = left < tiling.width ? static_cast<int>(left) : tiling.width;
     t.begin += part;
   }
@@ -53,49 +55,65 @@ template <class X, class F> NORMKIT_DEVICE void for_own(const Tile& t, Group gro
   for (int k = 0, v = group.rank; v < t.rows * t.vectors; ++k, v += group.size) f(k, place_of<X>(t, v));
 }
 
-/// Calls f(tile, group) for the tiles of this group: blocks, and in them groups, take turns.
-template <class X, class F> NORMKIT_DEVICE void for_tiles(const Work& work, F f) {
-  const Geometry& g = work.task.geometry;
-  const int size = work.runs.group, per_block = block_threads() / size;
-  const std::int64_t tiles = g.statistics() * work.units * work.runs.tiles;
-  for (std::int64_t i = block_index() * per_block + thread_index() / size; i < tiles; i += block_count() * per_block)
-    f(tile_at<X>(work, i), Group::of(size));
+/// The tiles of a group: `count` from `first` on, all of one unit, whose tile number `place` the first is.
+struct Turn {
+  std::int64_t first;
+  int count, place;
+};
+
+/// What falls to this group. What is left when statistics are known goes backwards, since what was summed last is still in the
+/// cache.
+NORMKIT_DEVICE Turn own_turn(const Work& work, Group group) {
+  const Policy& policy = work.policy;
+  const std::int64_t tiles = policy.runs.tiles, all = work.task.geometry.statistics() * policy.units * tiles;
+  const int cluster = kHasClusters ? work.cluster() : 1;
+  if (cluster > 1) {
+    const int place = cluster_rank() * policy.team.tiles, left = static_cast<int>(tiles) - place;
+    return {quotient(block_index(), cluster) * tiles + place, left < policy.team.tiles ? left : policy.team.tiles,
+            place};
+  }
+  const std::int64_t k = own_item(group.size);
+  if (k >= all) return {0, 0, 0};
+  return {work.stage == Stage::rest ? all - 1 - k : k, 1, 0};
 }
 
 // ---- forward -----------------------------------------------------------------------------------------------------
 
 inline constexpr int kInFlight = 4;  // vectors that a thread has on their way at a time
 
-/// The vectors of a tile in shared memory. Every thread reads only what it has put there itself: no barrier.
+/// The vectors of a tile in shared memory, in the place with number `place` of those that its group has there. Every thread
+/// reads only what it has put there itself: no barrier.
 template <class X> struct Held {
   Vector<X>* first;
   int stride;
 
-  NORMKIT_DEVICE Held(const Work& work, Group group) : stride(group.size) {
-    const int tile = thread_index() / group.size, vectors = work.runs.held(kVector<X>) * group.size;
-    first = reinterpret_cast<Vector<X>*>(shared_memory() + kGroupBytes) + tile * vectors + group.rank;
+  NORMKIT_DEVICE Held(const Work& work, Group group, int place) : stride(group.size) {
+    const int number = place * (block_threads() / group.size) + thread_index() / group.size;
+    const int vectors = work.policy.runs.held(kVector<X>) * group.size;
+    first = reinterpret_cast<Vector<X>*>(shared_memory() + kHeadBytes) + number * vectors + group.rank;
   }
   NORMKIT_DEVICE Vector<X>& operator[](int k) const { return first[k * stride]; }
 
-  NORMKIT_DEVICE void read(const Task& task, const Tile& tile, Group group) const {
+  NORMKIT_DEVICE void read(const Work& work, const Tile& tile, Group group) const {
+    const Task& task = work.task;
     const int vectors = tile.rows * tile.vectors;
+    if (work.forms_x) {
+      for_own<X>(tile, group, [&](int k, Place p) { (*this)[k] = form_x<X>(task, p); });
+      return;
+    }
     for (int k = 0, v = group.rank; v < vectors; k += kInFlight, v += kInFlight * stride) {
       Vector<X> x[kInFlight];
       NORMKIT_UNROLL
-      for (int j = 0; j < kInFlight; ++j)
-        if (v + j * stride < vectors) x[j] = read_x<X>(task, place_of<X>(tile, v + j * stride));
+      for (int j = 0; j < kInFlight; ++j) {
+        const Place p = place_of<X>(tile, v + j * stride);
+        if (v + j * stride < vectors) x[j] = load(at<X>(task.x, p), p.n);
+      }
       NORMKIT_UNROLL
       for (int j = 0; j < kInFlight; ++j)
         if (v + j * stride < vectors) (*this)[k + j] = x[j];
     }
   }
 };
-
-template <class X> std::int64_t held_bytes(const Work& work) {
-  const int tiles = work.runs.group > kWarp ? 1 : kBlockThreads / work.runs.group;
-  return kGroupBytes +
-         std::int64_t{tiles} * work.runs.group * work.runs.held(kVector<X>) * static_cast<int>(sizeof(Vector<X>));
-}
 
 struct PivotSums { double sum, squares; };
 NORMKIT_DEVICE PivotSums operator+(PivotSums a, PivotSums b) { return {a.sum + b.sum, a.squares + b.squares}; }
@@ -189,54 +207,68 @@ template <class X> struct HeldTile {
   }
 };
 
-/// y, and the statistics unless they are given; a group has one tile, which is all of its statistic in that case.
+/// Stage::all: statistics, then y. Stage::sums: the moments of every tile. Stage::rest: y, with given statistics.
 /// kPlain: as is_plain() says.
-template <class X, class Y, bool kPlain> struct RunsForward {
+template <class X, bool kPlain> struct RunsForward {
   static constexpr const char* kName = "RunsForward";
-  static constexpr int kBlocks = kPlain && kVector<X> < 8 ? 3 : 2;
+  static constexpr int kBlocks = kPlain ? 3 : 2;
   Work given;
 
   NORMKIT_DEVICE void operator()() const {
     using S = ComputeOf<X>;
     const Work work = kPlain ? made_plain(given) : given;
-    for_tiles<X>(work, [&](const Tile& tile, Group group) {
-      const Task& t = work.task;
-      const Held<X> held(work, group);
-      held.read(t, tile, group);
-#if defined(NORMKIT_PLANT_EARLY_RETURN)
-      if (group.rank >= tile.rows * tile.vectors % group.size) return;
-#endif
-      Statistic<S> s;
-      if (t.given.scale) {
-        s = given_statistic<S>(t, tile.unit);
-      } else {
-        const Moments m = HeldTile<X>{t, tile, group, held}.moments();
-        if (group.rank == 0) publish<S>(t, tile.unit, m);
-        s = statistic_of<S>(m.mean, rstd_of(m, t.eps));
-      }
-      if (t.phase == Phase::reduce) return;
-      const std::int64_t first = parameter(t.geometry, tile.o, t.geometry.offset(tile.o, 0, tile.lane, 0));
-      Factors<S, kVector<X>> factors;
-      if (work.constant) factors.set_all(s, element(t.weight, first, 1), element(t.bias, first, 0));
-      else factors.set_all(s, 1, 0);
-      for_own<X>(tile, group, [&](int k, Place p) { write_y<X, Y>(work, factors, p, held[k]); });
-    });
-  }
-};
-
-/// The moments of every tile.
-template <class X> struct RunsSums {
-  static constexpr const char* kName = "RunsSums";
-  static constexpr int kBlocks = 2;
-  Work work;
-
-  NORMKIT_DEVICE void operator()() const {
-    for_tiles<X>(work, [&](const Tile& tile, Group group) {
-      const Held<X> held(work, group);
-      held.read(work.task, tile, group);
-      const Moments m = HeldTile<X>{work.task, tile, group, held}.moments();
+    const Task& t = work.task;
+    const int cluster = kHasClusters ? work.cluster() : 1;
+    const Group group = Group::of(work.policy.runs.group);
+    const Turn turn = own_turn(work, group);
+    if (turn.count == 0) return;
+    if (cluster > 1) arrive_at_cluster();  // this block runs
+    Tile tile;
+    for (int k = 0; k < turn.count; ++k) {
+      tile = tile_at<X>(work, turn.first + k);
+      Held<X>(work, group, k).read(work, tile, group);
+    }
+    if (NORMKIT_PLANTED(early_return) && group.rank >= tile.rows * tile.vectors % group.size) return;
+    Moments m;
+    for (int k = 0; k < turn.count && work.stage != Stage::rest; ++k) {
+      tile = tile_at<X>(work, turn.first + k);
+      m = HeldTile<X>{t, tile, group, Held<X>(work, group, k)}.moments();
+      if (cluster == 1) continue;
+      if (k == 0 && !NORMKIT_PLANTED(early_post)) wait_for_cluster();
+      Board<Moments>::post(group, cluster, turn.place + k, m);
+    }
+    if (work.stage == Stage::sums) {
       if (group.rank == 0) put(m, work.partials + 3 * tile.index);
-    });
+      return;
+    }
+    const bool leads = group.rank == 0 && turn.place == 0;
+    Statistic<S> s;
+    if (work.stage == Stage::rest) {
+      s = given_statistic<S>(t, tile.unit);
+    } else {
+      if (cluster > 1) m = meet(work);
+      if (leads) publish<S>(t, tile.unit, m);
+      s = statistic_of<S>(m.mean, rstd_of(m, t.eps));
+    }
+    if (t.phase == Phase::reduce) return;
+    const std::int64_t first = parameter(t.geometry, tile.o, t.geometry.offset(tile.o, 0, tile.lane, 0));
+    Factors<S, kVector<X>> factors;
+    if (work.constant) factors.set_all(s, element(t.weight, first, 1), element(t.bias, first, 0));
+    else factors.set_all(s, 1, 0);
+    for (int k = 0; k < turn.count; ++k) {
+      tile = tile_at<X>(work, turn.first + k);
+      const Held<X> held(work, group, k);
+      for_own<X>(tile, group, [&](int v, Place p) { write_y<X>(work, factors, p, held[v]); });
+    }
+  }
+
+ private:
+  /// The moments of all tiles of the team.
+  NORMKIT_DEVICE static Moments meet(const Work& work) {
+    if (!NORMKIT_PLANTED(missing_cluster_barrier)) arrive_at_cluster(), wait_for_cluster();
+    return joined<Moments>(Group::of(work.policy.meeting), work.policy.runs.tiles, [](std::int64_t k) {
+      return Board<Moments>::read(static_cast<int>(k));
+    }, [](Moments a, Moments b) { return merge(a, b); });
   }
 };
 
@@ -245,7 +277,7 @@ template <class X> struct RunsSums {
 /// What z of a tile was made with; the first element of a tile has its unit's parameter.
 template <class X> NORMKIT_DEVICE Factors<ComputeOf<X>, kVector<X>> given_factors(const Work& work, const Tile& tile) {
   const Task& t = work.task;
-  const std::int64_t r = quotient(tile.unit, work.units);
+  const std::int64_t r = quotient(tile.unit, work.policy.units);
   const std::int64_t first = parameter(t.geometry, tile.o, t.geometry.offset(tile.o, tile.step, tile.lane, tile.begin));
   Factors<ComputeOf<X>, kVector<X>> factors;
   const Statistic<ComputeOf<X>> s = given_statistic<ComputeOf<X>>(t, r);
@@ -254,65 +286,92 @@ template <class X> NORMKIT_DEVICE Factors<ComputeOf<X>, kVector<X>> given_factor
   return factors;
 }
 
-/// The sums of every tile about the given mean; without the weight where it is constant.
-template <class X> struct RunsBackwardSums {
-  static constexpr const char* kName = "RunsBackwardSums";
+/// Stage::all: sums about the given mean, without the weight where it is constant, then dx. Stage::sums: those of every tile.
+/// Stage::rest: dx, of statistics that are solved, or that need no sums.
+template <class X> struct RunsBackward {
+  static constexpr const char* kName = "RunsBackward";
   static constexpr int kBlocks = 2;
   Work work;
 
   NORMKIT_DEVICE void operator()() const {
     using S = ComputeOf<X>;
-    constexpr int N = kVector<X>;
-    for_tiles<X>(work, [&](const Tile& tile, Group group) {
-      const Task& t = work.task;
-      const Factors<S, N> factors = given_factors<X>(work, tile);
-      const bool gaps = has_gaps(t);
-      Sums<S> sums{0, 0, 0};
-      int count = 0;
-      for_own<X>(tile, group, [&](int, Place p) {
-        S x[N], g[N], weight[N];
-        widened(load(at<X>(t.x, p), p.n), x);
-        widened(load(at<X>(t.dy, p), p.n), g);
-        incoming(work, factors, p, x, g, weight);
-        const unsigned members = members_of(t, p);
-        NORMKIT_UNROLL
-        for (int e = 0; e < N; ++e) {
-          if (e >= p.n) continue;
-          const S d = x[e] - factors.mean[e], weighted = g[e] * weight[e];
-          const bool member = members >> e & 1;
-          sums.g += weighted;
-          sums.gx = mul_add(weighted, gaps && weighted == 0 ? S(0) : d, sums.gx);
-          sums.d += member ? d : S(0);
-          count += member;
-        }
+    const Task& t = work.task;
+    const int cluster = kHasClusters ? work.cluster() : 1;
+    const Group group = Group::of(work.policy.runs.group);
+    const Turn turn = own_turn(work, group);
+    if (turn.count == 0) return;
+    if (cluster > 1) arrive_at_cluster();  // as in forward
+    const Tile tile = tile_at<X>(work, turn.first);
+    const std::int64_t r = quotient(tile.unit, work.policy.units);
+    const Factors<S, kVector<X>> given = given_factors<X>(work, tile);
+    const Held<X> x(work, group, 0), dy(work, group, 1);
+    Reduced sums;
+    if (work.stage != Stage::rest) {
+      sums = sums_of(tile, group, given, x, dy);
+      if (work.stage == Stage::sums) {
+        if (group.rank == 0) put(sums, work.partials + 4 * tile.index);
+        return;
+      }
+      if (cluster > 1) {
+        wait_for_cluster();
+        Board<Reduced>::post(group, cluster, turn.place, sums);
+        arrive_at_cluster();
+        wait_for_cluster();
+      }
+    }
+    Solved solved;
+    if (work.stage == Stage::rest && work.summed) {
+      solved = solved_at(work, r);
+    } else {
+      const bool leads = group.rank == 0 && tile.index == r * work.policy.units * work.policy.runs.tiles;
+      solved = solve<S>(work, r, Group::of(work.policy.meeting), leads, [&](std::int64_t, std::int64_t k) {
+        return cluster > 1 ? Board<Reduced>::read(static_cast<int>(k)) : sums;
       });
-      const Reduced own{{static_cast<double>(sums.g), static_cast<double>(sums.gx), static_cast<double>(sums.d)},
-                        static_cast<double>(count)};
-      const Reduced all = all_sum(group, own);
-      if (group.rank == 0) put(all, work.partials + 4 * tile.index);
+    }
+    if (t.phase == Phase::reduce || (!t.dx.data && t.kind != ParamKind::element)) return;
+    const std::int64_t first =
+        parameter(t.geometry, tile.o, t.geometry.offset(tile.o, tile.step, tile.lane, tile.begin));
+    Known<S, kVector<X>> known;
+    known.set_all(solved, work.constant ? element(t.weight, first, 1) : 1);
+    for_own<X>(tile, group, [&](int k, Place p) {
+      const bool held = work.stage == Stage::all;
+      write_dx<X>(work, given, known, p, held ? x[k] : load(at<X>(t.x, p), p.n),
+                  held ? dy[k] : load(at<X>(t.dy, p), p.n));
     });
   }
-};
 
-template <class X> struct RunsBackwardApply {
-  static constexpr const char* kName = "RunsBackwardApply";
-  static constexpr int kBlocks = 2;
-  Work work;
-
-  NORMKIT_DEVICE void operator()() const {
+ private:
+  /// The sums of a tile, which in Stage::all is held from then on.
+  NORMKIT_DEVICE Reduced sums_of(const Tile& tile, Group group, const Factors<ComputeOf<X>, kVector<X>>& given,
+                                 const Held<X>& held_x, const Held<X>& held_dy) const {
     using S = ComputeOf<X>;
     constexpr int N = kVector<X>;
-    for_tiles<X>(work, [&](const Tile& tile, Group group) {
-      const Task& t = work.task;
-      const std::int64_t first =
-          parameter(t.geometry, tile.o, t.geometry.offset(tile.o, tile.step, tile.lane, tile.begin));
-      Known<S, N> known;
-      known.set(0, work, quotient(tile.unit, work.units), work.constant ? element(t.weight, first, 1) : 1);
+    const Task& t = work.task;
+    const bool gaps = has_gaps(t);
+    Sums<S> sums{0, 0, 0};
+    int count = 0;
+    for_own<X>(tile, group, [&](int k, Place p) {
+      const Vector<X> vx = load(at<X>(t.x, p), p.n), vdy = load(at<X>(t.dy, p), p.n);
+      if (work.stage == Stage::all) held_x[k] = vx, held_dy[k] = vdy;
+      S x[N], g[N], weight[N];
+      widened(vx, x);
+      widened(vdy, g);
+      incoming(work, given, p, x, g, weight);
+      const unsigned members = members_of(t, p);
       NORMKIT_UNROLL
-      for (int e = 1; e < N; ++e) known.copy(e, 0);
-      const Factors<S, N> given = given_factors<X>(work, tile);
-      for_own<X>(tile, group, [&](int, Place p) { write_dx<X>(work, given, known, p); });
+      for (int e = 0; e < N; ++e) {
+        if (e >= p.n) continue;
+        const S d = x[e] - given.mean[e], weighted = g[e] * weight[e];
+        const bool member = members >> e & 1;
+        sums.g += weighted;
+        sums.gx = mul_add(weighted, gaps && weighted == 0 ? S(0) : d, sums.gx);
+        sums.d += member ? d : S(0);
+        count += member;
+      }
     });
+    return all_sum(group,
+                   Reduced{{static_cast<double>(sums.g), static_cast<double>(sums.gx), static_cast<double>(sums.d)},
+                           static_cast<double>(count)});
   }
 };
 
@@ -330,29 +389,28 @@ template <class X> struct RowGradients {
     const Task& t = work.task;
     const Geometry& g = t.geometry;
     const std::int64_t vectors = ceil_div(g.run, N), groups = row_groups(g), items = g.outer * groups * vectors;
-    for (std::int64_t k = block_index() * block_threads() + thread_index(); k < items;
-         k += block_count() * block_threads()) {
-      const std::int64_t group = quotient(k, vectors), i = (k - group * vectors) * N;
-      const std::int64_t o = quotient(group, groups), row = (group - o * groups) * kRowGroup;
-      const int n = g.run - i < N ? static_cast<int>(g.run - i) : N;
-      S dweight[N], dbias[N];
-      NORMKIT_UNROLL
-      for (int e = 0; e < N; ++e) dweight[e] = dbias[e] = 0;
-      for (std::int64_t lane = row; lane < g.lanes && lane < row + kRowGroup; ++lane)
-        add_row({o, 0, lane, i, n}, dweight, dbias);
-      double* const out = t.dparams + 2 * (group * g.run + i);
-      NORMKIT_UNROLL
-      for (int e = 0; e < N; ++e)
-        if (e < n) out[2 * e] = static_cast<double>(dweight[e]), out[2 * e + 1] = static_cast<double>(dbias[e]);
-    }
+    const std::int64_t k = own_item(1);
+    if (k >= items) return;
+    const std::int64_t group = quotient(k, vectors), i = (k - group * vectors) * N;
+    const std::int64_t o = quotient(group, groups), row = (group - o * groups) * kRowGroup;
+    const int n = g.run - i < N ? static_cast<int>(g.run - i) : N;
+    S dweight[N], dbias[N];
+    NORMKIT_UNROLL
+    for (int e = 0; e < N; ++e) dweight[e] = dbias[e] = 0;
+    for (std::int64_t lane = row; lane < g.lanes && lane < row + kRowGroup; ++lane)
+      add_row({o, 0, lane, i, n}, dweight, dbias);
+    double* const out = t.dparams + 2 * (group * g.run + i);
+    NORMKIT_UNROLL
+    for (int e = 0; e < N; ++e)
+      if (e < n) out[2 * e] = static_cast<double>(dweight[e]), out[2 * e + 1] = static_cast<double>(dbias[e]);
   }
 
  private:
   template <class S, int N> NORMKIT_DEVICE void add_row(Place p, S (&dweight)[N], S (&dbias)[N]) const {
     const Task& t = work.task;
     const std::int64_t r = p.o * t.geometry.lanes + p.lane;
-    Known<S, N> known;
-    known.set(0, work, r, 1);
+    Known<S, 1> known;
+    known.set(0, solved_at(work, r), 1);
     Factors<S, N> given;
     given.set_all(given_statistic<S>(t, r), 1, 0);
     S x[N], dz[N], weight[N];

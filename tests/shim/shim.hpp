@@ -1,9 +1,12 @@
 // The machine of cuda/device.cuh on a CPU: every thread of a block is a fiber, and the kernels are those that nvcc compiles.
 //
-// It is harsher than a GPU. Blocks come in a random order, and so do the threads between two barriers, so that what no
-// barrier orders goes wrong; shared memory holds NaN before a block starts, and has no byte more than was asked for.
-// A barrier that a thread has left behind or never comes to, lanes that disagree about a shuffle, and a launch that a GPU
-// would refuse end the program with a line that says so. NORMKIT_SHIM_SEED in the environment chooses the order.
+// It is harsher than a GPU. Blocks come in a random order, and so do the threads between two barriers, those of all blocks of
+// a cluster among each other, so that what no barrier orders goes wrong; shared memory holds NaN before a block starts, has no
+// byte more than was asked for, and is gone when the block is.
+// A barrier that a thread has left behind or never comes to, lanes that disagree about a shuffle, shared memory of a block of
+// which nobody knows that it runs, and a launch that a GPU would refuse end the program with a line that says so. In the
+// environment, NORMKIT_SHIM_SEED chooses the order, NORMKIT_SHIM_EXTENT what the device gives (plain, large or clusters), and
+// NORMKIT_SHIM_PLANT a mistake that the kernels are to make.
 #pragma once
 
 #include <ucontext.h>
@@ -29,16 +32,11 @@
 #define NORMKIT_DEVICE inline
 #define NORMKIT_UNROLL
 #define NORMKIT_ROLL
+#define NORMKIT_PLANTED(mistake) (::normkit::cuda::shim::planted == ::normkit::cuda::shim::Mistake::mistake)
 
 namespace normkit::cuda {
 
 using Stream = void*;
-
-struct Grid {
-  std::int64_t blocks = 1;
-  int threads = 256;
-  int shared_bytes = 0;
-};
 
 struct DeviceGuard {
   explicit DeviceGuard(int) {}
@@ -48,15 +46,36 @@ inline bool has_device() { return true; }
 
 namespace shim {
 
-constexpr int kWarp = 32;
 constexpr std::size_t kStackBytes = std::size_t{256} << 10;
-constexpr int kSharedBytes = 48 << 10;  // what every GPU gives without being asked
 
-enum class State { ready, at_barrier, at_shuffle, done };
+enum class Mistake {
+  none,
+  missing_barrier,
+  missing_cluster_barrier,
+  early_post,
+  early_return,
+  read_of_peer,
+  misaligned_load,
+  int_overflow,
+  long_tail
+};
+/// By the names of the enumerators, in their order.
+inline const Mistake planted = [] {
+  constexpr const char* names[] = {"none",         "missing_barrier", "missing_cluster_barrier", "early_post",
+                                   "early_return", "read_of_peer",    "misaligned_load",         "int_overflow",
+                                   "long_tail"};
+  const char* const name = std::getenv("NORMKIT_SHIM_PLANT");
+  for (int k = 0; name && k < 9; ++k)
+    if (std::strcmp(name, names[k]) == 0) return static_cast<Mistake>(k);
+  return Mistake::none;
+}();
+
+enum class State { ready, at_barrier, at_shuffle, at_cluster, done };
 
 struct Fiber {
   ucontext_t context;
   State state = State::ready;
+  bool arrived = false, passed = false;  // of the barrier of the cluster
   const void* given = nullptr;  // of a shuffle
   void* taken = nullptr;
   std::size_t bytes = 0;
@@ -64,11 +83,14 @@ struct Fiber {
   unsigned members = 0;
 };
 
-struct Block {
-  std::int64_t index = 0, count = 0;
-  int running = 0;  // thread
+/// Blocks that run together: fibers block by block, and the shared memory of each.
+struct Cluster {
+  std::int64_t first = 0, count = 0;  // index of the first block, blocks of the grid
+  int threads = 0;  // of a block
+  int running = 0;  // fiber
+  bool met = false;  // at a barrier of the cluster: all its blocks are known to run
   std::vector<Fiber> fibers;
-  std::byte* shared = nullptr;
+  std::vector<std::unique_ptr<std::byte[]>> shared;
   const char* kernel = "";
   void (*body)(const void*) = nullptr;
   const void* argument = nullptr;
@@ -76,13 +98,17 @@ struct Block {
   const void* scheduler_stack = nullptr;  // for the address sanitizer, which must know of every change of stacks
   std::size_t scheduler_bytes = 0;
   void* scheduler_frames = nullptr;
+
+  int blocks() const { return static_cast<int>(shared.size()); }
+  Fiber& fiber(int block, int thread) { return fibers[static_cast<std::size_t>(block * threads + thread)]; }
 };
-inline Block block;
+inline Cluster cluster;
 inline std::mutex one_at_a_time;  // threads of a test may launch together
 
 [[noreturn]] inline void stop(const char* what) {
-  std::fprintf(stderr, "shim: %s: kernel %s, block %lld, thread %d\n", what, block.kernel,
-               static_cast<long long>(block.index), block.running);
+  std::fprintf(stderr, "shim: %s: kernel %s, block %lld, thread %d\n", what, cluster.kernel,
+               static_cast<long long>(cluster.first + cluster.running / cluster.threads),
+               cluster.running % cluster.threads);
   std::exit(70);
 }
 
@@ -98,13 +124,13 @@ template <class T> void shuffle_order(std::vector<T>& items) {
   for (std::size_t k = items.size(); k > 1; --k) std::swap(items[k - 1], items[order()() % k]);
 }
 
-inline char* stack(int thread) {
+inline char* stack(int fiber) {
   static std::vector<std::unique_ptr<char[]>> stacks;
-  while (static_cast<int>(stacks.size()) <= thread) stacks.emplace_back(new char[kStackBytes]);
-  return stacks[static_cast<std::size_t>(thread)].get();
+  while (static_cast<int>(stacks.size()) <= fiber) stacks.emplace_back(new char[kStackBytes]);
+  return stacks[static_cast<std::size_t>(fiber)].get();
 }
 
-inline Fiber& current() { return block.fibers[static_cast<std::size_t>(block.running)]; }
+inline Fiber& current() { return cluster.fibers[static_cast<std::size_t>(cluster.running)]; }
 
 /// Back to the scheduler, until it finds that this thread may go on.
 inline void wait(State state) {
@@ -112,10 +138,10 @@ inline void wait(State state) {
   self.state = state;
 #if defined(__SANITIZE_ADDRESS__)
   void* frames = nullptr;
-  __sanitizer_start_switch_fiber(state == State::done ? nullptr : &frames, block.scheduler_stack,
-                                 block.scheduler_bytes);
+  __sanitizer_start_switch_fiber(state == State::done ? nullptr : &frames, cluster.scheduler_stack,
+                                 cluster.scheduler_bytes);
 #endif
-  swapcontext(&self.context, &block.scheduler);
+  swapcontext(&self.context, &cluster.scheduler);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(frames, nullptr, nullptr);
 #endif
@@ -123,33 +149,33 @@ inline void wait(State state) {
 
 inline void enter() {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_stack, &block.scheduler_bytes);
+  __sanitizer_finish_switch_fiber(nullptr, &cluster.scheduler_stack, &cluster.scheduler_bytes);
 #endif
-  block.body(block.argument);
+  cluster.body(cluster.argument);
   wait(State::done);
 }
 
-inline void resume(int thread) {
-  block.running = thread;
+inline void resume(int fiber) {
+  cluster.running = fiber;
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&block.scheduler_frames, stack(thread), kStackBytes);
+  __sanitizer_start_switch_fiber(&cluster.scheduler_frames, stack(fiber), kStackBytes);
 #endif
-  swapcontext(&block.scheduler, &current().context);
+  swapcontext(&cluster.scheduler, &current().context);
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(block.scheduler_frames, nullptr, nullptr);
+  __sanitizer_finish_switch_fiber(cluster.scheduler_frames, nullptr, nullptr);
 #endif
 }
 
-/// Lets the lanes go on that wait for each other in a shuffle; false where none do.
-inline bool release_shuffles() {
+/// Lets the lanes of one block go on that wait for each other in a shuffle; false where none do.
+inline bool release_shuffles(int block) {
   bool released = false;
-  const int threads = static_cast<int>(block.fibers.size());
+  const int threads = cluster.threads;
   for (int first = 0; first < threads; first += kWarp) {
-    const auto lane = [&](int k) -> Fiber& { return block.fibers[static_cast<std::size_t>(first + k)]; };
+    const auto lane = [&](int k) -> Fiber& { return cluster.fiber(block, first + k); };
     const int lanes = threads - first < kWarp ? threads - first : kWarp;
     for (int k = 0; k < lanes; ++k) {
       if (lane(k).state != State::at_shuffle) continue;
-      block.running = first + k;
+      cluster.running = block * threads + first + k;
       const unsigned members = lane(k).members;
       if (!(members >> k & 1)) stop("a lane shuffles that is not among its own members");
       bool complete = true;
@@ -173,33 +199,104 @@ inline bool release_shuffles() {
   return released;
 }
 
-/// Runs one block until all its threads are done.
-inline void run_block() {
-  std::vector<int> turn(block.fibers.size());
+/// Lets the threads of one block go on that wait at a barrier of it; false where some are still to come.
+inline bool release_barrier(int block) {
+  int done = 0, waiting = 0;
+  for (int thread = 0; thread < cluster.threads; ++thread) {
+    const State state = cluster.fiber(block, thread).state;
+    done += state == State::done, waiting += state == State::at_barrier;
+  }
+  if (done == cluster.threads) cluster.shared[static_cast<std::size_t>(block)].reset();
+  if (waiting == 0 || waiting + done != cluster.threads) return false;
+  cluster.running = block * cluster.threads;
+  if (done > 0) stop("threads wait at a barrier that others have left behind");
+  for (int thread = 0; thread < cluster.threads; ++thread) cluster.fiber(block, thread).state = State::ready;
+  return true;
+}
+
+/// The same of the barrier of the cluster.
+inline bool release_cluster() {
+  std::size_t arrived = 0, done = 0, waiting = 0;
+  for (const Fiber& f : cluster.fibers)
+    arrived += f.arrived, done += f.state == State::done, waiting += f.state == State::at_cluster;
+  if (waiting == 0) return false;
+  if (done > 0) stop("threads wait at the barrier of a cluster that others have left behind");
+  if (arrived < cluster.fibers.size()) return false;
+  cluster.met = true;
+  // Those that have come but do not wait yet pass when they do.
+  for (Fiber& f : cluster.fibers) {
+    f.arrived = false;
+    if (f.state == State::at_cluster) f.state = State::ready;
+    else f.passed = true;
+  }
+  return true;
+}
+
+/// Runs one cluster until all its threads are done: one block alone, as far ahead of the others as it gets, then another; now
+/// and then all together.
+inline void run_cluster() {
+  std::vector<int> turn(cluster.fibers.size());
   std::iota(turn.begin(), turn.end(), 0);
-  for (;;) {
+  const auto choose = [] {
+    return order()() % 8 == 0 ? cluster.blocks() : static_cast<int>(order()() % cluster.shared.size());
+  };
+  for (int ahead = choose();;) {
     shuffle_order(turn);
-    bool moved = false;
-    for (const int thread : turn)
-      if (block.fibers[static_cast<std::size_t>(thread)].state == State::ready) resume(thread), moved = true;
-    if (release_shuffles() || moved) continue;
-    std::size_t done = 0, waiting = 0;
-    for (const Fiber& f : block.fibers) done += f.state == State::done, waiting += f.state == State::at_barrier;
-    if (done == block.fibers.size()) return;
-    if (waiting + done != block.fibers.size()) stop("threads wait for a shuffle that others never come to");
-    if (done > 0) stop("threads wait at a barrier that others have left behind");
-    for (Fiber& f : block.fibers) f.state = State::ready;
+    bool moved = false, waits = false;
+    for (const int fiber : turn) {
+      if (cluster.fibers[static_cast<std::size_t>(fiber)].state != State::ready) continue;
+      if (ahead < cluster.blocks() && fiber / cluster.threads != ahead) waits = true;
+      else resume(fiber), moved = true;
+    }
+    for (int block = 0; block < cluster.blocks(); ++block) {
+      if (release_shuffles(block)) moved = true;
+      if (release_barrier(block)) moved = true;
+    }
+    if (release_cluster() || moved) continue;
+    ahead = choose();
+    if (waits) continue;
+    for (const Fiber& f : cluster.fibers)
+      if (f.state != State::done) stop("threads wait for what others never come to");
+    return;
   }
 }
 
 }  // namespace shim
 
-inline int thread_index() { return shim::block.running; }
-inline int block_threads() { return static_cast<int>(shim::block.fibers.size()); }
-inline std::int64_t block_index() { return shim::block.index; }
-inline std::int64_t block_count() { return shim::block.count; }
-inline std::byte* shared_memory() { return shim::block.shared; }
+inline int thread_index() { return shim::cluster.running % shim::cluster.threads; }
+inline int block_threads() { return shim::cluster.threads; }
+inline int cluster_rank() { return shim::cluster.running / shim::cluster.threads; }
+inline std::int64_t block_index() { return shim::cluster.first + cluster_rank(); }
+inline std::int64_t block_count() { return shim::cluster.count; }
+inline std::byte* shared_memory() { return shim::cluster.shared[static_cast<std::size_t>(cluster_rank())].get(); }
 inline void sync_block() { shim::wait(shim::State::at_barrier); }
+
+inline constexpr bool kHasClusters = true;
+inline void arrive_at_cluster() {
+  shim::Fiber& self = shim::current();
+  if (self.arrived || self.passed) shim::stop("a thread comes twice to the barrier of its cluster");
+  self.arrived = true;
+}
+inline void wait_for_cluster() {
+  shim::Fiber& self = shim::current();
+  if (!self.arrived && !self.passed) shim::stop("a thread waits at the barrier of its cluster that it has not come to");
+  if (!self.passed) shim::wait(shim::State::at_cluster);
+  self.passed = false;
+}
+inline std::byte* peer_memory(int rank) {
+  if (rank < 0 || rank >= shim::cluster.blocks()) shim::stop("shared memory of a block that the cluster does not have");
+  if (!shim::cluster.met) shim::stop("shared memory of a block that may not run yet");
+  std::byte* const memory = shim::cluster.shared[static_cast<std::size_t>(rank)].get();
+  if (!memory) shim::stop("shared memory of a block that has left");
+  return memory;
+}
+
+enum class Extent : signed char { unknown, plain, large, clusters };
+template <class Kernel> Extent extent_of(int) {
+  const char* const extent = std::getenv("NORMKIT_SHIM_EXTENT");
+  if (!extent || *extent == 'c') return Extent::clusters;
+  return *extent == 'l' ? Extent::large : Extent::plain;
+}
 
 template <class T> T shuffle(T v, int lane, unsigned members) {
   T found = v;
@@ -214,31 +311,37 @@ using normkit::widen;
 
 namespace shim {
 
-inline void prepare(int thread) {
-  ucontext_t& context = block.fibers[static_cast<std::size_t>(thread)].context;
+inline void prepare(int fiber) {
+  ucontext_t& context = cluster.fibers[static_cast<std::size_t>(fiber)].context;
   getcontext(&context);
-  context.uc_stack.ss_sp = stack(thread), context.uc_stack.ss_size = kStackBytes, context.uc_link = nullptr;
+  context.uc_stack.ss_sp = stack(fiber), context.uc_stack.ss_size = kStackBytes, context.uc_link = nullptr;
   makecontext(&context, enter, 0);
 }
 
+/// Of the very size, so that the address sanitizer sees a byte too far. 0xff is NaN in every format.
+inline std::unique_ptr<std::byte[]> poisoned(int bytes) {
+  const auto size = static_cast<std::size_t>(bytes);
+  std::unique_ptr<std::byte[]> memory(new std::byte[size]);
+  if (size) std::memset(memory.get(), 0xff, size);
+  return memory;
+}
+
 inline void run_grid(Grid grid) {
-  block.running = 0, block.count = grid.blocks;
-  if (grid.blocks < 1 || grid.blocks > 0x7fffffff || grid.threads < 1 || grid.threads > 256 ||
-      grid.shared_bytes > kSharedBytes)
+  cluster.first = 0, cluster.count = grid.blocks, cluster.threads = grid.threads, cluster.running = 0;
+  if (grid.blocks < 1 || grid.blocks > kMostBlocks || grid.threads < 1 || grid.threads > kBlockThreads ||
+      grid.shared_bytes > kMostSharedBytes || grid.cluster < 1 || grid.cluster > kClusterBlocks ||
+      grid.blocks % grid.cluster != 0)
     stop("a launch that a GPU would refuse");
-  std::vector<std::int64_t> blocks(static_cast<std::size_t>(grid.blocks));
-  std::iota(blocks.begin(), blocks.end(), 0);
-  shuffle_order(blocks);
-  for (const std::int64_t index : blocks) {
-    block.index = index;
-    // Of the very size, so that the address sanitizer sees a byte too far. 0xff is NaN in every format.
-    const auto bytes = static_cast<std::size_t>(grid.shared_bytes);
-    const std::unique_ptr<std::byte[]> shared(new std::byte[bytes]);
-    if (bytes) std::memset(shared.get(), 0xff, bytes);
-    block.shared = shared.get();
-    block.fibers.assign(static_cast<std::size_t>(grid.threads), {});
-    for (int thread = 0; thread < grid.threads; ++thread) prepare(thread);
-    run_block();
+  std::vector<std::int64_t> clusters(static_cast<std::size_t>(grid.blocks / grid.cluster));
+  std::iota(clusters.begin(), clusters.end(), 0);
+  shuffle_order(clusters);
+  for (const std::int64_t index : clusters) {
+    cluster.first = index * grid.cluster, cluster.met = grid.cluster == 1;
+    cluster.shared.clear();
+    for (int block = 0; block < grid.cluster; ++block) cluster.shared.push_back(poisoned(grid.shared_bytes));
+    cluster.fibers.assign(static_cast<std::size_t>(grid.cluster * grid.threads), {});
+    for (int fiber = 0; fiber < grid.cluster * grid.threads; ++fiber) prepare(fiber);
+    run_cluster();
   }
 }
 
@@ -247,8 +350,11 @@ inline void run_grid(Grid grid) {
 template <class Kernel> void launch(const Kernel& kernel, Grid grid, Stream) {
   static_assert(sizeof(Kernel) <= 4096, "the arguments of a kernel must fit 4 KB");
   const std::lock_guard<std::mutex> lock(shim::one_at_a_time);
-  shim::block.kernel = Kernel::kName, shim::block.argument = &kernel;
-  shim::block.body = [](const void* k) { (*static_cast<const Kernel*>(k))(); };
+  if (grid.shared_bytes > kFreeSharedBytes && extent_of<Kernel>(0) < Extent::large)
+    shim::stop("more shared memory than there is");
+  if (grid.cluster > 1 && extent_of<Kernel>(0) < Extent::clusters) shim::stop("a cluster where there are none");
+  shim::cluster.kernel = Kernel::kName, shim::cluster.argument = &kernel;
+  shim::cluster.body = [](const void* k) { (*static_cast<const Kernel*>(k))(); };
   shim::run_grid(grid);
 }
 

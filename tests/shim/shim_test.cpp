@@ -1,11 +1,13 @@
 // What core_test.cpp cannot ask of the CUDA kernels: arrays without a byte to spare, so that the address sanitizer sees each one
-// that is touched beside them; offsets beyond 32 bits; and the arithmetic of tiles for sizes that nobody can run. Takes names of
-// scenarios; exits with the number of failures.
+// that is touched beside them; teams against other schedules; offsets beyond 32 bits; and the arithmetic of policy and workspace
+// for sizes that nobody can run. Takes names of scenarios; exits with the number of failures.
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <functional>
 #include <map>
 #include <memory>
@@ -13,6 +15,8 @@
 #include <string>
 #include <vector>
 
+#include "cuda.hpp"
+#include "lanes.cuh"
 #include "normkit/normkit.hpp"
 #include "runs.cuh"
 
@@ -52,6 +56,7 @@ void check_rows(const float* x, float* y, float* dx, std::int64_t rows, std::int
   backward.mean = forward.mean, backward.rstd = forward.rstd;
   normkit::backward(backward, normkit::instance_spec(3));
   double worst = 0;
+  const auto off_by = [&](double error) { worst = error <= worst ? worst : error; };  // NaN stays
   for (std::int64_t r = 0; r < rows; ++r) {
     const float* row = x + r * stride;
     double sum = 0, squares = 0, products = 0;
@@ -62,8 +67,8 @@ void check_rows(const float* x, float* y, float* dx, std::int64_t rows, std::int
     const double slope = products / static_cast<double>(n) * s * s;
     for (std::int64_t i = 0; i < n; ++i) {
       const double far = row[i] - m;
-      worst = std::fmax(worst, std::fabs(y[r * stride + i] - far * s));
-      worst = std::fmax(worst, std::fabs(dx[r * stride + i] - s * (far - far * slope)));
+      off_by(std::fabs(y[r * stride + i] - far * s));
+      off_by(std::fabs(dx[r * stride + i] - s * (far - far * slope)));
     }
   }
   expect(worst < 2e-6, name + ": error " + std::to_string(worst));
@@ -110,53 +115,250 @@ void far_apart() {
   for (float* a : arrays) munmap(a, bytes);
 }
 
-// ---- policy ------------------------------------------------------------------------------------------------------
-
-void check_tiling(std::int64_t steps, std::int64_t run, int bytes) {
-  using namespace normkit::cuda;
-  const std::string name = std::to_string(steps) + " x " + std::to_string(run) + " of " + std::to_string(bytes);
-  const int vector = vector_for(bytes);
-  const Tiling t = tiling_for(steps, run, bytes);
-  const std::int64_t row_tiles = t.per_run > 1 ? steps : normkit::ceil_div(steps, t.rows);
-  expect(t.tiles == row_tiles * t.per_run && t.tiles >= 1, name + ": tiles");
-  expect(t.per_run == 1 || t.rows == 1, name + ": tiles of part of several rows");
-  expect(t.per_run == 1 ? t.width == run : t.width % vector == 0 && (t.per_run - 1) * t.width < run, name + ": width");
-  expect(t.per_run * t.width >= run, name + ": covers the run");
-  expect(t.group >= 1 && t.group <= kBlockThreads && (t.group & (t.group - 1)) == 0, name + ": group");
-  expect(t.tiles == 1 || t.group == kBlockThreads, name + ": many tiles, one block each");
-  const std::int64_t threads = t.group > 32 ? t.group : kBlockThreads;
-  expect(kGroupBytes + threads * t.held(vector) * vector * bytes <= (48 << 10), name + ": shared memory");
-  expect(t.held(vector) >= 1, name + ": every thread has a place");
+/// Statistics of 2, 4, 8, 9 and 24 tiles: by clusters of blocks with one tile or several, by launches that follow each other, and
+/// where a block asks for much shared memory. All give the same bits.
+void teams() {
+  for (const std::int64_t n : {12225, 30001, 65536, 70001, 196608}) {
+    std::mt19937 random(7);
+    std::normal_distribution<float> normal(1, 2);
+    const auto size = static_cast<std::size_t>(2 * n);
+    std::vector<float> x(size);
+    for (float& v : x) v = normal(random);
+    std::vector<std::vector<float>> results;
+    for (const char* extent : {"clusters", "large", "plain"}) {
+      setenv("NORMKIT_SHIM_EXTENT", extent, 1);
+      std::vector<float> y(size, NAN), dx(size, NAN);
+      check_rows(x.data(), y.data(), dx.data(), 2, n, n, "rows of " + std::to_string(n) + ", " + extent);
+      y.insert(y.end(), dx.begin(), dx.end());
+      results.push_back(y);
+    }
+    unsetenv("NORMKIT_SHIM_EXTENT");
+    for (std::size_t k = 1; k < results.size(); ++k)
+      expect(results[k] == results[0], "the same bits whoever has the tiles of " + std::to_string(n));
+  }
 }
 
-/// Tiles of a statistic, as kernels find them: no element twice, none left out.
-void check_cover(std::int64_t steps, std::int64_t run) {
-  normkit::cuda::Work work;
-  work.task.geometry = {.outer = 2, .steps = steps, .lanes = 3, .run = run, .params = {}};
-  work.unit_run = run, work.runs = normkit::cuda::tiling_for(steps, run, 4);
-  std::int64_t covered = 0;
-  for (std::int64_t k = 0; k < 6 * work.runs.tiles; ++k) {
-    const normkit::cuda::Tile t = normkit::cuda::tile_at<float>(work, k);
-    covered += std::int64_t{t.rows} * t.width;
-    expect(t.o * 3 + t.lane == k / work.runs.tiles && t.step + t.rows <= steps && t.begin + t.width <= run,
-           "tile " + std::to_string(k) + " of " + std::to_string(steps) + " x " + std::to_string(run));
+// ---- arithmetic that nobody can run ------------------------------------------------------------------------------
+
+namespace cuda = normkit::cuda;
+using normkit::ceil_div;
+using normkit::Geometry;
+using normkit::Traversal;
+
+/// One way to see a shape: a normalization as the geometry has it.
+struct View {
+  std::string name;
+  Geometry geometry;
+  Traversal traversal = Traversal::runs;
+};
+
+/// The shapes of images and rows that are measured, as every normalization sees them, in both orders of memory; and some that
+/// are too large for 32 bits.
+std::vector<View> views() {
+  std::vector<View> all;
+  const auto add = [&](const std::string& name, Geometry g) {
+    all.push_back({name, g, g.lanes > 1 && g.steps > 1 && g.run < 64 ? Traversal::lanes : Traversal::runs});
+  };
+  struct Image { std::int64_t n, c, s; };
+  for (const auto& [n, c, s] : std::vector<Image>{{16, 64, 256 * 256},
+                                                  {8, 64, 512 * 512},
+                                                  {32, 256, 56 * 56},
+                                                  {64, 512, 49},
+                                                  {1, 3, 1 << 20},
+                                                  {2, 32, 1 << 21},
+                                                  {2, 320, 512},
+                                                  {1, 64, 35 * 45},
+                                                  {1, 1, 1 << 24},
+                                                  {70000, 8, 9},
+                                                  {1, 4, std::int64_t{1} << 33},
+                                                  {std::int64_t{1} << 33, 1, 2},
+                                                  {3, std::int64_t{1} << 32, 5}}) {
+    const std::string name = std::to_string(n) + "x" + std::to_string(c) + "x" + std::to_string(s);
+    const std::int64_t groups = c % 4 == 0 ? c / 4 : 1, of_group = c / groups;
+    add(name + " instance", {1, 1, n * c, s, {0, s, c}});
+    add(name + " instance, last", {n, s, c, 1, {0, 1, c}});
+    add(name + " group", {1, 1, n * groups, of_group * s, {0, s, c}});
+    add(name + " group, last", {n, s, groups, of_group, {0, 1, c}});
+    add(name + " batch", {1, n, c, s, {0, s, c}});
+    add(name + " batch, last", {1, n * s, c, 1, {0, 1, c}});
+    add(name + " layer over c", {n, c, s, 1, {0, s, c}});
   }
-  expect(covered == work.task.geometry.size(), "cover of " + std::to_string(steps) + " x " + std::to_string(run));
+  for (const auto& [rows, columns] : std::vector<std::pair<std::int64_t, std::int64_t>>{
+           {16384, 4096}, {131072, 128}, {1024, 12288}, {8192, 65536}, {std::int64_t{1} << 33, 64}, {4194305, 512}})
+    add("layer " + std::to_string(rows) + "x" + std::to_string(columns), {1, 1, rows, columns, {0, 1, columns}});
+  std::mt19937_64 random(11);
+  for (int k = 0; k < 3000; ++k) {  // 2^36 elements at most, split among the extents at random
+    int left = static_cast<int>(random() % 37);
+    std::int64_t extents[4];
+    for (std::int64_t& extent : extents) {
+      const int power = static_cast<int>(random() % static_cast<unsigned>(left + 1));
+      extent = static_cast<std::int64_t>(random() % (std::uint64_t{1} << power)) + 1, left -= power;
+    }
+    add("random " + std::to_string(k), {extents[0], extents[1], extents[2], extents[3], {0, 1, 1}});
+  }
+  return all;
+}
+
+template <class F> void for_policies(F f) {
+  for (const View& view : views())
+    for (const int bytes : {2, 4, 8})
+      for (const auto direction : {cuda::Direction::forward, cuda::Direction::backward})
+        for (const bool pieces : {false, true}) {
+          const Geometry& g = view.geometry;
+          const bool has_pieces = direction == cuda::Direction::backward && view.traversal == Traversal::runs &&
+                                  g.steps == 1 && g.params.stride > 1 && g.run % g.params.stride == 0;
+          if (pieces && !has_pieces) continue;
+          f(view, cuda::policy_for(g, view.traversal, bytes, direction, pieces),
+            view.name + ", " + std::to_string(bytes) + " bytes" +
+                (direction == cuda::Direction::forward ? "" : ", backward"));
+        }
+}
+
+/// What a launch may be: on any GPU, but for teams, which ask first.
+void check_grid(const View& view, const cuda::Policy& p, cuda::Stage stage, const std::string& name) {
+  const cuda::Grid grid = p.grid(view.geometry, stage);
+  expect(grid.blocks >= 1 && grid.blocks <= cuda::kMostBlocks, name + ": " + std::to_string(grid.blocks) + " blocks");
+  expect(grid.threads >= cuda::kWarp && grid.threads <= cuda::kBlockThreads && grid.threads % cuda::kWarp == 0,
+         name + ": whole warps, a block at most");
+  expect(grid.cluster >= 1 && grid.cluster <= 8 && grid.blocks % grid.cluster == 0, name + ": whole clusters");
+  expect(grid.shared_bytes <= (stage == cuda::Stage::all ? 99 << 10 : 48 << 10),
+         name + ": " + std::to_string(grid.shared_bytes) + " bytes of shared memory");
+  expect(stage == cuda::Stage::all || grid.cluster == 1, name + ": clusters are teams");
+}
+
+/// Tile by tile as kernels find them, at random places: each ends where the next begins, so that no element is in two of them or
+/// in none.
+void check_tiles(const View& view, const cuda::Policy& p, std::mt19937_64& random, const std::string& name) {
+  const Geometry& g = view.geometry;
+  cuda::Work work;
+  work.task.geometry = g, work.policy = p;
+  const std::int64_t tiles = p.runs.tiles, units = g.statistics() * p.units;
+  expect(p.units * p.unit_run == g.run, name + ": units are pieces of the run");
+  expect(p.runs.group >= 1 && p.runs.group <= cuda::kBlockThreads && (p.runs.group & (p.runs.group - 1)) == 0,
+         name + ": threads of a group");
+  expect(tiles == 1 || p.runs.group == cuda::kBlockThreads, name + ": many tiles, one block each");
+  for (int k = 0; k < 8; ++k) {
+    const auto unit = static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(units));
+    const auto number =
+        k < 2 ? k * (tiles - 1) : static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(tiles));
+    const cuda::Tile t = cuda::tile_at<float>(work, unit * tiles + number);
+    const std::int64_t r = unit / p.units, first = (unit - r * p.units) * p.unit_run, end = first + p.unit_run;
+    bool right = t.unit == unit && t.o == r / g.lanes && t.lane == r % g.lanes && t.rows >= 1 && t.width >= 1;
+    if (number == 0) right = right && t.step == 0 && t.begin == first;
+    if (number == tiles - 1) {
+      right = right && t.step + t.rows == g.steps && t.begin + t.width == end;
+    } else {
+      const cuda::Tile next = cuda::tile_at<float>(work, unit * tiles + number + 1);
+      const bool row_ends = t.begin + t.width == end;
+      right = right && next.begin == (row_ends ? first : t.begin + t.width) &&
+              next.step == t.step + (row_ends ? t.rows : 0);
+      right = right && (t.rows == 1 || (t.begin == first && row_ends));
+    }
+    expect(right, name + ": tile " + std::to_string(number) + " of unit " + std::to_string(unit));
+    const int vector = cuda::vector_for(p.element_bytes);
+    expect(t.rows * ceil_div(t.width, vector) <= std::int64_t{p.runs.group} * p.runs.held(vector),
+           name + ": a tile has its place");
+  }
+  if (!p.team.exists()) return;
+  expect(
+      p.units == 1 && std::int64_t{p.team.blocks} * p.team.tiles >= tiles && (p.team.blocks - 1) * p.team.tiles < tiles,
+      name + ": a team has all tiles, and each of its blocks some");
 }
 
 void policy() {
-  std::mt19937_64 random(11);
-  for (int k = 0; k < 20000; ++k) {
-    const int scale = static_cast<int>(random() % 34), split = static_cast<int>(random() % (scale + 1));
-    const auto below = [&](int power) { return static_cast<std::int64_t>(random() % (std::uint64_t{1} << power)) + 1; };
-    check_tiling(below(split), below(scale - split), 1 << random() % 4);
+  std::mt19937_64 random(12);
+  for_policies([&](const View& view, const cuda::Policy& p, const std::string& name) {
+    check_grid(view, p, cuda::Stage::sums, name);
+    check_grid(view, p, cuda::Stage::rest, name);
+    if (p.team.exists()) check_grid(view, p, cuda::Stage::all, name);
+    if (view.traversal == Traversal::runs && p.element_bytes == 4) check_tiles(view, p, random, name);
+  });
+}
+
+/// The vectors of columns of tiles, at random places: there is one slot of one block that has each, and its strands have each of
+/// the tile's steps once. A team has all columns of its statistics.
+void lanes() {
+  std::mt19937_64 random(13);
+  const auto below = [&](std::int64_t n) {
+    return static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(n));
+  };
+  cuda::shim::cluster.threads = cuda::kBlockThreads, cuda::shim::cluster.shared.resize(1);
+  for_policies([&](const View& view, const cuda::Policy& p, const std::string& name) {
+    if (view.traversal != Traversal::lanes || p.element_bytes != 4) return;
+    const Geometry& g = view.geometry;
+    cuda::Work work;
+    work.task.geometry = g, work.policy = p;
+    const cuda::LanesTiling& tiling = p.lanes;
+    const std::int64_t vectors = ceil_div(g.columns(), 4), blocks = p.grid(g, cuda::Stage::sums).blocks;
+    expect(tiling.slots * tiling.abreast() == cuda::kSlots && tiling.slabs * tiling.slots >= vectors, name + ": slots");
+    for (int k = 0; k < 4; ++k) {
+      const std::int64_t o = below(g.outer), tile = below(tiling.tiles), vector = below(vectors),
+                         row = o * tiling.tiles + tile;
+      const std::int64_t block = row / tiling.abreast() * tiling.slabs + vector / tiling.slots;
+      const auto slot = static_cast<int>(row % tiling.abreast() * tiling.slots + vector % tiling.slots);
+      std::int64_t steps = 0;
+      bool right = block < blocks;
+      for (int strand = 0; strand < cuda::kStrands; ++strand) {
+        cuda::shim::cluster.running = strand * cuda::kSlots;
+        const cuda::Strand s = cuda::strand_of<float>(work, block, slot);
+        right = right && s.o == o && s.tile == tile && s.column == vector * 4 &&
+                s.n == std::min<std::int64_t>(4, g.columns() - s.column);
+        right = right && (s.steps == 0 || s[s.steps - 1].step < std::min(g.steps, (tile + 1) * cuda::kTileSteps));
+        steps += s.steps;
+      }
+      right = right && steps == std::min<std::int64_t>(cuda::kTileSteps, g.steps - tile * cuda::kTileSteps);
+      expect(right, name + ": vector " + std::to_string(vector) + " of tile " + std::to_string(row));
+    }
+    if (!p.team.exists()) return;
+    const std::int64_t block = below(blocks);
+    std::map<std::int64_t, int> threads;  // of each statistic
+    for (int thread = 0; thread < cuda::kBlockThreads; ++thread) {
+      cuda::shim::cluster.running = thread;
+      cuda::for_statistics<float>(work, block, [&](std::int64_t r, cuda::Group) { ++threads[r]; });
+    }
+    for (int slot = 0; slot < cuda::kSlots; ++slot) {
+      cuda::shim::cluster.running = slot;
+      const cuda::Strand s = cuda::strand_of<float>(work, block, slot);
+      for (int e = 0; e < s.n; ++e) {
+        const std::int64_t lane = (s.column + e) / g.run;
+        expect(threads[s.o * g.lanes + lane] == p.meeting, name + ": each column's statistic is one of the block's");
+      }
+    }
+    for (const auto& [r, n] : threads)
+      expect(r >= 0 && r < g.statistics() && n == p.meeting, name + ": statistics once");
+  });
+}
+
+/// Bytes of workspace, in arithmetic that cannot overflow.
+void workspace() {
+  for (const View& view : views()) {
+    normkit::Task task;
+    task.geometry = view.geometry, task.traversal = view.traversal;
+    const auto even = [](__int128 doubles) { return (doubles + 1) / 2 * 2; };
+    const auto statistics = static_cast<__int128>(view.geometry.statistics());
+    const auto partials = [&](cuda::Direction direction, int each) {
+      const cuda::Policy p = cuda::policy_for(view.geometry, view.traversal, 4, direction, false);
+      return even(each * statistics * p.units * p.tiles());
+    };
+    normkit::ForwardJob forward{.task = task, .threads = 1, .running = {}};
+    const cuda::Policy p = cuda::policy_for(view.geometry, view.traversal, 4, cuda::Direction::forward, false);
+    const bool meets = view.traversal == Traversal::lanes || p.runs.tiles > 1;
+    const __int128 wanted = meets ? partials(cuda::Direction::forward, 3) + even(2 * statistics) : 0;
+    expect(static_cast<__int128>(cuda::workspace_bytes(forward)) == 8 * wanted, view.name + ": workspace of forward");
+    forward.task.frozen = true;
+    expect(cuda::workspace_bytes(forward) == 0, view.name + ": workspace of frozen forward");
+    normkit::BackwardJob backward{.task = task, .threads = 1, .dweight = {}, .dbias = {}};
+    std::byte byte{};
+    backward.task.dx.data = &byte, backward.task.geometry.params = {};
+    expect(static_cast<__int128>(cuda::workspace_bytes(backward)) ==
+               8 * (partials(cuda::Direction::backward, 4) + even(4 * statistics)),
+           view.name + ": workspace of backward");
   }
-  for (const std::int64_t steps : {1, 2, 7, 300})
-    for (const std::int64_t run : {1, 3, 64, 1023, 8192, 12224, 12225, 70001}) check_cover(steps, run);
 }
 
 const std::map<std::string, std::function<void()>> kScenarios = {
-    {"tails", tails}, {"misaligned", misaligned}, {"blocks", blocks}, {"far", far_apart}, {"policy", policy}};
+    {"tails", tails},   {"misaligned", misaligned}, {"blocks", blocks}, {"teams", teams},
+    {"far", far_apart}, {"policy", policy},         {"lanes", lanes},   {"workspace", workspace}};
 
 }  // namespace
 

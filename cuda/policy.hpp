@@ -1,0 +1,221 @@
+// How a statistic is cut into tiles, and how one launch is shaped, as values. A tile is what one group of threads takes at a
+// time. The tiles, the threads of a group and the order in which tiles meet are the reduction tree: they follow from one
+// statistic's geometry and the size of its elements, never from how many statistics there are, from the GPU, or from the
+// schedule. The schedule is the rest: which blocks take which tiles, and whether they hold them until the statistic is known.
+//
+// The sizes are reasoned, not measured: nothing here has seen a GPU yet.
+#pragma once
+
+#include <cstdint>
+
+#include "backend.hpp"
+
+namespace normkit::cuda {
+
+/// Blocks and threads of one launch, the blocks of one cluster, and the bytes of shared memory that each block has.
+struct Grid {
+  std::int64_t blocks = 1;
+  int threads = 256;
+  int shared_bytes = 0;
+  int cluster = 1;
+};
+
+inline constexpr int kVectorBytes = 16;  // the widest load
+/// Elements of a vector: no more than eight, since each has its own sums.
+constexpr int vector_for(int element_bytes) { return element_bytes == 1 ? 8 : kVectorBytes / element_bytes; }
+inline constexpr int kBlockThreads = 256;
+inline constexpr int kWarp = 32;
+/// 44 KB: what threads of a block hold without the shared memory that a GPU gives to those who ask; a block of an H200 has three
+/// others beside it.
+inline constexpr int kHeldVectors = 11 * kBlockThreads;
+/// Where a statistic is larger: a smaller tile, so that more of them are on their way.
+inline constexpr int kTileVectors = 2048;
+/// A statistic of fewer vectors belongs to one warp or less.
+inline constexpr int kWarpVectors = 128;
+
+// ---- tiles: the tree ---------------------------------------------------------------------------------------------
+
+/// Tiles of a statistic in the runs traversal: `rows` steps of one run each, or a part of one run.
+struct Tiling {
+  int group = 1;  // threads of a tile
+  int rows = 1;
+  int width = 1;  // elements of each row
+  std::int64_t per_run = 1;  // tiles in a run; where it is more than one, rows is one
+  std::int64_t tiles = 1;
+
+  /// Vectors of a tile that one thread holds at most.
+  constexpr int held(int vector) const { return static_cast<int>(ceil_div(rows * ceil_div(width, vector), group)); }
+};
+
+constexpr int power_of_two_from(std::int64_t n) {
+  int power = 1;
+  while (power < n) power *= 2;
+  return power;
+}
+
+/// Threads of a tile of so many vectors: two vectors each where that is a warp at most, else four, else more.
+constexpr int group_for(std::int64_t vectors) {
+  if (vectors <= 64) return power_of_two_from(ceil_div(vectors, 2));
+  if (vectors <= kWarpVectors) return kWarp;
+  return vectors >= 4 * kBlockThreads ? kBlockThreads : power_of_two_from(ceil_div(vectors, 4));
+}
+
+constexpr Tiling tiling_for(std::int64_t steps, std::int64_t run, int element_bytes) {
+  const int vector = vector_for(element_bytes);
+  const std::int64_t per_row = ceil_div(run, vector);
+  Tiling t;
+  if (per_row <= kHeldVectors && steps <= kHeldVectors / per_row) {
+    t.group = group_for(steps * per_row), t.rows = static_cast<int>(steps), t.width = static_cast<int>(run);
+    return t;
+  }
+  t.group = kBlockThreads;
+  if (per_row <= kTileVectors) {
+    t.rows = static_cast<int>(kTileVectors / per_row), t.width = static_cast<int>(run);
+    t.tiles = ceil_div(steps, t.rows);
+    return t;
+  }
+  t.per_run = ceil_div(per_row, kTileVectors);
+  t.width = static_cast<int>(ceil_div(per_row, t.per_run)) * vector;
+  t.per_run = ceil_div(run, t.width);
+  t.tiles = steps * t.per_run;
+  return t;
+}
+
+// The lanes traversal: 16 strands of every sixteenth step, 16 steps long, side by side with up to 16 vectors of columns.
+// A block takes the columns of one tile, or where they are few, of several tiles.
+inline constexpr int kStrands = 16, kSlots = 16, kStrandSteps = 16;
+inline constexpr int kTileSteps = kStrands * kStrandSteps;
+
+struct LanesTiling {
+  int slots = 1;  // vectors of columns side by side in a block
+  std::int64_t slabs = 1;  // of so many vectors, in a row
+  std::int64_t tiles = 1;  // of kTileSteps
+
+  /// Tiles side by side in a block.
+  constexpr int abreast() const { return kSlots / slots; }
+  constexpr std::int64_t blocks(std::int64_t outer) const { return ceil_div(outer * tiles, abreast()) * slabs; }
+};
+
+constexpr LanesTiling lanes_tiling_for(std::int64_t steps, std::int64_t columns, int element_bytes) {
+  const std::int64_t vectors = ceil_div(columns, vector_for(element_bytes));
+  LanesTiling t;
+  t.slots = vectors < kSlots ? power_of_two_from(vectors) : kSlots;
+  t.slabs = ceil_div(vectors, t.slots);
+  t.tiles = ceil_div(steps, kTileSteps);
+  return t;
+}
+
+// ---- schedule ----------------------------------------------------------------------------------------------------
+
+/// Who holds a whole statistic between them, so that it is read once: the blocks of a cluster, each some of its tiles. One
+/// block: no cluster; a group, or the block, has it all. No blocks: nobody; its tiles are summed in one launch and applied in
+/// another.
+struct Team {
+  int blocks = 0;
+  int tiles = 0;  // that each block holds
+
+  constexpr bool exists() const { return blocks > 0; }
+};
+
+/// Blocks of a cluster that every GPU with clusters can have.
+inline constexpr int kClusterBlocks = 8;
+/// Tiles of 32 KB that a block holds: with three of them, two blocks share a multiprocessor of an H200.
+inline constexpr int kMostTiles = 3;
+inline constexpr int kMostTeamTiles = kClusterBlocks * kMostTiles;
+
+constexpr Team team_for(std::int64_t tiles, int most_tiles) {
+  if (tiles > kClusterBlocks * most_tiles) return {};
+  Team team;
+  team.tiles = static_cast<int>(ceil_div(tiles, kClusterBlocks));
+  team.blocks = static_cast<int>(ceil_div(tiles, team.tiles));
+  return team;
+}
+
+/// Shared memory that a block keeps for what its warps tell each other: 8 values of up to 64 bytes; and for what the tiles of a
+/// team found: up to 32 bytes each.
+inline constexpr int kGroupBytes = 512, kBoardBytes = kMostTeamTiles * 32;
+inline constexpr int kHeadBytes = kGroupBytes + kBoardBytes;
+/// What every GPU gives, and what all but compute capability 7.5 give those who ask: 99 KB at least.
+inline constexpr int kFreeSharedBytes = 48 << 10, kMostSharedBytes = 99 << 10;
+
+/// Blocks that a launch may have; one of more is refused. Each has 32 elements or more, so that an array must have 2^36 to come
+/// there, and mostly has a hundred times as many.
+inline constexpr std::int64_t kMostBlocks = 0x7fffffff;
+
+enum class Direction : std::uint8_t { forward, backward };
+
+/// Which part of a traversal a launch is: all of it by teams, or the sums of every tile, or what is left when statistics are
+/// known.
+enum class Stage : std::uint8_t { all, sums, rest };
+
+/// How one task is gone about. A unit is what is summed for itself: a statistic, or where gradients of parameters are summed,
+/// what shares one of them: a piece of its run (runs) or a column (lanes; there always).
+struct Policy {
+  Traversal traversal = Traversal::runs;
+  Direction direction = Direction::forward;
+  int element_bytes = 4;
+  std::int64_t units = 1;  // in a statistic
+  std::int64_t unit_run = 1;  // elements of a unit's run
+  Tiling runs;
+  LanesTiling lanes;
+  Team team;
+  int meeting = 1;  // threads that put together what the tiles of a statistic (forward) or of a unit (backward) found
+
+  constexpr std::int64_t tiles() const { return traversal == Traversal::lanes ? lanes.tiles : runs.tiles; }
+  /// What backward holds: x and dy.
+  constexpr int arrays() const { return direction == Direction::backward ? 2 : 1; }
+  /// Tiles that the groups of a block take side by side.
+  constexpr int groups() const { return runs.group > kWarp ? 1 : kBlockThreads / runs.group; }
+
+  constexpr int shared_bytes(Stage stage) const {
+    const int vector = vector_for(element_bytes);
+    const bool backward = direction == Direction::backward;
+    if (traversal == Traversal::lanes)  // pairs of strands meet, with moments or sums for each column
+      return stage == Stage::rest ? 0 : kStrands / 2 * kSlots * vector * (backward ? 32 : 24);
+    if (backward && stage != Stage::all) return kGroupBytes;
+    const int tiles = stage == Stage::all ? team.tiles * arrays() : 1;
+    return kHeadBytes + groups() * tiles * runs.group * runs.held(vector) * vector * element_bytes;
+  }
+
+  constexpr Grid grid(const Geometry& g, Stage stage) const {
+    const int bytes = shared_bytes(stage);
+    if (traversal == Traversal::lanes) return {lanes.blocks(g.outer), kBlockThreads, bytes, 1};
+    const int threads = runs.group > kWarp ? runs.group : kBlockThreads;
+    const int cluster = stage == Stage::all ? team.blocks : 1;
+    const std::int64_t tiles = g.statistics() * units * runs.tiles;
+    return {cluster > 1 ? g.statistics() * cluster : ceil_div(tiles, groups()), threads, bytes, cluster};
+  }
+};
+
+/// `pieces`: parameters change within a run, and each piece of it is a unit.
+constexpr Policy policy_for(const Geometry& g, Traversal traversal, int element_bytes, Direction direction,
+                            bool pieces) {
+  Policy p;
+  p.traversal = traversal, p.direction = direction, p.element_bytes = element_bytes;
+  if (traversal == Traversal::lanes) {
+    p.units = g.run;
+    p.lanes = lanes_tiling_for(g.steps, g.columns(), element_bytes);
+    const bool has_whole_lanes = p.lanes.slabs == 1 || p.lanes.slots * vector_for(element_bytes) % g.run == 0;
+    if (p.lanes.tiles == 1 && has_whole_lanes) p.team = {1, 1};
+  } else {
+    p.units = pieces ? g.run / g.params.stride : 1, p.unit_run = g.run / p.units;
+    p.runs = tiling_for(g.steps, p.unit_run, element_bytes);
+    if (p.units == 1) p.team = team_for(p.runs.tiles, kMostTiles / p.arrays());
+  }
+  const std::int64_t parts = direction == Direction::forward ? p.units * p.tiles() : p.tiles();
+  p.meeting = parts < kWarp ? power_of_two_from(parts) : kWarp;
+  return p;
+}
+
+// Rows: an instance of 49 floats, of one image of 56 x 56, of 16384 halfs, of a volume; a batch norm of small images.
+static_assert(tiling_for(1, 49, 4).group == 8 && tiling_for(1, 49, 4).tiles == 1);
+static_assert(tiling_for(1, 3136, 4).group == 256 && tiling_for(1, 3136, 4).held(4) == 4);
+static_assert(tiling_for(1, 16384, 2).held(8) == 8 && tiling_for(1, 16384, 2).tiles == 1);
+static_assert(tiling_for(1, 128 * 128 * 128, 4).tiles == 256 && tiling_for(1, 128 * 128 * 128, 4).width == 8192);
+static_assert(tiling_for(256, 49, 4).rows == 157 && tiling_for(256, 49, 4).tiles == 2);
+static_assert(tiling_for(1, std::int64_t{1} << 40, 1).tiles == std::int64_t{1} << 26);
+// Teams: a block has 16384 halfs, four blocks 65536 of them, eight 512 x 512; a volume nobody.
+static_assert(team_for(1, 3).blocks == 1 && team_for(4, 3).blocks == 4 && team_for(16, 3).blocks == 8);
+static_assert(team_for(17, 3).blocks == 6 && !team_for(25, 3).exists() && !team_for(9, 1).exists());
+
+}  // namespace normkit::cuda
