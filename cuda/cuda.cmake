@@ -22,6 +22,9 @@ print(found[-1] if found else '')"
   set(CMAKE_CUDA_COMPILER ${nvcc})
   cmake_path(GET nvcc PARENT_PATH bin)
   cmake_path(GET bin PARENT_PATH CUDAToolkit_ROOT)
+  # FindCUDAToolkit insists on a libcudart.so, which wheels have by its full name alone; what is linked is the static one.
+  file(GLOB cudart ${CUDAToolkit_ROOT}/lib/libcudart.so.*)
+  set(CUDA_CUDART ${cudart} CACHE FILEPATH "libcudart.so")
 endif()
 
 set(normkit_cuda FALSE)
