@@ -54,6 +54,7 @@ NORMKIT_DEVICE Solved solve(const Work& work, std::int64_t r, Group meeting, boo
   const std::int64_t units = work.policy.units;
   const bool collects = t.dparams && t.kind != ParamKind::row;
   Reduced total;
+  NORMKIT_ROLL
   for (std::int64_t unit = 0; unit < (work.summed ? units : 0); ++unit) {
     const Reduced part = joined<Reduced>(meeting, work.policy.tiles(), [&](std::int64_t tile) {
       return sums_of(unit, tile);
@@ -84,6 +85,7 @@ NORMKIT_DEVICE Solved solve(const Work& work, std::int64_t r, Group meeting, boo
     work.solved[r] = solved.mean, work.solved[all + r] = solved.rstd;
     work.solved[2 * all + r] = solved.b, work.solved[3 * all + r] = solved.c;
   }
+  NORMKIT_ROLL
   for (std::int64_t unit = 0; unit < (collects ? units : 0); ++unit) {
     double* const pair = t.dparams + 2 * (r * units + unit);
     pair[0] = s.rstd * mul_add(-shift, pair[1], pair[0]);

@@ -42,6 +42,7 @@ template <class T> struct Board {
 /// join(...join(join(v of thread 0, v of 1), ...)) as a tree: neighbors first. join need not be commutative.
 template <class T, class Join> NORMKIT_DEVICE T all_join(Group group, T v, Join join) {
   const int lane = thread_index() % kWarp;
+  NORMKIT_ROLL
   for (int distance = 1; distance < group.width(); distance *= 2) {
     const T other = shuffle(v, lane ^ distance, group.members());
     v = lane & distance ? join(other, v) : join(v, other);
@@ -52,6 +53,7 @@ template <class T, class Join> NORMKIT_DEVICE T all_join(Group group, T v, Join 
   if (lane == 0) warp[group.rank / kWarp] = v;
   if (!NORMKIT_PLANTED(missing_barrier)) sync_block();
   v = warp[0];
+  NORMKIT_ROLL
   for (int k = 1; k < group.size / kWarp; ++k) v = join(v, warp[k]);
   sync_block();  // scratch may be written again
   return v;
@@ -70,6 +72,7 @@ NORMKIT_DEVICE Moments all_merge(Group group, Moments m) {
 template <class T, class At, class Join>
 NORMKIT_DEVICE T joined(Group meeting, std::int64_t count, At at, Join join) {
   T all{};
+  NORMKIT_ROLL
   for (std::int64_t k = meeting.rank; k < count; k += meeting.size) all = join(all, at(k));
   return all_join(meeting, all, join);
 }

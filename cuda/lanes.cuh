@@ -80,10 +80,12 @@ NORMKIT_DEVICE void join_strands(const Work& work, std::int64_t block, Own own, 
     if (lane < kSlots) meeting[(thread / kWarp * kSlots + lane) * N + e] = join(v, other);
   }
   sync_block();
+  NORMKIT_ROLL
   for (int column = thread; column < kSlots * N; column += block_threads()) {
     const Strand s = strand_of<X>(work, block, column / N);
     if (column % N >= s.n) continue;
     T all = meeting[column];
+    NORMKIT_ROLL
     for (int pair = 1; pair < kPairs; ++pair) all = join(all, meeting[pair * kSlots * N + column]);
     put(s, column % N, all);
   }
@@ -100,8 +102,11 @@ NORMKIT_DEVICE std::int64_t partial_index(const Work& work, const Strand& s, int
 /// One column of a strand again, in double and in two passes, about a member of it.
 template <class X>
 NORMKIT_DEVICE Moments careful_strand(const Task& t, const Strand& s, int e, double first, double n) {
-  const auto sums_about = [&](double pivot) {
+  double pivot = t.centered ? first : 0;
+  NORMKIT_ROLL
+  for (int pass = 0;; ++pass) {
     double sum = 0, squares = 0;
+    NORMKIT_ROLL
     for (int j = 0; j < s.steps; ++j) {
       Place p = s[j];
       p.i += e, p.n = 1;
@@ -109,13 +114,11 @@ NORMKIT_DEVICE Moments careful_strand(const Task& t, const Strand& s, int e, dou
       const double d = static_cast<double>(value_of(read_x<X>(t, p)[0])) - pivot;
       sum += d, squares = mul_add(d, d, squares);
     }
-    return from_pivot(pivot, sum, squares, n);
-  };
-  if (!t.centered) {
-    const Moments m = sums_about(0);
-    return {0, mul_add(m.mean * m.mean, n, m.m2), n};
+    if (!t.centered) return {0, squares, n};
+    const Moments m = from_pivot(pivot, sum, squares, n);
+    if (pass == 1) return m;
+    pivot = m.mean;
   }
-  return sums_about(sums_about(first).mean);
 }
 
 /// What the columns of a strand are made with.

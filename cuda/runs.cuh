@@ -172,27 +172,25 @@ template <class X> struct HeldTile {
     return all_sum(group, PivotSums{static_cast<double>(sum), static_cast<double>(squares)});
   }
 
-  /// All in double.
-  NORMKIT_DEVICE PivotSums careful_sums_about(double pivot) const {
-    PivotSums own{0, 0};
-    for_elements_in_turn([&](ComputeOf<X> v, bool member) {
-      const double d = member ? static_cast<double>(v) - pivot : 0;
-      own = {own.sum + d, mul_add(d, d, own.squares)};
-    });
-    return all_sum(group, own);
-  }
-
   /// For data that defeats the pivot: all equal, or once more in double and in two passes.
   NORMKIT_DEVICE Moments careful_moments(FirstMember first, bool centered) const {
-    double others = 0;
-    for_elements_in_turn(
-        [&](ComputeOf<X> v, bool member) { others += member && !(static_cast<double>(v) == first.value); });
-    if (centered && all_sum(group, others) == 0) return {first.value, 0, first.n};
-    if (!centered) return {0, careful_sums_about(0).squares, first.n};
-    double pivot = first.value;
-    PivotSums sums = careful_sums_about(pivot);
-    pivot = from_pivot(pivot, sums.sum, sums.squares, first.n).mean, sums = careful_sums_about(pivot);
-    return from_pivot(pivot, sums.sum, sums.squares, first.n);
+    double pivot = centered ? first.value : 0;
+    NORMKIT_ROLL
+    for (int pass = 0;; ++pass) {
+      PivotSums own{0, 0};
+      double others = 0;
+      for_elements_in_turn([&](ComputeOf<X> v, bool member) {
+        const double d = member ? static_cast<double>(v) - pivot : 0;
+        own = {own.sum + d, mul_add(d, d, own.squares)};
+        others += member && !(static_cast<double>(v) == first.value);
+      });
+      const PivotSums sums = all_sum(group, own);
+      if (!centered) return {0, sums.squares, first.n};
+      if (all_sum(group, others) == 0) return {first.value, 0, first.n};
+      const Moments m = from_pivot(pivot, sums.sum, sums.squares, first.n);
+      if (pass == 1) return m;
+      pivot = m.mean;
+    }
   }
 
   NORMKIT_DEVICE Moments moments() const {
