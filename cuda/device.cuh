@@ -57,6 +57,12 @@ NORMKIT_DEVICE std::byte* shared_memory() {
   return reinterpret_cast<std::byte*>(memory);
 }
 
+/// 16 bytes to an address that is a multiple of 16, at once. An assignment would be taken apart, and its words merged with the
+/// stores of the other branch, element by element.
+NORMKIT_DEVICE void store_words(void* to, const std::uint32_t (&word)[4]) {
+  __stwb(static_cast<uint4*>(to), make_uint4(word[0], word[1], word[2], word[3]));
+}
+
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 inline constexpr bool kHasClusters = true;
 NORMKIT_DEVICE int cluster_rank() { return static_cast<int>(__clusterRelativeBlockRank()); }

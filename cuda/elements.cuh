@@ -21,9 +21,9 @@ template <class X> NORMKIT_DEVICE X of_bits(std::uint64_t bits) {
 }
 
 /// The elements of a vector as they lie in memory, in whole words: kept apart, two-byte elements would take a register each.
-template <class X> struct alignas(kVector<X> * sizeof(X)) Vector {
+template <class X> struct alignas(kVectorBytes) Vector {
   static constexpr int kPerWord = sizeof(X) < 4 ? 4 / sizeof(X) : 1, kBits = 8 * sizeof(X);
-  std::uint32_t word[kVector<X> * sizeof(X) / 4];
+  std::uint32_t word[kVectorBytes / 4];
 
   NORMKIT_DEVICE X operator[](int e) const {
     if constexpr (sizeof(X) == 8) return of_bits<X>(word[2 * e] | std::uint64_t{word[2 * e + 1]} << 32);
@@ -106,7 +106,7 @@ template <class Y, class S, int N> NORMKIT_DEVICE void store(Y* p, const S (&v)[
       Vector<Y> out = zeros<Y>();
       NORMKIT_UNROLL
       for (int e = 0; e < kVector<Y> && first + e < N; ++e) out.put(e, stored<Y>(v[first + e]));
-      *reinterpret_cast<Vector<Y>*>(p + first) = out;
+      store_words(p + first, out.word);
     }
     return;
   }
@@ -459,8 +459,13 @@ NORMKIT_DEVICE void write_dx(const Work& work, const Factors<ComputeOf<X>, kVect
     NORMKIT_UNROLL
     for (int e = 0; e < N; ++e)
       product[e] = dz[e] * standardized(t, dz[e], x[e], known.mean[e], known.unit[e], known.origin[e]);
-    if (work.dweight.data) put_elements(work.dweight, first, product, p.n);
-    if (work.dbias.data) put_elements(work.dbias, first, dz, p.n);
+    NORMKIT_ROLL
+    for (int k = 0; k < 2; ++k) {  // one after the other through the same code
+      const ParamGradient out = k == 0 ? work.dweight : work.dbias;
+      if (out.data) put_elements(out, first, product, p.n);
+      NORMKIT_UNROLL
+      for (int e = 0; e < N; ++e) product[e] = dz[e];
+    }
   }
   if (!t.dx.data) return;
   const unsigned members = members_of(t, p);

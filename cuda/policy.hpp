@@ -21,8 +21,7 @@ struct Grid {
 };
 
 inline constexpr int kVectorBytes = 16;  // the widest load
-/// Elements of a vector: no more than eight, since each has its own sums.
-constexpr int vector_for(int element_bytes) { return element_bytes == 1 ? 8 : kVectorBytes / element_bytes; }
+constexpr int vector_for(int element_bytes) { return kVectorBytes / element_bytes; }
 inline constexpr int kBlockThreads = 256;
 inline constexpr int kWarp = 32;
 /// 44 KB: what threads of a block hold without the shared memory that a GPU gives to those who ask; a block of an H200 has three
@@ -213,7 +212,7 @@ static_assert(tiling_for(1, 3136, 4).group == 256 && tiling_for(1, 3136, 4).held
 static_assert(tiling_for(1, 16384, 2).held(8) == 8 && tiling_for(1, 16384, 2).tiles == 1);
 static_assert(tiling_for(1, 128 * 128 * 128, 4).tiles == 256 && tiling_for(1, 128 * 128 * 128, 4).width == 8192);
 static_assert(tiling_for(256, 49, 4).rows == 157 && tiling_for(256, 49, 4).tiles == 2);
-static_assert(tiling_for(1, std::int64_t{1} << 40, 1).tiles == std::int64_t{1} << 26);
+static_assert(tiling_for(1, std::int64_t{1} << 40, 2).tiles == std::int64_t{1} << 26);
 // Teams: a block has 16384 halfs, four blocks 65536 of them, eight 512 x 512; a volume nobody.
 static_assert(team_for(1, 3).blocks == 1 && team_for(4, 3).blocks == 4 && team_for(16, 3).blocks == 8);
 static_assert(team_for(17, 3).blocks == 6 && !team_for(25, 3).exists() && !team_for(9, 1).exists());

@@ -271,6 +271,11 @@ inline std::int64_t block_count() { return shim::cluster.count; }
 inline std::byte* shared_memory() { return shim::cluster.shared[static_cast<std::size_t>(cluster_rank())].get(); }
 inline void sync_block() { shim::wait(shim::State::at_barrier); }
 
+inline void store_words(void* to, const std::uint32_t (&word)[4]) {
+  struct alignas(16) Words { std::uint32_t word[4]; };
+  *static_cast<Words*>(to) = {{word[0], word[1], word[2], word[3]}};
+}
+
 inline constexpr bool kHasClusters = true;
 inline void arrive_at_cluster() {
   shim::Fiber& self = shim::current();
