@@ -28,14 +28,13 @@ SOURCES = {
 }
 TESTS = ("core_test", "shim_test")
 CORE = ("launch", "float32", "others", "backend", *PLANNING)
-# As in CMakeLists.txt: what the left out checks would find, the address sanitizer does.
-SANITIZERS = (
-    "-fsanitize=address,undefined",
-    "-fno-sanitize=null,object-size,pointer-overflow",
-    "-fno-sanitize-recover=all",
-)
+SANITIZERS = {
+    # As in CMakeLists.txt: what the left out checks would find, the address sanitizer does.
+    "address": ("-fsanitize=address,undefined", "-fno-sanitize=null,object-size,pointer-overflow"),
+    "thread": ("-fsanitize=thread",),
+}
 FLAGS = (
-    *("-std=c++20", "-g1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", *SANITIZERS),
+    *("-std=c++20", "-g1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-fno-sanitize-recover=all"),
     *("-DNORMKIT_SHIM", "-DNORMKIT_STORAGE=float", "-DNORMKIT_STORAGE_NAME=float32"),
     *(f"-I{ROOT / folder}" for folder in ("cpp/include", "cpp/src", "cuda", "tests/shim")),
 )
@@ -46,16 +45,17 @@ pytestmark = [
     pytest.mark.skipif(platform.system() != "Linux", reason="the shim wants Linux"),
 ]
 
-# What somebody may get wrong, where it shows, and what is said then.
+# What somebody may get wrong, where it shows, which sanitizer is asked, and what is said then.
 PLANTS = {
-    "missing_barrier": ("blocks", "shim: "),  # threads disagree about what comes next
-    "missing_cluster_barrier": ("teams", "shim: "),  # a block tells one that has left
-    "early_post": ("teams", "shim: "),  # to a block that may not run yet
-    "early_return": ("blocks", "shim: "),
-    "read_of_peer": ("teams", "shared memory of a block that has left"),
-    "misaligned_load": ("misaligned", "misaligned address"),
-    "int_overflow": ("far", "signed integer overflow"),
-    "long_tail": ("tails", "heap-buffer-overflow"),
+    "missing_barrier": ("blocks", "address", "shim: "),  # threads disagree about what comes next
+    "missing_second_barrier": ("blocks", "thread", "data race"),
+    "missing_cluster_barrier": ("teams", "address", "shim: "),  # a block tells one that has left
+    "early_post": ("teams", "address", "shim: "),  # to a block that may not run yet
+    "early_return": ("blocks", "address", "shim: "),
+    "read_of_peer": ("teams", "address", "shared memory of a block that has left"),
+    "misaligned_load": ("misaligned", "address", "misaligned address"),
+    "int_overflow": ("far", "address", "signed integer overflow"),
+    "long_tail": ("tails", "address", "heap-buffer-overflow"),
 }
 
 
@@ -63,11 +63,15 @@ PLANTS = {
 class Programs:
     folder: Path
 
-    def run(self, name: str, *arguments: str, seed: int = 1, plant: str = "none") -> subprocess.CompletedProcess:
+    def run(
+        self, name: str, *arguments: str, sanitizer: str = "address", seed: int = 1, plant: str = "none"
+    ) -> subprocess.CompletedProcess:
         shim = {"NORMKIT_SHIM_SEED": str(seed), "NORMKIT_SHIM_PLANT": plant}
-        environment = {**os.environ, **shim, "ASAN_OPTIONS": "detect_leaks=0"}
-        command = [str(self.folder / name), *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
+        command = [str(self.folder / f"{name}-{sanitizer}"), *arguments]
+        return subprocess.run(
+            command, env={**os.environ, **shim, **options}, capture_output=True, text=True, timeout=300
+        )
 
 
 def call(*command: object) -> None:
@@ -79,25 +83,28 @@ def call(*command: object) -> None:
 def programs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shim")
 
-    def compile_one(name: str) -> Path:
-        out = folder / f"{name}.o"
+    def compile_one(name: str, sanitizer: str) -> Path:
+        out = folder / f"{name}-{sanitizer}.o"
         level = "-O0" if name in TESTS else "-O1"  # half the time, for what runs little
-        call(COMPILER, *FLAGS, level, "-x", "c++", "-c", SOURCES[name], "-o", out)
+        flags = SANITIZERS.get(sanitizer, ())
+        call(COMPILER, *FLAGS, *flags, level, "-x", "c++", "-c", SOURCES[name], "-o", out)
         return out
 
-    def link(name: str, *objects: Path) -> None:
-        call(COMPILER, *SANITIZERS, *objects, "-o", folder / name, "-pthread")
-
+    # Planning has tests under sanitizers elsewhere: once is enough.
+    wanted = [(name, sanitizer) for sanitizer in SANITIZERS for name in SOURCES if name not in PLANNING]
+    wanted += [(name, "plain") for name in PLANNING]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = dict(zip(SOURCES, pool.map(compile_one, SOURCES), strict=True))
-        core = [made[name] for name in CORE]
-        link("core_test", made["core_test"], *core)
-        link("shim_test", made["shim_test"], *core)
+        made = dict(zip(wanted, pool.map(compile_one, *zip(*wanted, strict=True)), strict=True))
+    for sanitizer, flags in SANITIZERS.items():
+        core = [made[name, "plain" if name in PLANNING else sanitizer] for name in CORE]
+        for test in TESTS:
+            call(COMPILER, *flags, made[test, sanitizer], *core, "-o", folder / f"{test}-{sanitizer}", "-pthread")
     return Programs(folder)
 
 
-def test_the_core_test_of_the_cpu_passes(programs):
-    done = programs.run("core_test")
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_the_core_test_of_the_cpu_passes(programs, sanitizer):
+    done = programs.run("core_test", sanitizer=sanitizer)
     assert "core test passed" in done.stdout, done.stdout + done.stderr
 
 
@@ -109,6 +116,12 @@ def test_scenario(programs, scenario, seed):
     assert "shim test passed" in done.stdout
 
 
+@pytest.mark.parametrize("scenario", ["tails", "blocks", "teams"])
+def test_scenario_without_races(programs, scenario):
+    done = programs.run("shim_test", scenario, sanitizer="thread")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("scenario", ["policy", "lanes", "workspace"])
 def test_property(programs, scenario):
     done = programs.run("shim_test", scenario)
@@ -117,7 +130,7 @@ def test_property(programs, scenario):
 
 @pytest.mark.parametrize("plant", PLANTS)
 def test_planted_bug_is_caught(programs, plant):
-    scenario, message = PLANTS[plant]
-    done = programs.run("shim_test", scenario, plant=plant)
+    scenario, sanitizer, message = PLANTS[plant]
+    done = programs.run("shim_test", scenario, sanitizer=sanitizer, plant=plant)
     assert done.returncode != 0
     assert message in done.stdout + done.stderr

@@ -28,6 +28,15 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+}
+#endif
 
 #define NORMKIT_DEVICE inline
 #define NORMKIT_UNROLL
@@ -51,6 +60,7 @@ constexpr std::size_t kStackBytes = std::size_t{256} << 10;
 enum class Mistake {
   none,
   missing_barrier,
+  missing_second_barrier,
   missing_cluster_barrier,
   early_post,
   early_return,
@@ -61,11 +71,12 @@ enum class Mistake {
 };
 /// By the names of the enumerators, in their order.
 inline const Mistake planted = [] {
-  constexpr const char* names[] = {"none",         "missing_barrier", "missing_cluster_barrier", "early_post",
-                                   "early_return", "read_of_peer",    "misaligned_load",         "int_overflow",
-                                   "long_tail"};
+  constexpr const char* names[] = {
+      "none",         "missing_barrier", "missing_second_barrier", "missing_cluster_barrier",
+      "early_post",   "early_return",    "read_of_peer",           "misaligned_load",
+      "int_overflow", "long_tail"};
   const char* const name = std::getenv("NORMKIT_SHIM_PLANT");
-  for (int k = 0; name && k < 9; ++k)
+  for (int k = 0; name && k < 10; ++k)
     if (std::strcmp(name, names[k]) == 0) return static_cast<Mistake>(k);
   return Mistake::none;
 }();
@@ -76,6 +87,7 @@ struct Fiber {
   ucontext_t context;
   State state = State::ready;
   bool arrived = false, passed = false;  // of the barrier of the cluster
+  int barriers = 0, cluster_barriers = 0;  // that it has come to
   const void* given = nullptr;  // of a shuffle
   void* taken = nullptr;
   std::size_t bytes = 0;
@@ -132,38 +144,80 @@ inline char* stack(int fiber) {
 
 inline Fiber& current() { return cluster.fibers[static_cast<std::size_t>(cluster.running)]; }
 
+// What sanitizers must know. The address sanitizer, of every change of stacks. The thread sanitizer sees in each fiber a thread of
+// its own, and no order between them but what barriers make: a race in shared memory is one whatever the order was.
+#if defined(__SANITIZE_ADDRESS__)
+inline void leave_fiber(void** frames) {
+  __sanitizer_start_switch_fiber(frames, cluster.scheduler_stack, cluster.scheduler_bytes);
+}
+inline void come_back(void* frames) { __sanitizer_finish_switch_fiber(frames, nullptr, nullptr); }
+inline void begin_fiber() {
+  __sanitizer_finish_switch_fiber(nullptr, &cluster.scheduler_stack, &cluster.scheduler_bytes);
+}
+inline void leave_scheduler(int fiber) {
+  __sanitizer_start_switch_fiber(&cluster.scheduler_frames, stack(fiber), kStackBytes);
+}
+#elif defined(__SANITIZE_THREAD__)
+inline void leave_fiber(void**) { __tsan_switch_to_fiber(cluster.scheduler_frames, __tsan_switch_to_fiber_no_sync); }
+inline void come_back(void*) {}
+inline void begin_fiber() {}
+inline void leave_scheduler(int fiber) {
+  static std::vector<void*> threads;
+  while (static_cast<int>(threads.size()) <= fiber) threads.push_back(__tsan_create_fiber(0));
+  cluster.scheduler_frames = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(threads[static_cast<std::size_t>(fiber)], __tsan_switch_to_fiber_no_sync);
+}
+#else
+inline void leave_fiber(void**) {}
+inline void come_back(void*) {}
+inline void begin_fiber() {}
+inline void leave_scheduler(int) {}
+#endif
+
+/// Places that threads meet at. What a thread did before it came to one is known to those that have left it.
+struct Meeting { char launch, end, block[kClusterBlocks][2], cluster[2]; };
+inline Meeting meeting;
+#if defined(__SANITIZE_THREAD__)
+inline void come_to(char& place) { __tsan_release(&place); }
+inline void go_from(char& place) { __tsan_acquire(&place); }
+/// While it lives, what this thread reads and writes is the shim's own affair.
+struct Unwatched {
+  Unwatched() { AnnotateIgnoreReadsBegin(__FILE__, __LINE__), AnnotateIgnoreWritesBegin(__FILE__, __LINE__); }
+  ~Unwatched() { AnnotateIgnoreWritesEnd(__FILE__, __LINE__), AnnotateIgnoreReadsEnd(__FILE__, __LINE__); }
+};
+#define NORMKIT_SHIM_UNSEEN [[gnu::no_sanitize_thread]]
+#else
+inline void come_to(char&) {}
+inline void go_from(char&) {}
+struct Unwatched {
+  Unwatched() {}
+};
+#define NORMKIT_SHIM_UNSEEN
+#endif
+
 /// Back to the scheduler, until it finds that this thread may go on.
-inline void wait(State state) {
+NORMKIT_SHIM_UNSEEN inline void wait(State state) {
   Fiber& self = current();
   self.state = state;
-#if defined(__SANITIZE_ADDRESS__)
   void* frames = nullptr;
-  __sanitizer_start_switch_fiber(state == State::done ? nullptr : &frames, cluster.scheduler_stack,
-                                 cluster.scheduler_bytes);
-#endif
+  leave_fiber(state == State::done ? nullptr : &frames);
   swapcontext(&self.context, &cluster.scheduler);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(frames, nullptr, nullptr);
-#endif
+  come_back(frames);
 }
 
-inline void enter() {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &cluster.scheduler_stack, &cluster.scheduler_bytes);
-#endif
+NORMKIT_SHIM_UNSEEN inline void enter() {
+  begin_fiber();
+  go_from(meeting.launch);
   cluster.body(cluster.argument);
+  come_to(meeting.end);
   wait(State::done);
 }
 
 inline void resume(int fiber) {
   cluster.running = fiber;
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&cluster.scheduler_frames, stack(fiber), kStackBytes);
-#endif
+  leave_scheduler(fiber);
   swapcontext(&cluster.scheduler, &current().context);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(cluster.scheduler_frames, nullptr, nullptr);
-#endif
+  come_back(cluster.scheduler_frames);
 }
 
 /// Lets the lanes of one block go on that wait for each other in a shuffle; false where none do.
@@ -269,7 +323,12 @@ inline int cluster_rank() { return shim::cluster.running / shim::cluster.threads
 inline std::int64_t block_index() { return shim::cluster.first + cluster_rank(); }
 inline std::int64_t block_count() { return shim::cluster.count; }
 inline std::byte* shared_memory() { return shim::cluster.shared[static_cast<std::size_t>(cluster_rank())].get(); }
-inline void sync_block() { shim::wait(shim::State::at_barrier); }
+inline void sync_block() {
+  char& place = shim::meeting.block[cluster_rank()][shim::current().barriers++ % 2];
+  shim::come_to(place);
+  shim::wait(shim::State::at_barrier);
+  shim::go_from(place);
+}
 
 inline void store_words(void* to, const std::uint32_t (&word)[4]) {
   struct alignas(16) Words { std::uint32_t word[4]; };
@@ -281,12 +340,14 @@ inline void arrive_at_cluster() {
   shim::Fiber& self = shim::current();
   if (self.arrived || self.passed) shim::stop("a thread comes twice to the barrier of its cluster");
   self.arrived = true;
+  shim::come_to(shim::meeting.cluster[self.cluster_barriers % 2]);
 }
 inline void wait_for_cluster() {
   shim::Fiber& self = shim::current();
   if (!self.arrived && !self.passed) shim::stop("a thread waits at the barrier of its cluster that it has not come to");
   if (!self.passed) shim::wait(shim::State::at_cluster);
   self.passed = false;
+  shim::go_from(shim::meeting.cluster[self.cluster_barriers++ % 2]);
 }
 inline std::byte* peer_memory(int rank) {
   if (rank < 0 || rank >= shim::cluster.blocks()) shim::stop("shared memory of a block that the cluster does not have");
@@ -340,6 +401,7 @@ inline void run_grid(Grid grid) {
   std::vector<std::int64_t> clusters(static_cast<std::size_t>(grid.blocks / grid.cluster));
   std::iota(clusters.begin(), clusters.end(), 0);
   shuffle_order(clusters);
+  come_to(meeting.launch);
   for (const std::int64_t index : clusters) {
     cluster.first = index * grid.cluster, cluster.met = grid.cluster == 1;
     cluster.shared.clear();
@@ -348,6 +410,7 @@ inline void run_grid(Grid grid) {
     for (int fiber = 0; fiber < grid.cluster * grid.threads; ++fiber) prepare(fiber);
     run_cluster();
   }
+  go_from(meeting.end);
 }
 
 }  // namespace shim
@@ -358,6 +421,7 @@ template <class Kernel> void launch(const Kernel& kernel, Grid grid, Stream) {
   if (grid.shared_bytes > kFreeSharedBytes && extent_of<Kernel>(0) < Extent::large)
     shim::stop("more shared memory than there is");
   if (grid.cluster > 1 && extent_of<Kernel>(0) < Extent::clusters) shim::stop("a cluster where there are none");
+  const shim::Unwatched unwatched;
   shim::cluster.kernel = Kernel::kName, shim::cluster.argument = &kernel;
   shim::cluster.body = [](const void* k) { (*static_cast<const Kernel*>(k))(); };
   shim::run_grid(grid);
