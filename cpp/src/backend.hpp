@@ -234,6 +234,8 @@ struct Isa {
   void (*backward_apply)(const Task&, std::int64_t begin, std::int64_t end);
   /// Merges n sets of moments (mean, m2, count each) into as many others.
   void (*merge)(double* into, const double* from, std::int64_t n);
+  /// How many vectors of 16 floats its registers hold.
+  int vectors;
 };
 
 }  // namespace normkit

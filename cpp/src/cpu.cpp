@@ -53,6 +53,8 @@ std::atomic<const Isa*>& chosen_isa() {
   return chosen;
 }
 
+const Isa& current_isa() { return *chosen_isa().load(std::memory_order_relaxed); }
+
 // ---- schedule ----------------------------------------------------------------------------------------------------
 
 /// Ranges that each thread gets to claim, so that one slow thread does not hold up the others.
@@ -273,31 +275,29 @@ void set_num_threads(int n) {
   set_max_threads(n);
 }
 
-void merge_moments(double* into, const double* from, std::int64_t n) {
-  chosen_isa().load(std::memory_order_relaxed)->merge(into, from, n);
-}
+void merge_moments(double* into, const double* from, std::int64_t n) { current_isa().merge(into, from, n); }
 
 std::size_t workspace_doubles(const ForwardJob& job) {
   ForwardJob copy = job;
   unfold_steps(copy);
   Carver carver{nullptr};
-  carve(carver, copy, policy_for(copy.task, copy.threads));
+  carve(carver, copy, policy_for(copy.task, copy.threads, current_isa()));
   return carver.used;
 }
 
 std::size_t workspace_doubles(const BackwardJob& job) {
   BackwardJob copy = job;
   Carver carver{nullptr};
-  carve(carver, copy, policy_for(copy.task, copy.threads));
+  carve(carver, copy, policy_for(copy.task, copy.threads, current_isa()));
   return carver.used;
 }
 
 void run(ForwardJob& job, double* workspace) {
   Task& t = job.task;
-  const Isa& isa = *chosen_isa().load(std::memory_order_relaxed);
+  const Isa& isa = current_isa();
   const std::int64_t statistics = t.geometry.statistics();
   unfold_steps(job);
-  const Policy p = policy_for(t, job.threads);
+  const Policy p = policy_for(t, job.threads, isa);
   Carver carver{workspace};
   const ForwardSpace space = carve(carver, job, p);
   if (space.moments) t.moments = space.moments;
@@ -329,8 +329,8 @@ void run(ForwardJob& job, double* workspace) {
 void run(BackwardJob& job, double* workspace) {
   Task& t = job.task;
   if (t.phase == Phase::both && !t.dx.data && !job.dweight.data && !job.dbias.data) return;
-  const Isa& isa = *chosen_isa().load(std::memory_order_relaxed);
-  const Policy p = policy_for(t, job.threads);
+  const Isa& isa = current_isa();
+  const Policy p = policy_for(t, job.threads, isa);
   Carver carver{workspace};
   const BackwardSpace space = carve(carver, job, p);
   if (t.dparams)

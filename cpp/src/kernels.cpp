@@ -126,6 +126,7 @@ const Isa NORMKIT_SYMBOL(NORMKIT_ISA_NAME){NORMKIT_NAME_OF(NORMKIT_ISA_NAME),
                                            backward_sums,
                                            backward_finish,
                                            backward_apply,
-                                           merge_moments};
+                                           merge_moments,
+                                           kRegisters * kLanes32 / 16};
 
 }  // namespace normkit

@@ -18,6 +18,6 @@ struct Policy {
 };
 
 /// Outputs that the caller has not passed yet may be absent from `t`: what workspace depends on is the same then.
-Policy policy_for(const Task& t, int threads);
+Policy policy_for(const Task& t, int threads, const Isa& isa);
 
 }  // namespace normkit

@@ -9,6 +9,7 @@ namespace {
 using Reg32 = __m256;
 using Reg64 = __m256d;
 constexpr int kLanes32 = 8, kLanes64 = 4;
+constexpr int kRegisters = 16;
 constexpr bool kMaskedParts = false;
 
 inline Reg32 reg_set(float v) { return _mm256_set1_ps(v); }

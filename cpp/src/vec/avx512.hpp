@@ -9,6 +9,7 @@ namespace {
 using Reg32 = __m512;
 using Reg64 = __m512d;
 constexpr int kLanes32 = 16, kLanes64 = 8;
+constexpr int kRegisters = 32;
 constexpr bool kMaskedParts = true;
 
 inline Reg32 reg_set(float v) { return _mm512_set1_ps(v); }

@@ -9,6 +9,7 @@ namespace {
 using Reg32 = float32x4_t;
 using Reg64 = float64x2_t;
 constexpr int kLanes32 = 4, kLanes64 = 2;
+constexpr int kRegisters = 32;
 constexpr bool kMaskedParts = false;
 
 inline Reg32 reg_set(float v) { return vdupq_n_f32(v); }

@@ -9,6 +9,7 @@ namespace {
 using Reg32 = __m128;
 using Reg64 = __m128d;
 constexpr int kLanes32 = 4, kLanes64 = 2;
+constexpr int kRegisters = 16;
 constexpr bool kMaskedParts = false;
 
 inline Reg32 reg_set(float v) { return _mm_set1_ps(v); }
