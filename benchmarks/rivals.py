@@ -268,7 +268,7 @@ class Torch(Rival):
 
     name, package = "torch", "torch"
     options = (*ACTIVATIONS, "residual")
-    lingers = 0.002
+    lingers = 0.01
 
     def __init__(self) -> None:
         import torch
@@ -422,7 +422,7 @@ class OnnxRuntime(Rival):
     name, package = "onnxruntime", "onnxruntime"
     dtypes = ("float32",)
     channels_last = False
-    lingers = 0.002
+    lingers = 0.01
 
     def __init__(self) -> None:
         import onnx
