@@ -42,6 +42,7 @@ class Pair:
         self._rest = rival.lingers if threads > 1 else 0.0
         self._k = -1
         self._kept = [None] * w.sets  # so that new outputs rotate as given ones do
+        self._woken: Any = None
         self.error = error(w, rival, self._call)
         self.limits: list[float] = []
 
@@ -52,8 +53,8 @@ class Pair:
             time.sleep(self._rest)
             self._limit.seconds(self.w.far(self._k + 1))
         self.limits.append(self._limit.seconds(self.w.far(self._k)))
-        if self._rest:
-            self._call((self._k + 1) % self.w.sets)
+        if self._rest:  # kept until after the turn, which else would be given its memory, still in the cache
+            self._woken = self._call((self._k + 1) % self.w.sets)
 
     def turn(self) -> None:
         self._kept[self._k] = self._call(self._k)
