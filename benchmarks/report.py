@@ -54,13 +54,14 @@ def load(paths: list[Path]) -> dict[str, Any]:
     """As `pytest --benchmark-json` or `--store` wrote them: date, commit, command and benchmarks, of which each has the
     name and `extra_info`. Of repeated runs the last counts."""
     whole: dict[str, Any] = {}
-    found, commands = {}, []
+    found, commands, commits = {}, [], []
     for path in paths:
         read = json.loads(path.read_text())
         whole["date"] = read.get("date") or read["datetime"][:10]
-        whole["commit"] = read.get("commit") or read["commit_info"]["id"][:7]
+        commits.append(read.get("commit") or read["commit_info"]["id"][:7])
         commands.append(read["command"])
         found |= {r["fullname"]: r for r in read["benchmarks"] if "ratio" in r["extra_info"]}
+    whole["commit"] = ", then ".join(dict.fromkeys(commits))
     whole["command"] = ", then ".join(dict.fromkeys(commands))
     whole["benchmarks"] = [{key: r[key] for key in ("fullname", "name", "extra_info")} for r in found.values()]
     return whole
