@@ -40,30 +40,13 @@ elseif(NORMKIT_CUDA STREQUAL "auto")
   endif()
 endif()
 
-# One object library for each type that elements have in kernels: the list generates the build.
-set(normkit_storages float32=float float64=double float16=Half bfloat16=Bfloat)
-
-# Adds the kernels to `objects`; the rest are usage requirements and options of each target.
-function(normkit_add_kernels objects language)
-  add_library(normkit_cuda_launch OBJECT ${CMAKE_CURRENT_SOURCE_DIR}/cuda/launch.cu)
-  set(targets normkit_cuda_launch)
-  foreach(storage IN LISTS normkit_storages)
-    string(REGEX MATCH "([a-z0-9]+)=(.*)" _ ${storage})
-    add_library(normkit_cuda_${CMAKE_MATCH_1} OBJECT ${CMAKE_CURRENT_SOURCE_DIR}/cuda/kernels.cu)
-    target_compile_definitions(normkit_cuda_${CMAKE_MATCH_1} PRIVATE
-      NORMKIT_STORAGE_NAME=${CMAKE_MATCH_1} NORMKIT_STORAGE=${CMAKE_MATCH_2})
-    list(APPEND targets normkit_cuda_${CMAKE_MATCH_1})
-  endforeach()
-  set_source_files_properties(${CMAKE_CURRENT_SOURCE_DIR}/cuda/launch.cu ${CMAKE_CURRENT_SOURCE_DIR}/cuda/kernels.cu
-    PROPERTIES LANGUAGE ${language})
-  set(found ${${objects}})
-  foreach(target IN LISTS targets)
-    target_include_directories(${target} PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/cuda ${CMAKE_CURRENT_SOURCE_DIR}/cpp/include
-                                                 ${CMAKE_CURRENT_SOURCE_DIR}/cpp/src)
-    target_compile_options(${target} PRIVATE ${ARGN})
-    list(APPEND found $<TARGET_OBJECTS:${target}>)
-  endforeach()
-  set(${objects} ${found} PARENT_SCOPE)
+# Adds an object library of one source to `objects`; the rest are its options.
+function(normkit_add_kernels objects target source)
+  add_library(${target} OBJECT ${CMAKE_CURRENT_SOURCE_DIR}/cuda/${source})
+  target_include_directories(${target} PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/cuda ${CMAKE_CURRENT_SOURCE_DIR}/cpp/include
+                                               ${CMAKE_CURRENT_SOURCE_DIR}/cpp/src)
+  target_compile_options(${target} PRIVATE ${ARGN})
+  set(${objects} ${${objects}} $<TARGET_OBJECTS:${target}> PARENT_SCOPE)
 endfunction()
 
 set(normkit_cuda_objects "")
@@ -74,13 +57,22 @@ if(normkit_cuda)
   set(CMAKE_CUDA_STANDARD 20)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
   set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
-  # As on the CPU, a fused multiply-add happens where mul_add is written. A kernel that spills is an error everywhere.
-  normkit_add_kernels(normkit_cuda_objects CUDA --fmad=false --expt-relaxed-constexpr --compress-mode=size -Xcompiler=-Wall
+  # As on the CPU, a fused multiply-add happens where mul_add is written. A kernel that spills is an error everywhere. The GPUs are
+  # compiled for side by side.
+  set(options --fmad=false --expt-relaxed-constexpr --compress-mode=size --threads=0 -Xcompiler=-Wall
     "SHELL:-Xptxas --warn-on-spills,--warn-on-local-memory-usage,--warning-as-error")
+  normkit_add_kernels(normkit_cuda_objects normkit_cuda_launch launch.cu ${options})
+  normkit_add_kernels(normkit_cuda_objects normkit_cuda_kernels kernels.cu ${options})
   message(STATUS "normkit: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${NORMKIT_CUDA_ARCHITECTURES}")
 elseif(NORMKIT_CUDA STREQUAL "shim")
-  normkit_add_kernels(normkit_cuda_objects CXX -x c++ -O1 -ffp-contract=off -Wall -Wextra -DNORMKIT_SHIM
-    -I${CMAKE_CURRENT_SOURCE_DIR}/tests/shim)
+  set_source_files_properties(cuda/launch.cu cuda/kernels.cu PROPERTIES LANGUAGE CXX)
+  set(options -x c++ -O1 -ffp-contract=off -Wall -Wextra -DNORMKIT_SHIM -I${CMAKE_CURRENT_SOURCE_DIR}/tests/shim)
+  normkit_add_kernels(normkit_cuda_objects normkit_cuda_launch launch.cu ${options})
+  foreach(storage float32=float float64=double float16=Half bfloat16=Bfloat)
+    string(REGEX MATCH "([a-z0-9]+)=(.*)" _ ${storage})
+    normkit_add_kernels(normkit_cuda_objects normkit_cuda_${CMAKE_MATCH_1} kernels.cu ${options}
+      -DNORMKIT_STORAGE_NAME=${CMAKE_MATCH_1} -DNORMKIT_STORAGE=${CMAKE_MATCH_2})
+  endforeach()
 else()
   add_library(normkit_cuda_absent OBJECT cuda/absent.cpp)
   target_link_libraries(normkit_cuda_absent PRIVATE normkit_flags)

@@ -23,6 +23,8 @@
 #include <atomic>
 
 #define NORMKIT_DEVICE __device__ __forceinline__
+/// Called, not inlined: what is asked for in many places of a kernel, once or so for each thread.
+#define NORMKIT_CALLED static __device__ __noinline__
 #define NORMKIT_UNROLL _Pragma("unroll")
 #define NORMKIT_ROLL _Pragma("unroll 1")
 /// Tests plant mistakes, to see that they would be found: in the shim, where this names one of them.
@@ -37,8 +39,12 @@ NORMKIT_DEVICE int block_threads() { return static_cast<int>(blockDim.x); }
 NORMKIT_DEVICE std::int64_t block_index() { return blockIdx.x; }
 NORMKIT_DEVICE std::int64_t block_count() { return gridDim.x; }
 
+NORMKIT_DEVICE int log2_of(int power_of_two) { return 31 - __clz(power_of_two); }
+
 /// Waits for all threads of the block; none of them may have left.
 NORMKIT_DEVICE void sync_block() { __syncthreads(); }
+/// The same of the lanes `members` of this warp, all of which come here.
+NORMKIT_DEVICE void sync_warp(unsigned members) { __syncwarp(members); }
 
 /// `v` of thread `lane` of this warp. All of `members`, a mask of the lanes that take part, call it together.
 template <class T> NORMKIT_DEVICE T shuffle(T v, int lane, unsigned members) {
@@ -57,11 +63,37 @@ NORMKIT_DEVICE std::byte* shared_memory() {
   return reinterpret_cast<std::byte*>(memory);
 }
 
-/// 16 bytes to an address that is a multiple of 16, at once. An assignment would be taken apart, and its words merged with the
-/// stores of the other branch, element by element.
+/// 16 bytes to an address of global memory that is a multiple of 16, at once. An assignment would be taken apart, and its words
+/// merged with the stores of the other branch, element by element.
 NORMKIT_DEVICE void store_words(void* to, const std::uint32_t (&word)[4]) {
-  __stwb(static_cast<uint4*>(to), make_uint4(word[0], word[1], word[2], word[3]));
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(word[0]), "r"(word[1]), "r"(word[2]),
+               "r"(word[3])
+               : "memory");
 }
+
+/// Copies kBytes, 4, 8 or 16 and aligned to as many, from global to shared memory, past the registers and on the side. They are
+/// there for this thread when it has waited; end_batch() closes a batch of copies, and wait_for_batches<n>() waits for all but the
+/// last n of them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+template <int kBytes> NORMKIT_DEVICE void copy_aside(void* to, const void* from) {
+  const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  if constexpr (kBytes == 16)  // past the first-level cache too: nobody reads them twice
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(kBytes) : "memory");
+}
+NORMKIT_DEVICE void end_batch() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLast> NORMKIT_DEVICE void wait_for_batches() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLast) : "memory");
+}
+#else
+template <int kBytes> NORMKIT_DEVICE void copy_aside(void* to, const void* from) {
+  if constexpr (kBytes == 16) *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+  else if constexpr (kBytes == 8) *static_cast<uint2*>(to) = *static_cast<const uint2*>(from);
+  else *static_cast<std::uint32_t*>(to) = *static_cast<const std::uint32_t*>(from);
+}
+NORMKIT_DEVICE void end_batch() {}
+template <int> NORMKIT_DEVICE void wait_for_batches() {}
+#endif
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 inline constexpr bool kHasClusters = true;

@@ -69,12 +69,22 @@ template <class T> NORMKIT_DEVICE T* at(std::byte* base, std::int64_t index) {
 template <class T> NORMKIT_DEVICE const T* at(const std::byte* base, std::int64_t index) {
   return reinterpret_cast<const T*>(base) + index;
 }
-template <class T>
-NORMKIT_DEVICE T* at(const Operand& a, std::int64_t o, std::int64_t step, std::int64_t lane, std::int64_t i) {
+/// The first element of a tile; and where it stands among the elements that one round of the parameters covers.
+struct Origin { std::int64_t o = 0, step = 0, lane = 0, i = 0, phase = 0; };
+/// Where a vector lies: elements [i, i + n) of row `row` of a tile. Within a tile, 32 bits are enough.
+struct Place {
+  Origin tile;
+  int row, i, n;
+};
+
+template <class T> NORMKIT_DEVICE T* at(const Operand& a, const Origin& tile) {
   const Strides& s = a.strides;
   if (NORMKIT_PLANTED(int_overflow))
-    return at<T>(a.data, o * s.outer + step * s.step + static_cast<int>(lane) * static_cast<int>(s.lane) + i);
-  return at<T>(a.data, o * s.outer + step * s.step + lane * s.lane + i);
+    return at<T>(a.data, static_cast<int>(tile.lane) * static_cast<int>(s.lane) + tile.i);
+  return at<T>(a.data, tile.o * s.outer + tile.step * s.step + tile.lane * s.lane + tile.i);
+}
+template <class T> NORMKIT_DEVICE T* at(const Operand& a, const Place& p) {
+  return at<T>(a, p.tile) + (p.row * a.strides.step + p.i);
 }
 
 /// Width is asked of the address itself, so that any view is right and aligned ones are fast.
@@ -83,36 +93,72 @@ template <class X> NORMKIT_DEVICE bool is_wide(const X* p) {
   return reinterpret_cast<std::uintptr_t>(p) % alignof(Vector<X>) == 0;
 }
 
-/// The first n elements from p on; zeros follow.
-template <class X> NORMKIT_DEVICE Vector<X> load(const X* p, int n) {
-  if (n == kVector<X> && is_wide(p)) return *reinterpret_cast<const Vector<X>*>(p);
+NORMKIT_DEVICE bool reads_whole(const Work& work) { return work.reads_whole || NORMKIT_PLANTED(misaligned_load); }
+
+template <class X> NORMKIT_DEVICE void fetch_element(X* to, const X* from) {
+  if constexpr (sizeof(X) >= 4) copy_aside<sizeof(X)>(to, from);
+  else *to = *from;
+}
+template <class X> NORMKIT_CALLED void fetch_elements(X* to, const X* from, int n) {
+  NORMKIT_ROLL
+  for (int e = 0; e < n + NORMKIT_PLANTED(long_tail); ++e) fetch_element(to + e, from + e);
+}
+
+/// Vectors in shared memory of which each thread has its own, at a distance that keeps threads out of each other's banks.
+template <class X> struct Slots {
+  std::byte* first;
+
+  /// Slots [place * each, (place + 1) * each) of this thread.
+  NORMKIT_DEVICE Slots(std::byte* memory, int place, int each)
+      : first(memory + (place * each * block_threads() + thread_index()) * kVectorBytes) {}
+  NORMKIT_DEVICE std::byte* address(int k) const { return first + k * block_threads() * kVectorBytes; }
+  NORMKIT_DEVICE Vector<X>& operator[](int k) const { return *reinterpret_cast<Vector<X>*>(address(k)); }
+
+  /// Brings the first n elements from p on to slot k, on the side: what follows them may be anything.
+  NORMKIT_DEVICE void fetch(int k, const X* p, int n) const {
+    if (n == kVector<X> && is_wide(p)) copy_aside<kVectorBytes>(address(k), p);
+    else fetch_elements(reinterpret_cast<X*>(address(k)), p, n);
+  }
+};
+
+template <class X> NORMKIT_CALLED Vector<X> load_elements(const X* p, int n) {
   Vector<X> v = zeros<X>();
   NORMKIT_UNROLL
   for (int e = 0; e < kVector<X>; ++e)
-    if (e < n + NORMKIT_PLANTED(long_tail)) v.put(e, p[e]);
+    if (e < n) v.put(e, p[e]);
   return v;
+}
+/// The first n elements from p on; zeros follow.
+template <class X> NORMKIT_DEVICE Vector<X> load(const X* p, int n) {
+  if (n == kVector<X> && is_wide(p)) return *reinterpret_cast<const Vector<X>*>(p);
+  return load_elements(p, n);
 }
 
 template <class X> NORMKIT_DEVICE void widened(const Vector<X>& v, ComputeOf<X> (&out)[kVector<X>]) {
   NORMKIT_UNROLL
   for (int e = 0; e < kVector<X>; ++e) out[e] = value_of(v[e]);
 }
-
-/// The first n of N values to p on: N may be several vectors of Y.
-template <class Y, class S, int N> NORMKIT_DEVICE void store(Y* p, const S (&v)[N], int n) {
-  if (N % kVector<Y> == 0 && n == N && is_wide(p)) {
-    NORMKIT_UNROLL
-    for (int first = 0; first < N; first += kVector<Y>) {
-      Vector<Y> out = zeros<Y>();
-      NORMKIT_UNROLL
-      for (int e = 0; e < kVector<Y> && first + e < N; ++e) out.put(e, stored<Y>(v[first + e]));
-      store_words(p + first, out.word);
-    }
-    return;
-  }
+/// Values `first` and on as a vector of the elements that they become; zeros follow.
+template <class Y, class S, int N> NORMKIT_DEVICE Vector<Y> narrowed(const S (&v)[N], int first = 0) {
+  Vector<Y> out = zeros<Y>();
   NORMKIT_UNROLL
-  for (int e = 0; e < N; ++e)
-    if (e < n) p[e] = stored<Y>(v[e]);
+  for (int e = 0; e < kVector<Y> && first + e < N; ++e) out.put(e, stored<Y>(v[first + e]));
+  return out;
+}
+
+template <class Y> NORMKIT_CALLED void store_elements(Y* p, Vector<Y> v, int n) {
+  NORMKIT_UNROLL
+  for (int e = 0; e < kVector<Y>; ++e)
+    if (e < n) p[e] = v[e];
+}
+/// The first n of N values to p on: N may be several vectors of Y, or less than one.
+template <class Y, class S, int N> NORMKIT_DEVICE void store(Y* p, const S (&v)[N], int n) {
+  NORMKIT_UNROLL
+  for (int first = 0; first < N; first += kVector<Y>) {
+    const Vector<Y> out = narrowed<Y>(v, first);
+    if (n - first >= kVector<Y> && is_wide(p)) store_words(p + first, out.word);
+    else store_elements(p + first, out, n - first);
+  }
 }
 
 /// Takes the first of N values; the others move up.
@@ -122,6 +168,8 @@ template <class S, int N> NORMKIT_DEVICE S take(S (&v)[N]) {
   for (int e = 0; e + 1 < N; ++e) v[e] = v[e + 1];
   return first;
 }
+/// Takes the first of N values and puts it behind the others.
+template <class S, int N> NORMKIT_DEVICE S turn(S (&v)[N]) { return v[N - 1] = take(v); }
 /// f of each value, by turning them through the first place: one copy of f in the code, and no index into registers.
 template <class S, int N, class F> NORMKIT_DEVICE void in_turn(S (&v)[N], F f) {
   NORMKIT_ROLL
@@ -141,7 +189,7 @@ template <class F> NORMKIT_DEVICE auto visit_floating(Dtype dtype, F f) {
 }
 
 /// Element `index` of an array of any floating type.
-NORMKIT_DEVICE double element(const std::byte* data, Dtype dtype, std::int64_t index) {
+NORMKIT_CALLED double element(const std::byte* data, Dtype dtype, std::int64_t index) {
   return visit_floating(
       dtype, [&](auto type) { return static_cast<double>(value_of(*at<typename decltype(type)::type>(data, index))); });
 }
@@ -157,8 +205,10 @@ NORMKIT_DEVICE void put_elements(const ParamGradient& out, std::int64_t index, c
   });
 }
 
-/// a / b and a % b of numbers that are not negative, in 32 bits where these hold both.
-NORMKIT_DEVICE std::int64_t quotient(std::int64_t a, std::int64_t b) {
+/// a / b and a % b of numbers that are not negative, in 32 bits where these hold both; mostly there is nothing to divide.
+NORMKIT_CALLED std::int64_t quotient(std::int64_t a, std::int64_t b) {
+  if (b == 1) return a;
+  if (a < b) return 0;
   if ((a | b) >> 32 == 0) return static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b);
   return a / b;
 }
@@ -189,10 +239,29 @@ template <class S> NORMKIT_DEVICE Statistic<S> given_statistic(const Task& t, st
   return given_at<S>(t, remainder(quotient(statistic, t.given.stride), t.given.count));
 }
 
-/// The parameter of the element that lies `offset` elements into the memory of x.
-NORMKIT_DEVICE std::int64_t parameter(const Geometry& g, std::int64_t o, std::int64_t offset) {
-  const ParamMap& p = g.params;
-  return p.count == 1 ? o * p.outer : o * p.outer + remainder(quotient(offset, p.stride), p.count);
+/// The parameters that all elements of a unit share; where they do not, 1 and 0.
+struct UnitParameters {
+  double weight = 1, bias = 0;
+
+  NORMKIT_DEVICE static UnitParameters of(const Work& work, std::int64_t o, std::int64_t lane, std::int64_t unit) {
+    if (!work.constant) return {};
+    const Task& t = work.task;
+    const Geometry& g = t.geometry;
+    const std::int64_t before = (o * g.steps * g.lanes + lane) * work.policy.units + unit;
+    const std::int64_t own = remainder(quotient(before, work.units_per_parameter), g.params.count);
+    const std::int64_t first = o * g.params.outer;
+    return {element(t.weight, first + own, 1), element(t.bias, first + own, 0)};
+  }
+};
+
+/// How far into the memory of a dense x a vector lies.
+NORMKIT_DEVICE std::int64_t offset_of(const Geometry& g, const Place& p) {
+  return g.offset(p.tile.o, p.tile.step, p.tile.lane, p.tile.i) + p.row * g.columns() + p.i;
+}
+
+/// Origin::phase, where the parameters of a unit differ.
+NORMKIT_DEVICE std::int64_t phase_of(const Geometry& g, const Origin& tile) {
+  return remainder(g.offset(tile.o, tile.step, tile.lane, tile.i), g.params.stride * g.params.count);
 }
 
 /// Parameters `index` and on, one for each of n elements.
@@ -201,6 +270,7 @@ NORMKIT_DEVICE void read_along(const Param& p, std::int64_t index, int n, double
   NORMKIT_UNROLL
   for (S& v : out) v = static_cast<S>(absent);
   if (!p.data) return;
+  const S offset = static_cast<S>(p.offset);  // in double, conversions alone would take longer than memory
   visit_floating(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     constexpr int kStep = kVector<T> < N ? kVector<T> : N;
@@ -210,86 +280,101 @@ NORMKIT_DEVICE void read_along(const Param& p, std::int64_t index, int n, double
       const int left = n - first;
       const Vector<T> v = load(from + first, left < 0 ? 0 : left < kStep ? left : kStep);
       NORMKIT_UNROLL
-      for (int e = 0; e < kStep; ++e) out[first + e] = static_cast<S>(p.offset + value_of(v[e]));
+      for (int e = 0; e < kStep; ++e) out[first + e] = offset + static_cast<S>(value_of(v[e]));
     }
   });
 }
 
-/// Weight and bias of n neighbors, the first of which lies `offset` elements into the memory of x. Both pass through the same
-/// code, one after the other: it would be most of a kernel twice.
+/// Weight and bias of the elements of a vector. Both pass through the same code, one after the other: it would be most of a kernel
+/// twice.
 template <class S, int N>
-NORMKIT_DEVICE void read_parameters(const Task& t, std::int64_t o, std::int64_t offset, int n, S (&weight)[N],
-                                    S (&bias)[N]) {
+NORMKIT_DEVICE void read_parameters(const Task& t, const Place& p, S (&weight)[N], S (&bias)[N]) {
   const ParamMap& map = t.geometry.params;
-  const std::int64_t group = quotient(offset, map.stride), index = remainder(group, map.count);
-  const std::int64_t first = o * map.outer + index;
+  const std::int64_t within = p.tile.phase + p.row * t.geometry.columns() + p.i;
+  const std::int64_t group = quotient(within, map.stride), index = remainder(group, map.count);
+  const std::int64_t first = p.tile.o * map.outer;
   NORMKIT_ROLL
   for (int k = 0; k < 2; ++k) {
-    const Param p = k == 0 ? t.weight : t.bias;
+    const Param param = k == 0 ? t.weight : t.bias;
     const double absent = k == 0 ? 1 : 0;
     NORMKIT_UNROLL
     for (int e = 0; e < N; ++e) weight[e] = bias[e];
-    if (map.stride == 1 && index + n <= map.count) {
-      read_along(p, first, n, absent, bias);
-    } else if (offset + n <= (group + 1) * map.stride) {
-      const S all = static_cast<S>(element(p, first, absent));
+    if (map.stride == 1 && index + p.n <= map.count) {
+      read_along(param, first + index, p.n, absent, bias);
+    } else if (within + p.n <= (group + 1) * map.stride) {
+      const S all = static_cast<S>(element(param, first + index, absent));
       NORMKIT_UNROLL
       for (S& v : bias) v = all;
     } else {  // several pieces in one vector
       int e = 0;
       in_turn(bias, [&](S) {
-        const std::int64_t own = parameter(t.geometry, o, offset + (e < n ? e : n - 1));
-        return ++e, static_cast<S>(element(p, own, absent));
+        const std::int64_t own = remainder(quotient(within + (e < p.n ? e : p.n - 1), map.stride), map.count);
+        return ++e, static_cast<S>(element(param, first + own, absent));
       });
     }
   }
 }
 
-/// What x_hat, or all of z = x_hat * weight + bias where the parameters are constant, is made with; for each of N elements.
+/// What x_hat, or all of z = x_hat * weight + bias where the parameters are constant, is made with: for each of N elements, or
+/// once for all.
 template <class S, int N> struct Factors {
   S mean[N], scale[N], shift[N];
-  NORMKIT_DEVICE void set(int e, Statistic<S> s, double weight, double bias) {
+  /// Puts those of one more element behind the others, which move up.
+  NORMKIT_DEVICE void append(Statistic<S> s, double weight, double bias) {
     const Affine<S> affine = forward_affine(s, weight, bias);
-    mean[e] = s.mean, scale[e] = affine.scale, shift[e] = affine.shift;
-  }
-  NORMKIT_DEVICE void set_all(Statistic<S> s, double weight, double bias) {
-    const Affine<S> affine = forward_affine(s, weight, bias);
-    NORMKIT_UNROLL
-    for (int e = 0; e < N; ++e) mean[e] = s.mean, scale[e] = affine.scale, shift[e] = affine.shift;
+    take(mean), take(scale), take(shift);
+    mean[N - 1] = s.mean, scale[N - 1] = affine.scale, shift[N - 1] = affine.shift;
   }
 };
 
-/// Where a vector lies: elements [i, i + n) of a run, or of the columns.
-struct Place {
-  std::int64_t o, step, lane, i;
-  int n;
-};
-NORMKIT_DEVICE std::int64_t offset_of(const Geometry& g, Place p) { return g.offset(p.o, p.step, p.lane, p.i); }
-template <class T> NORMKIT_DEVICE T* at(const Operand& a, Place p) { return at<T>(a, p.o, p.step, p.lane, p.i); }
+NORMKIT_CALLED unsigned bits_of_bytes(const std::uint8_t* byte, int n) {
+  unsigned bits = 0;
+  NORMKIT_ROLL
+  for (int e = 0; e < n; ++e) bits |= static_cast<unsigned>(byte[e] != 0) << e;
+  return bits;
+}
 
 /// The elements of a vector that are members of their statistics, one bit each.
-NORMKIT_DEVICE unsigned members_of(const Task& t, Place p) {
+NORMKIT_DEVICE unsigned members_of(const Task& t, const Place& p) {
   const unsigned all = (1u << p.n) - 1;
   if (!t.where.data) return all;
   const Strides& s = t.where.strides;
-  const std::uint8_t* const byte = at<std::uint8_t>(t.where, {p.o, p.step, p.lane, p.i * s.run, p.n});
-  if (s.run == 0) return *byte ? all : 0;
-  unsigned bits = 0;
-  for (int e = 0; e < p.n; ++e) bits |= static_cast<unsigned>(byte[e] != 0) << e;
-  return bits;
+  const std::int64_t run = s.run;  // 0: one byte stands for all of a run
+  Origin first = p.tile;
+  first.i *= run;
+  const std::uint8_t* const byte = at<std::uint8_t>(t.where, first) + (p.row * s.step + p.i * run);
+  if (run == 0) return *byte ? all : 0;
+  return bits_of_bytes(byte, p.n);
+}
+
+/// Calls f(e, exists, is a member) for the N elements of a vector; where all are members, in code that knows it.
+template <int N, class F> NORMKIT_DEVICE void for_members(unsigned members, int n, F f) {
+  if (members == (1u << N) - 1) {
+    NORMKIT_UNROLL
+    for (int e = 0; e < N; ++e) f(e, true, true);
+  } else {
+    NORMKIT_UNROLL
+    for (int e = 0; e < N; ++e) f(e, e < n, (members >> e & 1) != 0);
+  }
 }
 
 // ---- activation --------------------------------------------------------------------------------------------------
 
+template <class S> NORMKIT_CALLED S activated(Activation activation, S z) { return activate(activation, z); }
+template <class S> NORMKIT_CALLED S slope_at(Activation activation, S z) { return activation_slope(activation, z); }
+
 /// z = x_hat * weight + bias of the elements of one vector; `weight` is theirs where the parameters are not constant.
-template <class S, int N>
-NORMKIT_DEVICE void preactivation(const Work& work, const Factors<S, N>& factors, Place p, const S (&x)[N], S (&z)[N],
-                                  S (&weight)[N]) {
+template <class S, int N, int M>
+NORMKIT_DEVICE void preactivation(const Work& work, const Factors<S, M>& factors, const Place& p, const S (&x)[N],
+                                  S (&z)[N], S (&weight)[N]) {
   NORMKIT_UNROLL
-  for (int e = 0; e < N; ++e) z[e] = forward(x[e], factors.mean[e], factors.scale[e], factors.shift[e]), weight[e] = 1;
+  for (int e = 0; e < N; ++e) {
+    const int k = M == 1 ? 0 : e;
+    z[e] = forward(x[e], factors.mean[k], factors.scale[k], factors.shift[k]), weight[e] = 1;
+  }
   if (work.constant) return;
   S bias[N] = {};
-  read_parameters(work.task, p.o, offset_of(work.task.geometry, p), p.n, weight, bias);
+  read_parameters(work.task, p, weight, bias);
   NORMKIT_UNROLL
   for (int e = 0; e < N; ++e) z[e] = mul_add(z[e], weight[e], bias[e]);
 }
@@ -314,7 +399,7 @@ template <class T> NORMKIT_DEVICE Vector<float> load_integers(const T* p, int n)
     if (e < n) v.put(e, static_cast<float>(p[e]));
   return v;
 }
-NORMKIT_DEVICE Vector<float> read_integers(const Task& t, Place p) {
+NORMKIT_DEVICE Vector<float> read_integers(const Task& t, const Place& p) {
   switch (t.x.dtype) {
     case Dtype::uint8: return load_integers(at<std::uint8_t>(t.x, p), p.n);
     case Dtype::int8: return load_integers(at<std::int8_t>(t.x, p), p.n);
@@ -324,7 +409,7 @@ NORMKIT_DEVICE Vector<float> read_integers(const Task& t, Place p) {
 }
 
 /// x of one vector, as it lies in memory.
-template <class X> NORMKIT_DEVICE Vector<X> read_x(const Task& t, Place p) {
+template <class X> NORMKIT_DEVICE Vector<X> read_x(const Task& t, const Place& p) {
   if constexpr (__is_same(X, float)) {
     if (!is_floating(t.x.dtype)) return read_integers(t, p);
   }
@@ -332,7 +417,7 @@ template <class X> NORMKIT_DEVICE Vector<X> read_x(const Task& t, Place p) {
 }
 
 /// The same, or where there is a residual, formed as source + residual, rounded to the type of x and written.
-template <class X> NORMKIT_DEVICE Vector<X> form_x(const Task& t, Place p) {
+template <class X> NORMKIT_DEVICE Vector<X> form_x(const Task& t, const Place& p) {
   if (!t.residual.data) return read_x<X>(t, p);
   const Vector<X> source = load(at<X>(t.source, p), p.n), residual = load(at<X>(t.residual, p), p.n);
   Vector<X> v = zeros<X>();
@@ -346,24 +431,30 @@ template <class X> NORMKIT_DEVICE Vector<X> form_x(const Task& t, Place p) {
   return v;
 }
 
-/// y has the type of x, or the compute type.
-template <class X>
-NORMKIT_DEVICE void write_y(const Work& work, const Factors<ComputeOf<X>, kVector<X>>& factors, Place p,
-                            const Vector<X>& v) {
-  ComputeOf<X> x[kVector<X>], z[kVector<X>], weight[kVector<X>];
+/// y of one vector.
+template <class X, int M>
+NORMKIT_DEVICE void make_y(const Work& work, const Factors<ComputeOf<X>, M>& factors, const Place& p,
+                           const Vector<X>& v, ComputeOf<X> (&y)[kVector<X>]) {
+  ComputeOf<X> x[kVector<X>], weight[kVector<X>];
   const Activation activation = work.task.activation;
   widened(v, x);
-  preactivation(work, factors, p, x, z, weight);
-  if (activation.kind != ActivationKind::none) in_turn(z, [&](ComputeOf<X> one) { return activate(activation, one); });
-  if (sizeof(X) == 2 && work.task.y.dtype == work.task.x.dtype) store(at<X>(work.task.y, p), z, p.n);
-  else store(at<ComputeOf<X>>(work.task.y, p), z, p.n);
+  preactivation(work, factors, p, x, y, weight);
+  if (activation.kind != ActivationKind::none) in_turn(y, [&](ComputeOf<X> one) { return activated(activation, one); });
+}
+
+/// y has the type of x, or the compute type.
+template <class X> NORMKIT_DEVICE bool like_x(const Task& t) { return sizeof(X) != 2 || t.y.dtype == t.x.dtype; }
+template <class X>
+NORMKIT_DEVICE void store_y(const Task& t, const Place& p, const ComputeOf<X> (&y)[kVector<X>]) {
+  if (like_x<X>(t)) store(at<X>(t.y, p), y, p.n);
+  else store(at<ComputeOf<X>>(t.y, p), y, p.n);
 }
 
 /// Sums of differences to a pivot that hold the moments to within a few roundings: the pivot is at most 4 standard
 /// deviations from the mean, and no square has overflowed or vanished.
 template <class S> NORMKIT_DEVICE bool trustworthy(double sum, double squares, double n, bool centered) {
   constexpr double kVanishing = sizeof(S) == 8 ? 1e-280 : 1e-28, kOverflowing = sizeof(S) == 8 ? 1e300 : 1e38;
-  const bool near = !centered || sum * sum <= 16 * n * (squares - sum * sum / n);
+  const bool near = !centered || 17 * (sum * sum) <= 16 * n * squares;  // sum^2 <= 16 n (squares - sum^2 / n)
   return near && squares > kVanishing && squares < kOverflowing;
 }
 
@@ -371,9 +462,9 @@ NORMKIT_DEVICE void put(Moments m, double* to) { to[0] = m.mean, to[1] = m.m2, t
 NORMKIT_DEVICE Moments moments_at(const double* from) { return {from[0], from[1], from[2]}; }
 
 /// Hands the moments of a statistic out to the arrays that were asked for.
-template <class S> NORMKIT_DEVICE void publish(const Task& t, std::int64_t statistic, Moments m) {
+template <class S> NORMKIT_DEVICE void publish(const Task& t, std::int64_t statistic, Moments m, double rstd) {
   if (t.mean) *at<S>(t.mean, statistic) = static_cast<S>(m.mean);
-  if (t.rstd) *at<S>(t.rstd, statistic) = static_cast<S>(rstd_of(m, t.eps));
+  if (t.rstd) *at<S>(t.rstd, statistic) = static_cast<S>(rstd);
   if (t.moments) put(m, t.moments + 3 * statistic);
 }
 
@@ -384,14 +475,17 @@ struct Reduced {
   Sums<double> sums{0, 0, 0};
   double n = 0;
 };
+template <class S> NORMKIT_DEVICE Reduced reduced(Sums<S> s, double n) {
+  return {{static_cast<double>(s.g), static_cast<double>(s.gx), static_cast<double>(s.d)}, n};
+}
 NORMKIT_DEVICE Reduced operator+(Reduced a, Reduced b) { return {a.sums + b.sums, a.n + b.n}; }
 NORMKIT_DEVICE void put(Reduced r, double* to) { to[0] = r.sums.g, to[1] = r.sums.gx, to[2] = r.sums.d, to[3] = r.n; }
 NORMKIT_DEVICE Reduced reduced_at(const double* from) { return {{from[0], from[1], from[2]}, from[3]}; }
 
 /// The gradient that reaches z, and the weight that it is to meet where the parameters are not constant.
-template <class S, int N>
-NORMKIT_DEVICE void incoming(const Work& work, const Factors<S, N>& factors, Place p, const S (&x)[N], S (&dz)[N],
-                             S (&weight)[N]) {
+template <class S, int N, int M>
+NORMKIT_DEVICE void incoming(const Work& work, const Factors<S, M>& factors, const Place& p, const S (&x)[N],
+                             S (&dz)[N], S (&weight)[N]) {
   const Activation activation = work.task.activation;
   const bool active = activation.kind != ActivationKind::none;
   if (!active && work.constant) {
@@ -402,18 +496,13 @@ NORMKIT_DEVICE void incoming(const Work& work, const Factors<S, N>& factors, Pla
   S z[N];
   preactivation(work, factors, p, x, z, weight);
   if (!active) return;
-  in_turn(z, [&](S one) { return activation_slope(activation, one); });
+  in_turn(z, [&](S one) { return slope_at(activation, one); });
   NORMKIT_UNROLL
   for (int e = 0; e < N; ++e) dz[e] *= z[e];
 }
 
 /// What no gradient reaches adds nothing, even where x is NaN, as what is no member may be.
 NORMKIT_DEVICE bool has_gaps(const Task& t) { return t.where.data || t.activation.kind != ActivationKind::none; }
-
-/// x_hat of an element that `dz` reaches.
-template <class S> NORMKIT_DEVICE S standardized(const Task& t, S dz, S x, S mean, S unit, S origin) {
-  return t.where.data && dz == 0 ? S(0) : forward(x, mean, unit, origin);
-}
 
 /// A statistic as backward has solved it: its mean and 1/std, and the coefficients of its gradient.
 struct Solved { double mean, rstd, b, c; };
@@ -423,65 +512,79 @@ NORMKIT_DEVICE Solved solved_at(const Work& work, std::int64_t r) {
   return {work.solved[r], work.solved[all + r], work.solved[2 * all + r], work.solved[3 * all + r]};
 }
 
-/// The same for each of N elements, as write_dx() wants it.
+/// The same as make_dx() wants it, for each of N elements, or once for all.
 template <class S, int N> struct Known {
   S mean[N], a[N], b[N], c[N], unit[N], origin[N];
-  NORMKIT_DEVICE void set(int e, const Solved& solved, double weight) {
+  /// As that of Factors.
+  NORMKIT_DEVICE void append(const Solved& solved, double weight) {
     const Statistic<S> s = statistic_of<S>(solved.mean, solved.rstd);
     const Affine<S> standard = forward_affine(s, 1, 0);
-    mean[e] = s.mean, a[e] = static_cast<S>(s.rstd * weight);
-    b[e] = static_cast<S>(solved.b), c[e] = static_cast<S>(solved.c);
-    unit[e] = standard.scale, origin[e] = standard.shift;
-  }
-  NORMKIT_DEVICE void set_all(const Solved& solved, double weight) {
-    set(0, solved, weight);
-    NORMKIT_UNROLL
-    for (int e = 1; e < N; ++e)
-      mean[e] = mean[0], a[e] = a[0], b[e] = b[0], c[e] = c[0], unit[e] = unit[0], origin[e] = origin[0];
+    take(mean), take(a), take(b), take(c), take(unit), take(origin);
+    mean[N - 1] = s.mean, a[N - 1] = static_cast<S>(s.rstd * weight);
+    b[N - 1] = static_cast<S>(solved.b), c[N - 1] = static_cast<S>(solved.c);
+    unit[N - 1] = standard.scale, origin[N - 1] = standard.shift;
   }
 };
 
-/// dx of one vector, and where every element has parameters of its own, their gradients.
-template <class X>
-NORMKIT_DEVICE void write_dx(const Work& work, const Factors<ComputeOf<X>, kVector<X>>& given,
-                             const Known<ComputeOf<X>, kVector<X>>& known, Place p, const Vector<X>& vx,
-                             const Vector<X>& vdy) {
-  using S = ComputeOf<X>;
-  constexpr int N = kVector<X>;
-  const Task& t = work.task;
+/// x_hat of an element that `dz` reaches.
+template <class S, int M>
+NORMKIT_DEVICE S standardized(const Task& t, S dz, S x, const Known<S, M>& known, int k) {
+  return t.where.data && dz == 0 ? S(0) : forward(x, known.mean[k], known.unit[k], known.origin[k]);
+}
+
+/// x, the gradient that reaches z and the weight that it is to meet, of one vector.
+template <class S, int N> struct Incoming {
   S x[N], dz[N], weight[N];
-  widened(vx, x);
-  widened(vdy, dz);
-  incoming(work, given, p, x, dz, weight);
-  if (t.kind == ParamKind::element) {
+
+  template <class X, int M>
+  NORMKIT_DEVICE Incoming(const Work& work, const Factors<S, M>& given, const Place& p, const Vector<X>& vx,
+                          const Vector<X>& vdy) {
+    widened(vx, x);
+    widened(vdy, dz);
+    incoming(work, given, p, x, dz, weight);
+  }
+};
+
+/// Adds element e to the sums about a mean. `gaps`: as has_gaps() says.
+template <class S, int N>
+NORMKIT_DEVICE void add(Sums<S>& sums, const Incoming<S, N>& in, int e, S mean, bool gaps, bool member) {
+  const S d = in.x[e] - mean, weighted = in.dz[e] * in.weight[e];
+  sums.g += weighted;
+  sums.gx = mul_add(weighted, gaps && weighted == 0 ? S(0) : d, sums.gx);
+  sums.d += member ? d : S(0);
+}
+
+/// dx of one vector, if it is wanted, and where every element has parameters of its own, their gradients.
+template <class X, class S, int N, int M>
+NORMKIT_DEVICE void make_dx(const Work& work, const Known<S, M>& known, const Place& p, const Incoming<S, N>& in,
+                            S (&dx)[N]) {
+  const Task& t = work.task;
+  if (work.elementwise) {
     const std::int64_t first = offset_of(t.geometry, p);
-    S product[N];
     NORMKIT_UNROLL
-    for (int e = 0; e < N; ++e)
-      product[e] = dz[e] * standardized(t, dz[e], x[e], known.mean[e], known.unit[e], known.origin[e]);
+    for (int e = 0; e < N; ++e) dx[e] = in.dz[e] * standardized(t, in.dz[e], in.x[e], known, M == 1 ? 0 : e);
     NORMKIT_ROLL
     for (int k = 0; k < 2; ++k) {  // one after the other through the same code
       const ParamGradient out = k == 0 ? work.dweight : work.dbias;
-      if (out.data) put_elements(out, first, product, p.n);
+      if (out.data) put_elements(out, first, dx, p.n);
       NORMKIT_UNROLL
-      for (int e = 0; e < N; ++e) product[e] = dz[e];
+      for (int e = 0; e < N; ++e) dx[e] = in.dz[e];
     }
   }
   if (!t.dx.data) return;
   const unsigned members = members_of(t, p);
-  S dx[N];
   NORMKIT_UNROLL
   for (int e = 0; e < N; ++e) {
-    const S through = members >> e & 1 ? through_statistics(x[e], known.mean[e], known.b[e], known.c[e]) : S(0);
-    dx[e] = backward(dz[e] * weight[e], known.a[e], through);
+    const int k = M == 1 ? 0 : e;
+    const bool member = !t.where.data || (members >> e & 1) != 0;
+    const S through = member ? through_statistics(in.x[e], known.mean[k], known.b[k], known.c[k]) : S(0);
+    dx[e] = backward(in.dz[e] * in.weight[e], known.a[k], through);
   }
-  if (t.residual.data) {
-    S residual[N];
-    widened(load(at<X>(t.residual, p), p.n), residual);
-    NORMKIT_UNROLL
-    for (int e = 0; e < N; ++e) dx[e] += residual[e];
-  }
-  store(at<X>(t.dx, p), dx, p.n);
+  if (!t.residual.data) return;
+  S residual[N];
+  widened(load(at<X>(t.residual, p), p.n), residual);
+  NORMKIT_UNROLL
+  for (int e = 0; e < N; ++e) dx[e] += residual[e];
 }
 
 }  // namespace normkit::cuda

@@ -33,23 +33,16 @@ template <class S> NORMKIT_DEVICE void finish_forward(const Work& work, std::int
   const Moments m =
       joined<Moments>(meeting, work.policy.units * tiles, moments_of, [](Moments a, Moments b) { return merge(a, b); });
   if (meeting.rank != 0) return;
-  publish<S>(t, r, m);
-  work.solved[r] = m.mean, work.solved[t.geometry.statistics() + r] = rstd_of(m, t.eps);
+  const double rstd = rstd_of(m, t.eps);
+  publish<S>(t, r, m, rstd);
+  work.solved[r] = m.mean, work.solved[t.geometry.statistics() + r] = rstd;
 }
 
-/// The weight that all elements of a unit share; where they do not, the sums hold it.
-NORMKIT_DEVICE double weight_of(const Work& work, std::int64_t r, std::int64_t unit) {
-  if (!work.constant) return 1;
-  const Geometry& g = work.task.geometry;
-  const std::int64_t o = quotient(r, g.lanes);
-  const std::int64_t first = g.offset(o, 0, r - o * g.lanes, unit * work.policy.unit_run);
-  return element(work.task.weight, parameter(g, o, first), 1);
-}
-
-/// A statistic's gradient from what its tiles found, sums_of(unit, tile), and the gradients of its units' parameters. All
-/// threads that meet come; the one that leads writes.
-template <class S, class F>
-NORMKIT_DEVICE Solved solve(const Work& work, std::int64_t r, Group meeting, bool leads, F sums_of) {
+/// A statistic's gradient from what its tiles found, sums_of(unit, tile), and the gradients of its units' parameters. `s`: as it
+/// was given; weight_of(unit): what all of a unit share. All threads that meet come; the one that leads writes.
+template <class S, class Weight, class F>
+NORMKIT_DEVICE Solved solve(const Work& work, std::int64_t r, Statistic<S> s, Group meeting, bool leads,
+                            Weight weight_of, F sums_of) {
   const Task& t = work.task;
   const std::int64_t units = work.policy.units;
   const bool collects = t.dparams && t.kind != ParamKind::row;
@@ -59,7 +52,7 @@ NORMKIT_DEVICE Solved solve(const Work& work, std::int64_t r, Group meeting, boo
     const Reduced part = joined<Reduced>(meeting, work.policy.tiles(), [&](std::int64_t tile) {
       return sums_of(unit, tile);
     }, [](Reduced a, Reduced b) { return a + b; });
-    const double weight = weight_of(work, r, unit);
+    const double weight = weight_of(unit);
     total = total + Reduced{{weight * part.sums.g, weight * part.sums.gx, part.sums.d}, part.n};
     if (!collects || !leads) continue;
     double* const pair = t.dparams + 2 * (r * units + unit);
@@ -72,7 +65,6 @@ NORMKIT_DEVICE Solved solve(const Work& work, std::int64_t r, Group meeting, boo
   if (t.phase == Phase::apply) total = {{t.sums[3 * r], t.sums[3 * r + 1], t.sums[3 * r + 2]}, t.counts[r]};
 
   // The sums are about the high part of the given mean: its low part, or the distance to the mean of the data, is still to come.
-  Statistic<S> s = given_statistic<S>(t, r);
   double shift = 0, mean = static_cast<double>(s.mean) + static_cast<double>(s.mean_low);
   if (t.centered && total.n > 0) shift = t.frozen ? static_cast<double>(s.mean_low) : total.sums.d / total.n;
   if (t.centered && !t.frozen) mean = static_cast<double>(s.mean) + shift, s = statistic_of<S>(mean, s.rstd);
@@ -95,7 +87,10 @@ NORMKIT_DEVICE Solved solve(const Work& work, std::int64_t r, Group meeting, boo
 
 /// The same from the partial results of its tiles.
 template <class S> NORMKIT_DEVICE void finish_backward(const Work& work, std::int64_t r, Group meeting) {
-  solve<S>(work, r, meeting, meeting.rank == 0, [&](std::int64_t unit, std::int64_t tile) {
+  const std::int64_t o = quotient(r, work.task.geometry.lanes), lane = r - o * work.task.geometry.lanes;
+  const auto weight_of = [&](std::int64_t unit) { return UnitParameters::of(work, o, lane, unit).weight; };
+  const Statistic<S> s = given_statistic<S>(work.task, r);
+  solve<S>(work, r, s, meeting, meeting.rank == 0, weight_of, [&](std::int64_t unit, std::int64_t tile) {
     return reduced_at(work.partials + 4 * partial_of(work, r, unit, tile));
   });
 }

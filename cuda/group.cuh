@@ -6,30 +6,41 @@
 
 namespace normkit::cuda {
 
-/// `size` threads: a power of two up to 32, or the block. `scratch`: kGroupBytes, used where there is more than one warp.
+/// `size` threads: a power of two up to 32, or the block, which meets in the first kGroupBytes of its shared memory.
 struct Group {
   int rank, size;
-  std::byte* scratch;
 
-  NORMKIT_DEVICE static Group of(int size) { return {thread_index() % size, size, shared_memory()}; }
+  NORMKIT_DEVICE static Group of(int size) { return {thread_index() & (size - 1), size}; }
   /// The lanes of this warp that belong to the group, as a mask.
   NORMKIT_DEVICE unsigned members() const {
     if (size >= kWarp) return ~0u;
-    return ((1u << size) - 1) << (thread_index() % kWarp / size * size);
+    return ((1u << size) - 1) << (thread_index() % kWarp - rank);
   }
   NORMKIT_DEVICE int width() const { return size < kWarp ? size : kWarp; }
+  /// Waits for all of its threads.
+  NORMKIT_DEVICE void sync() const {
+    if (size <= kWarp) sync_warp(members());
+    else sync_block();
+  }
 };
 
 /// The item of this thread's group, where groups of `size` threads take one each: a number beyond the last for some.
 NORMKIT_DEVICE std::int64_t own_item(int size) {
-  return block_index() * (block_threads() / size) + thread_index() / size;
+  const int shift = log2_of(size);
+  return block_index() * (block_threads() >> shift) + (thread_index() >> shift);
+}
+
+/// Waits for all threads of a team that has several tiles: all of them have posted what they found.
+NORMKIT_DEVICE void meet_team(int blocks) {
+  if (blocks == 1) sync_block();
+  else if (!NORMKIT_PLANTED(missing_cluster_barrier)) arrive_at_cluster(), wait_for_cluster();
 }
 
 /// What the tiles of a team found, in the shared memory of each of its blocks: nobody reads another block's copy, so that
 /// blocks may leave when they have read their own.
 template <class T> struct Board {
   NORMKIT_DEVICE static T* of(std::byte* shared) { return reinterpret_cast<T*>(shared + kGroupBytes); }
-  /// Tells all blocks of the cluster, each of which must be known to run. All threads of the group know `v`.
+  /// Tells all blocks of the team, each of which must be known to run. All threads of the group know `v`.
   NORMKIT_DEVICE static void post(Group group, int blocks, int tile, T v) {
     if (group.rank < blocks) of(peer_memory(group.rank))[tile] = v;
   }
@@ -39,32 +50,29 @@ template <class T> struct Board {
   }
 };
 
-/// join(...join(join(v of thread 0, v of 1), ...)) as a tree: neighbors first. join need not be commutative.
-template <class T, class Join> NORMKIT_DEVICE T all_join(Group group, T v, Join join) {
+/// join(...join(join(v of thread 0, v of 1), ...)) as a tree: neighbors first. Where join commutes, it saves to say so.
+template <bool kCommutes = false, class T, class Join> NORMKIT_DEVICE T all_join(Group group, T v, Join join) {
   const int lane = thread_index() % kWarp;
   NORMKIT_ROLL
   for (int distance = 1; distance < group.width(); distance *= 2) {
     const T other = shuffle(v, lane ^ distance, group.members());
-    v = lane & distance ? join(other, v) : join(v, other);
+    const bool swaps = !kCommutes && (lane & distance) != 0;
+    v = join(swaps ? other : v, swaps ? v : other);
   }
   if (group.size <= kWarp) return v;
   static_assert(sizeof(T) * 8 <= kGroupBytes);
-  T* const warp = reinterpret_cast<T*>(group.scratch);
+  T* const warp = reinterpret_cast<T*>(shared_memory());
   if (lane == 0) warp[group.rank / kWarp] = v;
   if (!NORMKIT_PLANTED(missing_barrier)) sync_block();
   v = warp[0];
   NORMKIT_ROLL
   for (int k = 1; k < group.size / kWarp; ++k) v = join(v, warp[k]);
-  sync_block();  // scratch may be written again
+  if (!NORMKIT_PLANTED(missing_second_barrier)) sync_block();  // the memory may be written again
   return v;
 }
 
 template <class T> NORMKIT_DEVICE T all_sum(Group group, T v) {
-  return all_join(group, v, [](T a, T b) { return a + b; });
-}
-
-NORMKIT_DEVICE Moments all_merge(Group group, Moments m) {
-  return all_join(group, m, [](Moments a, Moments b) { return merge(a, b); });
+  return all_join<true>(group, v, [](T a, T b) { return a + b; });
 }
 
 /// at(0), at(1), .. at(count - 1) as one: threads take them in turn, then meet as a tree. Wherever tiles meet they meet here, in
@@ -75,19 +83,6 @@ NORMKIT_DEVICE T joined(Group meeting, std::int64_t count, At at, Join join) {
   NORMKIT_ROLL
   for (std::int64_t k = meeting.rank; k < count; k += meeting.size) all = join(all, at(k));
   return all_join(meeting, all, join);
-}
-
-/// `v` of thread 0.
-template <class T> NORMKIT_DEVICE T from_first(Group group, T v) {
-  const int lane = thread_index() % kWarp;
-  if (group.size > 1) v = shuffle(v, lane / group.width() * group.width(), group.members());
-  if (group.size <= kWarp) return v;
-  T* const shared = reinterpret_cast<T*>(group.scratch);
-  if (group.rank == 0) *shared = v;
-  sync_block();
-  v = *shared;
-  if (!NORMKIT_PLANTED(missing_second_barrier)) sync_block();
-  return v;
 }
 
 }  // namespace normkit::cuda

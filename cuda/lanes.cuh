@@ -16,14 +16,14 @@
 
 namespace normkit::cuda {
 
-/// What a thread has: a vector of n columns of the tile that starts at `step`, and in it every 16th step from `strand` on.
-/// n = 0: nothing.
+/// What a thread has: a vector of n columns of a tile, and in it every 16th step from `strand` on. n = 0: nothing.
 struct Strand {
-  std::int64_t o, tile, column, step;
+  std::int64_t tile;
+  Origin at;  // the first step of the tile, the first column of the vector
   int n, strand, steps;
 
   /// Its place j, j < steps.
-  NORMKIT_DEVICE Place operator[](int j) const { return {o, step + strand + j * kStrands, 0, column, n}; }
+  NORMKIT_DEVICE Place operator[](int j) const { return {at, strand + j * kStrands, 0, n}; }
 };
 
 /// That of slot `slot` in the block with index `block`.
@@ -33,12 +33,12 @@ template <class X> NORMKIT_DEVICE Strand strand_of(const Work& work, std::int64_
   const std::int64_t row = quotient(block, tiling.slabs), slab = block - row * tiling.slabs;
   const std::int64_t index = row * tiling.abreast() + slot / tiling.slots;
   Strand s;
-  s.o = quotient(index, tiling.tiles), s.tile = index - s.o * tiling.tiles;
-  s.column = (slab * tiling.slots + slot % tiling.slots) * kVector<X>;
-  s.step = s.tile * kTileSteps, s.strand = thread_index() / kSlots;
-  const std::int64_t left = g.columns() - s.column, below = g.steps - s.step - s.strand;
-  s.n = s.o >= g.outer || left <= 0 ? 0 : left < kVector<X> ? static_cast<int>(left) : kVector<X>;
-  s.steps = below <= 0                      ? 0
+  s.at.o = quotient(index, tiling.tiles), s.tile = index - s.at.o * tiling.tiles;
+  s.at.i = (slab * tiling.slots + slot % tiling.slots) * kVector<X>;
+  s.at.step = s.tile * kTileSteps, s.strand = thread_index() / kSlots;
+  const std::int64_t left = g.columns() - s.at.i, below = g.steps - s.at.step - s.strand;
+  s.n = s.at.o >= g.outer || left <= 0 ? 0 : left < kVector<X> ? static_cast<int>(left) : kVector<X>;
+  s.steps = s.n == 0 || below <= 0          ? 0
             : below > kTileSteps - kStrands ? kStrandSteps
                                             : static_cast<int>((below + kStrands - 1) / kStrands);
   return s;
@@ -64,6 +64,21 @@ template <class X, class F> NORMKIT_DEVICE void for_statistics(const Work& work,
   }
 }
 
+/// Calls fetch(slot, place) for the places of a strand, then f(place, slot), with kSlotsEach of them on their way before they are
+/// wanted.
+template <int kSlotsEach, class Fetch, class F>
+NORMKIT_DEVICE void for_strand(const Strand& s, Fetch fetch, F f) {
+  NORMKIT_ROLL
+  for (int j = 1 - kSlotsEach; j < s.steps; ++j) {
+    const int ahead = j + kSlotsEach - 1;
+    if (ahead < s.steps) fetch(ahead % kSlotsEach, s[ahead]);
+    end_batch();
+    if (j < 0) continue;
+    wait_for_batches<kSlotsEach - 1>();
+    f(s[j], j % kSlotsEach);
+  }
+}
+
 inline constexpr int kPairs = kStrands / 2;
 
 /// Joins what the strands of a block found, strand by strand: own() is what this thread has of its first column, then of its
@@ -74,6 +89,7 @@ NORMKIT_DEVICE void join_strands(const Work& work, std::int64_t block, Own own, 
   constexpr int N = kVector<X>;
   const int thread = thread_index(), lane = thread % kWarp;
   T* const meeting = reinterpret_cast<T*>(shared_memory());
+  sync_block();  // others may still read what they had fetched there
   NORMKIT_ROLL
   for (int e = 0; e < N; ++e) {
     const T v = own(), other = shuffle(v, lane ^ kSlots, ~0u);
@@ -94,7 +110,7 @@ NORMKIT_DEVICE void join_strands(const Work& work, std::int64_t block, Own own, 
 
 /// Where the partial result of a column of a tile belongs.
 NORMKIT_DEVICE std::int64_t partial_index(const Work& work, const Strand& s, int e) {
-  return (s.o * work.policy.lanes.tiles + s.tile) * work.task.geometry.columns() + s.column + e;
+  return (s.at.o * work.policy.lanes.tiles + s.tile) * work.task.geometry.columns() + s.at.i + e;
 }
 
 // ---- forward -----------------------------------------------------------------------------------------------------
@@ -109,7 +125,7 @@ NORMKIT_DEVICE Moments careful_strand(const Task& t, const Strand& s, int e, dou
     NORMKIT_ROLL
     for (int j = 0; j < s.steps; ++j) {
       Place p = s[j];
-      p.i += e, p.n = 1;
+      p.i = e, p.n = 1;
       if (!members_of(t, p)) continue;
       const double d = static_cast<double>(value_of(read_x<X>(t, p)[0])) - pivot;
       sum += d, squares = mul_add(d, d, squares);
@@ -121,76 +137,110 @@ NORMKIT_DEVICE Moments careful_strand(const Task& t, const Strand& s, int e, dou
   }
 }
 
+/// The parameters of the columns of a strand. Who reads them turns them once round.
+template <class S, int N> struct ColumnParameters {
+  S weight[N], bias[N];
+
+  NORMKIT_DEVICE static ColumnParameters of(const Work& work, const Strand& s) {
+    ColumnParameters own;
+    if (work.constant) {
+      Place p = s[0];
+      p.row = 0, p.tile.phase = phase_of(work.task.geometry, p.tile);
+      read_parameters(work.task, p, own.weight, own.bias);
+    } else {
+      NORMKIT_UNROLL
+      for (int e = 0; e < N; ++e) own.weight[e] = 1, own.bias[e] = 0;
+    }
+    return own;
+  }
+};
+
 /// What the columns of a strand are made with.
-template <class X> NORMKIT_DEVICE Factors<ComputeOf<X>, kVector<X>> given_factors(const Work& work, const Strand& s) {
+template <class X>
+NORMKIT_DEVICE Factors<ComputeOf<X>, kVector<X>> given_factors(const Work& work, const Strand& s,
+                                                               ColumnParameters<ComputeOf<X>, kVector<X>>& own) {
   const Task& t = work.task;
   const Geometry& g = t.geometry;
-  Cycle given(s.o * g.columns() + s.column, g.run * t.given.stride, t.given.count);
-  Cycle own(g.offset(s.o, 0, 0, s.column), g.params.stride, g.params.count);
+  Cycle given(s.at.o * g.columns() + s.at.i, g.run * t.given.stride, t.given.count);
   Factors<ComputeOf<X>, kVector<X>> factors;
-  NORMKIT_UNROLL
+  NORMKIT_ROLL
   for (int e = 0; e < kVector<X>; ++e) {
-    const std::int64_t parameter = s.o * g.params.outer + own.index;
-    const double weight = work.constant ? element(t.weight, parameter, 1) : 1;
-    const double bias = work.constant ? element(t.bias, parameter, 0) : 0;
-    factors.set(e, given_at<ComputeOf<X>>(t, given.index), weight, bias);
-    if (e + 1 < s.n) given.next(), own.next();
+    factors.append(given_at<ComputeOf<X>>(t, given.index), turn(own.weight), turn(own.bias));
+    if (e + 1 < s.n) given.next();
   }
   return factors;
 }
 
 /// Stage::all: statistics of one tile, then y. Stage::sums: the moments of every column of every tile. Stage::rest: y, with
-/// given statistics.
-template <class X> struct LanesForward {
+/// given statistics. kPlain: as is_plain() says.
+template <class X, bool kPlain> struct LanesForward {
   static constexpr const char* kName = "LanesForward";
   static constexpr int kBlocks = 2;
-  Work work;
+  Work given;
 
   NORMKIT_DEVICE void operator()() const {
     using S = ComputeOf<X>;
+    const Work work = kPlain ? made_plain(given) : given;
     const std::int64_t block = own_block(work);
-    const Strand s = strand_of<X>(work, block, thread_index() % kSlots);
-    if (work.stage != Stage::rest) sum(block, s);
+    Strand s = strand_of<X>(work, block, thread_index() % kSlots);
+    if (work.stage != Stage::rest) sum(work, block, s);
     if (work.stage == Stage::all) {
       for_statistics<X>(work, block, [&](std::int64_t r, Group meeting) { finish_forward<S>(work, r, meeting); });
       sync_block();
     }
-    if (work.stage == Stage::sums || work.task.phase == Phase::reduce || s.n == 0 || s.steps == 0) return;
-    const Factors<S, kVector<X>> factors = given_factors<X>(work, s);
-    NORMKIT_ROLL
-    for (int j = 0; j < s.steps; ++j)
-      write_y<X>(work, factors, s[j],
-                 work.stage == Stage::all ? read_x<X>(work.task, s[j]) : form_x<X>(work.task, s[j]));
+    if (work.stage == Stage::sums || work.task.phase == Phase::reduce || s.steps == 0) return;
+    if (!work.constant) s.at.phase = phase_of(work.task.geometry, s.at);
+    auto own = ColumnParameters<S, kVector<X>>::of(work, s);
+    const Factors<S, kVector<X>> factors = given_factors<X>(work, s, own);
+    for_x(work, s, work.stage == Stage::rest, [&](const Place& p, const Vector<X>& v) {
+      S y[kVector<X>];
+      make_y<X>(work, factors, p, v, y);
+      store_y<X>(work.task, p, y);
+    });
   }
 
  private:
+  /// Calls f(place, x). `forms`: x is still to be made of a sum.
+  template <class F> NORMKIT_DEVICE static void for_x(const Work& work, const Strand& s, bool forms, F f) {
+    const Task& t = work.task;
+    const Slots<X> x(shared_memory(), 0, kSingleSlots);
+    for_strand<kSingleSlots>(s, [&](int slot, const Place& p) {
+      if (!work.forms_x) x.fetch(slot, at<X>(t.x, p), p.n);
+    }, [&](const Place& p, int slot) {
+      f(p, !work.forms_x ? x[slot] : forms ? form_x<X>(t, p) : read_x<X>(t, p));
+    });
+  }
+
   /// About the first member of each column. A strand is short: its sums need no more care than that.
-  NORMKIT_DEVICE void sum(std::int64_t block, const Strand& s) const {
+  NORMKIT_DEVICE static void sum(const Work& work, std::int64_t block, const Strand& s) {
     using S = ComputeOf<X>;
     constexpr int N = kVector<X>;
     const Task& t = work.task;
+    const bool masked = t.where.data;
     S pivot[N], sum[N], squares[N], n[N];
     NORMKIT_UNROLL
     for (int e = 0; e < N; ++e) pivot[e] = sum[e] = squares[e] = n[e] = 0;
-    for (int j = 0; j < (s.n ? s.steps : 0); ++j) {
-      const Vector<X> v = form_x<X>(t, s[j]);
-      const unsigned members = members_of(t, s[j]);
+    for_x(work, s, true, [&](const Place& p, const Vector<X>& v) {
+      const unsigned members = members_of(t, p);
+      const bool begins = p.row == s.strand;
       NORMKIT_UNROLL
       for (int e = 0; e < N; ++e) {
         const S x = value_of(v[e]);
-        const bool member = members >> e & 1;
-        if (t.centered && member && n[e] == 0) pivot[e] = x;
+        const bool member = !masked || (members >> e & 1) != 0;
+        if (t.centered && (masked ? member && n[e] == 0 : begins)) pivot[e] = x;
         const S d = member ? x - pivot[e] : S(0);
         sum[e] += d, squares[e] = mul_add(d, d, squares[e]);
-        n[e] += member ? S(1) : S(0);
+        if (masked) n[e] += member ? S(1) : S(0);
       }
-    }
+    });
     int column = 0;
     const auto own = [&]() -> Moments {
       const double first = static_cast<double>(take(pivot)), all = static_cast<double>(take(sum)),
-                   q = static_cast<double>(take(squares)), count = static_cast<double>(take(n));
+                   q = static_cast<double>(take(squares)), some = static_cast<double>(take(n));
+      const double count = masked ? some : s.steps;
       const int e = column++;
-      if (count > 0 && !trustworthy<S>(all, q, count, t.centered)) return careful_strand<X>(t, s, e, first, count);
+      if (count > 0 && e < s.n && !trustworthy<S>(all, q, count, t.centered))
+        return careful_strand<X>(t, s, e, first, count);
       return t.centered ? from_pivot(first, all, q, count) : Moments{0, q, count};
     };
     join_strands<X, Moments>(work, block, own, [](Moments a, Moments b) {
@@ -202,83 +252,86 @@ template <class X> struct LanesForward {
 // ---- backward ----------------------------------------------------------------------------------------------------
 
 /// Stage::all: sums of one tile, then dx. Stage::sums: those of every column of every tile. Stage::rest: dx, of statistics that
-/// are solved.
-template <class X> struct LanesBackward {
+/// are solved. kPlain: as is_plain() says.
+template <class X, bool kPlain> struct LanesBackward {
   static constexpr const char* kName = "LanesBackward";
-  static constexpr int kBlocks = 1;
-  Work work;
+  static constexpr int kBlocks = kPlain ? 2 : 1;
+  Work given_work;
 
   NORMKIT_DEVICE void operator()() const {
     using S = ComputeOf<X>;
     constexpr int N = kVector<X>;
+    const Work work = kPlain ? made_plain(given_work) : given_work;
     const Task& t = work.task;
     const std::int64_t block = own_block(work);
-    const Strand s = strand_of<X>(work, block, thread_index() % kSlots);
-    const int steps = s.n ? s.steps : 0;
+    Strand s = strand_of<X>(work, block, thread_index() % kSlots);
+    if (!work.constant && s.steps) s.at.phase = phase_of(t.geometry, s.at);
+    ColumnParameters<S, N> own;
     Factors<S, N> given;
-    if (steps) given = given_factors<X>(work, s);
-    if (work.stage != Stage::rest) sum(block, s, given);
+    if (s.steps) own = ColumnParameters<S, N>::of(work, s), given = given_factors<X>(work, s, own);
+    if (work.stage != Stage::rest) sum(work, block, s, given);
     if (work.stage == Stage::all) {
       for_statistics<X>(work, block, [&](std::int64_t r, Group meeting) { finish_backward<S>(work, r, meeting); });
       sync_block();
     }
-    const bool wanted = t.phase != Phase::reduce && (t.dx.data || t.kind == ParamKind::element);
-    if (work.stage == Stage::sums || !wanted || steps == 0) return;
-    const Known<S, N> known = known_of(s);
-    NORMKIT_ROLL
-    for (int j = 0; j < steps; ++j)
-      write_dx<X>(work, given, known, s[j], load(at<X>(t.x, s[j]), s.n), load(at<X>(t.dy, s[j]), s.n));
+    const bool wanted = t.phase != Phase::reduce && (t.dx.data || work.elementwise);
+    if (work.stage == Stage::sums || !wanted || s.steps == 0) return;
+    const Known<S, N> known = known_of(work, s, own);
+    for_pairs(work, s, [&](const Place& p, const Vector<X>& x, const Vector<X>& dy) {
+      S dx[N];
+      make_dx<X>(work, known, p, Incoming<S, N>(work, given, p, x, dy), dx);
+      if (t.dx.data) store(at<X>(t.dx, p), dx, p.n);
+    });
   }
 
  private:
-  NORMKIT_DEVICE Known<ComputeOf<X>, kVector<X>> known_of(const Strand& s) const {
+  /// Calls f(place, x, dy).
+  template <class F> NORMKIT_DEVICE static void for_pairs(const Work& work, const Strand& s, F f) {
+    const Slots<X> x(shared_memory(), 0, kPairSlots), dy(shared_memory(), 1, kPairSlots);
+    for_strand<kPairSlots>(s, [&](int slot, const Place& p) {
+      x.fetch(slot, at<X>(work.task.x, p), p.n), dy.fetch(slot, at<X>(work.task.dy, p), p.n);
+    }, [&](const Place& p, int slot) { f(p, x[slot], dy[slot]); });
+  }
+
+  NORMKIT_DEVICE static Known<ComputeOf<X>, kVector<X>> known_of(const Work& work, const Strand& s,
+                                                                 ColumnParameters<ComputeOf<X>, kVector<X>>& own) {
     const Geometry& g = work.task.geometry;
-    Cycle statistic(s.o * g.columns() + s.column, g.run, g.statistics());
-    Cycle own(g.offset(s.o, 0, 0, s.column), g.params.stride, g.params.count);
+    Cycle statistic(s.at.o * g.columns() + s.at.i, g.run, g.statistics());
     Known<ComputeOf<X>, kVector<X>> known;
-    NORMKIT_UNROLL
+    NORMKIT_ROLL
     for (int e = 0; e < kVector<X>; ++e) {
-      const double weight = work.constant ? element(work.task.weight, s.o * g.params.outer + own.index, 1) : 1;
-      known.set(e, solved_at(work, statistic.index), weight);
-      if (e + 1 < s.n) statistic.next(), own.next();
+      known.append(solved_at(work, statistic.index), turn(own.weight));
+      if (e + 1 < s.n) statistic.next();
     }
     return known;
   }
 
-  NORMKIT_DEVICE void sum(std::int64_t block, const Strand& s, const Factors<ComputeOf<X>, kVector<X>>& given) const {
+  NORMKIT_DEVICE static void sum(const Work& work, std::int64_t block, const Strand& s,
+                                 const Factors<ComputeOf<X>, kVector<X>>& given) {
     using S = ComputeOf<X>;
     constexpr int N = kVector<X>;
     const Task& t = work.task;
-    const bool gaps = has_gaps(t);
+    const bool gaps = has_gaps(t), masked = t.where.data;
     Sums<S> sums[N];
     S n[N];
     NORMKIT_UNROLL
     for (int e = 0; e < N; ++e) sums[e] = {0, 0, 0}, n[e] = 0;
-    for (int j = 0; j < (s.n ? s.steps : 0); ++j) {
-      const Place p = s[j];
-      S x[N], g[N], weight[N];
-      widened(load(at<X>(t.x, p), p.n), x);
-      widened(load(at<X>(t.dy, p), p.n), g);
-      incoming(work, given, p, x, g, weight);
+    for_pairs(work, s, [&](const Place& p, const Vector<X>& x, const Vector<X>& dy) {
+      const Incoming<S, N> in(work, given, p, x, dy);
       const unsigned members = members_of(t, p);
       NORMKIT_UNROLL
       for (int e = 0; e < N; ++e) {
-        const S d = x[e] - given.mean[e], weighted = g[e] * weight[e];
-        const bool member = members >> e & 1;
-        sums[e].g += weighted;
-        sums[e].gx = mul_add(weighted, gaps && weighted == 0 ? S(0) : d, sums[e].gx);
-        sums[e].d += member ? d : S(0);
-        n[e] += member ? S(1) : S(0);
+        const bool member = !masked || (members >> e & 1) != 0;
+        add(sums[e], in, e, given.mean[e], gaps, member);
+        if (masked) n[e] += member ? S(1) : S(0);
       }
-    }
-    const auto own = [&]() -> Reduced {
-      const Sums<S> all = take(sums);
-      return {{static_cast<double>(all.g), static_cast<double>(all.gx), static_cast<double>(all.d)},
-              static_cast<double>(take(n))};
-    };
-    join_strands<X, Reduced>(work, block, own, [](Reduced a, Reduced b) {
-      return a + b;
-    }, [&](const Strand& of, int e, Reduced r) { put(r, work.partials + 4 * partial_index(work, of, e)); });
+    });
+    join_strands<X, Reduced>(work, block, [&]() -> Reduced {
+      const double some = static_cast<double>(take(n));
+      return reduced(take(sums), masked ? some : s.steps);
+    }, [](Reduced a, Reduced b) { return a + b; }, [&](const Strand& of, int e, Reduced r) {
+      put(r, work.partials + 4 * partial_index(work, of, e));
+    });
   }
 };
 

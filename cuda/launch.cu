@@ -60,6 +60,18 @@ Given given_by(double* mean, double* scale, std::int64_t stride, std::int64_t co
   return {bytes(mean), bytes(scale), Dtype::float64, Dtype::float64, stride, count, is_variance};
 }
 
+/// True where every row of an array, if there is one, begins with a whole vector.
+bool begins_whole(const Operand& a, const Work& work) {
+  if (!a.data) return true;
+  const Geometry& g = work.task.geometry;
+  const Strides& s = a.strides;
+  std::int64_t apart = work.policy.units > 1 ? work.policy.unit_run : 0;
+  if (g.outer > 1) apart |= s.outer;
+  if (g.steps > 1) apart |= s.step;
+  if (g.lanes > 1) apart |= s.lane;
+  return reinterpret_cast<std::uintptr_t>(a.data) % kVectorBytes == 0 && apart * size_of(a.dtype) % kVectorBytes == 0;
+}
+
 /// What both directions share. `pieces`: as policy_for() has it.
 Work work_for(const Task& t, Direction direction, bool pieces) {
   const Geometry& g = t.geometry;
@@ -69,6 +81,10 @@ Work work_for(const Task& t, Direction direction, bool pieces) {
   work.forms_x = t.residual.data || !is_floating(t.x.dtype);
   if (t.traversal == Traversal::lanes) work.constant = constant_in_column(g);
   else work.constant = pieces || constant_in_statistic(g);
+  if (work.constant && g.params.count > 1) work.units_per_parameter = g.params.stride / work.policy.unit_run;
+  work.elementwise = direction == Direction::backward && t.kind == ParamKind::element;
+  work.reads_whole = begins_whole(t.x, work) && begins_whole(t.dy, work);
+  work.writes_whole = begins_whole(t.y, work) && begins_whole(t.dx, work);
   return work;
 }
 

@@ -24,19 +24,19 @@ inline constexpr int kVectorBytes = 16;  // the widest load
 constexpr int vector_for(int element_bytes) { return kVectorBytes / element_bytes; }
 inline constexpr int kBlockThreads = 256;
 inline constexpr int kWarp = 32;
-/// 44 KB: what threads of a block hold without the shared memory that a GPU gives to those who ask; a block of an H200 has three
-/// others beside it.
-inline constexpr int kHeldVectors = 11 * kBlockThreads;
-/// Where a statistic is larger: a smaller tile, so that more of them are on their way.
-inline constexpr int kTileVectors = 2048;
-/// A statistic of fewer vectors belongs to one warp or less.
-inline constexpr int kWarpVectors = 128;
+/// Vectors that a block holds of each array, one (x) or two (x and dy), without the shared memory that a GPU gives to those who
+/// ask: 44 KB and 40 KB in all. A block of an H200 has three others beside it.
+constexpr int held_vectors(int arrays) { return (arrays == 1 ? 11 : 5) * kBlockThreads; }
+/// Where a statistic is larger: smaller tiles, of 32 KB in all, so that more of them are on their way.
+constexpr int tile_vectors(int arrays) { return 2048 / arrays; }
+/// In the lanes traversal a thread has so many vectors of each array on their way.
+inline constexpr int kSingleSlots = 8, kPairSlots = 4;
 
 // ---- tiles: the tree ---------------------------------------------------------------------------------------------
 
 /// Tiles of a statistic in the runs traversal: `rows` steps of one run each, or a part of one run.
 struct Tiling {
-  int group = 1;  // threads of a tile
+  int group = 1, shift = 0;  // threads of a tile, 2^shift
   int rows = 1;
   int width = 1;  // elements of each row
   std::int64_t per_run = 1;  // tiles in a run; where it is more than one, rows is one
@@ -52,28 +52,28 @@ constexpr int power_of_two_from(std::int64_t n) {
   return power;
 }
 
-/// Threads of a tile of so many vectors: two vectors each where that is a warp at most, else four, else more.
+/// Threads of a tile of so many vectors: up to four vectors each, so that what a thread does once is shared by as many; more where
+/// a block is not enough.
 constexpr int group_for(std::int64_t vectors) {
-  if (vectors <= 64) return power_of_two_from(ceil_div(vectors, 2));
-  if (vectors <= kWarpVectors) return kWarp;
   return vectors >= 4 * kBlockThreads ? kBlockThreads : power_of_two_from(ceil_div(vectors, 4));
 }
 
-constexpr Tiling tiling_for(std::int64_t steps, std::int64_t run, int element_bytes) {
-  const int vector = vector_for(element_bytes);
+constexpr Tiling tiling_for(std::int64_t steps, std::int64_t run, int element_bytes, int arrays) {
+  const int vector = vector_for(element_bytes), held = held_vectors(arrays), tile = tile_vectors(arrays);
   const std::int64_t per_row = ceil_div(run, vector);
   Tiling t;
-  if (per_row <= kHeldVectors && steps <= kHeldVectors / per_row) {
+  if (per_row <= held && steps <= held / per_row) {
     t.group = group_for(steps * per_row), t.rows = static_cast<int>(steps), t.width = static_cast<int>(run);
+    while (1 << t.shift < t.group) ++t.shift;
     return t;
   }
-  t.group = kBlockThreads;
-  if (per_row <= kTileVectors) {
-    t.rows = static_cast<int>(kTileVectors / per_row), t.width = static_cast<int>(run);
+  t.group = kBlockThreads, t.shift = 8;
+  if (per_row <= tile) {
+    t.rows = static_cast<int>(tile / per_row), t.width = static_cast<int>(run);
     t.tiles = ceil_div(steps, t.rows);
     return t;
   }
-  t.per_run = ceil_div(per_row, kTileVectors);
+  t.per_run = ceil_div(per_row, tile);
   t.width = static_cast<int>(ceil_div(per_row, t.per_run)) * vector;
   t.per_run = ceil_div(run, t.width);
   t.tiles = steps * t.per_run;
@@ -106,8 +106,8 @@ constexpr LanesTiling lanes_tiling_for(std::int64_t steps, std::int64_t columns,
 
 // ---- schedule ----------------------------------------------------------------------------------------------------
 
-/// Who holds a whole statistic between them, so that it is read once: the blocks of a cluster, each some of its tiles. One
-/// block: no cluster; a group, or the block, has it all. No blocks: nobody; its tiles are summed in one launch and applied in
+/// Who holds a whole statistic between them, so that it is read once: one block, with one tile or several, or the blocks of a
+/// cluster; a tile may belong to fewer threads than a block. No blocks: nobody; tiles are summed in one launch and applied in
 /// another.
 struct Team {
   int blocks = 0;
@@ -121,12 +121,16 @@ inline constexpr int kClusterBlocks = 8;
 /// Tiles of 32 KB that a block holds: with three of them, two blocks share a multiprocessor of an H200.
 inline constexpr int kMostTiles = 3;
 inline constexpr int kMostTeamTiles = kClusterBlocks * kMostTiles;
+/// So many statistics keep all of an H200 busy with one block to each; where there are fewer, blocks share them.
+inline constexpr std::int64_t kManyStatistics = 2 * 132;
 
-constexpr Team team_for(std::int64_t tiles, int most_tiles) {
-  if (tiles > kClusterBlocks * most_tiles) return {};
-  Team team;
-  team.tiles = static_cast<int>(ceil_div(tiles, kClusterBlocks));
-  team.blocks = static_cast<int>(ceil_div(tiles, team.tiles));
+constexpr Team team_for(std::int64_t tiles, std::int64_t statistics) {
+  if (tiles > kMostTeamTiles) return {};
+  Team team{1, static_cast<int>(tiles)};
+  if (tiles > kMostTiles || (tiles > 1 && statistics < kManyStatistics)) {
+    team.tiles = static_cast<int>(ceil_div(tiles, kClusterBlocks));
+    team.blocks = static_cast<int>(ceil_div(tiles, team.tiles));
+  }
   return team;
 }
 
@@ -166,23 +170,27 @@ struct Policy {
   /// Tiles that the groups of a block take side by side.
   constexpr int groups() const { return runs.group > kWarp ? 1 : kBlockThreads / runs.group; }
 
+  /// True where a team has several tiles.
+  constexpr bool shares(Stage stage) const { return stage == Stage::all && runs.tiles > 1; }
+
   constexpr int shared_bytes(Stage stage) const {
     const int vector = vector_for(element_bytes);
     const bool backward = direction == Direction::backward;
-    if (traversal == Traversal::lanes)  // pairs of strands meet, with moments or sums for each column
-      return stage == Stage::rest ? 0 : kStrands / 2 * kSlots * vector * (backward ? 32 : 24);
-    if (backward && stage != Stage::all) return kGroupBytes;
-    const int tiles = stage == Stage::all ? team.tiles * arrays() : 1;
-    return kHeadBytes + groups() * tiles * runs.group * runs.held(vector) * vector * element_bytes;
+    constexpr int kStreamBytes = kSingleSlots * kBlockThreads * kVectorBytes;  // of a pair as many
+    if (traversal == Traversal::lanes) {  // then pairs of strands meet, with moments or sums for each column
+      const int meeting_bytes = kStrands / 2 * kSlots * vector * (backward ? 32 : 24);
+      return meeting_bytes > kStreamBytes ? meeting_bytes : kStreamBytes;
+    }
+    const int tiles = stage == Stage::all ? team.tiles : 1;
+    return kHeadBytes + groups() * tiles * arrays() * runs.group * runs.held(vector) * kVectorBytes;
   }
 
   constexpr Grid grid(const Geometry& g, Stage stage) const {
     const int bytes = shared_bytes(stage);
     if (traversal == Traversal::lanes) return {lanes.blocks(g.outer), kBlockThreads, bytes, 1};
     const int threads = runs.group > kWarp ? runs.group : kBlockThreads;
-    const int cluster = stage == Stage::all ? team.blocks : 1;
-    const std::int64_t tiles = g.statistics() * units * runs.tiles;
-    return {cluster > 1 ? g.statistics() * cluster : ceil_div(tiles, groups()), threads, bytes, cluster};
+    if (shares(stage)) return {g.statistics() * team.blocks, threads, bytes, team.blocks};
+    return {ceil_div(g.statistics() * units * runs.tiles, groups()), threads, bytes, 1};
   }
 };
 
@@ -198,8 +206,8 @@ constexpr Policy policy_for(const Geometry& g, Traversal traversal, int element_
     if (p.lanes.tiles == 1 && has_whole_lanes) p.team = {1, 1};
   } else {
     p.units = pieces ? g.run / g.params.stride : 1, p.unit_run = g.run / p.units;
-    p.runs = tiling_for(g.steps, p.unit_run, element_bytes);
-    if (p.units == 1) p.team = team_for(p.runs.tiles, kMostTiles / p.arrays());
+    p.runs = tiling_for(g.steps, p.unit_run, element_bytes, p.arrays());
+    if (p.units == 1) p.team = team_for(p.runs.tiles, g.statistics());
   }
   const std::int64_t parts = direction == Direction::forward ? p.units * p.tiles() : p.tiles();
   p.meeting = parts < kWarp ? power_of_two_from(parts) : kWarp;
@@ -207,14 +215,15 @@ constexpr Policy policy_for(const Geometry& g, Traversal traversal, int element_
 }
 
 // Rows: an instance of 49 floats, of one image of 56 x 56, of 16384 halfs, of a volume; a batch norm of small images.
-static_assert(tiling_for(1, 49, 4).group == 8 && tiling_for(1, 49, 4).tiles == 1);
-static_assert(tiling_for(1, 3136, 4).group == 256 && tiling_for(1, 3136, 4).held(4) == 4);
-static_assert(tiling_for(1, 16384, 2).held(8) == 8 && tiling_for(1, 16384, 2).tiles == 1);
-static_assert(tiling_for(1, 128 * 128 * 128, 4).tiles == 256 && tiling_for(1, 128 * 128 * 128, 4).width == 8192);
-static_assert(tiling_for(256, 49, 4).rows == 157 && tiling_for(256, 49, 4).tiles == 2);
-static_assert(tiling_for(1, std::int64_t{1} << 40, 2).tiles == std::int64_t{1} << 26);
-// Teams: a block has 16384 halfs, four blocks 65536 of them, eight 512 x 512; a volume nobody.
-static_assert(team_for(1, 3).blocks == 1 && team_for(4, 3).blocks == 4 && team_for(16, 3).blocks == 8);
-static_assert(team_for(17, 3).blocks == 6 && !team_for(25, 3).exists() && !team_for(9, 1).exists());
+static_assert(tiling_for(1, 49, 4, 1).group == 4 && tiling_for(1, 49, 4, 1).tiles == 1);
+static_assert(tiling_for(1, 3136, 4, 1).group == 256 && tiling_for(1, 3136, 4, 1).held(4) == 4);
+static_assert(tiling_for(1, 16384, 2, 1).held(8) == 8 && tiling_for(1, 16384, 2, 1).tiles == 1);
+static_assert(tiling_for(1, 128 * 128 * 128, 4, 1).tiles == 256 && tiling_for(1, 128 * 128 * 128, 4, 1).width == 8192);
+static_assert(tiling_for(1, 128 * 128 * 128, 4, 2).tiles == 512 && tiling_for(256, 49, 4, 1).rows == 157);
+static_assert(tiling_for(1, std::int64_t{1} << 40, 2, 1).tiles == std::int64_t{1} << 26);
+// Teams: a block has up to three tiles where there are many statistics, else two blocks have as many; eight have 24.
+static_assert(team_for(3, 1000).blocks == 1 && team_for(3, 1000).tiles == 3 && team_for(2, 8).blocks == 2);
+static_assert(team_for(4, 1000).blocks == 4 && team_for(16, 1000).tiles == 2 && team_for(24, 8).blocks == 8);
+static_assert(team_for(17, 8).blocks == 6 && !team_for(25, 1000).exists());
 
 }  // namespace normkit::cuda

@@ -3,156 +3,224 @@
 //     statistic = steps x run elements = tiles; a tile = rows x width elements = vectors, which the threads of a group take
 //     in turn:  thread 0 1 2 .. G-1 0 1 2 ..
 //
-//     teams:  memory -> shared memory, where each thread keeps its own vectors -> sums of each tile -> the statistic -> y or
-//             dx from shared memory, so that all is read once. A team is a group with one tile, or the blocks of a cluster,
-//             which tell each other what their tiles found.
+//     teams:  memory -> shared memory, past the registers -> sums of each tile -> the statistic -> y or dx from shared memory,
+//             so that all is read once. A team is a group with one tile, or the blocks of a cluster, which tell each other what
+//             their tiles found.
 //     others: the sums of each tile in one launch; y or dx in another, when statistics are known (finish.cuh)
+//
+// An H200 has time for about 210 instructions of a warp while it moves what a warp reads and writes as one vector each: half of
+// that is a good loop, and what is done once for each thread counts where rows are short.
 #pragma once
 
 #include "finish.cuh"
 
 namespace normkit::cuda {
 
-/// Rows [step, step + rows) and elements [begin, begin + width) of each, of unit `unit` of the whole task. Tiles have a
-/// number, unit by unit.
-struct Tile {
-  std::int64_t index, unit, o, lane, step, begin;
-  int rows, width, vectors;  // vectors of a row
+NORMKIT_CALLED int divided(int a, int b) {
+  return static_cast<int>(static_cast<unsigned>(a) / static_cast<unsigned>(b));
+}
+
+/// Entries first, first + size, first + 2 size, ... of a table, row by row.
+struct Cursor {
+  int row, column, columns, down, along;
+
+  NORMKIT_DEVICE static Cursor of(int first, int size, int columns, bool one_row) {
+    if (one_row) return {0, first, columns, 0, size};
+    const int row = divided(first, columns), down = divided(size, columns);
+    return {row, first - row * columns, columns, down, size - down * columns};
+  }
+  NORMKIT_DEVICE void next() {
+    row += down, column += along;
+    if (column >= columns) column -= columns, ++row;
+  }
 };
 
-template <class X> NORMKIT_DEVICE Tile tile_at(const Work& work, std::int64_t index) {
-  const Geometry& g = work.task.geometry;
+/// The tiles that fall to a group: `count` of one unit, from its tile `place` on.
+struct Turn {
+  std::int64_t statistic, unit;  // which of those that the statistic has
+  std::int64_t o, lane;
+  int place, count;
+
+  NORMKIT_DEVICE std::int64_t index(const Policy& p) const {  // of its first tile among all
+    return (statistic * p.units + unit) * p.runs.tiles + place;
+  }
+};
+
+/// What is left when statistics are known goes backwards, since what was summed last is still in the cache.
+NORMKIT_DEVICE Turn own_turn(const Work& work, Group group) {
+  const Policy& policy = work.policy;
+  const std::int64_t lanes = work.task.geometry.lanes, tiles = policy.runs.tiles;
+  Turn turn;
+  turn.count = 1;
+  if (policy.shares(work.stage)) {
+    turn.statistic = quotient(block_index(), policy.team.blocks), turn.unit = 0;
+    turn.place = cluster_rank() * policy.team.tiles;
+    const int left = static_cast<int>(tiles) - turn.place;
+    turn.count = left < policy.team.tiles ? left : policy.team.tiles;
+  } else {
+    const std::int64_t all = work.task.geometry.statistics() * policy.units * tiles;
+    std::int64_t k = own_item(group.size);
+    if (k >= all) turn.count = 0;
+    if (work.stage == Stage::rest) k = all - 1 - k;
+    const std::int64_t unit = quotient(k, tiles);
+    turn.place = static_cast<int>(k - unit * tiles);
+    turn.statistic = quotient(unit, policy.units), turn.unit = unit - turn.statistic * policy.units;
+  }
+  turn.o = quotient(turn.statistic, lanes), turn.lane = turn.statistic - turn.o * lanes;
+  return turn;
+}
+
+/// Rows of a unit, and `width` elements of each.
+struct Tile {
+  Origin at;
+  int rows, width;
+  Cursor own;  // of the vectors that a thread takes
+};
+
+/// Tile k of a turn.
+template <class X> NORMKIT_DEVICE Tile tile_of(const Work& work, Group group, const Turn& turn, int k) {
   const Policy& policy = work.policy;
   const Tiling& tiling = policy.runs;
+  const int place = turn.place + k,
+            row = tiling.per_run == 1 ? place : divided(place, static_cast<int>(tiling.per_run));
+  const std::int64_t step = std::int64_t{row} * tiling.rows;
+  const std::int64_t within = (place - row * tiling.per_run) * tiling.width;
+  const std::int64_t below = work.task.geometry.steps - step, left = policy.unit_run - within;
   Tile t;
-  t.index = index, t.unit = quotient(index, tiling.tiles);
-  const std::int64_t within = index - t.unit * tiling.tiles, r = quotient(t.unit, policy.units);
-  t.o = quotient(r, g.lanes), t.lane = r - t.o * g.lanes;
-  t.begin = (t.unit - r * policy.units) * policy.unit_run;
-  if (tiling.per_run == 1) {
-    t.step = within * tiling.rows;
-    t.rows = g.steps - t.step < tiling.rows ? static_cast<int>(g.steps - t.step) : tiling.rows;
-    t.width = tiling.width;
-  } else {
-    t.step = quotient(within, tiling.per_run);
-    const std::int64_t part = (within - t.step * tiling.per_run) * tiling.width, left = policy.unit_run - part;
-    t.rows = 1, t.width = left < tiling.width ? static_cast<int>(left) : tiling.width;
-    t.begin += part;
-  }
-  t.vectors = (t.width + kVector<X> - 1) / kVector<X>;
+  t.at = {turn.o, step, turn.lane, turn.unit * policy.unit_run + within};
+  if (!work.constant) t.at.phase = phase_of(work.task.geometry, t.at);
+  t.rows = below < tiling.rows ? static_cast<int>(below) : tiling.rows;
+  t.width = left < tiling.width ? static_cast<int>(left) : tiling.width;
+  t.own = Cursor::of(group.rank, group.size, (t.width + kVector<X> - 1) / kVector<X>, tiling.rows == 1);
   return t;
 }
 
-template <class X> NORMKIT_DEVICE Place place_of(const Tile& t, int vector) {
-  const int row = t.rows == 1 ? 0 : vector / t.vectors, first = (vector - row * t.vectors) * kVector<X>;
-  const int left = t.width - first;
-  return {t.o, t.step + row, t.lane, t.begin + first, left < kVector<X> ? left : kVector<X>};
+/// Calls f(tile, k) for the tiles of a turn, k = 0, 1, ...
+template <class X, class F> NORMKIT_DEVICE void for_tiles(const Work& work, Group group, const Turn& turn, F f) {
+  NORMKIT_ROLL
+  for (int k = 0; k < turn.count; ++k) f(tile_of<X>(work, group, turn, k), k);
+}
+
+template <class X> NORMKIT_DEVICE Place place_of(const Tile& t, const Cursor& c) {
+  const int first = c.column * kVector<X>, left = t.width - first;
+  return {t.at, c.row, first, left < kVector<X> ? left : kVector<X>};
 }
 
 /// Calls f(k, place) for this thread's vectors of a tile, k = 0, 1, ...
 template <class X, class F> NORMKIT_DEVICE void for_own(const Tile& t, Group group, F f) {
+  Cursor c = t.own;
   NORMKIT_ROLL
-  for (int k = 0, v = group.rank; v < t.rows * t.vectors; ++k, v += group.size) f(k, place_of<X>(t, v));
+  for (int k = 0, v = group.rank; v < t.rows * t.own.columns; ++k, v += group.size, c.next()) f(k, place_of<X>(t, c));
 }
 
-/// The tiles of a group: `count` from `first` on, all of one unit, whose tile number `place` the first is.
-struct Turn {
-  std::int64_t first;
-  int count, place;
+// ---- what is held ------------------------------------------------------------------------------------------------
+
+/// A tile of an array in shared memory. A thread works on its own vectors; where rows do not begin with whole ones, its group
+/// brings them element by element, neighbors by neighbors, and takes them away so too.
+template <class X> struct Held {
+  Slots<X> slots;
+  int shift;  // 2^shift threads of the group
+
+  NORMKIT_DEVICE Held(const Work& work, int place)
+      : slots(shared_memory() + kHeadBytes, place, work.policy.runs.held(kVector<X>)), shift(work.policy.runs.shift) {}
+  NORMKIT_DEVICE Vector<X>& operator[](int k) const { return slots[k]; }
+
+  NORMKIT_DEVICE void fetch(const Tile& tile, Group group, const Operand& a, bool whole) const {
+    if (whole) return for_own<X>(tile, group, [&](int k, const Place& p) { slots.fetch(k, at<X>(a, p), p.n); });
+    if constexpr (sizeof(X) < 4) return fetch_in_turns(tile, group, a);
+    for_elements(tile, group, a, [](X* here, X* there) { fetch_element(here, there); });
+  }
+
+  /// Takes away what the group has written, all of it.
+  NORMKIT_DEVICE void take_away(const Tile& tile, Group group, const Operand& a) const {
+    group.sync();
+    for_elements(tile, group, a, [](X* here, X* there) { *there = *here; });
+  }
+
+ private:
+  /// Where an element lies: in a vector of some thread of the group.
+  NORMKIT_DEVICE X* address(const Tile& tile, Group group, const Cursor& c) const {
+    const int v = c.row * tile.own.columns + c.column / kVector<X>, k = v >> shift;
+    const int vectors = k * block_threads() + (v - (k << shift)) - group.rank;
+    return at<X>(slots.first, vectors * kVector<X> + c.column % kVector<X>);
+  }
+  /// Calls f(here, there) for the elements that this thread moves.
+  template <class F> NORMKIT_DEVICE void for_elements(const Tile& tile, Group group, const Operand& a, F f) const {
+    X* const first = at<X>(a, tile.at);
+    Cursor c = Cursor::of(group.rank, group.size, tile.width, tile.rows == 1);
+    NORMKIT_ROLL
+    for (int e = group.rank; e < tile.rows * tile.width + NORMKIT_PLANTED(long_tail); e += group.size, c.next())
+      f(address(tile, group, c), first + (c.row * a.strides.step + c.column));
+  }
+  /// Elements that are not copied aside, eight on their way at a time.
+  NORMKIT_DEVICE void fetch_in_turns(const Tile& tile, Group group, const Operand& a) const {
+    constexpr int kTurn = 8;
+    const X* const first = at<X>(a, tile.at);
+    const int all = tile.rows * tile.width;
+    Cursor from = Cursor::of(group.rank, group.size, tile.width, tile.rows == 1), to = from;
+    NORMKIT_ROLL
+    for (int e = group.rank; e < all; e += kTurn * group.size) {
+      X x[kTurn];
+      NORMKIT_UNROLL
+      for (int j = 0; j < kTurn; ++j, from.next())
+        if (e + j * group.size < all) x[j] = first[from.row * a.strides.step + from.column];
+      NORMKIT_UNROLL
+      for (int j = 0; j < kTurn; ++j, to.next())
+        if (e + j * group.size < all) *address(tile, group, to) = x[j];
+    }
+  }
 };
 
-/// What falls to this group. What is left when statistics are known goes backwards, since what was summed last is still in the
-/// cache.
-NORMKIT_DEVICE Turn own_turn(const Work& work, Group group) {
-  const Policy& policy = work.policy;
-  const std::int64_t tiles = policy.runs.tiles, all = work.task.geometry.statistics() * policy.units * tiles;
-  const int cluster = kHasClusters ? work.cluster() : 1;
-  if (cluster > 1) {
-    const int place = cluster_rank() * policy.team.tiles, left = static_cast<int>(tiles) - place;
-    return {quotient(block_index(), cluster) * tiles + place, left < policy.team.tiles ? left : policy.team.tiles,
-            place};
-  }
-  const std::int64_t k = own_item(group.size);
-  if (k >= all) return {0, 0, 0};
-  return {work.stage == Stage::rest ? all - 1 - k : k, 1, 0};
+/// Waits for what a group has had copied aside: each thread for its own, or, where others have brought it, for them.
+NORMKIT_DEVICE void wait_for_copies(Group group, bool own) {
+  end_batch();
+  if (!NORMKIT_PLANTED(missing_wait)) wait_for_batches<0>();
+  if (!own && !NORMKIT_PLANTED(missing_group_barrier)) group.sync();
 }
 
 // ---- forward -----------------------------------------------------------------------------------------------------
 
-inline constexpr int kInFlight = 4;  // vectors that a thread has on their way at a time
-
-/// The vectors of a tile in shared memory, in the place with number `place` of those that its group has there. Every thread
-/// reads only what it has put there itself: no barrier.
-template <class X> struct Held {
-  Vector<X>* first;
-  int stride;
-
-  NORMKIT_DEVICE Held(const Work& work, Group group, int place) : stride(group.size) {
-    const int number = place * (block_threads() / group.size) + thread_index() / group.size;
-    const int vectors = work.policy.runs.held(kVector<X>) * group.size;
-    first = reinterpret_cast<Vector<X>*>(shared_memory() + kHeadBytes) + number * vectors + group.rank;
-  }
-  NORMKIT_DEVICE Vector<X>& operator[](int k) const { return first[k * stride]; }
-
-  NORMKIT_DEVICE void read(const Work& work, const Tile& tile, Group group) const {
-    const Task& task = work.task;
-    const int vectors = tile.rows * tile.vectors;
-    if (work.forms_x) {
-      for_own<X>(tile, group, [&](int k, Place p) { (*this)[k] = form_x<X>(task, p); });
-      return;
-    }
-    for (int k = 0, v = group.rank; v < vectors; k += kInFlight, v += kInFlight * stride) {
-      Vector<X> x[kInFlight];
-      NORMKIT_UNROLL
-      for (int j = 0; j < kInFlight; ++j) {
-        const Place p = place_of<X>(tile, v + j * stride);
-        if (v + j * stride < vectors) x[j] = load(at<X>(task.x, p), p.n);
-      }
-      NORMKIT_UNROLL
-      for (int j = 0; j < kInFlight; ++j)
-        if (v + j * stride < vectors) (*this)[k + j] = x[j];
-    }
-  }
-};
-
 struct PivotSums { double sum, squares; };
 NORMKIT_DEVICE PivotSums operator+(PivotSums a, PivotSums b) { return {a.sum + b.sum, a.squares + b.squares}; }
+/// The same, and how many members differ from the first.
+struct CarefulSums { double sum, squares, others; };
+NORMKIT_DEVICE CarefulSums operator+(CarefulSums a, CarefulSums b) {
+  return {a.sum + b.sum, a.squares + b.squares, a.others + b.others};
+}
 
 /// A member of a tile: the first of the thread that has one and comes first; and how many members there are.
 struct FirstMember { double value, n; };
 
 /// A tile that is held, as far as its moments are concerned.
 template <class X> struct HeldTile {
-  const Task& task;
+  const Work& work;
   const Tile& tile;
   Group group;
   Held<X> held;
 
   /// Calls f(v, is a member) for this thread's elements: fast, or in little code.
-  template <class F> NORMKIT_DEVICE void for_elements(F f) const {
-    for_own<X>(tile, group, [&](int k, Place p) {
+  template <class F> NORMKIT_DEVICE void for_all(F f) const {
+    for_own<X>(tile, group, [&](int k, const Place& p) {
       const Vector<X> v = held[k];
-      const unsigned members = members_of(task, p);
-      NORMKIT_UNROLL
-      for (int e = 0; e < kVector<X>; ++e) f(value_of(v[e]), (members >> e & 1) != 0);
+      for_members<kVector<X>>(members_of(work.task, p), p.n,
+                              [&](int e, bool, bool member) { f(value_of(v[e]), member); });
     });
   }
-  template <class F> NORMKIT_DEVICE void for_elements_in_turn(F f) const {
-    for_own<X>(tile, group, [&](int k, Place p) {
-      const unsigned members = members_of(task, p);
+  template <class F> NORMKIT_DEVICE void for_all_in_turn(F f) const {
+    for_own<X>(tile, group, [&](int k, const Place& p) {
+      const unsigned members = members_of(work.task, p);
       NORMKIT_ROLL
-      for (int e = 0; e < p.n; ++e)
-        f(value_of(at<X>(reinterpret_cast<const std::byte*>(&held[k]), 0)[e]), (members >> e & 1) != 0);
+      for (int e = 0; e < p.n; ++e) {
+        f(value_of(*at<X>(held.slots.address(k), e)), (members >> e & 1) != 0);
+      }
     });
   }
 
-  NORMKIT_DEVICE FirstMember first_member() const {
-    if (!task.where.data) {
-      const double first = group.rank == 0 ? static_cast<double>(value_of(held[0][0])) : 0;
-      return {from_first(group, first), static_cast<double>(tile.rows) * tile.width};
-    }
+  NORMKIT_DEVICE FirstMember first_member(ComputeOf<X> begin) const {
+    if (!work.task.where.data && !work.forms_x)
+      return {static_cast<double>(begin), static_cast<double>(tile.rows * tile.width)};
     FirstMember own{0, 0};
-    for_elements_in_turn([&](ComputeOf<X> v, bool member) {
+    for_all_in_turn([&](ComputeOf<X> v, bool member) {
       if (member && own.n == 0) own.value = static_cast<double>(v);
       own.n += member;
     });
@@ -165,7 +233,7 @@ template <class X> struct HeldTile {
   NORMKIT_DEVICE PivotSums sums_about(ComputeOf<X> pivot) const {
     using S = ComputeOf<X>;
     S sum = 0, squares = 0;
-    for_elements([&](S v, bool member) {
+    for_all([&](S v, bool member) {
       const S d = member ? v - pivot : S(0);
       sum += d, squares = mul_add(d, d, squares);
     });
@@ -177,30 +245,30 @@ template <class X> struct HeldTile {
     double pivot = centered ? first.value : 0;
     NORMKIT_ROLL
     for (int pass = 0;; ++pass) {
-      PivotSums own{0, 0};
-      double others = 0;
-      for_elements_in_turn([&](ComputeOf<X> v, bool member) {
-        const double d = member ? static_cast<double>(v) - pivot : 0;
-        own = {own.sum + d, mul_add(d, d, own.squares)};
-        others += member && !(static_cast<double>(v) == first.value);
+      CarefulSums sums{0, 0, 0};
+      for_all_in_turn([&](ComputeOf<X> v, bool member) {
+        const double wide = static_cast<double>(v), d = member ? wide - pivot : 0;
+        sums = {sums.sum + d, mul_add(d, d, sums.squares), sums.others + (member && !(wide == first.value))};
       });
-      const PivotSums sums = all_sum(group, own);
+      sums = all_sum(group, sums);
       if (!centered) return {0, sums.squares, first.n};
-      if (all_sum(group, others) == 0) return {first.value, 0, first.n};
+      if (sums.others == 0) return {first.value, 0, first.n};
       const Moments m = from_pivot(pivot, sums.sum, sums.squares, first.n);
       if (pass == 1) return m;
       pivot = m.mean;
     }
   }
 
-  NORMKIT_DEVICE Moments moments() const {
+  /// `begin`: the first element of the tile.
+  NORMKIT_DEVICE Moments moments(ComputeOf<X> begin) const {
     using S = ComputeOf<X>;
-    const FirstMember first = first_member();
-    const S pivot = task.centered ? static_cast<S>(first.value) : S(0);
+    const bool centered = work.task.centered;
+    const FirstMember first = first_member(begin);
+    const S pivot = centered ? static_cast<S>(first.value) : S(0);
     if (first.n == 0) return {0, 0, 0};
     const PivotSums sums = sums_about(pivot);
-    if (!trustworthy<S>(sums.sum, sums.squares, first.n, task.centered)) return careful_moments(first, task.centered);
-    if (!task.centered) return {0, sums.squares, first.n};
+    if (!trustworthy<S>(sums.sum, sums.squares, first.n, centered)) return careful_moments(first, centered);
+    if (!centered) return {0, sums.squares, first.n};
     return from_pivot(static_cast<double>(pivot), sums.sum, sums.squares, first.n);
   }
 };
@@ -214,56 +282,65 @@ template <class X, bool kPlain> struct RunsForward {
 
   NORMKIT_DEVICE void operator()() const {
     using S = ComputeOf<X>;
-    const Work work = kPlain ? made_plain(given) : given;
+    Work work = kPlain ? made_plain(given) : given;
+    work.policy.units = 1;  // as always in forward: the compiler may know
     const Task& t = work.task;
-    const int cluster = kHasClusters ? work.cluster() : 1;
+    const bool shares = work.policy.shares(work.stage);
+    const int blocks = kHasClusters && shares ? work.policy.team.blocks : 1;
     const Group group = Group::of(work.policy.runs.group);
     const Turn turn = own_turn(work, group);
     if (turn.count == 0) return;
-    if (cluster > 1) arrive_at_cluster();  // this block runs
-    Tile tile;
-    for (int k = 0; k < turn.count; ++k) {
-      tile = tile_at<X>(work, turn.first + k);
-      Held<X>(work, group, k).read(work, tile, group);
-    }
-    if (NORMKIT_PLANTED(early_return) && group.rank >= tile.rows * tile.vectors % group.size) return;
+    if (blocks > 1) arrive_at_cluster();  // this block runs
+    S begin = 0;
+    for_tiles<X>(work, group, turn, [&](const Tile& tile, int k) {
+      const Held<X> held(work, k);
+      // From memory, where nobody has to wait for those that bring it. Whoever writes y has met all that read this.
+      if (k == 0 && !work.forms_x) begin = value_of(*at<X>(t.x, tile.at));
+      if (work.forms_x) for_own<X>(tile, group, [&](int v, const Place& p) { held[v] = form_x<X>(t, p); });
+      else held.fetch(tile, group, t.x, reads_whole(work));
+    });
+    wait_for_copies(group, reads_whole(work) || work.forms_x);
+    if (NORMKIT_PLANTED(early_return) && group.rank >= group.size / 2) return;
     Moments m;
-    for (int k = 0; k < turn.count && work.stage != Stage::rest; ++k) {
-      tile = tile_at<X>(work, turn.first + k);
-      m = HeldTile<X>{t, tile, group, Held<X>(work, group, k)}.moments();
-      if (cluster == 1) continue;
-      if (k == 0 && !NORMKIT_PLANTED(early_post)) wait_for_cluster();
-      Board<Moments>::post(group, cluster, turn.place + k, m);
-    }
+    if (work.stage != Stage::rest)
+      for_tiles<X>(work, group, turn, [&](const Tile& tile, int k) {
+        if (k > 0 && !work.forms_x) begin = value_of(*at<X>(t.x, tile.at));
+        m = HeldTile<X>{work, tile, group, Held<X>(work, k)}.moments(begin);
+        if (!shares) return;
+        if (blocks > 1 && k == 0 && !NORMKIT_PLANTED(early_post)) wait_for_cluster();
+        Board<Moments>::post(group, blocks, turn.place + k, m);
+      });
     if (work.stage == Stage::sums) {
-      if (group.rank == 0) put(m, work.partials + 3 * tile.index);
+      if (group.rank == 0) put(m, work.partials + 3 * turn.index(work.policy));
       return;
     }
-    const bool leads = group.rank == 0 && turn.place == 0;
     Statistic<S> s;
     if (work.stage == Stage::rest) {
-      s = given_statistic<S>(t, tile.unit);
+      s = given_statistic<S>(t, turn.statistic);
     } else {
-      if (cluster > 1) m = meet(work);
-      if (leads) publish<S>(t, tile.unit, m);
+      if (shares) meet_team(blocks), m = moments_of_team(work);
       s = statistic_of<S>(m.mean, rstd_of(m, t.eps));
+      if (group.rank == 0 && turn.place == 0) publish<S>(t, turn.statistic, m, s.rstd);
     }
     if (t.phase == Phase::reduce) return;
-    const std::int64_t first = parameter(t.geometry, tile.o, t.geometry.offset(tile.o, 0, tile.lane, 0));
-    Factors<S, kVector<X>> factors;
-    if (work.constant) factors.set_all(s, element(t.weight, first, 1), element(t.bias, first, 0));
-    else factors.set_all(s, 1, 0);
-    for (int k = 0; k < turn.count; ++k) {
-      tile = tile_at<X>(work, turn.first + k);
-      const Held<X> held(work, group, k);
-      for_own<X>(tile, group, [&](int v, Place p) { write_y<X>(work, factors, p, held[v]); });
-    }
+    const UnitParameters parameters = UnitParameters::of(work, turn.o, turn.lane, 0);
+    Factors<S, 1> factors;
+    factors.append(s, parameters.weight, parameters.bias);
+    const bool by_elements = !work.writes_whole && like_x<X>(t);
+    for_tiles<X>(work, group, turn, [&](const Tile& tile, int k) {
+      const Held<X> held(work, k);
+      for_own<X>(tile, group, [&](int v, const Place& p) {
+        S y[kVector<X>];
+        make_y<X>(work, factors, p, held[v], y);
+        if (by_elements) held[v] = narrowed<X>(y);
+        else store_y<X>(t, p, y);
+      });
+      if (by_elements) held.take_away(tile, group, t.y);
+    });
   }
 
  private:
-  /// The moments of all tiles of the team.
-  NORMKIT_DEVICE static Moments meet(const Work& work) {
-    if (!NORMKIT_PLANTED(missing_cluster_barrier)) arrive_at_cluster(), wait_for_cluster();
+  NORMKIT_DEVICE static Moments moments_of_team(const Work& work) {
     return joined<Moments>(Group::of(work.policy.meeting), work.policy.runs.tiles, [](std::int64_t k) {
       return Board<Moments>::read(static_cast<int>(k));
     }, [](Moments a, Moments b) { return merge(a, b); });
@@ -272,104 +349,87 @@ template <class X, bool kPlain> struct RunsForward {
 
 // ---- backward ----------------------------------------------------------------------------------------------------
 
-/// What z of a tile was made with; the first element of a tile has its unit's parameter.
-template <class X> NORMKIT_DEVICE Factors<ComputeOf<X>, kVector<X>> given_factors(const Work& work, const Tile& tile) {
-  const Task& t = work.task;
-  const std::int64_t r = quotient(tile.unit, work.policy.units);
-  const std::int64_t first = parameter(t.geometry, tile.o, t.geometry.offset(tile.o, tile.step, tile.lane, tile.begin));
-  Factors<ComputeOf<X>, kVector<X>> factors;
-  const Statistic<ComputeOf<X>> s = given_statistic<ComputeOf<X>>(t, r);
-  if (work.constant) factors.set_all(s, element(t.weight, first, 1), element(t.bias, first, 0));
-  else factors.set_all(s, 1, 0);
-  return factors;
-}
-
 /// Stage::all: sums about the given mean, without the weight where it is constant, then dx. Stage::sums: those of every tile.
 /// Stage::rest: dx, of statistics that are solved, or that need no sums.
-template <class X> struct RunsBackward {
+/// kPlain: as is_plain() says.
+template <class X, bool kPlain> struct RunsBackward {
   static constexpr const char* kName = "RunsBackward";
-  static constexpr int kBlocks = 2;
-  Work work;
+  static constexpr int kBlocks = kPlain ? 2 : 1;
+  Work given_work;
 
   NORMKIT_DEVICE void operator()() const {
     using S = ComputeOf<X>;
+    constexpr int N = kVector<X>;
+    const Work work = kPlain ? made_plain(given_work) : given_work;
     const Task& t = work.task;
-    const int cluster = kHasClusters ? work.cluster() : 1;
+    const bool shares = work.policy.shares(work.stage);
+    const int blocks = kHasClusters && shares ? work.policy.team.blocks : 1;
     const Group group = Group::of(work.policy.runs.group);
     const Turn turn = own_turn(work, group);
     if (turn.count == 0) return;
-    if (cluster > 1) arrive_at_cluster();  // as in forward
-    const Tile tile = tile_at<X>(work, turn.first);
-    const std::int64_t r = quotient(tile.unit, work.policy.units);
-    const Factors<S, kVector<X>> given = given_factors<X>(work, tile);
-    const Held<X> x(work, group, 0), dy(work, group, 1);
-    Reduced sums;
-    if (work.stage != Stage::rest) {
-      sums = sums_of(tile, group, given, x, dy);
-      if (work.stage == Stage::sums) {
-        if (group.rank == 0) put(sums, work.partials + 4 * tile.index);
-        return;
+    if (blocks > 1) arrive_at_cluster();  // as in forward
+    for_tiles<X>(work, group, turn, [&](const Tile& tile, int k) {
+      NORMKIT_ROLL
+      for (int array = 0; array < 2; ++array) {
+        Operand a = t.x;
+        if (array == 1) a = t.dy;
+        Held<X>(work, 2 * k + array).fetch(tile, group, a, reads_whole(work));
       }
-      if (cluster > 1) {
-        wait_for_cluster();
-        Board<Reduced>::post(group, cluster, turn.place, sums);
-        arrive_at_cluster();
-        wait_for_cluster();
+    });
+    const std::int64_t r = turn.statistic;
+    const UnitParameters parameters = UnitParameters::of(work, turn.o, turn.lane, turn.unit);
+    const Statistic<S> s = given_statistic<S>(t, r);
+    Factors<S, 1> given;
+    given.append(s, parameters.weight, parameters.bias);
+    wait_for_copies(group, reads_whole(work));
+    const bool gaps = has_gaps(t), by_elements = t.dx.data && !work.writes_whole;
+    Reduced total;
+    Known<S, 1> known;
+    NORMKIT_ROLL
+    for (int pass = work.stage == Stage::rest ? 1 : 0; pass < 2; ++pass) {  // the sums, then dx
+      if (pass == 1) {
+        if (shares) meet_team(blocks);
+        const bool leads = group.rank == 0 && turn.unit == 0 && turn.place == 0;
+        const Solved solved = work.stage == Stage::rest && work.summed
+                                  ? solved_at(work, r)
+                                  : solve<S>(work, r, s, Group::of(work.policy.meeting), leads, [&](std::int64_t) {
+          return parameters.weight;
+        }, [&](std::int64_t, std::int64_t k) { return shares ? Board<Reduced>::read(static_cast<int>(k)) : total; });
+        if (t.phase == Phase::reduce || (!t.dx.data && !work.elementwise)) return;
+        known.append(solved, parameters.weight);
       }
-    }
-    Solved solved;
-    if (work.stage == Stage::rest && work.summed) {
-      solved = solved_at(work, r);
-    } else {
-      const bool leads = group.rank == 0 && tile.index == r * work.policy.units * work.policy.runs.tiles;
-      solved = solve<S>(work, r, Group::of(work.policy.meeting), leads, [&](std::int64_t, std::int64_t k) {
-        return cluster > 1 ? Board<Reduced>::read(static_cast<int>(k)) : sums;
+      for_tiles<X>(work, group, turn, [&](const Tile& tile, int k) {
+        const Held<X> x(work, 2 * k), dy(work, 2 * k + 1);
+        Sums<S> sums{0, 0, 0};
+        int count = 0;
+        for_own<X>(tile, group, [&](int v, const Place& p) {
+          const Incoming<S, N> in(work, given, p, x[v], dy[v]);
+          if (pass == 0) {
+            for_members<N>(members_of(t, p), p.n, [&](int e, bool exists, bool member) {
+              if (!exists) return;
+              add(sums, in, e, given.mean[0], gaps, member);
+              count += member;
+            });
+            return;
+          }
+          S dx[N];
+          make_dx<X>(work, known, p, in, dx);
+          if (by_elements) x[v] = narrowed<X>(dx);
+          else if (t.dx.data) store(at<X>(t.dx, p), dx, p.n);
+        });
+        if (pass == 1) {
+          if (by_elements) x.take_away(tile, group, t.dx);
+          return;
+        }
+        total = all_sum(group, reduced(sums, count));
+        if (!shares) return;
+        if (blocks > 1 && k == 0) wait_for_cluster();
+        Board<Reduced>::post(group, blocks, turn.place + k, total);
       });
+      if (work.stage != Stage::sums) continue;
+      if (group.rank == 0) put(total, work.partials + 4 * turn.index(work.policy));
+      return;
     }
-    if (t.phase == Phase::reduce || (!t.dx.data && t.kind != ParamKind::element)) return;
-    const std::int64_t first =
-        parameter(t.geometry, tile.o, t.geometry.offset(tile.o, tile.step, tile.lane, tile.begin));
-    Known<S, kVector<X>> known;
-    known.set_all(solved, work.constant ? element(t.weight, first, 1) : 1);
-    for_own<X>(tile, group, [&](int k, Place p) {
-      const bool held = work.stage == Stage::all;
-      write_dx<X>(work, given, known, p, held ? x[k] : load(at<X>(t.x, p), p.n),
-                  held ? dy[k] : load(at<X>(t.dy, p), p.n));
-    });
-  }
-
- private:
-  /// The sums of a tile, which in Stage::all is held from then on.
-  NORMKIT_DEVICE Reduced sums_of(const Tile& tile, Group group, const Factors<ComputeOf<X>, kVector<X>>& given,
-                                 const Held<X>& held_x, const Held<X>& held_dy) const {
-    using S = ComputeOf<X>;
-    constexpr int N = kVector<X>;
-    const Task& t = work.task;
-    const bool gaps = has_gaps(t);
-    Sums<S> sums{0, 0, 0};
-    int count = 0;
-    for_own<X>(tile, group, [&](int k, Place p) {
-      const Vector<X> vx = load(at<X>(t.x, p), p.n), vdy = load(at<X>(t.dy, p), p.n);
-      if (work.stage == Stage::all) held_x[k] = vx, held_dy[k] = vdy;
-      S x[N], g[N], weight[N];
-      widened(vx, x);
-      widened(vdy, g);
-      incoming(work, given, p, x, g, weight);
-      const unsigned members = members_of(t, p);
-      NORMKIT_UNROLL
-      for (int e = 0; e < N; ++e) {
-        if (e >= p.n) continue;
-        const S d = x[e] - given.mean[e], weighted = g[e] * weight[e];
-        const bool member = members >> e & 1;
-        sums.g += weighted;
-        sums.gx = mul_add(weighted, gaps && weighted == 0 ? S(0) : d, sums.gx);
-        sums.d += member ? d : S(0);
-        count += member;
-      }
-    });
-    return all_sum(group,
-                   Reduced{{static_cast<double>(sums.g), static_cast<double>(sums.gx), static_cast<double>(sums.d)},
-                           static_cast<double>(count)});
   }
 };
 
@@ -392,11 +452,12 @@ template <class X> struct RowGradients {
     const std::int64_t group = quotient(k, vectors), i = (k - group * vectors) * N;
     const std::int64_t o = quotient(group, groups), row = (group - o * groups) * kRowGroup;
     const int n = g.run - i < N ? static_cast<int>(g.run - i) : N;
+    Place p{{o, 0, row, i}, 0, 0, n};
+    p.tile.phase = phase_of(g, p.tile);
     S dweight[N], dbias[N];
     NORMKIT_UNROLL
     for (int e = 0; e < N; ++e) dweight[e] = dbias[e] = 0;
-    for (std::int64_t lane = row; lane < g.lanes && lane < row + kRowGroup; ++lane)
-      add_row({o, 0, lane, i, n}, dweight, dbias);
+    for (; p.tile.lane < g.lanes && p.tile.lane < row + kRowGroup; ++p.tile.lane) add_row(p, dweight, dbias);
     double* const out = t.dparams + 2 * (group * g.run + i);
     NORMKIT_UNROLL
     for (int e = 0; e < N; ++e)
@@ -404,21 +465,18 @@ template <class X> struct RowGradients {
   }
 
  private:
-  template <class S, int N> NORMKIT_DEVICE void add_row(Place p, S (&dweight)[N], S (&dbias)[N]) const {
+  template <class S, int N> NORMKIT_DEVICE void add_row(const Place& p, S (&dweight)[N], S (&dbias)[N]) const {
     const Task& t = work.task;
-    const std::int64_t r = p.o * t.geometry.lanes + p.lane;
+    const std::int64_t r = p.tile.o * t.geometry.lanes + p.tile.lane;
     Known<S, 1> known;
-    known.set(0, solved_at(work, r), 1);
-    Factors<S, N> given;
-    given.set_all(given_statistic<S>(t, r), 1, 0);
-    S x[N], dz[N], weight[N];
-    widened(load(at<X>(t.x, p), p.n), x);
-    widened(load(at<X>(t.dy, p), p.n), dz);
-    incoming(work, given, p, x, dz, weight);
+    known.append(solved_at(work, r), 1);
+    Factors<S, 1> given;
+    given.append(given_statistic<S>(t, r), 1, 0);
+    const Incoming<S, N> in(work, given, p, load(at<X>(t.x, p), p.n), load(at<X>(t.dy, p), p.n));
     NORMKIT_UNROLL
     for (int e = 0; e < N; ++e) {
-      const S x_hat = standardized(t, dz[e], x[e], known.mean[0], known.unit[0], known.origin[0]);
-      dweight[e] = mul_add(x_hat, dz[e], dweight[e]), dbias[e] += dz[e];
+      const S x_hat = standardized(t, in.dz[e], in.x[e], known, 0);
+      dweight[e] = mul_add(x_hat, in.dz[e], dweight[e]), dbias[e] += in.dz[e];
     }
   }
 };

@@ -12,27 +12,31 @@ struct Work {
   Policy policy;
   Stage stage = Stage::all;
   bool constant = true;  // all elements of a unit share one weight
-  bool forms_x = false;  // forward: from a sum, or from integers, which become floats when they are read
+  std::int64_t units_per_parameter = 1;  // where it is
+  bool forms_x = false;  // from a sum, or from integers, which become floats when they are read
+  bool elementwise = false;  // backward: gradients of parameters of which every element has its own
+  bool reads_whole = true;  // rows of all that is read, and of what is written, begin with whole vectors
+  bool writes_whole = true;
   bool summed = true;    // backward: somebody needs the sums
   double* partials = nullptr;  // of each unit and tile: moments, or what Reduced holds
   double* solved = nullptr;  // of each statistic: mean and rstd, in backward then b and c, one array each; may be null
   ParamGradient dweight, dbias;  // ParamKind::element
 
   constexpr Grid grid() const { return policy.grid(task.geometry, stage); }
-  /// Blocks of a cluster.
-  constexpr int cluster() const { return stage == Stage::all ? policy.team.blocks : 1; }
 };
 
-/// True where y is x_hat * weight + bias with constant parameters, and every element is a member: kernels that know take a
-/// third fewer registers.
+/// True where nothing is special: constant parameters, every element a member, and no more arrays than x, dy and what is made of
+/// them. Kernels that know have half the code.
 constexpr bool is_plain(const Work& w) {
-  return w.constant && w.task.activation.kind == ActivationKind::none && !w.task.where.data && !w.forms_x;
+  const Task& t = w.task;
+  return w.constant && t.activation.kind == ActivationKind::none && !t.where.data && !t.residual.data && !w.forms_x &&
+         !w.elementwise;
 }
 
 /// The same work, where the compiler sees that it is plain.
 constexpr Work made_plain(Work w) {
-  w.constant = true, w.forms_x = false, w.task.activation.kind = ActivationKind::none;
-  w.task.where.data = nullptr;
+  w.constant = true, w.forms_x = w.elementwise = false, w.task.activation.kind = ActivationKind::none;
+  w.task.where.data = w.task.residual.data = nullptr;
   return w;
 }
 

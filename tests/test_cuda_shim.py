@@ -49,6 +49,8 @@ pytestmark = [
 PLANTS = {
     "missing_barrier": ("blocks", "address", "shim: "),  # threads disagree about what comes next
     "missing_second_barrier": ("blocks", "thread", "data race"),
+    "missing_group_barrier": ("misaligned", "thread", "data race"),  # of what others have brought
+    "missing_wait": ("tails", "address", "copies of its are on their way"),
     "missing_cluster_barrier": ("teams", "address", "shim: "),  # a block tells one that has left
     "early_post": ("teams", "address", "shim: "),  # to a block that may not run yet
     "early_return": ("blocks", "address", "shim: "),

@@ -233,6 +233,8 @@ def test_masked_tiles_merge(op, mask, isa, rng):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_tiles_that_are_spans_have_the_bits_of_the_whole(rows, length, isa, rng):
     """Merged from left to right, as one call merges them."""
+    if isa == "shim":
+        pytest.skip("spans are the CPU's: on a GPU tiles meet as a tree")
     x = uniform(rng, (rows, length), offset=0.3)
     whole = normkit.moments(x, axis=-1)
     m = normkit.merge([normkit.moments(x[part], axis=-1) for part in tiles(x.shape, 1, 16384)])

@@ -39,6 +39,7 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 #endif
 
 #define NORMKIT_DEVICE inline
+#define NORMKIT_CALLED inline
 #define NORMKIT_UNROLL
 #define NORMKIT_ROLL
 #define NORMKIT_PLANTED(mistake) (::normkit::cuda::shim::planted == ::normkit::cuda::shim::Mistake::mistake)
@@ -57,37 +58,40 @@ namespace shim {
 
 constexpr std::size_t kStackBytes = std::size_t{256} << 10;
 
+// Their list makes the enumeration and their names.
+#define NORMKIT_MISTAKES(X)                                                                                        \
+  X(none)                                                                                                          \
+  X(missing_barrier) X(missing_second_barrier) X(missing_group_barrier) X(missing_cluster_barrier) X(missing_wait) \
+      X(early_post) X(early_return) X(read_of_peer) X(misaligned_load) X(int_overflow) X(long_tail)
 enum class Mistake {
-  none,
-  missing_barrier,
-  missing_second_barrier,
-  missing_cluster_barrier,
-  early_post,
-  early_return,
-  read_of_peer,
-  misaligned_load,
-  int_overflow,
-  long_tail
+#define NORMKIT_ENUMERATOR(name) name,
+  NORMKIT_MISTAKES(NORMKIT_ENUMERATOR)
 };
-/// By the names of the enumerators, in their order.
 inline const Mistake planted = [] {
-  constexpr const char* names[] = {
-      "none",         "missing_barrier", "missing_second_barrier", "missing_cluster_barrier",
-      "early_post",   "early_return",    "read_of_peer",           "misaligned_load",
-      "int_overflow", "long_tail"};
   const char* const name = std::getenv("NORMKIT_SHIM_PLANT");
-  for (int k = 0; name && k < 10; ++k)
-    if (std::strcmp(name, names[k]) == 0) return static_cast<Mistake>(k);
+#define NORMKIT_COMPARED(mistake) \
+  if (name && std::strcmp(name, #mistake) == 0) return Mistake::mistake;
+  NORMKIT_MISTAKES(NORMKIT_COMPARED)
   return Mistake::none;
 }();
 
 enum class State { ready, at_barrier, at_shuffle, at_cluster, done };
 
+/// A copy from global to shared memory that is still on its way, as one of a batch.
+struct Copy {
+  void* to;
+  std::byte byte[16];
+  int bytes, batch;
+};
+inline void deliver(const Copy& copy) { std::memcpy(copy.to, copy.byte, static_cast<std::size_t>(copy.bytes)); }
+
 struct Fiber {
   ucontext_t context;
   State state = State::ready;
   bool arrived = false, passed = false;  // of the barrier of the cluster
-  int barriers = 0, cluster_barriers = 0;  // that it has come to
+  int barriers = 0, warp_barriers = 0, cluster_barriers = 0;  // that it has come to
+  std::vector<Copy> copies;
+  int batch = 0;
   const void* given = nullptr;  // of a shuffle
   void* taken = nullptr;
   std::size_t bytes = 0;
@@ -130,6 +134,15 @@ inline std::mt19937& order() {
     return std::mt19937(seed ? static_cast<unsigned>(std::atoi(seed)) : 1u);
   }();
   return random;
+}
+
+/// Chosen from what the fiber alone knows: of generators that fibers share, the thread sanitizer would say that they race.
+inline bool comes_at_once(const Fiber& fiber) {
+  static const int seed = [] {
+    const char* const text = std::getenv("NORMKIT_SHIM_SEED");
+    return text ? std::atoi(text) : 1;
+  }();
+  return (fiber.batch + static_cast<int>(fiber.copies.size()) + seed) % 3 == 0;
 }
 
 template <class T> void shuffle_order(std::vector<T>& items) {
@@ -175,7 +188,9 @@ inline void leave_scheduler(int) {}
 #endif
 
 /// Places that threads meet at. What a thread did before it came to one is known to those that have left it.
-struct Meeting { char launch, end, block[kClusterBlocks][2], cluster[2]; };
+struct Meeting {
+  char launch, end, block[kClusterBlocks][2], warp[kClusterBlocks][kBlockThreads / kWarp][2], cluster[2];
+};
 inline Meeting meeting;
 #if defined(__SANITIZE_THREAD__)
 inline void come_to(char& place) { __tsan_release(&place); }
@@ -209,6 +224,7 @@ NORMKIT_SHIM_UNSEEN inline void enter() {
   begin_fiber();
   go_from(meeting.launch);
   cluster.body(cluster.argument);
+  if (!current().copies.empty()) stop("a thread that leaves while copies of its are on their way");
   come_to(meeting.end);
   wait(State::done);
 }
@@ -319,6 +335,7 @@ inline void run_cluster() {
 
 inline int thread_index() { return shim::cluster.running % shim::cluster.threads; }
 inline int block_threads() { return shim::cluster.threads; }
+inline int log2_of(int power_of_two) { return 31 - __builtin_clz(static_cast<unsigned>(power_of_two)); }
 inline int cluster_rank() { return shim::cluster.running / shim::cluster.threads; }
 inline std::int64_t block_index() { return shim::cluster.first + cluster_rank(); }
 inline std::int64_t block_count() { return shim::cluster.count; }
@@ -370,6 +387,32 @@ template <class T> T shuffle(T v, int lane, unsigned members) {
   self.given = &v, self.taken = &found, self.bytes = sizeof(T), self.source = lane, self.members = members;
   shim::wait(shim::State::at_shuffle);
   return found;
+}
+
+inline void sync_warp(unsigned members) {
+  char& place = shim::meeting.warp[cluster_rank()][thread_index() / kWarp][shim::current().warp_barriers++ % 2];
+  shim::come_to(place);
+  static_cast<void>(shuffle(0, thread_index() % kWarp, members));
+  shim::go_from(place);
+}
+
+/// Some copies are made at once, others when they are waited for.
+template <int kBytes> void copy_aside(void* to, const void* from) {
+  struct alignas(kBytes) Word { std::byte byte[kBytes]; };
+  shim::Copy copy{to, {}, kBytes, shim::current().batch};
+  const Word word = *static_cast<const Word*>(from);
+  std::memcpy(copy.byte, &word, kBytes);
+  if (reinterpret_cast<std::uintptr_t>(to) % kBytes) shim::stop("a copy to a misaligned address");
+  if (shim::comes_at_once(shim::current())) shim::deliver(copy);
+  else shim::current().copies.push_back(copy);
+}
+inline void end_batch() { ++shim::current().batch; }
+template <int kLast> void wait_for_batches() {
+  std::vector<shim::Copy>& copies = shim::current().copies;
+  const int whole = shim::current().batch - kLast;
+  for (const shim::Copy& copy : copies)
+    if (copy.batch < whole) shim::deliver(copy);
+  std::erase_if(copies, [&](const shim::Copy& copy) { return copy.batch < whole; });
 }
 
 using normkit::narrow;

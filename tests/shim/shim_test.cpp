@@ -237,22 +237,25 @@ void check_tiles(const View& view, const cuda::Policy& p, std::mt19937_64& rando
   expect(p.runs.group >= 1 && p.runs.group <= cuda::kBlockThreads && (p.runs.group & (p.runs.group - 1)) == 0,
          name + ": threads of a group");
   expect(tiles == 1 || p.runs.group == cuda::kBlockThreads, name + ": many tiles, one block each");
+  const cuda::Group group{0, p.runs.group};
   for (int k = 0; k < 8; ++k) {
     const auto unit = static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(units));
     const auto number =
         k < 2 ? k * (tiles - 1) : static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(tiles));
-    const cuda::Tile t = cuda::tile_at<float>(work, unit * tiles + number);
     const std::int64_t r = unit / p.units, first = (unit - r * p.units) * p.unit_run, end = first + p.unit_run;
-    bool right = t.unit == unit && t.o == r / g.lanes && t.lane == r % g.lanes && t.rows >= 1 && t.width >= 1;
-    if (number == 0) right = right && t.step == 0 && t.begin == first;
+    const cuda::Turn turn{r, unit - r * p.units, r / g.lanes, r % g.lanes, static_cast<int>(number), 1};
+    const cuda::Tile t = cuda::tile_of<float>(work, group, turn, 0);
+    bool right = t.at.o == r / g.lanes && t.at.lane == r % g.lanes && t.rows >= 1 && t.width >= 1;
+    right = right && turn.index(p) == unit * tiles + number;
+    if (number == 0) right = right && t.at.step == 0 && t.at.i == first;
     if (number == tiles - 1) {
-      right = right && t.step + t.rows == g.steps && t.begin + t.width == end;
+      right = right && t.at.step + t.rows == g.steps && t.at.i + t.width == end;
     } else {
-      const cuda::Tile next = cuda::tile_at<float>(work, unit * tiles + number + 1);
-      const bool row_ends = t.begin + t.width == end;
-      right = right && next.begin == (row_ends ? first : t.begin + t.width) &&
-              next.step == t.step + (row_ends ? t.rows : 0);
-      right = right && (t.rows == 1 || (t.begin == first && row_ends));
+      const cuda::Tile next = cuda::tile_of<float>(work, group, turn, 1);
+      const bool row_ends = t.at.i + t.width == end;
+      right = right && next.at.i == (row_ends ? first : t.at.i + t.width) &&
+              next.at.step == t.at.step + (row_ends ? t.rows : 0);
+      right = right && (t.rows == 1 || (t.at.i == first && row_ends));
     }
     expect(right, name + ": tile " + std::to_string(number) + " of unit " + std::to_string(unit));
     const int vector = cuda::vector_for(p.element_bytes);
@@ -301,9 +304,10 @@ void lanes() {
       for (int strand = 0; strand < cuda::kStrands; ++strand) {
         cuda::shim::cluster.running = strand * cuda::kSlots;
         const cuda::Strand s = cuda::strand_of<float>(work, block, slot);
-        right = right && s.o == o && s.tile == tile && s.column == vector * 4 &&
-                s.n == std::min<std::int64_t>(4, g.columns() - s.column);
-        right = right && (s.steps == 0 || s[s.steps - 1].step < std::min(g.steps, (tile + 1) * cuda::kTileSteps));
+        right = right && s.at.o == o && s.tile == tile && s.at.i == vector * 4 &&
+                s.n == std::min<std::int64_t>(4, g.columns() - s.at.i);
+        right = right &&
+                (s.steps == 0 || s.at.step + s[s.steps - 1].row < std::min(g.steps, (tile + 1) * cuda::kTileSteps));
         steps += s.steps;
       }
       right = right && steps == std::min<std::int64_t>(cuda::kTileSteps, g.steps - tile * cuda::kTileSteps);
@@ -320,8 +324,8 @@ void lanes() {
       cuda::shim::cluster.running = slot;
       const cuda::Strand s = cuda::strand_of<float>(work, block, slot);
       for (int e = 0; e < s.n; ++e) {
-        const std::int64_t lane = (s.column + e) / g.run;
-        expect(threads[s.o * g.lanes + lane] == p.meeting, name + ": each column's statistic is one of the block's");
+        const std::int64_t lane = (s.at.i + e) / g.run;
+        expect(threads[s.at.o * g.lanes + lane] == p.meeting, name + ": each column's statistic is one of the block's");
       }
     }
     for (const auto& [r, n] : threads)
