@@ -128,6 +128,20 @@ template <class X> NORMKIT_CALLED Vector<X> load_elements(const X* p, int n) {
     if (e < n) v.put(e, p[e]);
   return v;
 }
+/// Calls fetch(slot, j), then f(slot, j), for all j < count: each of kSlots slots has what it is for on its way before it is
+/// wanted.
+template <int kSlots, class Fetch, class F> NORMKIT_DEVICE void streamed(int count, Fetch fetch, F f) {
+  NORMKIT_ROLL
+  for (int j = 1 - kSlots; j < count; ++j) {
+    const int ahead = j + kSlots - 1;
+    if (ahead < count) fetch(ahead % kSlots, ahead);
+    end_batch();
+    if (j < 0) continue;
+    wait_for_batches<kSlots - 1>();
+    f(j % kSlots, j);
+  }
+}
+
 /// The first n elements from p on; zeros follow.
 template <class X> NORMKIT_DEVICE Vector<X> load(const X* p, int n) {
   if (n == kVector<X> && is_wide(p)) return *reinterpret_cast<const Vector<X>*>(p);
@@ -290,9 +304,10 @@ NORMKIT_DEVICE void read_along(const Param& p, std::int64_t index, int n, double
 template <class S, int N>
 NORMKIT_DEVICE void read_parameters(const Task& t, const Place& p, S (&weight)[N], S (&bias)[N]) {
   const ParamMap& map = t.geometry.params;
-  const std::int64_t within = p.tile.phase + p.row * t.geometry.columns() + p.i;
-  const std::int64_t group = quotient(within, map.stride), index = remainder(group, map.count);
-  const std::int64_t first = p.tile.o * map.outer;
+  const std::int64_t within = p.tile.phase + p.row * t.geometry.columns() + p.i, first = p.tile.o * map.outer;
+  std::int64_t group = within, index = within;
+  if (map.stride > 1 || within + p.n > map.count)
+    group = quotient(within, map.stride), index = remainder(group, map.count);
   NORMKIT_ROLL
   for (int k = 0; k < 2; ++k) {
     const Param param = k == 0 ? t.weight : t.bias;

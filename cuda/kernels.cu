@@ -22,9 +22,7 @@ template <class X> void run(const Work& work, Stream stream) {
 }
 
 template <class X> void row_gradients(const Work& work, Stream stream) {
-  const Geometry& g = work.task.geometry;
-  const std::int64_t items = g.outer * row_groups(g) * ceil_div(g.run, kVector<X>);
-  launch(RowGradients<X>{work}, grid_for_items(items, 1), stream);
+  launch(RowGradients<X>{work}, RowGradients<X>::grid(work.task.geometry), stream);
 }
 
 template <class X> bool has_team(const Work& work, int device) {

@@ -64,21 +64,6 @@ template <class X, class F> NORMKIT_DEVICE void for_statistics(const Work& work,
   }
 }
 
-/// Calls fetch(slot, place) for the places of a strand, then f(place, slot), with kSlotsEach of them on their way before they are
-/// wanted.
-template <int kSlotsEach, class Fetch, class F>
-NORMKIT_DEVICE void for_strand(const Strand& s, Fetch fetch, F f) {
-  NORMKIT_ROLL
-  for (int j = 1 - kSlotsEach; j < s.steps; ++j) {
-    const int ahead = j + kSlotsEach - 1;
-    if (ahead < s.steps) fetch(ahead % kSlotsEach, s[ahead]);
-    end_batch();
-    if (j < 0) continue;
-    wait_for_batches<kSlotsEach - 1>();
-    f(s[j], j % kSlotsEach);
-  }
-}
-
 inline constexpr int kPairs = kStrands / 2;
 
 /// Joins what the strands of a block found, strand by strand: own() is what this thread has of its first column, then of its
@@ -204,9 +189,10 @@ template <class X, bool kPlain> struct LanesForward {
   template <class F> NORMKIT_DEVICE static void for_x(const Work& work, const Strand& s, bool forms, F f) {
     const Task& t = work.task;
     const Slots<X> x(shared_memory(), 0, kSingleSlots);
-    for_strand<kSingleSlots>(s, [&](int slot, const Place& p) {
-      if (!work.forms_x) x.fetch(slot, at<X>(t.x, p), p.n);
-    }, [&](const Place& p, int slot) {
+    streamed<kSingleSlots>(s.steps, [&](int slot, int j) {
+      if (!work.forms_x) x.fetch(slot, at<X>(t.x, s[j]), s.n);
+    }, [&](int slot, int j) {
+      const Place p = s[j];
       f(p, !work.forms_x ? x[slot] : forms ? form_x<X>(t, p) : read_x<X>(t, p));
     });
   }
@@ -288,9 +274,9 @@ template <class X, bool kPlain> struct LanesBackward {
   /// Calls f(place, x, dy).
   template <class F> NORMKIT_DEVICE static void for_pairs(const Work& work, const Strand& s, F f) {
     const Slots<X> x(shared_memory(), 0, kPairSlots), dy(shared_memory(), 1, kPairSlots);
-    for_strand<kPairSlots>(s, [&](int slot, const Place& p) {
-      x.fetch(slot, at<X>(work.task.x, p), p.n), dy.fetch(slot, at<X>(work.task.dy, p), p.n);
-    }, [&](const Place& p, int slot) { f(p, x[slot], dy[slot]); });
+    streamed<kPairSlots>(s.steps, [&](int slot, int j) {
+      x.fetch(slot, at<X>(work.task.x, s[j]), s.n), dy.fetch(slot, at<X>(work.task.dy, s[j]), s.n);
+    }, [&](int slot, int j) { f(s[j], x[slot], dy[slot]); });
   }
 
   NORMKIT_DEVICE static Known<ComputeOf<X>, kVector<X>> known_of(const Work& work, const Strand& s,

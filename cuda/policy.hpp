@@ -29,8 +29,10 @@ inline constexpr int kWarp = 32;
 constexpr int held_vectors(int arrays) { return (arrays == 1 ? 11 : 5) * kBlockThreads; }
 /// Where a statistic is larger: smaller tiles, of 32 KB in all, so that more of them are on their way.
 constexpr int tile_vectors(int arrays) { return 2048 / arrays; }
-/// In the lanes traversal a thread has so many vectors of each array on their way.
+/// Where they walk down columns, threads have so many vectors of each array on their way.
 inline constexpr int kSingleSlots = 8, kPairSlots = 4;
+inline constexpr int kStreamBytes = kSingleSlots * kBlockThreads * kVectorBytes;  // pairs take as many
+static_assert(2 * kPairSlots == kSingleSlots);
 
 // ---- tiles: the tree ---------------------------------------------------------------------------------------------
 
@@ -176,7 +178,6 @@ struct Policy {
   constexpr int shared_bytes(Stage stage) const {
     const int vector = vector_for(element_bytes);
     const bool backward = direction == Direction::backward;
-    constexpr int kStreamBytes = kSingleSlots * kBlockThreads * kVectorBytes;  // of a pair as many
     if (traversal == Traversal::lanes) {  // then pairs of strands meet, with moments or sums for each column
       const int meeting_bytes = kStrands / 2 * kSlots * vector * (backward ? 32 : 24);
       return meeting_bytes > kStreamBytes ? meeting_bytes : kStreamBytes;

@@ -441,6 +441,12 @@ template <class X> struct RowGradients {
   static constexpr int kBlocks = 2;
   Work work;
 
+  static Grid grid(const Geometry& g) {
+    Grid grid = grid_for_items(g.outer * row_groups(g) * ceil_div(g.run, kVector<X>), 1);
+    grid.shared_bytes = kStreamBytes;
+    return grid;
+  }
+
   NORMKIT_DEVICE void operator()() const {
     using S = ComputeOf<X>;
     constexpr int N = kVector<X>;
@@ -452,12 +458,21 @@ template <class X> struct RowGradients {
     const std::int64_t group = quotient(k, vectors), i = (k - group * vectors) * N;
     const std::int64_t o = quotient(group, groups), row = (group - o * groups) * kRowGroup;
     const int n = g.run - i < N ? static_cast<int>(g.run - i) : N;
+    const int rows = g.lanes - row < kRowGroup ? static_cast<int>(g.lanes - row) : static_cast<int>(kRowGroup);
     Place p{{o, 0, row, i}, 0, 0, n};
     p.tile.phase = phase_of(g, p.tile);
+    const auto place_of_row = [&](int j) {
+      Place q = p;
+      return q.tile.lane += j, q;
+    };
+    const Slots<X> x(shared_memory(), 0, kPairSlots), dy(shared_memory(), 1, kPairSlots);
     S dweight[N], dbias[N];
     NORMKIT_UNROLL
     for (int e = 0; e < N; ++e) dweight[e] = dbias[e] = 0;
-    for (; p.tile.lane < g.lanes && p.tile.lane < row + kRowGroup; ++p.tile.lane) add_row(p, dweight, dbias);
+    streamed<kPairSlots>(rows, [&](int slot, int j) {
+      const Place q = place_of_row(j);
+      x.fetch(slot, at<X>(t.x, q), n), dy.fetch(slot, at<X>(t.dy, q), n);
+    }, [&](int slot, int j) { add_row(place_of_row(j), x[slot], dy[slot], dweight, dbias); });
     double* const out = t.dparams + 2 * (group * g.run + i);
     NORMKIT_UNROLL
     for (int e = 0; e < N; ++e)
@@ -465,18 +480,25 @@ template <class X> struct RowGradients {
   }
 
  private:
-  template <class S, int N> NORMKIT_DEVICE void add_row(const Place& p, S (&dweight)[N], S (&dbias)[N]) const {
+  template <class S, int N>
+  NORMKIT_DEVICE void add_row(const Place& p, const Vector<X>& vx, const Vector<X>& vdy, S (&dweight)[N],
+                              S (&dbias)[N]) const {
     const Task& t = work.task;
     const std::int64_t r = p.tile.o * t.geometry.lanes + p.tile.lane;
     Known<S, 1> known;
     known.append(solved_at(work, r), 1);
-    Factors<S, 1> given;
-    given.append(given_statistic<S>(t, r), 1, 0);
-    const Incoming<S, N> in(work, given, p, load(at<X>(t.x, p), p.n), load(at<X>(t.dy, p), p.n));
+    S x[N], dz[N], weight[N];
+    widened(vx, x);
+    widened(vdy, dz);
+    if (t.activation.kind != ActivationKind::none) {
+      Factors<S, 1> given;
+      given.append(given_statistic<S>(t, r), 1, 0);
+      incoming(work, given, p, x, dz, weight);
+    }
     NORMKIT_UNROLL
     for (int e = 0; e < N; ++e) {
-      const S x_hat = standardized(t, in.dz[e], in.x[e], known, 0);
-      dweight[e] = mul_add(x_hat, in.dz[e], dweight[e]), dbias[e] += in.dz[e];
+      const S x_hat = standardized(t, dz[e], x[e], known, 0);
+      dweight[e] = mul_add(x_hat, dz[e], dweight[e]), dbias[e] += dz[e];
     }
   }
 };
