@@ -115,8 +115,8 @@ template <class X> struct Slots {
   NORMKIT_DEVICE Vector<X>& operator[](int k) const { return *reinterpret_cast<Vector<X>*>(address(k)); }
 
   /// Brings the first n elements from p on to slot k, on the side: what follows them may be anything.
-  NORMKIT_DEVICE void fetch(int k, const X* p, int n) const {
-    if (n == kVector<X> && is_wide(p)) copy_aside<kVectorBytes>(address(k), p);
+  NORMKIT_DEVICE void fetch(int k, const X* p, int n, bool whole = false) const {
+    if (whole || (n == kVector<X> && is_wide(p))) copy_aside<kVectorBytes>(address(k), p);
     else fetch_elements(reinterpret_cast<X*>(address(k)), p, n);
   }
 };
@@ -142,9 +142,9 @@ template <int kSlots, class Fetch, class F> NORMKIT_DEVICE void streamed(int cou
   }
 }
 
-/// The first n elements from p on; zeros follow.
-template <class X> NORMKIT_DEVICE Vector<X> load(const X* p, int n) {
-  if (n == kVector<X> && is_wide(p)) return *reinterpret_cast<const Vector<X>*>(p);
+/// The first n elements from p on; zeros follow. `whole`: it is known to be a whole vector.
+template <class X> NORMKIT_DEVICE Vector<X> load(const X* p, int n, bool whole = false) {
+  if (whole || (n == kVector<X> && is_wide(p))) return *reinterpret_cast<const Vector<X>*>(p);
   return load_elements(p, n);
 }
 
@@ -165,12 +165,12 @@ template <class Y> NORMKIT_CALLED void store_elements(Y* p, Vector<Y> v, int n) 
   for (int e = 0; e < kVector<Y>; ++e)
     if (e < n) p[e] = v[e];
 }
-/// The first n of N values to p on: N may be several vectors of Y, or less than one.
-template <class Y, class S, int N> NORMKIT_DEVICE void store(Y* p, const S (&v)[N], int n) {
+/// The first n of N values to p on: N may be several vectors of Y, or less than one. `whole`: they are whole ones.
+template <class Y, class S, int N> NORMKIT_DEVICE void store(Y* p, const S (&v)[N], int n, bool whole = false) {
   NORMKIT_UNROLL
   for (int first = 0; first < N; first += kVector<Y>) {
     const Vector<Y> out = narrowed<Y>(v, first);
-    if (n - first >= kVector<Y> && is_wide(p)) store_words(p + first, out.word);
+    if (whole || (n - first >= kVector<Y> && is_wide(p))) store_words(p + first, out.word);
     else store_elements(p + first, out, n - first);
   }
 }
@@ -280,7 +280,7 @@ NORMKIT_DEVICE std::int64_t phase_of(const Geometry& g, const Origin& tile) {
 
 /// Parameters `index` and on, one for each of n elements.
 template <class S, int N>
-NORMKIT_DEVICE void read_along(const Param& p, std::int64_t index, int n, double absent, S (&out)[N]) {
+NORMKIT_DEVICE void read_along(const Param& p, std::int64_t index, int n, bool whole, double absent, S (&out)[N]) {
   NORMKIT_UNROLL
   for (S& v : out) v = static_cast<S>(absent);
   if (!p.data) return;
@@ -292,41 +292,48 @@ NORMKIT_DEVICE void read_along(const Param& p, std::int64_t index, int n, double
     NORMKIT_UNROLL
     for (int first = 0; first < N; first += kStep) {
       const int left = n - first;
-      const Vector<T> v = load(from + first, left < 0 ? 0 : left < kStep ? left : kStep);
+      const Vector<T> v = load(from + first, left < 0 ? 0 : left < kStep ? left : kStep, whole && kStep == kVector<T>);
       NORMKIT_UNROLL
       for (int e = 0; e < kStep; ++e) out[first + e] = offset + static_cast<S>(value_of(v[e]));
     }
   });
 }
 
-/// Weight and bias of the elements of a vector. Both pass through the same code, one after the other: it would be most of a kernel
-/// twice.
+/// The weights, or the biases, of the elements of a vector.
 template <class S, int N>
-NORMKIT_DEVICE void read_parameters(const Task& t, const Place& p, S (&weight)[N], S (&bias)[N]) {
-  const ParamMap& map = t.geometry.params;
-  const std::int64_t within = p.tile.phase + p.row * t.geometry.columns() + p.i, first = p.tile.o * map.outer;
+NORMKIT_DEVICE void read_parameters(const Work& work, const Place& p, const Param& param, double absent, S (&out)[N]) {
+  const Geometry& g = work.task.geometry;
+  const ParamMap& map = g.params;
+  const std::int64_t within = p.tile.phase + p.row * g.columns() + p.i, first = p.tile.o * map.outer;
   std::int64_t group = within, index = within;
   if (map.stride > 1 || within + p.n > map.count)
     group = quotient(within, map.stride), index = remainder(group, map.count);
+  if (work.all_whole || (map.stride == 1 && index + p.n <= map.count)) {
+    read_along(param, first + index, p.n, work.all_whole, absent, out);
+  } else if (within + p.n <= (group + 1) * map.stride) {
+    const S all = static_cast<S>(element(param, first + index, absent));
+    NORMKIT_UNROLL
+    for (S& v : out) v = all;
+  } else {  // several pieces in one vector
+    int e = 0;
+    in_turn(out, [&](S) {
+      const std::int64_t own = remainder(quotient(within + (e < p.n ? e : p.n - 1), map.stride), map.count);
+      return ++e, static_cast<S>(element(param, first + own, absent));
+    });
+  }
+}
+/// Both, one after the other through the same code: it would be most of a kernel twice.
+template <class S, int N>
+NORMKIT_DEVICE void read_parameters(const Work& work, const Place& p, S (&weight)[N], S (&bias)[N]) {
+  NORMKIT_UNROLL
+  for (S& v : bias) v = 0;
   NORMKIT_ROLL
   for (int k = 0; k < 2; ++k) {
-    const Param param = k == 0 ? t.weight : t.bias;
-    const double absent = k == 0 ? 1 : 0;
+    Param param = work.task.weight;
+    if (k == 1) param = work.task.bias;
     NORMKIT_UNROLL
     for (int e = 0; e < N; ++e) weight[e] = bias[e];
-    if (map.stride == 1 && index + p.n <= map.count) {
-      read_along(param, first + index, p.n, absent, bias);
-    } else if (within + p.n <= (group + 1) * map.stride) {
-      const S all = static_cast<S>(element(param, first + index, absent));
-      NORMKIT_UNROLL
-      for (S& v : bias) v = all;
-    } else {  // several pieces in one vector
-      int e = 0;
-      in_turn(bias, [&](S) {
-        const std::int64_t own = remainder(quotient(within + (e < p.n ? e : p.n - 1), map.stride), map.count);
-        return ++e, static_cast<S>(element(param, first + own, absent));
-      });
-    }
+    read_parameters(work, p, param, 1 - k, bias);
   }
 }
 
@@ -389,7 +396,7 @@ NORMKIT_DEVICE void preactivation(const Work& work, const Factors<S, M>& factors
   }
   if (work.constant) return;
   S bias[N] = {};
-  read_parameters(work.task, p, weight, bias);
+  read_parameters(work, p, weight, bias);
   NORMKIT_UNROLL
   for (int e = 0; e < N; ++e) z[e] = mul_add(z[e], weight[e], bias[e]);
 }
@@ -460,9 +467,10 @@ NORMKIT_DEVICE void make_y(const Work& work, const Factors<ComputeOf<X>, M>& fac
 /// y has the type of x, or the compute type.
 template <class X> NORMKIT_DEVICE bool like_x(const Task& t) { return sizeof(X) != 2 || t.y.dtype == t.x.dtype; }
 template <class X>
-NORMKIT_DEVICE void store_y(const Task& t, const Place& p, const ComputeOf<X> (&y)[kVector<X>]) {
-  if (like_x<X>(t)) store(at<X>(t.y, p), y, p.n);
-  else store(at<ComputeOf<X>>(t.y, p), y, p.n);
+NORMKIT_DEVICE void store_y(const Work& work, const Place& p, const ComputeOf<X> (&y)[kVector<X>]) {
+  const Task& t = work.task;
+  if (like_x<X>(t)) store(at<X>(t.y, p), y, p.n, work.all_whole);
+  else store(at<ComputeOf<X>>(t.y, p), y, p.n, work.all_whole);
 }
 
 /// Sums of differences to a pivot that hold the moments to within a few roundings: the pivot is at most 4 standard
@@ -502,15 +510,14 @@ template <class S, int N, int M>
 NORMKIT_DEVICE void incoming(const Work& work, const Factors<S, M>& factors, const Place& p, const S (&x)[N],
                              S (&dz)[N], S (&weight)[N]) {
   const Activation activation = work.task.activation;
-  const bool active = activation.kind != ActivationKind::none;
-  if (!active && work.constant) {
+  if (activation.kind == ActivationKind::none) {
     NORMKIT_UNROLL
     for (int e = 0; e < N; ++e) weight[e] = 1;
+    if (!work.constant) read_parameters(work, p, work.task.weight, 1, weight);
     return;
   }
   S z[N];
   preactivation(work, factors, p, x, z, weight);
-  if (!active) return;
   in_turn(z, [&](S one) { return slope_at(activation, one); });
   NORMKIT_UNROLL
   for (int e = 0; e < N; ++e) dz[e] *= z[e];

@@ -6,15 +6,24 @@
 namespace normkit::cuda {
 namespace {
 
-template <class X, bool kPlain, class F> auto with_kernel_of(const Policy& policy, F f) {
-  const bool lanes = policy.traversal == Traversal::lanes;
-  if (policy.direction == Direction::backward)
-    return lanes ? f(Type<LanesBackward<X, kPlain>>{}) : f(Type<RunsBackward<X, kPlain>>{});
-  return lanes ? f(Type<LanesForward<X, kPlain>>{}) : f(Type<RunsForward<X, kPlain>>{});
+template <class X, Special kSpecial, class F> auto with_runs(Direction direction, F f) {
+  return direction == Direction::forward ? f(Type<RunsForward<X, kSpecial>>{}) : f(Type<RunsBackward<X, kSpecial>>{});
+}
+template <class X, Special kSpecial, class F> auto with_lanes(Direction direction, F f) {
+  return direction == Direction::forward ? f(Type<LanesForward<X, kSpecial>>{}) : f(Type<LanesBackward<X, kSpecial>>{});
 }
 /// f(Type<K>{}) with the kernel K that the work is for.
 template <class X, class F> auto with_kernel(const Work& work, F f) {
-  return is_plain(work) ? with_kernel_of<X, true>(work.policy, f) : with_kernel_of<X, false>(work.policy, f);
+  const Direction direction = work.policy.direction;
+  const Special special = special_of(work);
+  if (work.policy.traversal == Traversal::lanes)
+    return special == Special::none ? with_lanes<X, Special::none>(direction, f)
+                                    : with_lanes<X, Special::anything>(direction, f);
+  switch (special) {
+    case Special::none: return with_runs<X, Special::none>(direction, f);
+    case Special::along: return with_runs<X, Special::along>(direction, f);
+    default: return with_runs<X, Special::anything>(direction, f);
+  }
 }
 
 template <class X> void run(const Work& work, Stream stream) {

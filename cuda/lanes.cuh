@@ -131,7 +131,7 @@ template <class S, int N> struct ColumnParameters {
     if (work.constant) {
       Place p = s[0];
       p.row = 0, p.tile.phase = phase_of(work.task.geometry, p.tile);
-      read_parameters(work.task, p, own.weight, own.bias);
+      read_parameters(work, p, own.weight, own.bias);
     } else {
       NORMKIT_UNROLL
       for (int e = 0; e < N; ++e) own.weight[e] = 1, own.bias[e] = 0;
@@ -157,15 +157,15 @@ NORMKIT_DEVICE Factors<ComputeOf<X>, kVector<X>> given_factors(const Work& work,
 }
 
 /// Stage::all: statistics of one tile, then y. Stage::sums: the moments of every column of every tile. Stage::rest: y, with
-/// given statistics. kPlain: as is_plain() says.
-template <class X, bool kPlain> struct LanesForward {
+/// given statistics. kSpecial: what special_of() says.
+template <class X, Special kSpecial> struct LanesForward {
   static constexpr const char* kName = "LanesForward";
   static constexpr int kBlocks = 2;
   Work given;
 
   NORMKIT_DEVICE void operator()() const {
     using S = ComputeOf<X>;
-    const Work work = kPlain ? made_plain(given) : given;
+    const Work work = known_as<kSpecial>(given);
     const std::int64_t block = own_block(work);
     Strand s = strand_of<X>(work, block, thread_index() % kSlots);
     if (work.stage != Stage::rest) sum(work, block, s);
@@ -180,7 +180,7 @@ template <class X, bool kPlain> struct LanesForward {
     for_x(work, s, work.stage == Stage::rest, [&](const Place& p, const Vector<X>& v) {
       S y[kVector<X>];
       make_y<X>(work, factors, p, v, y);
-      store_y<X>(work.task, p, y);
+      store_y<X>(work, p, y);
     });
   }
 
@@ -238,16 +238,16 @@ template <class X, bool kPlain> struct LanesForward {
 // ---- backward ----------------------------------------------------------------------------------------------------
 
 /// Stage::all: sums of one tile, then dx. Stage::sums: those of every column of every tile. Stage::rest: dx, of statistics that
-/// are solved. kPlain: as is_plain() says.
-template <class X, bool kPlain> struct LanesBackward {
+/// are solved. kSpecial: what special_of() says.
+template <class X, Special kSpecial> struct LanesBackward {
   static constexpr const char* kName = "LanesBackward";
-  static constexpr int kBlocks = kPlain ? 2 : 1;
+  static constexpr int kBlocks = kSpecial == Special::none ? 2 : 1;
   Work given_work;
 
   NORMKIT_DEVICE void operator()() const {
     using S = ComputeOf<X>;
     constexpr int N = kVector<X>;
-    const Work work = kPlain ? made_plain(given_work) : given_work;
+    const Work work = known_as<kSpecial>(given_work);
     const Task& t = work.task;
     const std::int64_t block = own_block(work);
     Strand s = strand_of<X>(work, block, thread_index() % kSlots);

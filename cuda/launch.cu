@@ -72,6 +72,8 @@ bool begins_whole(const Operand& a, const Work& work) {
   return reinterpret_cast<std::uintptr_t>(a.data) % kVectorBytes == 0 && apart * size_of(a.dtype) % kVectorBytes == 0;
 }
 
+bool is_whole(const Param& p) { return reinterpret_cast<std::uintptr_t>(p.data) % kVectorBytes == 0; }
+
 /// What both directions share. `pieces`: as policy_for() has it.
 Work work_for(const Task& t, Direction direction, bool pieces) {
   const Geometry& g = t.geometry;
@@ -85,6 +87,9 @@ Work work_for(const Task& t, Direction direction, bool pieces) {
   work.elementwise = direction == Direction::backward && t.kind == ParamKind::element;
   work.reads_whole = begins_whole(t.x, work) && begins_whole(t.dy, work);
   work.writes_whole = begins_whole(t.y, work) && begins_whole(t.dx, work);
+  const int vector = vector_for(size_of(held_dtype(t.x.dtype)));
+  work.all_whole = work.reads_whole && work.writes_whole && g.params.stride == 1 && g.run % vector == 0 &&
+                   g.params.count % vector == 0 && is_whole(t.weight) && is_whole(t.bias);
   return work;
 }
 

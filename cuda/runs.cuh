@@ -101,16 +101,17 @@ template <class X, class F> NORMKIT_DEVICE void for_tiles(const Work& work, Grou
   for (int k = 0; k < turn.count; ++k) f(tile_of<X>(work, group, turn, k), k);
 }
 
-template <class X> NORMKIT_DEVICE Place place_of(const Tile& t, const Cursor& c) {
+template <class X> NORMKIT_DEVICE Place place_of(const Work& work, const Tile& t, const Cursor& c) {
   const int first = c.column * kVector<X>, left = t.width - first;
-  return {t.at, c.row, first, left < kVector<X> ? left : kVector<X>};
+  return {t.at, c.row, first, work.all_whole || left > kVector<X> ? kVector<X> : left};
 }
 
 /// Calls f(k, place) for this thread's vectors of a tile, k = 0, 1, ...
-template <class X, class F> NORMKIT_DEVICE void for_own(const Tile& t, Group group, F f) {
+template <class X, class F> NORMKIT_DEVICE void for_own(const Work& work, const Tile& t, Group group, F f) {
   Cursor c = t.own;
   NORMKIT_ROLL
-  for (int k = 0, v = group.rank; v < t.rows * t.own.columns; ++k, v += group.size, c.next()) f(k, place_of<X>(t, c));
+  for (int k = 0, v = group.rank; v < t.rows * t.own.columns; ++k, v += group.size, c.next())
+    f(k, place_of<X>(work, t, c));
 }
 
 // ---- what is held ------------------------------------------------------------------------------------------------
@@ -125,8 +126,10 @@ template <class X> struct Held {
       : slots(shared_memory() + kHeadBytes, place, work.policy.runs.held(kVector<X>)), shift(work.policy.runs.shift) {}
   NORMKIT_DEVICE Vector<X>& operator[](int k) const { return slots[k]; }
 
-  NORMKIT_DEVICE void fetch(const Tile& tile, Group group, const Operand& a, bool whole) const {
-    if (whole) return for_own<X>(tile, group, [&](int k, const Place& p) { slots.fetch(k, at<X>(a, p), p.n); });
+  NORMKIT_DEVICE void fetch(const Work& work, const Tile& tile, Group group, const Operand& a) const {
+    if (reads_whole(work))
+      return for_own<X>(work, tile, group,
+                        [&](int k, const Place& p) { slots.fetch(k, at<X>(a, p), p.n, work.all_whole); });
     if constexpr (sizeof(X) < 4) return fetch_in_turns(tile, group, a);
     for_elements(tile, group, a, [](X* here, X* there) { fetch_element(here, there); });
   }
@@ -200,14 +203,14 @@ template <class X> struct HeldTile {
 
   /// Calls f(v, is a member) for this thread's elements: fast, or in little code.
   template <class F> NORMKIT_DEVICE void for_all(F f) const {
-    for_own<X>(tile, group, [&](int k, const Place& p) {
+    for_own<X>(work, tile, group, [&](int k, const Place& p) {
       const Vector<X> v = held[k];
       for_members<kVector<X>>(members_of(work.task, p), p.n,
                               [&](int e, bool, bool member) { f(value_of(v[e]), member); });
     });
   }
   template <class F> NORMKIT_DEVICE void for_all_in_turn(F f) const {
-    for_own<X>(tile, group, [&](int k, const Place& p) {
+    for_own<X>(work, tile, group, [&](int k, const Place& p) {
       const unsigned members = members_of(work.task, p);
       NORMKIT_ROLL
       for (int e = 0; e < p.n; ++e) {
@@ -274,15 +277,15 @@ template <class X> struct HeldTile {
 };
 
 /// Stage::all: statistics, then y. Stage::sums: the moments of every tile. Stage::rest: y, with given statistics.
-/// kPlain: as is_plain() says.
-template <class X, bool kPlain> struct RunsForward {
+/// kSpecial: what special_of() says.
+template <class X, Special kSpecial> struct RunsForward {
   static constexpr const char* kName = "RunsForward";
-  static constexpr int kBlocks = kPlain ? 3 : 2;
+  static constexpr int kBlocks = kSpecial == Special::none ? 3 : 2;
   Work given;
 
   NORMKIT_DEVICE void operator()() const {
     using S = ComputeOf<X>;
-    Work work = kPlain ? made_plain(given) : given;
+    Work work = known_as<kSpecial>(given);
     work.policy.units = 1;  // as always in forward: the compiler may know
     const Task& t = work.task;
     const bool shares = work.policy.shares(work.stage);
@@ -296,8 +299,8 @@ template <class X, bool kPlain> struct RunsForward {
       const Held<X> held(work, k);
       // From memory, where nobody has to wait for those that bring it. Whoever writes y has met all that read this.
       if (k == 0 && !work.forms_x) begin = value_of(*at<X>(t.x, tile.at));
-      if (work.forms_x) for_own<X>(tile, group, [&](int v, const Place& p) { held[v] = form_x<X>(t, p); });
-      else held.fetch(tile, group, t.x, reads_whole(work));
+      if (work.forms_x) for_own<X>(work, tile, group, [&](int v, const Place& p) { held[v] = form_x<X>(t, p); });
+      else held.fetch(work, tile, group, t.x);
     });
     wait_for_copies(group, reads_whole(work) || work.forms_x);
     if (NORMKIT_PLANTED(early_return) && group.rank >= group.size / 2) return;
@@ -329,11 +332,11 @@ template <class X, bool kPlain> struct RunsForward {
     const bool by_elements = !work.writes_whole && like_x<X>(t);
     for_tiles<X>(work, group, turn, [&](const Tile& tile, int k) {
       const Held<X> held(work, k);
-      for_own<X>(tile, group, [&](int v, const Place& p) {
+      for_own<X>(work, tile, group, [&](int v, const Place& p) {
         S y[kVector<X>];
         make_y<X>(work, factors, p, held[v], y);
         if (by_elements) held[v] = narrowed<X>(y);
-        else store_y<X>(t, p, y);
+        else store_y<X>(work, p, y);
       });
       if (by_elements) held.take_away(tile, group, t.y);
     });
@@ -351,16 +354,16 @@ template <class X, bool kPlain> struct RunsForward {
 
 /// Stage::all: sums about the given mean, without the weight where it is constant, then dx. Stage::sums: those of every tile.
 /// Stage::rest: dx, of statistics that are solved, or that need no sums.
-/// kPlain: as is_plain() says.
-template <class X, bool kPlain> struct RunsBackward {
+/// kSpecial: what special_of() says.
+template <class X, Special kSpecial> struct RunsBackward {
   static constexpr const char* kName = "RunsBackward";
-  static constexpr int kBlocks = kPlain ? 2 : 1;
+  static constexpr int kBlocks = kSpecial == Special::anything ? 1 : 2;
   Work given_work;
 
   NORMKIT_DEVICE void operator()() const {
     using S = ComputeOf<X>;
     constexpr int N = kVector<X>;
-    const Work work = kPlain ? made_plain(given_work) : given_work;
+    const Work work = known_as<kSpecial>(given_work);
     const Task& t = work.task;
     const bool shares = work.policy.shares(work.stage);
     const int blocks = kHasClusters && shares ? work.policy.team.blocks : 1;
@@ -373,7 +376,7 @@ template <class X, bool kPlain> struct RunsBackward {
       for (int array = 0; array < 2; ++array) {
         Operand a = t.x;
         if (array == 1) a = t.dy;
-        Held<X>(work, 2 * k + array).fetch(tile, group, a, reads_whole(work));
+        Held<X>(work, 2 * k + array).fetch(work, tile, group, a);
       }
     });
     const std::int64_t r = turn.statistic;
@@ -402,7 +405,7 @@ template <class X, bool kPlain> struct RunsBackward {
         const Held<X> x(work, 2 * k), dy(work, 2 * k + 1);
         Sums<S> sums{0, 0, 0};
         int count = 0;
-        for_own<X>(tile, group, [&](int v, const Place& p) {
+        for_own<X>(work, tile, group, [&](int v, const Place& p) {
           const Incoming<S, N> in(work, given, p, x[v], dy[v]);
           if (pass == 0) {
             for_members<N>(members_of(t, p), p.n, [&](int e, bool exists, bool member) {
@@ -415,7 +418,7 @@ template <class X, bool kPlain> struct RunsBackward {
           S dx[N];
           make_dx<X>(work, known, p, in, dx);
           if (by_elements) x[v] = narrowed<X>(dx);
-          else if (t.dx.data) store(at<X>(t.dx, p), dx, p.n);
+          else if (t.dx.data) store(at<X>(t.dx, p), dx, p.n, work.all_whole);
         });
         if (pass == 1) {
           if (by_elements) x.take_away(tile, group, t.dx);

@@ -15,8 +15,9 @@ struct Work {
   std::int64_t units_per_parameter = 1;  // where it is
   bool forms_x = false;  // from a sum, or from integers, which become floats when they are read
   bool elementwise = false;  // backward: gradients of parameters of which every element has its own
-  bool reads_whole = true;  // rows of all that is read, and of what is written, begin with whole vectors
+  bool reads_whole = true;  // rows of x and dy, and of what is written, begin with whole vectors
   bool writes_whole = true;
+  bool all_whole = false;  // so do those of all else, and rows end with whole ones
   bool summed = true;    // backward: somebody needs the sums
   double* partials = nullptr;  // of each unit and tile: moments, or what Reduced holds
   double* solved = nullptr;  // of each statistic: mean and rstd, in backward then b and c, one array each; may be null
@@ -25,17 +26,29 @@ struct Work {
   constexpr Grid grid() const { return policy.grid(task.geometry, stage); }
 };
 
-/// True where nothing is special: constant parameters, every element a member, and no more arrays than x, dy and what is made of
-/// them. Kernels that know have half the code.
-constexpr bool is_plain(const Work& w) {
+/// What kernels are compiled for, of which those that know more have half the code and registers:
+enum class Special : std::uint8_t {
+  anything,
+  along,  // weights that change from element to element of a run, nothing but whole vectors, and nothing else: layer norm
+  none,  // constant parameters, every element a member, and no more arrays than x, dy and what is made of them
+};
+
+constexpr Special special_of(const Work& w) {
   const Task& t = w.task;
-  return w.constant && t.activation.kind == ActivationKind::none && !t.where.data && !t.residual.data && !w.forms_x &&
-         !w.elementwise;
+  if (t.activation.kind != ActivationKind::none || t.where.data || t.residual.data || w.forms_x || w.elementwise)
+    return Special::anything;
+  if (w.constant) return Special::none;
+  return t.traversal == Traversal::runs && w.all_whole ? Special::along : Special::anything;
 }
 
-/// The same work, where the compiler sees that it is plain.
-constexpr Work made_plain(Work w) {
-  w.constant = true, w.forms_x = w.elementwise = false, w.task.activation.kind = ActivationKind::none;
+/// The same work, where the compiler sees what it is.
+template <Special kSpecial> constexpr Work known_as(Work w) {
+  if constexpr (kSpecial == Special::anything) return w;
+  w.constant = kSpecial == Special::none;
+  if (kSpecial == Special::along)
+    w.task.geometry.params.stride = 1, w.reads_whole = w.writes_whole = w.all_whole = true;
+  else w.all_whole = false;
+  w.forms_x = w.elementwise = false, w.task.activation.kind = ActivationKind::none;
   w.task.where.data = w.task.residual.data = nullptr;
   return w;
 }
