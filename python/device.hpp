@@ -41,9 +41,16 @@ inline nb::object run_call(nb::handle arrays, int device, std::uintptr_t stream,
 
 /// Out of the way of calls on the CPU, as are the other things that only calls on a GPU do.
 template <class Job> [[gnu::noinline, gnu::cold]] void run_job(const Call& call, const Job& job) {
-  const nb::object workspace = call.arrays.attr("workspace")(normkit::cuda::workspace_bytes(job));
-  normkit::cuda::run(job, reinterpret_cast<void*>(nb::cast<std::uintptr_t>(workspace)),
-                     reinterpret_cast<void*>(call.stream), call.device);
+  namespace cuda = normkit::cuda;
+  const nb::object workspace = call.arrays.attr("workspace")(cuda::workspace_bytes(job));
+  try {
+    cuda::run(job, reinterpret_cast<void*>(nb::cast<std::uintptr_t>(workspace)), reinterpret_cast<void*>(call.stream),
+              call.device);
+  } catch (const cuda::DeviceError& e) {
+    if (cuda::available()) throw;
+    throw cuda::DeviceError("this build of normkit has " + cuda::build() +
+                            ", but there is no device, no driver or one that is older than that (" + e.what() + ")");
+  }
 }
 
 }  // namespace device

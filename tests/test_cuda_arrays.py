@@ -4,6 +4,7 @@ In a build with NORMKIT_CUDA=shim the kernels run on that memory, and results ar
 or with calls on NumPy arrays, which run the same kernels there. Other builds are asked for their errors.
 """
 
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -328,7 +329,16 @@ def test_other_libraries_are_asked_for_the_stream_that_works(stream, asked, othe
 @pytest.mark.skipif(_core.cuda != "", reason="a build with CUDA")
 def test_a_build_without_cuda_says_so(library):
     assert not normkit.cuda_available()
-    with pytest.raises(RuntimeError, match="this build of normkit has no CUDA: install it with NORMKIT_CUDA=on"):
+    said = rf"^this build of normkit has no CUDA \({re.escape(_core.no_cuda)}\): install it with NORMKIT_CUDA=on, .*$"
+    with pytest.raises(RuntimeError, match=said):
+        normkit.instance_norm(library.array(np.ones((2, 3, 4), np.float32)))
+
+
+@pytest.mark.skipif(_core.cuda in ("", "shim"), reason="a build without CUDA")
+@pytest.mark.skipif(normkit.cuda_available(), reason="there is a GPU")
+def test_a_build_with_cuda_says_that_there_is_no_gpu(library):
+    said = rf"^this build of normkit has {_core.cuda}, but there is no device, no driver or one that is older .*$"
+    with pytest.raises(RuntimeError, match=said):
         normkit.instance_norm(library.array(np.ones((2, 3, 4), np.float32)))
 
 
