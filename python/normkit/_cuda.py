@@ -138,7 +138,7 @@ class _CuPy(_Device):
 
     def workspace(self, size: int) -> int:
         """The pool takes it back after the call, and gives it anew only to what comes later on the same stream."""
-        self._workspace = self.xp.cuda.alloc(max(size, 1))
+        self._workspace = self.xp.cuda.alloc(size)
         return int(self._workspace.ptr)
 
 
@@ -204,7 +204,7 @@ class _Torch(_Device):
 
     def workspace(self, size: int) -> int:
         """As with CuPy's pool."""
-        self._workspace = self.xp.empty(max(size, 1), dtype=self.xp.uint8, device=self._place)
+        self._workspace = self.xp.empty(size, dtype=self.xp.uint8, device=self._place)
         return int(self._workspace.data_ptr())
 
 
@@ -223,6 +223,13 @@ def device_of(array: Any) -> int | None:
         return None
     kind, number = array.__dlpack_device__()
     return int(number) if int(kind) in (_CUDA, _MANAGED) else None
+
+
+def entered(array: Any, device: int) -> Memory:
+    """What the core does by itself with arrays that it reads is between this and __exit__()."""
+    memory = memory_of(array, device)
+    memory.__enter__()
+    return memory
 
 
 def memory_of(array: Any, device: int) -> Memory:
