@@ -230,12 +230,11 @@ def test_masked_tiles_merge(op, mask, isa, rng):
         check_moments(op, normkit.merge(parts), x, where)
 
 
-@pytest.mark.skipif("NORMKIT_TEST_ARRAYS" in os.environ, reason="merges are the library's there, a rounding apart")
 @pytest.mark.parametrize("length", [16384, 3 * 16384, 3 * 16384 + 5000, 100_000])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_tiles_that_are_spans_have_the_bits_of_the_whole(rows, length, isa, rng):
     """Merged from left to right, as one call merges them."""
-    if isa == "shim":
+    if isa == "shim" or "NORMKIT_TEST_ARRAYS" in os.environ:
         pytest.skip("spans are the CPU's: on a GPU tiles meet as a tree")
     x = uniform(rng, (rows, length), offset=0.3)
     whole = normkit.moments(x, axis=-1)
