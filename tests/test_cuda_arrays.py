@@ -74,6 +74,7 @@ def real_torch(monkeypatch):
     """PyTorch itself, which is told that its memory is that of a GPU."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     monkeypatch.setattr(torch.Tensor, "__dlpack_device__", lambda _: (2, 0))
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda _: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
     monkeypatch.setitem(sys.modules, "cupy", None)
 
@@ -316,7 +317,7 @@ def test_empty_arrays_have_zero_gradients(library):
 
 
 @on_shim
-@pytest.mark.parametrize("name", ["cupy", "torch"])
+@pytest.mark.parametrize("name", ["cupy", "torch", "real_torch"])
 def test_where_a_plan_is_known_nothing_stands_for_arrays(name, request, monkeypatch, rng):
     library = request.getfixturevalue(name)
     x, weight = uniform(rng, (2, 3, 5, 8)), uniform(rng, (3,))

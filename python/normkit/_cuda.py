@@ -11,6 +11,7 @@ import importlib
 import math
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -170,6 +171,11 @@ class _ThroughCuPy(_CuPy):
         return self.stand_in(owner, pointer, found.shape, found.strides, dtype, frozen)
 
 
+@cache
+def _name_of(dtype: Any) -> str:
+    return "bfloat16" if dtype == BFLOAT16_BITS else np.dtype(dtype).name
+
+
 class _Torch(_Device):
     def __init__(self, first: Any, device: int) -> None:
         torch = sys.modules["torch"]
@@ -189,7 +195,7 @@ class _Torch(_Device):
         return self.stand_in(array, array.data_ptr(), tuple(array.shape), strides, dtype)
 
     def _dtype(self, dtype: Any) -> Any:
-        return getattr(self.xp, "bfloat16" if dtype == BFLOAT16_BITS else np.dtype(dtype).name)
+        return getattr(self.xp, _name_of(dtype))
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any], strides: tuple[int, ...]) -> Any:
         steps = [stride // dtype.itemsize for stride in strides]
