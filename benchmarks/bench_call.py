@@ -3,6 +3,9 @@
 Each stage is the difference of two calls on tiny arrays: in nanoseconds, the best of many rounds that take the calls by
 turns, and in instructions, where valgrind is installed: callgrind's count of 41,000 calls less that of 1,000, on AVX2.
 The instructions repeat to a percent on any machine, the nanoseconds do not.
+
+In a build with NORMKIT_CUDA=shim it also shows calls on arrays of a GPU, up to where kernels are launched, on those of
+tests/fake_gpu.py. Their attributes cost about as much as CuPy's; what its stream and its device cost, a GPU tells.
 """
 
 import argparse
@@ -18,10 +21,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+os.environ["NORMKIT_SHIM_IDLE"] = "1"  # before normkit launches anything
+
 import normkit
 import numpy as np
 from normkit import _core
 
+TESTS = Path(__file__).parents[1] / "tests"
 MANY, FEW = 41_000, 1_000
 ROUNDS, LOOPS = 60, 2_000
 SHAPE, LARGE = (2, 4, 4, 4), (1, 8, 8, 8)
@@ -56,6 +62,24 @@ def calls() -> dict[str, Callable[[], Any]]:
         "planned anew": lambda: in_python(x, out=y),
         "backward, out": lambda: backward(x, x, mean, rstd, weight, out=y, need=("dx",)),
         "backward": lambda: backward(x, x, mean, rstd, weight),
+        **(of_gpu(x, weight, mean, rstd) if _core.cuda == "shim" else {}),
+    }
+
+
+def of_gpu(x: Any, weight: Any, mean: Any, rstd: Any) -> dict[str, Callable[[], Any]]:
+    sys.path.append(str(TESTS))
+    import fake_gpu
+
+    cupy = sys.modules["cupy"] = fake_gpu.fake_cupy()
+    cupy.current, piece = 0, cupy.memory.take(1 << 16)
+    cupy.cuda.alloc = lambda size: piece  # a pool always has one at hand
+    x, y, weight, bias, mean, rstd = map(cupy.array, (x, x, weight, weight, mean, rstd))
+    forward, backward = normkit.instance_norm, normkit.instance_norm_backward
+    return {
+        "GPU, out": lambda: forward(x, out=y),
+        "GPU, weight": lambda: forward(x, weight, bias, out=y),
+        "GPU, backward": lambda: backward(x, x, mean, rstd, weight, out=y, need=("dx",)),
+        "GPU, planned anew": lambda: inspect.unwrap(forward)(x, out=y),
     }
 
 
@@ -74,6 +98,12 @@ STAGES = {
     "the long way, in Python": ("planned anew", "planned anew, C++"),
     "= instance_norm_backward, dx into out": ("backward, out", "nothing"),
     "= instance_norm_backward, all new": ("backward", "nothing"),
+}
+STAGES_OF_GPU = {
+    "= instance_norm(x, out=y), of a GPU": ("GPU, out", "nothing"),
+    "weight and bias, of a GPU": ("GPU, weight", "GPU, out"),
+    "= instance_norm_backward, dx into out": ("GPU, backward", "nothing"),
+    "what a known plan saves": ("GPU, planned anew", "GPU, out"),
 }
 
 
@@ -116,7 +146,7 @@ def main() -> None:
     counts = {name: instructions(name) for name in calls()} if count else {}
     print(f"normkit {normkit.__version__} ({normkit.isa()}), {SHAPE} float32, one thread")
     print(f"{'':44}{'ns':>8}{'instructions (avx2)' if count else '':>22}")
-    for stage, (name, less) in STAGES.items():
+    for stage, (name, less) in [*STAGES.items(), *(STAGES_OF_GPU.items() if _core.cuda == "shim" else ())]:
         told = f"{counts[name] - counts[less]:22,.0f}" if count else ""
         print(f"{stage:44}{times[name] - times[less]:8.0f}{told}")
 

@@ -77,7 +77,7 @@ def build(name: str, options: list[str], variant: str = "", change: Callable[[Pa
             if change:
                 change(source)
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site)]
-            subprocess.run([*pip, *options, str(source)], check=True)
+            subprocess.run([*pip, *options, str(source)], env={"NORMKIT_CUDA": "off", **os.environ}, check=True)
             site.rename(folder)
     return folder
 

@@ -36,6 +36,7 @@ architecture() {
 
 build() {
   must install scikit-build-core nanobind nanobind-backend cmake ninja "numpy>=2" ml_dtypes pytest hypothesis
+  install onnx || echo "onnx left out: its tests are skipped"
   python -c 'import cupy' 2>/dev/null || install cupy-cuda13x || echo "CuPy left out: no tests and no benchmarks on a GPU"
   for package in $rivals; do
     python -m pip show --quiet "${package%%[*}" 2>/dev/null || install "$package" || echo "$package left out"
@@ -50,7 +51,7 @@ build() {
 # The tests of values, on arrays of the GPU.
 values() {
   local files=(tests/test_{values,layouts,out,where,residual,activation,adaptive,extremes,edges,family,phases}.py
-    tests/test_{double_backward,streamed}.py)
+    tests/test_{double_backward,streamed,bits,hypothesis,onnx,errors}.py)
   NORMKIT_TEST_ARRAYS=${NORMKIT_TEST_ARRAYS:-cupy} python -m pytest -q "${files[@]}"
 }
 

@@ -1,11 +1,12 @@
 """Tables and pictures of stored results: `python benchmarks/report.py results.json`, of `pytest --benchmark-json`.
 
-Results of gpu.py are printed as a table, and nothing is written.
-
 Writes between the lines `<!-- benchmarks -->` and `<!-- /benchmarks -->` of two files: all tables into
 docs/performance.md, the rows that HEADLINES names into README.md. Two pictures go into docs/: bars.png, time / limit of
 each operation beside its rivals, and sizes.png, the share of the limit against size. `--store` keeps of the results
 what all this is made from.
+
+Results of gpu.py are printed as a table. Their pictures are docs/gpu-bars.png, the share of a copy of the same bytes,
+and docs/gpu-sizes.png, the same of every case against its bytes.
 """
 
 import argparse
@@ -14,10 +15,12 @@ import math
 import re
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import rivals
+from cases import Case
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
@@ -43,9 +46,10 @@ HEADLINES = [
 # What bars.png calls an operation, how wide a bar is, and how many elements are the suite's own check, no case.
 KINDS = {"batch": "batch, training", "eval": "batch, evaluation"}
 BAR, SMALL = 0.11, 1 << 17
+SMALL_ON_GPU = 1 << 22  # elements: what lies in the cache, and is over before the memory is at full speed
 
 # Okabe and Ito's, which color-blind readers tell apart; ours is the warm one.
-COLORS = ["#D55E00", "#F0A884", "#999999", "#E69F00", "#F0E442", "#009E73", "#000000", "#56B4E9", "#CC79A7"]
+COLORS = ["#D55E00", "#F0A884", "#999999", "#E69F00", "#F0E442", "#009E73", "#000000", "#56B4E9", "#CC79A7", "#0072B2"]
 
 Results = list[dict[str, Any]]
 
@@ -217,91 +221,156 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def color(name: str) -> str:
-    return COLORS[ORDER.index(name) % len(COLORS)]
+def color(name: str, order: list[str]) -> str:
+    return COLORS[order.index(name) % len(COLORS)]
 
 
 def caption(whole: dict[str, Any], results: Results) -> str:
     return f"{results[0]['processor']}, {results[0]['isa']}, {whole['date']}, commit {whole['commit']}"
 
 
-def bar_group(panel: Any, x: float, heights: dict[str, float]) -> None:
-    """Bars that stand on the speed of memory, with their figures."""
+class Unit(NamedTuple):
+    """What bars show: `of` a ratio, and what stands where the ratio is 1, the speed of memory."""
+
+    of: Callable[[float], float]
+    foot: float
+    ticks: tuple[int, ...]
+    axis: dict[str, Any]
+    label: str
+
+
+TIME = Unit(
+    lambda ratio: ratio, 1, (1, 2, 5, 10, 20), {"yscale": "log", "ylim": (0.9, 50)},
+    "time / limit, one thread, float32: 1 is the speed of memory, lower is better",
+)  # fmt: skip
+SHARE = Unit(
+    lambda ratio: 100 / ratio, 0, (0, 20, 40, 60, 80, 100), {"ylim": (0, None)},
+    "% of the speed of a copy of the same bytes: higher is better",
+)  # fmt: skip
+
+
+def bar_group(panel: Any, x: float, heights: dict[str, float], unit: Unit, order: list[str]) -> None:
+    """Bars with their figures."""
     for i, (name, height) in enumerate(heights.items()):
         at = x + (i - (len(heights) - 1) / 2) * BAR
-        panel.bar(at, height - 1, BAR, bottom=1, color=color(name), edgecolor="white", linewidth=0.5)
+        shade = color(name, order)
+        panel.bar(at, height - unit.foot, BAR, bottom=unit.foot, color=shade, edgecolor="white", linewidth=0.5)
         told = f"{height:.1f}" if height < 9.95 else f"{height:.0f}"
         style = {"ha": "center", "fontsize": 7, "weight": "bold" if name == OURS else "normal"}
-        panel.annotate(told, (at, max(height, 1)), (0, 2), textcoords="offset points", **style)
+        panel.annotate(told, (at, max(height, unit.foot)), (0, 2), textcoords="offset points", **style)
 
 
-def bars(whole: dict[str, Any], results: Results, path: Path) -> None:
-    """Geometric means over the float32 cases of each operation; a rival that cannot do all of them has no bar."""
+def bars(whole: dict[str, Any], results: Results, path: Path, unit: Unit, order: list[str]) -> None:
+    """Geometric means over the cases of each `group`; a rival that cannot do all of them has no bar."""
     import matplotlib.pyplot as plt
 
-    shown = [r for r in results if (r["threads"], r["dtype"], r.get("option", "")) == (1, "float32", "")]
-    shown = [r for r in shown if r["rival"] != OURS_NEW and math.prod(r["shape"]) > SMALL]
-    names = names_in(shown)
-    if not shown:
+    if not results:
         return
+    present = {r["rival"] for r in results}
+    names = [name for name in order if name in present]
     figure, panels = plt.subplots(3, 1, figsize=(11, 9), layout="constrained", sharey=True)
     kinds = (("forward", False), ("forward", True), ("backward", False))
     for panel, (direction, last) in zip(panels, kinds, strict=True):
         groups: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for r in shown:
+        for r in results:
             if (r["direction"], r["channels_last"]) == (direction, last):
-                groups[KINDS.get(r["operation"], r["operation"])][r["rival"]].append(r["ratio"])
+                groups[r["group"]][r["rival"]].append(unit.of(r["ratio"]))
         for x, group in enumerate(groups.values()):
             complete = [n for n in names if len(group[n]) == max(map(len, group.values()))]
-            bar_group(panel, x, {name: geometric_mean(group[name]) for name in complete})
-        panel.axhline(1, color="black", linewidth=1)
-        panel.set(
-            yscale="log",
-            ylim=(0.9, 50),
-            title=direction + ", channels-last" * last,
-            xlim=(-0.5, max(len(groups), 1) - 0.5),
-        )
+            bar_group(panel, x, {name: geometric_mean(group[name]) for name in complete}, unit, order)
+        panel.axhline(unit.of(1), color="black", linewidth=1)
+        panel.set(**unit.axis, title=direction + ", channels-last" * last, xlim=(-0.5, max(len(groups), 1) - 0.5))
         panel.set_xticks(range(len(groups)), list(groups))
-        panel.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+        panel.set_yticks(unit.ticks, list(map(str, unit.ticks)))
         panel.grid(axis="y", color="#DDDDDD", linewidth=0.5)
         panel.set_axisbelow(True)
         panel.minorticks_off()
         panel.tick_params(axis="x", length=0)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.supylabel("time / limit, one thread, float32: 1 is the speed of memory, lower is better")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color(name)) for name in names]
+    figure.supylabel(unit.label)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color(name, order)) for name in names]
     figure.legend(handles, names, ncols=len(names), loc="outside upper center", frameon=False)
     figure.supxlabel(caption(whole, results), fontsize=8, color="#555555")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def sizes(whole: dict[str, Any], results: Results, path: Path) -> None:
-    """The share of the limit, limit / time, against the bytes that are moved: a panel for each number of threads."""
+def bars_of_cpu(whole: dict[str, Any], results: Results, path: Path) -> None:
+    """The float32 cases at one thread."""
+    shown = [r for r in results if (r["threads"], r["dtype"], r.get("option", "")) == (1, "float32", "")]
+    shown = [r for r in shown if r["rival"] != OURS_NEW and math.prod(r["shape"]) > SMALL]
+    grouped = [{**r, "group": KINDS.get(r["operation"], r["operation"])} for r in shown]
+    bars(whole, grouped, path, TIME, ORDER)
+
+
+def order_on_gpu(results: Results) -> list[str]:
+    """As they come, with the colors of the CPU for ours."""
+    return list(dict.fromkeys([OURS, OURS_NEW, *(r["rival"] for r in results)]))
+
+
+def bars_of_gpu(whole: dict[str, Any], results: Results, path: Path) -> None:
+    shown = [r for r in results if not r["option"]]
+    small = [", small" * (math.prod(r["shape"]) < SMALL_ON_GPU) for r in shown]
+    grouped = [{**r, "group": r["operation"] + word} for r, word in zip(shown, small, strict=True)]
+    bars(whole, grouped, path, SHARE, order_on_gpu(results))
+
+
+class Panel(NamedTuple):
+    title: str
+    results: Results
+    lines: bool
+
+
+def sizes(whole: dict[str, Any], panels: list[Panel], path: Path, order: list[str], words: str) -> None:
+    """The share of the limit, limit / time, against the bytes that are moved."""
     import matplotlib.pyplot as plt
 
-    if not results:
+    panels = [panel for panel in panels if panel.results]
+    if not panels:
         return
-    counts = sorted({r["threads"] for r in results})
-    figure, panels = plt.subplots(1, len(counts), figsize=(11, 4), layout="constrained", sharey=True, squeeze=False)
-    for panel, threads in zip(panels[0], counts, strict=True):
-        for name in names_in(results):
-            line = [r for r in results if (r["rival"], r["threads"]) == (name, threads)]
-            points = sorted((2 * 4 * math.prod(r["shape"]), 1 / r["ratio"]) for r in line)
+    figure, axes = plt.subplots(1, len(panels), figsize=(11, 4), layout="constrained", sharey=True, squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for name in order:
+            points = sorted((moved_bytes(r), 1 / r["ratio"]) for r in panel.results if r["rival"] == name)
+            style = {"marker": "o", "markersize": 4, "linestyle": "-" if panel.lines else "", "label": name}
             if points:
-                panel.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color(name), label=name)
-        panel.axhline(1, color="black", linewidth=1)
-        panel.set(xscale="log", ylim=(0, None), xlabel="bytes of x and y")
-        panel.set(title="one thread" if threads == 1 else f"{threads} threads")
-        panel.set_xticks([2**10, 2**15, 2**20, 2**25, 2**30], ["1 KB", "32 KB", "1 MB", "32 MB", "1 GB"])
-        panel.minorticks_off()
-        panel.grid(color="#DDDDDD", linewidth=0.5)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_ylabel("share of the speed of memory")
-    panels[0][0].legend(frameon=False)
-    figure.supxlabel(f"instance norm of 64 instances, float32; {caption(whole, results)}", fontsize=8, color="#555555")
+                axis.plot(*zip(*points, strict=True), color=color(name, order), **style)
+        axis.axhline(1, color="black", linewidth=1)
+        axis.set(xscale="log", ylim=(0, None), xlabel="bytes that are moved", title=panel.title)
+        axis.set_xticks([2**10, 2**15, 2**20, 2**25, 2**30], ["1 KB", "32 KB", "1 MB", "32 MB", "1 GB"])
+        axis.minorticks_off()
+        axis.grid(color="#DDDDDD", linewidth=0.5)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("share of the speed of memory")
+    axes[0][0].legend(frameon=False)
+    figure.supxlabel(f"{words}; {caption(whole, panels[0].results)}", fontsize=8, color="#555555")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def moved_bytes(r: dict[str, Any]) -> int:
+    return Case(r["operation"], r["shape"], r["dtype"], direction=r["direction"]).moved_bytes
+
+
+def sizes_of_cpu(whole: dict[str, Any], results: Results, path: Path) -> None:
+    panels = [
+        Panel(
+            "one thread" if threads == 1 else f"{threads} threads",
+            [r for r in results if r["threads"] == threads],
+            True,
+        )
+        for threads in sorted({r["threads"] for r in results})
+    ]
+    sizes(whole, panels, path, ORDER, "instance norm of 64 instances, float32")
+
+
+def sizes_of_gpu(whole: dict[str, Any], results: Results, path: Path) -> None:
+    """Every case is a point."""
+    panels = [
+        Panel(direction, [r for r in results if r["direction"] == direction and not r["option"]], False)
+        for direction in ("forward", "backward")
+    ]
+    sizes(whole, panels, path, order_on_gpu(results), "every case of every operation")
 
 
 def main() -> None:
@@ -317,15 +386,18 @@ def main() -> None:
     sweep = [r for r in results if r["function"] == "bench_sizes"]
     of_gpu = [r for r in results if r["function"] == "gpu"]
     cases = [r for r in results if r["function"] not in ("bench_sizes", "gpu")]
+    docs = options.root / "docs"
+    docs.mkdir(exist_ok=True)
     if of_gpu:
         print(gpu(whole, of_gpu))
-    docs = options.root / "docs"
+        bars_of_gpu(whole, of_gpu, docs / "gpu-bars.png")
+        sizes_of_gpu(whole, of_gpu, docs / "gpu-sizes.png")
     if cases:
         told = source(whole, cases)
         write(docs / "performance.md", f"{told}\n\n{tables(cases)}")
         write(options.root / "README.md", "\n".join([*headlines(cases), "", told]))
-        bars(whole, cases, docs / "bars.png")
-    sizes(whole, sweep, docs / "sizes.png")
+        bars_of_cpu(whole, cases, docs / "bars.png")
+    sizes_of_cpu(whole, sweep, docs / "sizes.png")
 
 
 if __name__ == "__main__":

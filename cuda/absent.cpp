@@ -5,7 +5,8 @@ namespace normkit::cuda {
 namespace {
 
 [[noreturn]] void refuse() {
-  throw DeviceError("this build of normkit has no CUDA: install it with NORMKIT_CUDA=on, or pass NumPy arrays");
+  throw DeviceError("this build of normkit has no CUDA (" NORMKIT_NO_CUDA
+                    "): install it with NORMKIT_CUDA=on, or pypi for a compiler from PyPI, or pass NumPy arrays");
 }
 
 }  // namespace

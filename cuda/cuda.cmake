@@ -1,6 +1,6 @@
 # The CUDA half: the objects normkit_cuda_objects, compiled by nvcc, or in their place absent.cpp.
 #
-#   NORMKIT_CUDA   auto: where nvcc is found    on: required    off: left out
+#   NORMKIT_CUDA   auto: where there is an nvcc that can compile them    on: required    off: left out
 #                  pypi: the compiler of the wheels cuda-toolkit[nvcc,...], which pyproject.toml installs for the build
 #                  shim: the kernels run on the CPU, one fiber a thread, in place of those of the CPU: for tests alone
 set(NORMKIT_CUDA auto CACHE STRING "auto, on, off, pypi or shim")
@@ -27,17 +27,62 @@ print(found[-1] if found else '')"
   set(CUDA_CUDART ${cudart} CACHE FILEPATH "libcudart.so")
 endif()
 
-set(normkit_cuda FALSE)
-if(NORMKIT_CUDA MATCHES "on|pypi")
-  set(normkit_cuda TRUE)
-elseif(NORMKIT_CUDA STREQUAL "auto")
-  include(CheckLanguage)
-  check_language(CUDA)
-  if(CMAKE_CUDA_COMPILER)
-    set(normkit_cuda TRUE)
-  else()
-    message(STATUS "normkit: no nvcc, so this build has no CUDA (NORMKIT_CUDA=pypi takes it from PyPI)")
+# Sets normkit_no_cuda to what speaks against CUDA, or to nothing. nvcc may be too old, or refuse the C++ compiler: it is tried
+# with all options and architectures.
+function(normkit_try_nvcc)
+  set(normkit_no_cuda "" PARENT_SCOPE)
+  if(NORMKIT_NVCC_WORKS)
+    return()
   endif()
+  set(folder ${CMAKE_CURRENT_BINARY_DIR}/normkit_probe)
+  set(settings -DCMAKE_MAKE_PROGRAM=${CMAKE_MAKE_PROGRAM})
+  foreach(name CMAKE_CXX_COMPILER CMAKE_CUDA_COMPILER CMAKE_CUDA_HOST_COMPILER CMAKE_CUDA_FLAGS CUDAToolkit_ROOT
+               NORMKIT_CUDA_ARCHITECTURES)
+    if(DEFINED ${name})
+      string(REPLACE ";" "\\;" value "${${name}}")
+      list(APPEND settings "-D${name}=${value}")
+    endif()
+  endforeach()
+  file(REMOVE_RECURSE ${folder})
+  message(CHECK_START "normkit: trying nvcc")
+  execute_process(COMMAND ${CMAKE_COMMAND} -S ${CMAKE_CURRENT_SOURCE_DIR}/cuda/probe -B ${folder} -G ${CMAKE_GENERATOR} ${settings}
+                  RESULT_VARIABLE failed OUTPUT_VARIABLE output ERROR_VARIABLE output)
+  if(NOT failed)
+    execute_process(COMMAND ${CMAKE_COMMAND} --build ${folder}
+                    RESULT_VARIABLE failed OUTPUT_VARIABLE output ERROR_VARIABLE output)
+  endif()
+  if(NOT failed)
+    message(CHECK_PASS "it works")
+    set(NORMKIT_NVCC_WORKS TRUE CACHE INTERNAL "")
+    return()
+  endif()
+  message(CHECK_FAIL "no")
+  set(reason "nvcc failed")
+  # Of these the last that is found: a sentence of CMake, then what compilers say.
+  foreach(words IN ITEMS "CMake Error[^\n]*\n +(([^.]|[.][^\n])*)" "error: ([^\n]*)" "#error -- ([^!]*![^!.]*)"
+                         "nvcc fatal *: ([^\n]*)")
+    if(output MATCHES "${words}")
+      set(reason "nvcc failed: ${CMAKE_MATCH_1}")
+    endif()
+  endforeach()
+  if(output MATCHES "No CMAKE_CUDA_COMPILER could be found|Failed to find nvcc")
+    set(reason "there was no nvcc")
+  endif()
+  string(REGEX REPLACE "[\\\"$\n ]+" " " reason "${reason}")
+  string(SUBSTRING "${reason}" 0 200 reason)
+  set(normkit_no_cuda "${reason}" PARENT_SCOPE)
+  file(WRITE ${folder}/output.txt "${output}")
+endfunction()
+
+set(normkit_no_cuda "")
+if(NORMKIT_CUDA STREQUAL "auto")
+  normkit_try_nvcc()
+elseif(NORMKIT_CUDA STREQUAL "off")
+  set(normkit_no_cuda "NORMKIT_CUDA was off")
+endif()
+set(normkit_cuda FALSE)
+if(normkit_no_cuda STREQUAL "" AND NOT NORMKIT_CUDA STREQUAL "shim")
+  set(normkit_cuda TRUE)
 endif()
 
 # Adds an object library of one source to `objects`; the rest are its options.
@@ -51,18 +96,13 @@ endfunction()
 
 set(normkit_cuda_objects "")
 if(normkit_cuda)
-  set(CMAKE_CUDA_ARCHITECTURES ${NORMKIT_CUDA_ARCHITECTURES})
-  enable_language(CUDA)
-  find_package(CUDAToolkit REQUIRED)
-  set(CMAKE_CUDA_STANDARD 20)
-  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-  set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
-  # As on the CPU, a fused multiply-add happens where mul_add is written. A kernel that spills is an error everywhere. The GPUs are
-  # compiled for side by side.
-  set(options --fmad=false --expt-relaxed-constexpr --compress-mode=size --threads=0 -Xcompiler=-Wall
-    "SHELL:-Xptxas --warn-on-spills,--warn-on-local-memory-usage,--warning-as-error")
-  normkit_add_kernels(normkit_cuda_objects normkit_cuda_launch launch.cu ${options})
-  normkit_add_kernels(normkit_cuda_objects normkit_cuda_kernels kernels.cu ${options})
+  include(${CMAKE_CURRENT_LIST_DIR}/nvcc.cmake)
+  if(NORMKIT_WERROR)  # for another nvcc the kernels may be slower, no more
+    list(APPEND normkit_nvcc_options
+      "SHELL:-Xptxas --warn-on-spills,--warn-on-local-memory-usage,--warning-as-error")
+  endif()
+  normkit_add_kernels(normkit_cuda_objects normkit_cuda_launch launch.cu ${normkit_nvcc_options})
+  normkit_add_kernels(normkit_cuda_objects normkit_cuda_kernels kernels.cu ${normkit_nvcc_options})
   message(STATUS "normkit: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${NORMKIT_CUDA_ARCHITECTURES}")
 elseif(NORMKIT_CUDA STREQUAL "shim")
   set_source_files_properties(cuda/launch.cu cuda/kernels.cu PROPERTIES LANGUAGE CXX)
@@ -74,7 +114,9 @@ elseif(NORMKIT_CUDA STREQUAL "shim")
       -DNORMKIT_STORAGE_NAME=${CMAKE_MATCH_1} -DNORMKIT_STORAGE=${CMAKE_MATCH_2})
   endforeach()
 else()
+  message(STATUS "normkit: this build has no CUDA: ${normkit_no_cuda}")
   add_library(normkit_cuda_absent OBJECT cuda/absent.cpp)
   target_link_libraries(normkit_cuda_absent PRIVATE normkit_flags)
+  target_compile_definitions(normkit_cuda_absent PRIVATE "NORMKIT_NO_CUDA=\"${normkit_no_cuda}\"")
   list(APPEND normkit_cuda_objects $<TARGET_OBJECTS:normkit_cuda_absent>)
 endif()

@@ -60,19 +60,33 @@ class CachedMemory {
   PyObject* before_ = nullptr;
 };
 
+nb::object tuple_of(const npy_intp* numbers, int count) {
+  const nb::object tuple = nb::steal(PyTuple_New(count));
+  for (int k = 0; k < count; ++k) PyTuple_SetItem(tuple.ptr(), k, PyLong_FromLongLong(numbers[k]));
+  return tuple;
+}
+
 /// Takes the reference to `descr`.
 [[gnu::noinline, gnu::cold]] nb::object allocate_on(const device::Call& call, PyArray_Descr* descr, int ndim,
                                                     const npy_intp* shape, const npy_intp* strides) {
   const nb::object type = nb::steal(reinterpret_cast<PyObject*>(descr));
-  nb::list extents, steps;
-  for (int axis = 0; axis < ndim; ++axis) extents.append(shape[axis]), steps.append(strides[axis]);
-  return call.arrays.attr("empty")(nb::tuple(extents), type, nb::tuple(steps));
+  const char* const name = call.direct ? "allocate" : "empty";
+  return call.arrays.attr(name)(tuple_of(shape, ndim), type, tuple_of(strides, ndim));
+}
+
+/// Where nothing stands for arrays: their libraries have dtypes of their own.
+PyArray_Descr* descr_on(const device::Call& call, Dtype dtype) {
+  if (dtype != Dtype::bfloat16) return PyArray_DescrFromType(type_number(dtype));
+  return reinterpret_cast<PyArray_Descr*>(call.arrays.attr("dtype_named")("bfloat16").release().ptr());
 }
 
 /// A new array, dense with these strides; of the type of `like`, where given, which has this dtype.
 nb::object allocate(Dtype dtype, nb::handle like, int ndim, const std::int64_t* shape, const std::int64_t* strides) {
   PyArray_Descr* descr;
-  if (like.is_valid()) {
+  const device::Call* const call = device::call();
+  if (call && call->direct) {
+    descr = descr_on(*call, dtype);
+  } else if (like.is_valid()) {
     descr = PyArray_DESCR(as_array(like));
     Py_INCREF(reinterpret_cast<PyObject*>(descr));
   } else {
@@ -87,7 +101,7 @@ nb::object allocate(Dtype dtype, nb::handle like, int ndim, const std::int64_t* 
     if (dims[axis] != 1) c_order = c_order && bytes[axis] == dense;
     dense *= dims[axis];
   }
-  if (const device::Call* call = device::call()) return allocate_on(*call, descr, ndim, dims, bytes);
+  if (call) return allocate_on(*call, descr, ndim, dims, bytes);
   PyObject* out = nullptr;
   {
     const CachedMemory cached(dense);
@@ -148,6 +162,13 @@ bool view(nb::handle h, View& v) {
 }
 
 nb::object new_like_x(Dtype dtype, nb::handle x, const Shapes& shapes) {
+  if (const device::Call* call = device::call(); call && call->direct) {
+    const nb::object extents = x.attr("shape");
+    normkit::Extents shape;
+    for (Py_ssize_t axis = 0; axis < PyTuple_Size(extents.ptr()); ++axis)
+      shape[axis] = nb::cast<std::int64_t>(extents[axis]);
+    return allocate(dtype, {}, static_cast<int>(PyTuple_Size(extents.ptr())), shape.data(), shapes.out_strides.data());
+  }
   PyArrayObject* a = as_array(x);
   return allocate(dtype, dtype == shapes.x_dtype ? x : nb::handle(), PyArray_NDIM(a), extents(PyArray_DIMS(a)),
                   shapes.out_strides.data());

@@ -130,7 +130,7 @@ nb::object BackwardCall::run(const BackwardPlan& plan, BackwardData data) const 
   if (plan.need.dx) dx = new_dx(at(kOut), at(kX), shapes);
   if (plan.need.dweight) dweight = arrays::new_gradient(like, shapes);
   if (plan.need.dbias) dbias = arrays::new_gradient(like, shapes);
-  data.dx = data_of(dx), data.dweight = data_of(dweight), data.dbias = data_of(dbias);
+  data.dx = data_of_new(dx), data.dweight = data_of_new(dweight), data.dbias = data_of_new(dbias);
   normkit::BackwardJob job = plan.job;  // its own: the plan serves other calls meanwhile
   normkit::point(job, data);
   if (!shapes.empty) run_job(job);

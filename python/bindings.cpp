@@ -198,6 +198,7 @@ NB_MODULE(_core, m) {
   m.def("isa", &normkit::isa);
   m.def("isas", &normkit::isas);
   m.attr("cuda") = normkit::cuda::build();
+  m.attr("no_cuda") = NORMKIT_NO_CUDA;  // why there is none
   m.def("cuda_available", &normkit::cuda::available);
   m.def("on_device", &device::run_call, "arrays"_a, "device"_a, "stream"_a, "function"_a, "arguments"_a);
   m.def("use_isa", &normkit::use_isa, "name"_a);

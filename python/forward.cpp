@@ -103,7 +103,7 @@ nb::object ForwardCall::run(const ForwardPlan& plan, ForwardData data) const {
   if (is(kReturnStats) && options::is_centered(kind)) mean = arrays::new_statistic(statistic, shapes);
   if (is(kReturnStats)) rstd = arrays::new_statistic(statistic, shapes);
   if (shapes.wants_sum) sum = arrays::new_like_x(shapes.x_dtype, at(kX), shapes);
-  data.y = data_of(y), data.mean = data_of(mean), data.rstd = data_of(rstd), data.sum = data_of(sum);
+  data.y = data_of_new(y), data.mean = data_of_new(mean), data.rstd = data_of_new(rstd), data.sum = data_of_new(sum);
   normkit::ForwardJob job = plan.job;  // its own: the plan serves other calls meanwhile
   normkit::point(job, data);
   if (!shapes.empty) run_job(job);

@@ -19,6 +19,9 @@ namespace nb = nanobind;
 class Key {
  public:
   static constexpr int kMostArrays = 10, kMostOptions = 20;  // a number counts as two
+  static constexpr int kMostAxes = 8;
+
+  void put(std::int64_t word) { words_[count_++] = word; }
 
   /// None or a NumPy array: its dtype, extents, strides, and whether it may be written. False for anything else, and where
   /// there is too much to tell.
@@ -59,9 +62,7 @@ class Key {
   }
 
  private:
-  void put(std::int64_t word) { words_[count_++] = word; }
-
-  static constexpr int kMostAxes = 8, kHashed = 10;
+  static constexpr int kHashed = 10;
   std::array<std::int64_t, kMostArrays * (2 + 2 * kMostAxes) + kMostOptions> words_;
   int count_ = 0;
 };

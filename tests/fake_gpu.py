@@ -104,11 +104,11 @@ class OpenMemory(Memory):
 class Pointer:
     """As cupy.cuda.MemoryPointer."""
 
-    def __init__(self, memory: np.ndarray, address: int) -> None:
-        self.memory, self.ptr = memory, address
+    def __init__(self, memory: np.ndarray, address: int, device_id: int = 0) -> None:
+        self.memory, self.ptr, self.device_id = memory, address, device_id
 
     def __add__(self, offset: int) -> "Pointer":
-        return Pointer(self.memory, self.ptr + offset)
+        return Pointer(self.memory, self.ptr + offset, self.device_id)
 
     def show(self, shape: Any, dtype: Any, strides: Any) -> np.ndarray:
         offset = self.ptr - self.memory.ctypes.data if np.prod(shape) else 0
@@ -163,7 +163,7 @@ class Library(ModuleType):
         super().__init__(name)
         self.memory = memory
         self.Array = type(array.__name__, (array,), {"library": self, "__module__": name})
-        self.allocated: list[Pointer] = []
+        self.allocations = 0
         self.streams: list[Any] = []
         for function in self.functions:
             setattr(self, function, partial(self._function, getattr(np, function)))
@@ -202,8 +202,8 @@ class Library(ModuleType):
         return Pointer(root, values.__array_interface__["data"][0])
 
     def alloc(self, size: int) -> Pointer:
-        self.allocated.append(self.memory.take(size))
-        return self.allocated[-1]
+        self.allocations += 1
+        return self.memory.take(size)
 
 
 # ---- CuPy --------------------------------------------------------------------------------------------------------
@@ -219,6 +219,7 @@ class ndarray(Array):  # noqa: N801
         if isinstance(shape, np.ndarray):
             super().__init__(shape, dtype)
             self.data = self.library.pointer_of(shape)
+            self.data.device_id = self._device
         else:
             super().__init__(memptr.show(shape, dtype, strides))
             self.data = memptr
@@ -301,6 +302,9 @@ class Tensor(Array):
 
     def is_neg(self) -> bool:
         return self.negated
+
+    def get_device(self) -> int:
+        return self._device
 
     def stride(self) -> tuple[int, ...]:
         return tuple(step // self._numpy.itemsize for step in self._numpy.strides)

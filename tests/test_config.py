@@ -7,6 +7,7 @@ import sys
 import normkit
 import numpy as np
 import pytest
+from normkit import _core
 
 
 def python(*arguments, **environment):
@@ -69,7 +70,6 @@ def test_the_report_names_everything():
     report = python("-m", "normkit", NORMKIT_NUM_THREADS="3")
     assert normkit.__version__ in report
     assert all(name in report for name in normkit.isas())
-    assert "CUDA" in report
     assert "thread" in report
     assert "3" in report
 
@@ -79,8 +79,16 @@ def test_the_report_names_the_instruction_set_in_use():
     assert len(reports) == len(normkit.isas())
 
 
-def test_cuda_is_there_or_not():
+def test_cuda_is_there_or_the_report_says_why_not():
     assert isinstance(normkit.cuda_available(), bool)
+    (line,) = (line for line in python("-m", "normkit").splitlines() if line.startswith("CUDA: "))
+    if normkit.cuda_available():
+        assert line == f"CUDA: available ({_core.cuda})"
+    elif _core.cuda:
+        assert line.startswith(f"CUDA: {_core.cuda}, but no device")
+    else:
+        assert line == f"CUDA: not in this build ({_core.no_cuda})"
+        assert _core.no_cuda
 
 
 def test_import_takes_numpy_alone():

@@ -4,6 +4,7 @@ In a build with NORMKIT_CUDA=shim the kernels run on that memory, and results ar
 or with calls on NumPy arrays, which run the same kernels there. Other builds are asked for their errors.
 """
 
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from cases import DTYPES, lay, uniform
 from fake_gpu import FakeCupy, FakeOther, FakeTorch, Memory
-from normkit import _core
+from normkit import _core, _cuda
 from reference import OPERATIONS, REGISTRY
 
 SHIM = _core.cuda == "shim"
@@ -32,7 +33,16 @@ def memory(monkeypatch):
         with memory:
             return run(arrays, device, stream, *call)
 
+    def entered(array, device, enter=_cuda.entered):
+        """What the core runs by itself ends with __exit__() of what this returns."""
+        found = enter(array, device)
+        memory.__enter__()
+        found.__exit__ = lambda *error: (memory.__exit__(), type(found).__exit__(found, *error))
+        memory.ran.append((device, found.stream))
+        return found
+
     monkeypatch.setattr(_core, "on_device", on_device)
+    monkeypatch.setattr(_cuda, "entered", entered)
     yield memory
     assert memory.untouched(), "something was written past the end"
 
@@ -64,6 +74,7 @@ def real_torch(monkeypatch):
     """PyTorch itself, which is told that its memory is that of a GPU."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     monkeypatch.setattr(torch.Tensor, "__dlpack_device__", lambda _: (2, 0))
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda _: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
     monkeypatch.setitem(sys.modules, "cupy", None)
 
@@ -157,7 +168,9 @@ def test_calls_have_the_bits_of_numpy(op, layout, library, rng):
         yield from op.forward(a, weight=w, bias=b, **extra, **options)
         yield op.forward(a, weight=w, out_dtype="float64")
 
-    same(library, tuple(calls(library.array)), tuple(calls(lambda a: a)))
+    wanted = tuple(calls(lambda a: a))
+    for _ in range(2):  # calls that are planned, and calls whose plans are known
+        same(library, tuple(calls(library.array)), wanted)
 
 
 @on_shim
@@ -174,7 +187,9 @@ def test_every_dtype(dtype, library, rng):
         yield from op.backward(of(dy), a, mean, rstd, of(weight))
         yield normkit.instance_norm(a, out_dtype=dtype.name)
 
-    same(library, tuple(calls(library.array)), tuple(calls(lambda a: a)))
+    wanted = tuple(calls(lambda a: a))
+    for _ in range(2):
+        same(library, tuple(calls(library.array)), wanted)
 
 
 @on_shim
@@ -302,16 +317,54 @@ def test_empty_arrays_have_zero_gradients(library):
 
 
 @on_shim
+@pytest.mark.parametrize("name", ["cupy", "torch", "real_torch"])
+def test_where_a_plan_is_known_nothing_stands_for_arrays(name, request, monkeypatch, rng):
+    library = request.getfixturevalue(name)
+    x, weight = uniform(rng, (2, 3, 5, 8)), uniform(rng, (3,))
+    a, w = library.array(x), library.array(weight)
+    _, mean, rstd = normkit.instance_norm(a, w, return_stats=True)
+    wanted = normkit.instance_norm(x, weight, return_stats=True)
+    normkit.instance_norm_backward(a, a, mean, rstd, w)
+    monkeypatch.setattr(_cuda._Device, "stand_in", None)
+    same(library, normkit.instance_norm(a, w, return_stats=True), wanted)
+    dx, dweight, dbias = normkit.instance_norm_backward(a, a, mean, rstd, w)
+    same(library, (dx, dweight, dbias), normkit.instance_norm_backward(x, x, *wanted[1:], weight))
+
+
+@on_shim
+@pytest.mark.parametrize("name", ["cupy", "torch"])
+def test_a_known_plan_is_not_taken_for_others(name, request, rng):
+    """Arrays of another device or library, and an output that overlaps: each is judged as if it came first."""
+    library = request.getfixturevalue(name)
+    values, weight = uniform(rng, (4, 3, 8)), np.ones(3, np.float32)
+    x, w = library.array(values), library.array(weight)
+    out = normkit.instance_norm(x[:2], w)
+    assert normkit.instance_norm(x[:2], w, out=out) is out
+    with pytest.raises(ValueError, match="out overlaps x"):
+        normkit.instance_norm(x[:2], w, out=x[1:3])
+    with pytest.raises(TypeError, match="weight is on device 1, expected device 0"):
+        normkit.instance_norm(x[:2], library.array(weight, device=1))
+    with pytest.raises(TypeError, match="weight is a numpy array"):
+        normkit.instance_norm(x[:2], weight)
+    y = normkit.instance_norm(values[:2], weight)
+    same(library, normkit.instance_norm(x[:2], w), y)
+    same(library, normkit.instance_norm(x[:2], w, out=x[:2]), y)
+
+
+@on_shim
 @pytest.mark.parametrize("name", ["cupy", "torch"])
 def test_one_stream_one_workspace_and_the_outputs(name, request, rng):
     library = request.getfixturevalue(name)
     x = library.array(rng.standard_normal((2, 3, 40)).astype(np.float32))
     normkit.instance_norm(x)
     assert library.streams == [0]
-    assert len(library.allocated) == 2  # y and the workspace
+    assert library.allocations == 1  # y: as long as this a row wants no workspace
+    assert normkit.instance_norm(x, channel_axis=2).shape == x.shape
+    assert library.allocations == 3
     out = library.array(np.zeros((2, 3, 40), np.float32))
     assert normkit.instance_norm(x, out=out) is out
-    assert len(library.allocated) == 3
+    assert library.allocations == 3
+    assert library.streams == [0, 0, 0]
 
 
 @on_shim
@@ -328,7 +381,16 @@ def test_other_libraries_are_asked_for_the_stream_that_works(stream, asked, othe
 @pytest.mark.skipif(_core.cuda != "", reason="a build with CUDA")
 def test_a_build_without_cuda_says_so(library):
     assert not normkit.cuda_available()
-    with pytest.raises(RuntimeError, match="this build of normkit has no CUDA: install it with NORMKIT_CUDA=on"):
+    said = rf"^this build of normkit has no CUDA \({re.escape(_core.no_cuda)}\): install it with NORMKIT_CUDA=on, .*$"
+    with pytest.raises(RuntimeError, match=said):
+        normkit.instance_norm(library.array(np.ones((2, 3, 4), np.float32)))
+
+
+@pytest.mark.skipif(_core.cuda in ("", "shim"), reason="a build without CUDA")
+@pytest.mark.skipif(normkit.cuda_available(), reason="there is a GPU")
+def test_a_build_with_cuda_says_that_there_is_no_gpu(library):
+    said = rf"^this build of normkit has {_core.cuda}, but there is no device, no driver or one that is older .*$"
+    with pytest.raises(RuntimeError, match=said):
         normkit.instance_norm(library.array(np.ones((2, 3, 4), np.float32)))
 
 
@@ -343,13 +405,14 @@ def test_arrays_of_one_call_share_a_library_and_a_device(name, request):
     expected = "a CuPy array, expected a NumPy" if name == "cupy" else "on DLPack device type 2, expected the CPU"
     with pytest.raises(TypeError, match=f"weight is {expected}"):
         normkit.instance_norm(np.ones((2, 3, 4), np.float32), library.array(ones))
-    with pytest.raises(TypeError, match=f"dy is a builtins array, expected {name}"):
+    with pytest.raises(TypeError, match="dy is a NoneType, expected a NumPy array or an object with __dlpack__"):
         normkit.instance_norm_backward(None, x, library.array(ones), library.array(ones))
 
 
 def test_a_tensor_on_the_cpu_beside_others(torch):
     x, weight = (torch.array(np.ones(shape, np.float32)) for shape in ((2, 3, 4), (3,)))
-    weight.__class__ = type("Tensor", (type(weight),), {"__module__": "torch", "__dlpack_device__": lambda _: (1, 0)})
+    on_cpu = {"__dlpack_device__": lambda _: (1, 0), "get_device": lambda _: -1}
+    weight.__class__ = type("Tensor", (type(weight),), {"__module__": "torch", **on_cpu})
     with pytest.raises(TypeError, match="weight is on the CPU, expected device 0, that of x"):
         normkit.instance_norm(x, weight)
 
@@ -360,6 +423,8 @@ def test_a_tensor_on_the_cpu_beside_others(torch):
 )
 def test_tensors_that_are_refused(attribute, message, torch):
     x = torch.array(np.ones((2, 3, 4), np.float32))
+    if SHIM:  # its plan is known
+        normkit.instance_norm(x)
     setattr(x, attribute, True)
     with pytest.raises(TypeError, match=message):
         normkit.instance_norm(x)
@@ -381,7 +446,7 @@ def test_other_libraries_want_cupy(other, monkeypatch):
 def test_errors_come_before_anything_is_allocated(cupy):
     with pytest.raises(ValueError, match=r"weight has shape \(4,\), expected \(3,\)"):
         normkit.instance_norm(cupy.array(np.ones((2, 3, 4), np.float32)), cupy.array(np.ones(4, np.float32)))
-    assert not cupy.allocated
+    assert cupy.allocations == 0
 
 
 def test_libraries_are_never_imported_first():

@@ -54,9 +54,69 @@ def test_from_a_run_to_a_table(modules, tmp_path, capsys):
     line = "| group (2, 64, 5, 5) G=32 channels-last float16 backward |"
     assert line in printed
 
+    pytest.importorskip("matplotlib", reason="no pictures without matplotlib")
     sys.argv = ["report.py", str(path), "--root", str(tmp_path)]
     report.main()
     assert capsys.readouterr().out.strip() == printed[printed.index("`python") :].strip()
+    assert {picture.name for picture in (tmp_path / "docs").iterdir()} == {"gpu-bars.png", "gpu-sizes.png"}
+
+
+def made_up(gpu, ratios):
+    """Results of all cases, as gpu.py has them, with one ratio for each rival."""
+    fields = ("operation", "groups", "option", "dtype", "channels_last", "direction", "shape")
+    about = {"processor": "none", "isa": "made up", "version": "0"}
+    return [
+        {**{key: getattr(case, key) for key in fields}, **about, "rival": rival, "ratio": ratio}
+        for case in gpu.CASES
+        for rival, ratio in ratios.items()
+        if rival != "rows alone" or case.rows
+    ]
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Those that are drawn meanwhile."""
+    matplotlib = pytest.importorskip("matplotlib", reason="no pictures without matplotlib")
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    drawn, close = [], pyplot.close
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    yield drawn
+    for figure in drawn:
+        close(figure)
+
+
+def test_bars_are_shares_of_a_copy(modules, figures, tmp_path):
+    """Of each operation, and only where a rival can do all of its cases; next to each other, as they come."""
+    gpu, report = modules
+    results = made_up(gpu, {"normkit": 1.25, "torch": 2.0, "rows alone": 4.0})
+    report.bars_of_gpu({"date": "", "commit": ""}, results, tmp_path / "bars.png")
+    (figure,) = figures
+    forward, last, backward = figure.axes
+    for panel in (forward, last, backward):
+        for group, label in enumerate(panel.get_xticklabels()):
+            bars = [b for b in panel.patches if abs(b.get_x() + b.get_width() / 2 - group) < 0.5]
+            rows = label.get_text() in ("layer", "rms")
+            assert [b.get_height() for b in bars] == pytest.approx([80, 50, 25] if rows else [80, 50])
+            assert all(b.get_y() == 0 for b in bars)
+    names = ["instance", "instance, small", "group", "batch", "batch, small"]
+    assert [label.get_text() for label in last.get_xticklabels()] == names
+    assert [label.get_text() for label in forward.get_xticklabels()] == [*names, "layer", "rms"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["normkit", "torch", "rows alone"]
+
+
+def test_every_case_is_a_point_at_its_bytes(modules, figures, tmp_path):
+    gpu, report = modules
+    results = made_up(gpu, {"normkit": 1.25, "torch": 2.0})
+    report.sizes_of_gpu({"date": "", "commit": ""}, results, tmp_path / "sizes.png")
+    (figure,) = figures
+    for axis, direction in zip(figure.axes, ("forward", "backward"), strict=True):
+        cases = [case for case in gpu.CASES if case.direction == direction and not case.option]
+        for name, share in (("normkit", 0.8), ("torch", 0.5)):
+            (line,) = (line for line in axis.lines if line.get_label() == name)
+            points = [(float(case.moved_bytes), share) for case in cases]
+            assert sorted(map(tuple, line.get_xydata())) == sorted(points)
 
 
 def test_a_wrong_answer_has_no_time(modules, capsys, monkeypatch):

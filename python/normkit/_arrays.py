@@ -48,6 +48,14 @@ def called(name: str) -> Iterator[None]:
 # ---- libraries ---------------------------------------------------------------------------------------------------
 
 
+def _require_array(name: str, array: Any) -> None:
+    if not hasattr(array, "__dlpack__") or not hasattr(array, "__dlpack_device__"):
+        article = "an" if type(array).__name__[0] in "aeiou" else "a"
+        raise TypeError(
+            f"{name} is {article} {type(array).__name__}, expected a NumPy array or an object with __dlpack__"
+        )
+
+
 def _as_numpy(name: str, array: Any) -> NDArray:
     """A view of `array` as exactly a NumPy array."""
     if isinstance(array, np.ma.MaskedArray):
@@ -57,11 +65,7 @@ def _as_numpy(name: str, array: Any) -> NDArray:
     if is_cupy(array):
         raise TypeError(f"{name} is a CuPy array, expected a NumPy array in this call: pass {name}.get()")
     refuse_gradients(name, array)
-    if not hasattr(array, "__dlpack__") or not hasattr(array, "__dlpack_device__"):
-        article = "an" if type(array).__name__[0] in "aeiou" else "a"
-        raise TypeError(
-            f"{name} is {article} {type(array).__name__}, expected a NumPy array or an object with __dlpack__"
-        )
+    _require_array(name, array)
     device, _ = array.__dlpack_device__()
     if int(device) not in (_CPU, _PINNED):
         raise TypeError(f"{name} is on DLPack device type {int(device)}, expected the CPU, or CUDA for all of a call")
@@ -107,6 +111,7 @@ def _views_of_device(arrays: Views, first_name: str, device: int) -> tuple[Views
     for name, array in arrays.items():
         if array is None and name not in _REQUIRED:
             continue
+        _require_array(name, array)
         if library_of(array) != library:
             raise TypeError(
                 f"{name} is a {library_of(array)} array, expected {library}, as {first_name} is: "

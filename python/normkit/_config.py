@@ -99,8 +99,12 @@ def show_config() -> None:
     print(f"instruction sets: {', '.join(isas())}; in use: {isa()}")
     print(f"threads: {get_num_threads()}")
     print(f"cache of freed outputs: {cache_size()} of {get_cache_limit()} bytes")
-    without = f"{_core.cuda}, but no driver or no device" if _core.cuda else "not in this build"
-    print(f"CUDA: {'available' if cuda_available() else without}")
+    if cuda_available():
+        print(f"CUDA: available ({_core.cuda})")
+    elif _core.cuda:
+        print(f"CUDA: {_core.cuda}, but no device, no driver or one that is older than that")
+    else:
+        print(f"CUDA: not in this build ({_core.no_cuda})")
 
 
 def _check_environment() -> None:

@@ -11,6 +11,7 @@ import importlib
 import math
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -138,7 +139,7 @@ class _CuPy(_Device):
 
     def workspace(self, size: int) -> int:
         """The pool takes it back after the call, and gives it anew only to what comes later on the same stream."""
-        self._workspace = self.xp.cuda.alloc(max(size, 1))
+        self._workspace = self.xp.cuda.alloc(size)
         return int(self._workspace.ptr)
 
 
@@ -170,6 +171,11 @@ class _ThroughCuPy(_CuPy):
         return self.stand_in(owner, pointer, found.shape, found.strides, dtype, frozen)
 
 
+@cache
+def _name_of(dtype: Any) -> str:
+    return "bfloat16" if dtype == BFLOAT16_BITS else np.dtype(dtype).name
+
+
 class _Torch(_Device):
     def __init__(self, first: Any, device: int) -> None:
         torch = sys.modules["torch"]
@@ -189,7 +195,7 @@ class _Torch(_Device):
         return self.stand_in(array, array.data_ptr(), tuple(array.shape), strides, dtype)
 
     def _dtype(self, dtype: Any) -> Any:
-        return getattr(self.xp, "bfloat16" if dtype == BFLOAT16_BITS else np.dtype(dtype).name)
+        return getattr(self.xp, _name_of(dtype))
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any], strides: tuple[int, ...]) -> Any:
         steps = [stride // dtype.itemsize for stride in strides]
@@ -204,7 +210,7 @@ class _Torch(_Device):
 
     def workspace(self, size: int) -> int:
         """As with CuPy's pool."""
-        self._workspace = self.xp.empty(max(size, 1), dtype=self.xp.uint8, device=self._place)
+        self._workspace = self.xp.empty(size, dtype=self.xp.uint8, device=self._place)
         return int(self._workspace.data_ptr())
 
 
@@ -223,6 +229,13 @@ def device_of(array: Any) -> int | None:
         return None
     kind, number = array.__dlpack_device__()
     return int(number) if int(kind) in (_CUDA, _MANAGED) else None
+
+
+def entered(array: Any, device: int) -> Memory:
+    """What the core does by itself with arrays that it reads is between this and __exit__()."""
+    memory = memory_of(array, device)
+    memory.__enter__()
+    return memory
 
 
 def memory_of(array: Any, device: int) -> Memory:

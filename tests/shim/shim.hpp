@@ -460,6 +460,8 @@ inline void run_grid(Grid grid) {
 
 template <class Kernel> void launch(const Kernel& kernel, Grid grid, Stream) {
   static_assert(sizeof(Kernel) <= 4096, "the arguments of a kernel must fit 4 KB");
+  static const bool idle = std::getenv("NORMKIT_SHIM_IDLE") != nullptr;
+  if (idle) return;  // for who measures what comes before a launch
   const std::lock_guard<std::mutex> lock(shim::one_at_a_time);
   if (grid.shared_bytes > kFreeSharedBytes && extent_of<Kernel>(0) < Extent::large)
     shim::stop("more shared memory than there is");

@@ -1,0 +1,10 @@
+# nvcc, the runtime it links, and the options of everything that it compiles: for the library, and for the probe.
+set(CMAKE_CUDA_ARCHITECTURES ${NORMKIT_CUDA_ARCHITECTURES})
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+set(CMAKE_CUDA_STANDARD 20)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+# As on the CPU, a fused multiply-add happens where mul_add is written. GPUs are compiled for side by side.
+set(normkit_nvcc_options --fmad=false --expt-relaxed-constexpr --compress-mode=size --threads=0 -Xcompiler=-Wall)
