@@ -278,6 +278,11 @@ NORMKIT_DEVICE std::int64_t phase_of(const Geometry& g, const Origin& tile) {
   return remainder(g.offset(tile.o, tile.step, tile.lane, tile.i), g.params.stride * g.params.count);
 }
 
+/// How far from where the parameters begin.
+NORMKIT_DEVICE std::int64_t within_parameters(const Geometry& g, const Place& p) {
+  return p.tile.phase + p.row * g.columns() + p.i;
+}
+
 /// Parameters `index` and on, one for each of n elements.
 template <class S, int N>
 NORMKIT_DEVICE void read_along(const Param& p, std::int64_t index, int n, bool whole, double absent, S (&out)[N]) {
@@ -304,7 +309,7 @@ template <class S, int N>
 NORMKIT_DEVICE void read_parameters(const Work& work, const Place& p, const Param& param, double absent, S (&out)[N]) {
   const Geometry& g = work.task.geometry;
   const ParamMap& map = g.params;
-  const std::int64_t within = p.tile.phase + p.row * g.columns() + p.i, first = p.tile.o * map.outer;
+  const std::int64_t within = within_parameters(g, p), first = p.tile.o * map.outer;
   std::int64_t group = within, index = within;
   if (map.stride > 1 || within + p.n > map.count)
     group = quotient(within, map.stride), index = remainder(group, map.count);
@@ -336,6 +341,26 @@ NORMKIT_DEVICE void read_parameters(const Work& work, const Place& p, S (&weight
     read_parameters(work, p, param, 1 - k, bias);
   }
 }
+
+/// The piece of a run that a thread was in last, elements [begin, end) from where the parameters of its tile begin, and what all
+/// of these share: in group norm the next vector is mostly in it too.
+template <class S> struct Piece {
+  std::int64_t begin = 0, end = 0;
+  S weight = 1, bias = 0;
+
+  template <int N> NORMKIT_DEVICE void read(const Work& work, const Place& p, S (&weights)[N], S (&biases)[N]) {
+    const std::int64_t within = within_parameters(work.task.geometry, p), stride = work.task.geometry.params.stride;
+    if (within >= begin && within + p.n <= end) {
+      NORMKIT_UNROLL
+      for (int e = 0; e < N; ++e) weights[e] = weight, biases[e] = bias;
+      return;
+    }
+    read_parameters(work, p, weights, biases);
+    if (stride == 1) return;
+    begin = quotient(within, stride) * stride, end = within + p.n <= begin + stride ? begin + stride : begin;
+    weight = weights[0], bias = biases[0];
+  }
+};
 
 /// What x_hat, or all of z = x_hat * weight + bias where the parameters are constant, is made with: for each of N elements, or
 /// once for all.
@@ -387,8 +412,8 @@ template <class S> NORMKIT_CALLED S slope_at(Activation activation, S z) { retur
 
 /// z = x_hat * weight + bias of the elements of one vector; `weight` is theirs where the parameters are not constant.
 template <class S, int N, int M>
-NORMKIT_DEVICE void preactivation(const Work& work, const Factors<S, M>& factors, const Place& p, const S (&x)[N],
-                                  S (&z)[N], S (&weight)[N]) {
+NORMKIT_DEVICE void preactivation(const Work& work, const Factors<S, M>& factors, const Place& p, Piece<S>& piece,
+                                  const S (&x)[N], S (&z)[N], S (&weight)[N]) {
   NORMKIT_UNROLL
   for (int e = 0; e < N; ++e) {
     const int k = M == 1 ? 0 : e;
@@ -396,7 +421,7 @@ NORMKIT_DEVICE void preactivation(const Work& work, const Factors<S, M>& factors
   }
   if (work.constant) return;
   S bias[N] = {};
-  read_parameters(work, p, weight, bias);
+  piece.read(work, p, weight, bias);
   NORMKIT_UNROLL
   for (int e = 0; e < N; ++e) z[e] = mul_add(z[e], weight[e], bias[e]);
 }
@@ -456,11 +481,11 @@ template <class X> NORMKIT_DEVICE Vector<X> form_x(const Task& t, const Place& p
 /// y of one vector.
 template <class X, int M>
 NORMKIT_DEVICE void make_y(const Work& work, const Factors<ComputeOf<X>, M>& factors, const Place& p,
-                           const Vector<X>& v, ComputeOf<X> (&y)[kVector<X>]) {
+                           Piece<ComputeOf<X>>& piece, const Vector<X>& v, ComputeOf<X> (&y)[kVector<X>]) {
   ComputeOf<X> x[kVector<X>], weight[kVector<X>];
   const Activation activation = work.task.activation;
   widened(v, x);
-  preactivation(work, factors, p, x, y, weight);
+  preactivation(work, factors, p, piece, x, y, weight);
   if (activation.kind != ActivationKind::none) in_turn(y, [&](ComputeOf<X> one) { return activated(activation, one); });
 }
 
@@ -517,7 +542,8 @@ NORMKIT_DEVICE void incoming(const Work& work, const Factors<S, M>& factors, con
     return;
   }
   S z[N];
-  preactivation(work, factors, p, x, z, weight);
+  Piece<S> none;
+  preactivation(work, factors, p, none, x, z, weight);
   in_turn(z, [&](S one) { return slope_at(activation, one); });
   NORMKIT_UNROLL
   for (int e = 0; e < N; ++e) dz[e] *= z[e];

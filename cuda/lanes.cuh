@@ -177,9 +177,10 @@ template <class X, Special kSpecial> struct LanesForward {
     if (!work.constant) s.at.phase = phase_of(work.task.geometry, s.at);
     auto own = ColumnParameters<S, kVector<X>>::of(work, s);
     const Factors<S, kVector<X>> factors = given_factors<X>(work, s, own);
+    Piece<S> piece;
     for_x(work, s, work.stage == Stage::rest, [&](const Place& p, const Vector<X>& v) {
       S y[kVector<X>];
-      make_y<X>(work, factors, p, v, y);
+      make_y<X>(work, factors, p, piece, v, y);
       store_y<X>(work, p, y);
     });
   }

@@ -332,9 +332,10 @@ template <class X, Special kSpecial> struct RunsForward {
     const bool by_elements = !work.writes_whole && like_x<X>(t);
     for_tiles<X>(work, group, turn, [&](const Tile& tile, int k) {
       const Held<X> held(work, k);
+      Piece<S> piece;
       for_own<X>(work, tile, group, [&](int v, const Place& p) {
         S y[kVector<X>];
-        make_y<X>(work, factors, p, held[v], y);
+        make_y<X>(work, factors, p, piece, held[v], y);
         if (by_elements) held[v] = narrowed<X>(y);
         else store_y<X>(work, p, y);
       });
