@@ -82,6 +82,16 @@ def test_weights_longer_than_a_buffer(op, kind, isa, rng):
     check_backward(op, dy, x, weight)
 
 
+@pytest.mark.parametrize("length", [96, 1024, 1100, 1101])
+def test_a_row_of_several_pieces(length, isa, rng):
+    """Whose weights change from piece to piece, of which each is longer than what is worked on at a time, or not."""
+    op, shape = OPERATIONS["over-all-but-first"], (5, 12, length)
+    dy, x = uniform(rng, shape), uniform(rng, shape)
+    weight, bias = parameters(op, shape, "channel", rng)
+    check_forward(op, x, weight, bias)
+    check_backward(op, dy, x, weight)
+
+
 @pytest.mark.parametrize("bias_dtype", ["float32", "float64", "x"])
 @pytest.mark.parametrize("weight_dtype", ["float32", "float64", "x"])
 @pytest.mark.parametrize("kind", ["channel", "pixel"])
