@@ -327,18 +327,18 @@ NORMKIT_DEVICE void read_parameters(const Work& work, const Place& p, const Para
     });
   }
 }
-/// Both, one after the other through the same code: it would be most of a kernel twice.
+/// Both, one after the other through the same code, which is most of a kernel; or the weights alone.
 template <class S, int N>
-NORMKIT_DEVICE void read_parameters(const Work& work, const Place& p, S (&weight)[N], S (&bias)[N]) {
+NORMKIT_DEVICE void read_parameters(const Work& work, const Place& p, bool both, S (&weight)[N], S (&bias)[N]) {
   NORMKIT_UNROLL
-  for (S& v : bias) v = 0;
+  for (int e = 0; e < N; ++e) weight[e] = bias[e] = 0;
   NORMKIT_ROLL
-  for (int k = 0; k < 2; ++k) {
-    Param param = work.task.weight;
-    if (k == 1) param = work.task.bias;
+  for (int k = both ? 0 : 1; k < 2; ++k) {
+    Param param = work.task.bias;
+    if (k == 1) param = work.task.weight;
     NORMKIT_UNROLL
-    for (int e = 0; e < N; ++e) weight[e] = bias[e];
-    read_parameters(work, p, param, 1 - k, bias);
+    for (int e = 0; e < N; ++e) bias[e] = weight[e];
+    read_parameters(work, p, param, k, weight);
   }
 }
 
@@ -348,14 +348,15 @@ template <class S> struct Piece {
   std::int64_t begin = 0, end = 0;
   S weight = 1, bias = 0;
 
-  template <int N> NORMKIT_DEVICE void read(const Work& work, const Place& p, S (&weights)[N], S (&biases)[N]) {
+  template <int N>
+  NORMKIT_DEVICE void read(const Work& work, const Place& p, bool both, S (&weights)[N], S (&biases)[N]) {
     const std::int64_t within = within_parameters(work.task.geometry, p), stride = work.task.geometry.params.stride;
     if (within >= begin && within + p.n <= end) {
       NORMKIT_UNROLL
       for (int e = 0; e < N; ++e) weights[e] = weight, biases[e] = bias;
       return;
     }
-    read_parameters(work, p, weights, biases);
+    read_parameters(work, p, both, weights, biases);
     if (stride == 1) return;
     begin = quotient(within, stride) * stride, end = within + p.n <= begin + stride ? begin + stride : begin;
     weight = weights[0], bias = biases[0];
@@ -413,7 +414,7 @@ template <class S> NORMKIT_CALLED S slope_at(Activation activation, S z) { retur
 /// z = x_hat * weight + bias of the elements of one vector; `weight` is theirs where the parameters are not constant.
 template <class S, int N, int M>
 NORMKIT_DEVICE void preactivation(const Work& work, const Factors<S, M>& factors, const Place& p, Piece<S>& piece,
-                                  const S (&x)[N], S (&z)[N], S (&weight)[N]) {
+                                  bool biased, const S (&x)[N], S (&z)[N], S (&weight)[N]) {
   NORMKIT_UNROLL
   for (int e = 0; e < N; ++e) {
     const int k = M == 1 ? 0 : e;
@@ -421,7 +422,7 @@ NORMKIT_DEVICE void preactivation(const Work& work, const Factors<S, M>& factors
   }
   if (work.constant) return;
   S bias[N] = {};
-  piece.read(work, p, weight, bias);
+  piece.read(work, p, biased, weight, bias);
   NORMKIT_UNROLL
   for (int e = 0; e < N; ++e) z[e] = mul_add(z[e], weight[e], bias[e]);
 }
@@ -485,7 +486,7 @@ NORMKIT_DEVICE void make_y(const Work& work, const Factors<ComputeOf<X>, M>& fac
   ComputeOf<X> x[kVector<X>], weight[kVector<X>];
   const Activation activation = work.task.activation;
   widened(v, x);
-  preactivation(work, factors, p, piece, x, y, weight);
+  preactivation(work, factors, p, piece, true, x, y, weight);
   if (activation.kind != ActivationKind::none) in_turn(y, [&](ComputeOf<X> one) { return activated(activation, one); });
 }
 
@@ -535,15 +536,11 @@ template <class S, int N, int M>
 NORMKIT_DEVICE void incoming(const Work& work, const Factors<S, M>& factors, const Place& p, const S (&x)[N],
                              S (&dz)[N], S (&weight)[N]) {
   const Activation activation = work.task.activation;
-  if (activation.kind == ActivationKind::none) {
-    NORMKIT_UNROLL
-    for (int e = 0; e < N; ++e) weight[e] = 1;
-    if (!work.constant) read_parameters(work, p, work.task.weight, 1, weight);
-    return;
-  }
+  const bool active = activation.kind != ActivationKind::none;
   S z[N];
   Piece<S> none;
-  preactivation(work, factors, p, none, x, z, weight);
+  preactivation(work, factors, p, none, active, x, z, weight);
+  if (!active) return;
   in_turn(z, [&](S one) { return slope_at(activation, one); });
   NORMKIT_UNROLL
   for (int e = 0; e < N; ++e) dz[e] *= z[e];

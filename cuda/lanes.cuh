@@ -131,7 +131,7 @@ template <class S, int N> struct ColumnParameters {
     if (work.constant) {
       Place p = s[0];
       p.row = 0, p.tile.phase = phase_of(work.task.geometry, p.tile);
-      read_parameters(work, p, own.weight, own.bias);
+      read_parameters(work, p, true, own.weight, own.bias);
     } else {
       NORMKIT_UNROLL
       for (int e = 0; e < N; ++e) own.weight[e] = 1, own.bias[e] = 0;
