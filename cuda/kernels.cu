@@ -12,18 +12,22 @@ template <class X, Special kSpecial, class F> auto with_runs(Direction direction
 template <class X, Special kSpecial, class F> auto with_lanes(Direction direction, F f) {
   return direction == Direction::forward ? f(Type<LanesForward<X, kSpecial>>{}) : f(Type<LanesBackward<X, kSpecial>>{});
 }
-/// f(Type<K>{}) with the kernel K that the work is for.
+/// f(Type<K>{}) with the kernel K that the work is for. double has the fewest: most GPUs compute it more slowly than they read it.
 template <class X, class F> auto with_kernel(const Work& work, F f) {
+  constexpr bool kMany = sizeof(X) < 8;
   const Direction direction = work.policy.direction;
   const Special special = special_of(work);
-  if (work.policy.traversal == Traversal::lanes)
-    return special == Special::none ? with_lanes<X, Special::none>(direction, f)
-                                    : with_lanes<X, Special::anything>(direction, f);
-  switch (special) {
-    case Special::none: return with_runs<X, Special::none>(direction, f);
-    case Special::along: return with_runs<X, Special::along>(direction, f);
-    default: return with_runs<X, Special::anything>(direction, f);
+  if (work.policy.traversal == Traversal::lanes) {
+    if constexpr (kMany) {
+      if (special == Special::none) return with_lanes<X, Special::none>(direction, f);
+    }
+    return with_lanes<X, Special::anything>(direction, f);
   }
+  if constexpr (kMany) {
+    if (special == Special::along) return with_runs<X, Special::along>(direction, f);
+  }
+  if (special == Special::none) return with_runs<X, Special::none>(direction, f);
+  return with_runs<X, Special::anything>(direction, f);
 }
 
 template <class X> void run(const Work& work, Stream stream) {
