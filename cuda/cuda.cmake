@@ -31,8 +31,11 @@ endif()
 # with all options and architectures.
 function(normkit_try_nvcc)
   set(normkit_no_cuda "" PARENT_SCOPE)
-  if(NORMKIT_NVCC_WORKS)
+  if(NORMKIT_NVCC_WORKS AND EXISTS "${CMAKE_CUDA_COMPILER}")
     return()
+  elseif(NORMKIT_NVCC_WORKS)  # it is gone since
+    unset(CMAKE_CUDA_COMPILER CACHE)
+    file(REMOVE ${CMAKE_PLATFORM_INFO_DIR}/CMakeCUDACompiler.cmake)
   endif()
   set(folder ${CMAKE_CURRENT_BINARY_DIR}/normkit_probe)
   set(settings -DCMAKE_MAKE_PROGRAM=${CMAKE_MAKE_PROGRAM})

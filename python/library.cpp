@@ -66,14 +66,12 @@ struct CuPy final : Library {
 };
 
 struct Torch final : Library {
-  const Name pointer_{"data_ptr"}, device_{"get_device"}, strides_{"stride"}, requires_grad_{"requires_grad"},
-      is_neg_{"is_neg"};
+  const Name is_cuda_{"is_cuda"}, requires_grad_{"requires_grad"}, is_neg_{"is_neg"}, pointer_{"data_ptr"},
+      device_{"get_device"}, strides_{"stride"};
   bool read(nb::handle array, recent::Key& key, Array& into) const override {
-    into.device = number(device_.call(array));
-    if (into.device < 0 || !requires_grad_.of(array).is(nb::handle(Py_False)) ||
-        !is_neg_.call(array).is(nb::handle(Py_False)))
-      return false;
-    into.data = pointer(pointer_.call(array)), into.dtype = dtype_.of(array);
+    const nb::handle yes(Py_True), no(Py_False);
+    if (!is_cuda_.of(array).is(yes) || !requires_grad_.of(array).is(no) || !is_neg_.call(array).is(no)) return false;
+    into.data = pointer(pointer_.call(array)), into.device = number(device_.call(array)), into.dtype = dtype_.of(array);
     key.add(into.dtype);
     return add_layout(key, shape_.of(array), strides_.call(array));
   }

@@ -294,6 +294,7 @@ class Tensor(Array):
     """As torch.Tensor."""
 
     requires_grad = negated = False
+    is_cuda = True
 
     def __init__(self, values: np.ndarray, device: int = 0) -> None:
         super().__init__(values, device)

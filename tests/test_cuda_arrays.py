@@ -74,6 +74,7 @@ def real_torch(monkeypatch):
     """PyTorch itself, which is told that its memory is that of a GPU."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     monkeypatch.setattr(torch.Tensor, "__dlpack_device__", lambda _: (2, 0))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.Tensor, "get_device", lambda _: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
     monkeypatch.setitem(sys.modules, "cupy", None)
@@ -411,7 +412,7 @@ def test_arrays_of_one_call_share_a_library_and_a_device(name, request):
 
 def test_a_tensor_on_the_cpu_beside_others(torch):
     x, weight = (torch.array(np.ones(shape, np.float32)) for shape in ((2, 3, 4), (3,)))
-    on_cpu = {"__dlpack_device__": lambda _: (1, 0), "get_device": lambda _: -1}
+    on_cpu = {"__dlpack_device__": lambda _: (1, 0), "is_cuda": False}
     weight.__class__ = type("Tensor", (type(weight),), {"__module__": "torch", **on_cpu})
     with pytest.raises(TypeError, match="weight is on the CPU, expected device 0, that of x"):
         normkit.instance_norm(x, weight)
