@@ -289,7 +289,6 @@ NORMKIT_DEVICE void read_along(const Param& p, std::int64_t index, int n, bool w
   NORMKIT_UNROLL
   for (S& v : out) v = static_cast<S>(absent);
   if (!p.data) return;
-  const S offset = static_cast<S>(p.offset);  // in double, conversions alone would take longer than memory
   visit_floating(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     constexpr int kStep = kVector<T> < N ? kVector<T> : N;
@@ -299,9 +298,13 @@ NORMKIT_DEVICE void read_along(const Param& p, std::int64_t index, int n, bool w
       const int left = n - first;
       const Vector<T> v = load(from + first, left < 0 ? 0 : left < kStep ? left : kStep, whole && kStep == kVector<T>);
       NORMKIT_UNROLL
-      for (int e = 0; e < kStep; ++e) out[first + e] = offset + static_cast<S>(value_of(v[e]));
+      for (int e = 0; e < kStep; ++e) out[first + e] = static_cast<S>(value_of(v[e]));
     }
   });
+  if (p.offset == 0) return;
+  const S offset = static_cast<S>(p.offset);  // in double, conversions alone would take longer than memory
+  NORMKIT_UNROLL
+  for (S& v : out) v += offset;
 }
 
 /// The weights, or the biases, of the elements of a vector.
