@@ -19,8 +19,9 @@ READS_ONLY = {"RowGradients"}
 
 
 def ptx_of(command: str, folder: str) -> str:
-    words = shlex.split(command)
+    words = [word for word in shlex.split(command) if not word.startswith("--generate-code")]
     words[words.index("-c")] = "-ptx"
+    words.append("-arch=compute_90")
     with tempfile.TemporaryDirectory() as there:
         out = Path(there) / "kernels.ptx"
         words[words.index("-o") + 1] = str(out)
