@@ -127,6 +127,6 @@ const Isa NORMKIT_SYMBOL(NORMKIT_ISA_NAME){NORMKIT_NAME_OF(NORMKIT_ISA_NAME),
                                            backward_finish,
                                            backward_apply,
                                            merge_moments,
-                                           kRegisters * kLanes32 / 16};
+                                           kHeldVectors};
 
 }  // namespace normkit

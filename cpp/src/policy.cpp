@@ -58,18 +58,14 @@ bool is_plain(const Task& t) {
          t.activation.kind == ActivationKind::none;
 }
 
-/// True where rows with weights along them are worth more than one loop each way: their loops keep a dozen vectors at hand. With 8
-/// (AVX2) layer norm (4096, 768) took 1.6 of a copy in tiles, 1.3 without; with 32 1.2 and 1.4.
-bool holds_rows(const Isa& isa) { return isa.vectors >= 16; }
-
 /// True where each statistic, or outer index of lanes, can be written while the next one is read.
 bool overlaps(const Task& t, const Operand& out, const Isa& isa) {
   const Geometry& g = t.geometry;
   const bool is_forward = !t.dy.data;
   const std::int64_t element_bytes = (is_forward ? 1 : 2) * size_of(t.x.dtype);
-  if (!is_plain(t) || out.dtype != t.x.dtype) return false;
+  if (!is_wide(isa.vectors) || !is_plain(t) || out.dtype != t.x.dtype) return false;
   if (t.traversal == Traversal::runs)
-    return (!follows_elements(g) || (is_forward && holds_rows(isa))) && g.run >= kOverlappedRun &&
+    return (!follows_elements(g) || (is_forward && can_hold_rows(isa.vectors))) && g.run >= kOverlappedRun &&
            g.members() * element_bytes <= overlapped_bytes();
   const bool dense = t.x.strides.step == g.columns() && out.strides.step == g.columns();
   return is_forward && dense && g.outer > 1 && constant_in_column(g) &&
@@ -88,8 +84,8 @@ bool has_tiles(const Task& t, const Operand& out, const Walk& walk, const Isa& i
   const Geometry& g = t.geometry;
   const std::int64_t vector = t.x.dtype == Dtype::float64 ? 8 : 16;
   const std::int64_t least_run = t.dy.data ? 4 * vector : 8 * vector + 1;
-  return (t.dy.data || holds_rows(isa)) && g.steps == 1 && g.run >= least_run && g.run * size_of(t.x.dtype) % 64 == 0 &&
-         t.x.dtype == out.dtype && (!walk.stream_stores || walk.whole_lines);
+  return (t.dy.data ? is_wide(isa.vectors) : can_hold_rows(isa.vectors)) && g.steps == 1 && g.run >= least_run &&
+         g.run * size_of(t.x.dtype) % 64 == 0 && t.x.dtype == out.dtype && (!walk.stream_stores || walk.whole_lines);
 }
 
 /// True where rows go in batches: short ones, and longer ones that can be written side by side. Rows whose parameters are

@@ -34,10 +34,16 @@ NORMKIT_HD Moments merge(Moments a, Moments b) {
   return {mul_add(delta, share, a.mean), a.m2 + mul_add(delta, delta * (a.n * share), b.m2), n};
 }
 
-/// The moments of n members from the sums of their differences to a pivot, and of the squares of those.
+/// The moments of n > 0 members from the sums of their differences to a pivot, and of the squares of those.
+NORMKIT_HD Moments from_pivot_of_some(double pivot, double sum, double sum_squares, double n) {
+  const double delta = sum / n;
+  return {pivot + delta, mul_add(-delta, sum, sum_squares), n};
+}
+
+/// The same of n members, or of none.
 NORMKIT_HD Moments from_pivot(double pivot, double sum, double sum_squares, double n) {
-  const double delta = sum / (n == 0 ? 1 : n);
-  return {n == 0 ? 0 : pivot + delta, mul_add(-delta, sum, sum_squares), n};
+  const Moments m = from_pivot_of_some(pivot, sum, sum_squares, n == 0 ? 1 : n);
+  return {n == 0 ? 0 : m.mean, m.m2, n};
 }
 
 /// A mean, held as two numbers of the compute type (float has too few digits for a mean far from zero), and 1/std.

@@ -16,7 +16,7 @@ template <class S> struct RowParameter {
   const S* value = nullptr;  // null: none that vary
   alignas(64) S converted[kChunk];
 
-  RowParameter(const Geometry& g, const Param& p, S absent) {
+  [[gnu::noinline]] RowParameter(const Geometry& g, const Param& p, S absent) {
     if (!weighs_elements(g)) return;
     value = converted;
     if (ParamBuffer<S>::reads_in_place(p)) value = at<S>(p.data, 0);
@@ -25,26 +25,27 @@ template <class S> struct RowParameter {
   }
 };
 
-/// The rows of one batch and what is known of them.
-template <class X> struct Batch {
-  using V = VectorOf<X>;
-  using S = ScalarOf<X>;
+/// The rows of one batch and what is known of them, whatever type they are stored in.
+template <class Vector> struct Batch {
+  using V = Vector;
+  using S = typename V::Lane;
   static constexpr int kRows = kLanes<V>;
-  static_assert(kRows == kMostBatchRows || sizeof(X) == 8);
+  static_assert(kRows == kMostBatchRows || sizeof(S) == 8);
   std::int64_t first = 0;  // statistic
   int rows = 0;  // up to kRows
-  const X* x[kRows];
+  const std::byte* x[kRows];
   V sum[kRows], squares[kRows];  // of each row, about its pivot
   alignas(64) S pivot[kRows];
   alignas(64) S mean[kRows], scale[kRows], shift[kRows];
 };
+template <class X> using BatchOf = Batch<VectorOf<X>>;
 
 /// Statistics [first, end): where they lie, and a pivot of each, the mean of its first vector.
 template <class X>
-[[gnu::noinline]] void begin_batch(const Task& t, std::int64_t first, std::int64_t end, Batch<X>& batch) {
+[[gnu::noinline]] void begin_batch(const Task& t, std::int64_t first, std::int64_t end, BatchOf<X>& batch) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
-  constexpr int kWidth = kLanes<V>, kRows = Batch<X>::kRows;
+  constexpr int kWidth = kLanes<V>, kRows = BatchOf<X>::kRows;
   const Geometry& g = t.geometry;
   const int n = static_cast<int>(least(g.run, kWidth));
   const V zero = broadcast<V>(S(0));
@@ -53,11 +54,14 @@ template <class X>
     for (int k = 0; k < kRows; ++k) batch.sum[k] = batch.squares[k] = zero;
   std::int64_t o = first / g.lanes, lane = first % g.lanes;
   for (int k = 0; k < batch.rows; ++k) {
-    batch.x[k] = at<X>(t.x, o, 0, lane);
+    batch.x[k] = reinterpret_cast<const std::byte*>(at<X>(t.x, o, 0, lane));
     if (++lane == g.lanes) ++o, lane = 0;
   }
   if (!t.centered) return store(batch.pivot, zero);
-  for (int k = 0; k < batch.rows; ++k) batch.sum[k] = n == kWidth ? load(batch.x[k]) : load(batch.x[k], n);
+  for (int k = 0; k < batch.rows; ++k) {
+    const X* x = at<X>(batch.x[k], 0);
+    batch.sum[k] = n == kWidth ? load(x) : load(x, n);
+  }
   store(batch.pivot, sums_of(batch.sum) * broadcast<V>(S(1) / static_cast<S>(n)));
 }
 
@@ -69,26 +73,27 @@ template <class V, int kVectors, class F> NORMKIT_LOCAL void for_row(Count<kVect
   left == kWidth ? f(kVectors - 1, Full{kLast}) : f(kVectors - 1, Part{kLast, left});
 }
 
-/// The sums of row k of a batch, in the order of pivot_sums().
+/// The sums of row k of a batch: pivot_sums(), or the same in the same order where the vectors of a row are counted.
 template <class X, int kVectors, class Beside>
-NORMKIT_LOCAL void sum_row(Count<kVectors> vectors, std::int64_t n, int k, Fetch, Beside&, Batch<X>& batch) {
+NORMKIT_LOCAL void sum_row(Count<kVectors> vectors, std::int64_t n, int k, Fetch fetch, Beside& beside,
+                           BatchOf<X>& batch) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
-  const X* x = batch.x[k];
-  const V zero = broadcast<V>(S(0)), p = broadcast<V>(batch.pivot[k]);
-  V s[4] = {zero, zero, zero, zero}, q[4] = {zero, zero, zero, zero};
-  for_row<V>(vectors, n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
-    const int part = decltype(place)::kWhole ? j % 4 : 3;
-    const V d = place.keep(place.load(x) - p);
-    s[part] = s[part] + d;
-    q[part] = mul_add(d, d, q[part]);
-  });
-  batch.sum[k] = (s[0] + s[1]) + (s[2] + s[3]), batch.squares[k] = (q[0] + q[1]) + (q[2] + q[3]);
-}
-template <class X, class Beside>
-NORMKIT_LOCAL void sum_row(Count<0>, std::int64_t n, int k, Fetch fetch, Beside& beside, Batch<X>& batch) {
-  const DifferenceSums<VectorOf<X>> sums = pivot_sums(batch.x[k], 1, 0, n, batch.pivot[k], Everyone{}, fetch, beside);
-  batch.sum[k] = sums.sum, batch.squares[k] = sums.squares;
+  const X* x = at<X>(batch.x[k], 0);
+  if constexpr (kVectors == 0) {
+    const DifferenceSums<V> sums = pivot_sums(x, 1, 0, n, batch.pivot[k], Everyone{}, fetch, beside);
+    batch.sum[k] = sums.sum, batch.squares[k] = sums.squares;
+  } else {
+    const V zero = broadcast<V>(S(0)), p = broadcast<V>(batch.pivot[k]);
+    V s[4] = {zero, zero, zero, zero}, q[4] = {zero, zero, zero, zero};
+    for_row<V>(vectors, n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
+      const int part = decltype(place)::kWhole ? j % 4 : 3;
+      const V d = place.keep(place.load(x) - p);
+      s[part] = s[part] + d;
+      q[part] = mul_add(d, d, q[part]);
+    });
+    batch.sum[k] = (s[0] + s[1]) + (s[2] + s[3]), batch.squares[k] = (q[0] + q[1]) + (q[2] + q[3]);
+  }
 }
 
 /// The parameters of the rows of a batch, in `buffer` unless they are read where they lie.
@@ -109,28 +114,30 @@ NORMKIT_LOCAL void row_parameters(const Task& t, const Param& p, std::int64_t fi
 }
 
 /// The factors of each row's outputs. Rows whose sums say nothing are summed once more, one by one.
-template <class X> [[gnu::noinline]] void solve_batch(const Task& t, Batch<X>& batch) {
-  using S = ScalarOf<X>;
-  constexpr int kRows = Batch<X>::kRows;
+template <class V> [[gnu::noinline]] void solve_batch(const Task& t, Batch<V>& batch) {
+  using S = typename V::Lane;
+  constexpr int kRows = Batch<V>::kRows;
   const Geometry& g = t.geometry;
   const double n = static_cast<double>(g.run);
   alignas(64) S sums[kRows], squares[kRows];
   alignas(64) double mean[kRows], m2[kRows], rstd[kRows], weight[kRows], bias[kRows];
-  store(sums, sums_of(batch.sum)), store(squares, sums_of(batch.squares));
+  // Without a mean, pivots are 0, and so are sums, as far as moments go: no loop need ask, and all become vectors.
+  store(sums, t.centered ? sums_of(batch.sum) : broadcast<V>(S(0))), store(squares, sums_of(batch.squares));
   int unsettled = 0;
   for (int k = 0; k < kRows; ++k) {
     const double s = static_cast<double>(sums[k]), q = static_cast<double>(squares[k]);
-    const Moments m = settled(static_cast<double>(batch.pivot[k]), s, q, n, t.centered);
+    const Moments m = from_pivot_of_some(static_cast<double>(batch.pivot[k]), s, q, n);
     mean[k] = m.mean, m2[k] = m.m2;
-    unsettled += settles<S>(s, q, n, t.centered) ? 0 : 1;
+    unsettled += trustworthy<S>(s, q, n) ? 0 : 1;
   }
   for (int k = 0; k < batch.rows && unsettled > kRows - batch.rows; ++k) {
     const double s = static_cast<double>(sums[k]), q = static_cast<double>(squares[k]);
-    if (settles<S>(s, q, n, t.centered)) continue;
-    const Moments m = unsettled_moments(batch.x[k], 1, 0, g.run, batch.pivot[k], q, t.centered, n, Everyone{});
+    if (trustworthy<S>(s, q, n)) continue;
+    const Moments m = unsettled_moments({batch.x[k], t.x.dtype, 1, 0, g.run}, static_cast<double>(batch.pivot[k]), q,
+                                        t.centered, n, masked(Everyone{}));
     mean[k] = m.mean, m2[k] = m.m2;
   }
-  for (int k = 0; k < kRows; ++k) rstd[k] = rstd_of(Moments{mean[k], m2[k], n}, t.eps);
+  for (int k = 0; k < kRows; ++k) rstd[k] = rstd_of(m2[k] / n, t.eps);
   if (t.mean || t.rstd || t.moments)
     for (int k = 0; k < batch.rows; ++k) publish<S>(t, batch.first + k, {mean[k], m2[k], n}, rstd[k]);
   if (weighs_elements(g)) {
@@ -197,16 +204,23 @@ NORMKIT_LOCAL bool rows_are_dense(const Operand& y, const Geometry& g) {
 /// Whole vectors stored where they belong, past the caches or not; or one after the other in a LineBuffer.
 enum class Stores : std::uint8_t { plain, streamed, gathered };
 
-/// y[i] = f(position i) for one row.
+/// y[i] = f(position i) for one row. What is streamed are whole lines; by itself, since with a branch at every vector the constants
+/// that half types are rounded by are set anew for each.
 template <class Y, int kVectors, class F>
 NORMKIT_LOCAL void map_row(Count<kVectors> vectors, Y* y, std::int64_t n, Stores stores, LineBuffer<Y>& lines, F f) {
-  Y* to = stores == Stores::gathered ? lines.room() : y;
-  for_row<VectorOf<Y>>(vectors, n, [&](int, auto place) NORMKIT_INLINE_LAMBDA {
-    if (stores == Stores::streamed) stream(to + place.i, f(place));
-    else if (stores == Stores::gathered) store(to + place.i, f(place));
-    else place.store(to, f(place));
+  using V = VectorOf<Y>;
+  if (stores == Stores::streamed) {
+    for (int k = 0; k < kVectors; ++k) stream(y + k * kLanes<V>, f(Full{k * kLanes<V>}));
+    return;
+  }
+  const bool gathered = stores == Stores::gathered;
+  Y* to = gathered ? lines.room() : y;
+  for_row<V>(vectors, n, [&](int, auto place) NORMKIT_INLINE_LAMBDA {
+    const V v = f(place);
+    if (place.kWhole || gathered) store(to + place.i, v);
+    else place.store(to, v);
   });
-  if (stores == Stores::gathered) lines.done(n);
+  if (gathered) lines.done(n);
 }
 
 /// Rows that are written side by side, for a TileWriter.
@@ -231,7 +245,7 @@ template <class X, bool kLinear> struct ForwardTile {
 
 /// Writes the rows of a tile, from row k of the batch on, while the same of the next batch are summed.
 template <class X, bool kLinear>
-[[gnu::noinline]] void write_tile(const Task& t, int k, const Batch<X>& batch, Batch<X>& next,
+[[gnu::noinline]] void write_tile(const Task& t, int k, const BatchOf<X>& batch, BatchOf<X>& next,
                                   const ScalarOf<X>* weight, const ScalarOf<X>* bias) {
   using V = VectorOf<X>;
   const Geometry& g = t.geometry;
@@ -240,85 +254,108 @@ template <class X, bool kLinear>
   tile.weight = weight, tile.bias = bias;
   for (int j = 0; j < kRows; ++j) {
     const std::int64_t r = batch.first + k + j, o = g.outer == 1 ? 0 : r / g.lanes;
-    tile.x[j] = batch.x[k + j], tile.y[j] = at<X>(t.y, o, 0, r - o * g.lanes);
+    tile.x[j] = at<X>(batch.x[k + j], 0), tile.y[j] = at<X>(t.y, o, 0, r - o * g.lanes);
     tile.mean[j] = broadcast<V>(batch.mean[k + j]), tile.scale[j] = broadcast<V>(batch.scale[k + j]);
     tile.shift[j] = broadcast<V>(batch.shift[k + j]);
   }
-  TileWriter<X, ForwardTile<X, kLinear>> writer(tile, g.run, t.walk.stream_stores);
-  for (int j = k; j < k + kRows && j < next.rows; ++j)
-    sum_row(Count<0>{}, g.run, j, Fetch{reinterpret_cast<const char*>(next.x[j]) + near_ahead(g.run * sizeof(X)), true},
-            writer, next);
-  writer.finish();
+  write_beside<X>(tile, g.run, t.walk.stream_stores, [&](auto& writer) NORMKIT_INLINE_LAMBDA {
+    for (int j = k; j < k + kRows && j < next.rows; ++j)
+      sum_row<X>(Count<0>{}, g.run, j, Fetch{reinterpret_cast<const char*>(next.x[j]) + near_ahead(g.run * sizeof(X))},
+                 writer, next);
+  });
 }
 
+/// What the rows of a batch are written by, beside what is known of each.
+template <class X, class Y> struct BatchWriter {
+  const Task& t;
+  const ScalarOf<X>*weight, *bias;  // null: none that vary along a row
+  Stores stores;
+  LineBuffer<Y>& lines;
+  Streamer<Y>* streamer;
+};
+
+/// Writes the rows of a batch while those of the next are summed; before the first there are none to write.
 template <class X, class Y, int kVectors>
-void forward_batches(const Task& t, Count<kVectors> vectors, std::int64_t begin, std::int64_t end) {
+[[gnu::noinline]] void walk_batch(const BatchWriter<X, Y>& writer, const BatchOf<X>& batch, BatchOf<X>& next) {
   using V = VectorOf<X>;
-  using S = ScalarOf<X>;
+  constexpr Count<kVectors> vectors;
+  const Task& t = writer.t;
   const Geometry& g = t.geometry;
-  const std::int64_t n = g.run, rows = batch_rows(g, sizeof(X)), ahead = t.walk.fetch_bytes;
-  const RowParameter<S> weight(g, t.weight, 1), bias(g, t.bias, 0);
-  const auto at_y = [&](std::int64_t r) { return at<Y>(t.y, r / g.lanes, 0, r % g.lanes); };
-  Stores stores = Stores::plain;
-  if (t.walk.stream_stores && kVectors > 0 && rows_are_dense(t.y, g))
-    stores = t.walk.whole_lines ? Stores::streamed : Stores::gathered;
-  LineBuffer<Y> lines(at_y(begin));
-  Streamer<Y> streamer;
+  const std::int64_t n = g.run;
+  const int rows = batch.rows, next_rows = next.rows;  // copies: stores might change them, for all that is known
   Nothing alone;
-  Batch<X> batches[2], *batch = &batches[0], *next = &batches[1];
-  begin_batch(t, begin, least(end, begin + rows), *batch);
-  for (int k = 0; k < batch->rows; ++k) sum_row(vectors, n, k, Fetch{}, alone, *batch);
-  solve_batch(t, *batch);
-  while (batch->rows > 0) {
-    const std::int64_t first = batch->first + batch->rows;
-    begin_batch(t, first, least(end, first + rows), *next);
-    for (int k = 0; k < batch->rows; ++k) {
-      if constexpr (kVectors == 0 && kFloating<X> && __is_same(X, Y)) {
-        constexpr int kTile = ForwardTile<X, true>::kRows;
-        if (t.walk.tiled && k + kTile <= batch->rows) {
-          weight.value ? write_tile<X, true>(t, k, *batch, *next, weight.value, bias.value)
-                       : write_tile<X, false>(t, k, *batch, *next, nullptr, nullptr);
-          k += kTile - 1;
-          continue;
-        }
+  for (int k = 0; k < rows || k < next_rows; ++k) {
+    if constexpr (kVectors == 0 && kHoldsRows && kFloating<X> && __is_same(X, Y)) {
+      constexpr int kTile = ForwardTile<X, true>::kRows;
+      if (t.walk.tiled && k + kTile <= rows) {
+        writer.weight ? write_tile<X, true>(t, k, batch, next, writer.weight, writer.bias)
+                      : write_tile<X, false>(t, k, batch, next, nullptr, nullptr);
+        k += kTile - 1;
+        continue;
       }
-      const X* x = batch->x[k];
-      const Fetch fetch{reinterpret_cast<const char*>(x) + ahead};
-      if constexpr (kVectors > 0) fetch.block<kVectors * kLanes<V> * sizeof(X)>(0);
-      if (k < next->rows) sum_row(vectors, n, k, Fetch{}, alone, *next);
-      const std::int64_t r = batch->first + k, o = g.outer == 1 ? 0 : r / g.lanes;
-      Y* y = at<Y>(t.y, o, 0, r - o * g.lanes);
-      const Preactivation<X> z{broadcast<V>(batch->mean[k]), broadcast<V>(batch->scale[k]),
-                               broadcast<V>(batch->shift[k]), weight.value, bias.value};
-      const auto write = [&](auto f) NORMKIT_INLINE_LAMBDA {
-        if constexpr (kVectors == 0) map(y, n, t.walk.stream_stores ? &streamer : nullptr, fetch, f);
-        else map_row(vectors, y, n, stores, lines, f);
-      };
-      if (z.weight) write([&](auto place) NORMKIT_INLINE_LAMBDA { return z.linear(place, place.load(x)); });
-      else write([&](auto place) NORMKIT_INLINE_LAMBDA { return z.constant(place.load(x)); });
     }
-    solve_batch(t, *next);
-    Batch<X>* const written = batch;
-    batch = next, next = written;
+    if constexpr (kVectors > 0)
+      if (k < rows)
+        Fetch{reinterpret_cast<const char*>(batch.x[k]) + t.walk.fetch_bytes}
+            .template block<kVectors * kLanes<V> * sizeof(X)>(0);
+    if (k < next_rows) sum_row<X>(vectors, n, k, Fetch{}, alone, next);
+    if (k >= rows) continue;
+    const X* x = at<X>(batch.x[k], 0);
+    const std::int64_t r = batch.first + k, o = g.outer == 1 ? 0 : r / g.lanes;
+    Y* y = at<Y>(t.y, o, 0, r - o * g.lanes);
+    const Preactivation<X> z{broadcast<V>(batch.mean[k]), broadcast<V>(batch.scale[k]), broadcast<V>(batch.shift[k]),
+                             writer.weight, writer.bias};
+    const auto write = [&](auto f) NORMKIT_INLINE_LAMBDA {
+      if constexpr (kVectors > 0) map_row(vectors, y, n, writer.stores, writer.lines, f);
+      else map(y, n, writer.streamer, Fetch{reinterpret_cast<const char*>(x) + t.walk.fetch_bytes}, f);
+    };
+    if (z.weight) write([&](auto place) NORMKIT_INLINE_LAMBDA { return z.linear(place, place.load(x)); });
+    else write([&](auto place) NORMKIT_INLINE_LAMBDA { return z.constant(place.load(x)); });
   }
 }
 
-/// Loops of known length for what is usual: each is compiled for every type it is for.
-template <class X, class Y> void batches_forward(const Task& t, std::int64_t begin, std::int64_t end) {
-  if constexpr (kFloating<X> && __is_same(X, Y)) {
-    switch (ceil_div(t.geometry.run, kLanes<VectorOf<X>>)) {
-      case 1: return forward_batches<X, Y>(t, Count<1>{}, begin, end);
-      case 2: return forward_batches<X, Y>(t, Count<2>{}, begin, end);
-      case 3: return forward_batches<X, Y>(t, Count<3>{}, begin, end);
-      case 4: return forward_batches<X, Y>(t, Count<4>{}, begin, end);
-      case 5: return forward_batches<X, Y>(t, Count<5>{}, begin, end);
-      case 6: return forward_batches<X, Y>(t, Count<6>{}, begin, end);
-      case 7: return forward_batches<X, Y>(t, Count<7>{}, begin, end);
-      case 8: return forward_batches<X, Y>(t, Count<8>{}, begin, end);
+template <class X, class Y> using WalkBatch = void (*)(const BatchWriter<X, Y>&, const BatchOf<X>&, BatchOf<X>&);
+
+/// A loop of known length for what is usual, compiled for every type it is for; null for others.
+template <class X, class Y> NORMKIT_LOCAL WalkBatch<X, Y> walk_of_known_length(std::int64_t run) {
+  if constexpr (kWide && kFloating<X> && __is_same(X, Y)) {
+    switch (ceil_div(run, kLanes<VectorOf<X>>)) {
+      case 1: return walk_batch<X, Y, 1>;
+      case 2: return walk_batch<X, Y, 2>;
+      case 3: return walk_batch<X, Y, 3>;
+      case 4: return walk_batch<X, Y, 4>;
+      case 5: return walk_batch<X, Y, 5>;
+      case 6: return walk_batch<X, Y, 6>;
+      case 7: return walk_batch<X, Y, 7>;
+      case 8: return walk_batch<X, Y, 8>;
       default: break;
     }
   }
-  forward_batches<X, Y>(t, Count<0>{}, begin, end);
+  return nullptr;
+}
+
+template <class X, class Y> void batches_forward(const Task& t, std::int64_t begin, std::int64_t end) {
+  using S = ScalarOf<X>;
+  const Geometry& g = t.geometry;
+  const std::int64_t rows = batch_rows(g, sizeof(X));
+  const RowParameter<S> weight(g, t.weight, 1), bias(g, t.bias, 0);
+  const WalkBatch<X, Y> known = walk_of_known_length<X, Y>(g.run), walk = known ? known : walk_batch<X, Y, 0>;
+  Stores stores = Stores::plain;
+  if (t.walk.stream_stores && known && rows_are_dense(t.y, g))
+    stores = t.walk.whole_lines ? Stores::streamed : Stores::gathered;
+  LineBuffer<Y> lines(at<Y>(t.y, begin / g.lanes, 0, begin % g.lanes));
+  Streamer<Y> streamer;
+  const BatchWriter<X, Y> writer{t,      weight.value, bias.value,
+                                 stores, lines,        t.walk.stream_stores ? &streamer : nullptr};
+  BatchOf<X> batches[2], *batch = &batches[0], *next = &batches[1];
+  for (std::int64_t first = begin; first < end || batch->rows > 0;) {
+    begin_batch<X>(t, least(first, end), least(end, first + rows), *next);
+    walk(writer, *batch, *next);
+    solve_batch(t, *next);
+    first += next->rows;
+    BatchOf<X>* const written = batch;
+    batch = next, next = written;
+  }
 }
 
 }  // namespace

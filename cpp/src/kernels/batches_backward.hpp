@@ -39,7 +39,7 @@ template <class X>
 }
 
 template <class X, bool kLinear, class Beside>
-NORMKIT_LOCAL void sum_row(std::int64_t n, int k, const ScalarOf<X>* weight, Ahead ahead, Beside& beside,
+NORMKIT_LOCAL void sum_row(std::int64_t n, int k, const ScalarOf<X>* weight, std::int64_t ahead, Beside& beside,
                            BackwardBatch<X>& batch) {
   const Sums<VectorOf<X>> s =
       lane_sums<X, kLinear>(batch.dy[k], 0, batch.x[k], 0, 1, n, batch.mean[k], weight, ahead, beside);
@@ -59,39 +59,28 @@ template <class X> [[gnu::noinline]] void solve_batch(const Task& t, BackwardBat
   }
 }
 
-/// dx of row k and what the row adds to the gradients of weights along it.
-template <class X>
-NORMKIT_LOCAL void write_row(const Task& t, std::int64_t n, int k, const ScalarOf<X>* weight, std::int64_t ahead,
+/// dx of row k and, kSummed, what the row adds to the gradients of weights along it.
+template <class X, bool kLinear, bool kSummed>
+NORMKIT_LOCAL void write_row(const Task& t, std::int64_t n, int k, const ScalarOf<X>* weight,
                              const BackwardBatch<X>& batch, Streamer<X>* streamer) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
   const X *x = batch.x[k], *dy = batch.dy[k];
   const Solved<S>& known = batch.solved[k];
   double factor = 1;
-  if (!weighs_elements(t.geometry)) {
+  if (!kLinear) {
     const std::int64_t r = batch.first + k, o = t.geometry.outer == 1 ? 0 : r / t.geometry.lanes;
     factor = common_weight(t, o, r - o * t.geometry.lanes);
   }
   const V mean = broadcast<V>(known.statistic.mean), a = broadcast<V>(static_cast<S>(known.statistic.rstd * factor));
   const V b = broadcast<V>(known.gradient.b), c = broadcast<V>(known.gradient.c);
-  const FetchBoth fetch(x, dy, {ahead, false});
-  const auto dx_of = [&](auto place, V dy_v, V x_v) NORMKIT_INLINE_LAMBDA {
-    const V g = weight ? dy_v * place.load(weight) : dy_v;
-    return backward(g, a, through_statistics(x_v, mean, b, c));
-  };
-  if (t.kind != ParamKind::row) {
-    map(batch.dx[k], n, streamer, Fetch{}, [&](auto place) NORMKIT_INLINE_LAMBDA {
-      fetch.line(place.i * static_cast<std::int64_t>(sizeof(X)));
-      return dx_of(place, place.load(dy), place.load(x));
-    });
-    return;
-  }
-  const ElementGradients<X> gradients(t, batch.row_sums[k], 0, 0, known.statistic);
+  const FetchBoth fetch(x, dy, t.walk.fetch_bytes);
+  const ElementGradients<X> gradients(t, kSummed ? batch.row_sums[k] : nullptr, 0, 0, known.statistic);
   map(batch.dx[k], n, streamer, Fetch{}, [&](auto place) NORMKIT_INLINE_LAMBDA {
-    fetch.line(place.i * static_cast<std::int64_t>(sizeof(X)));
+    fetch.far_line(place.i * static_cast<std::int64_t>(sizeof(X)));
     const V dy_v = place.load(dy), x_v = place.load(x);
-    gradients.add_row(place, dy_v, x_v);
-    return dx_of(place, dy_v, x_v);
+    if constexpr (kSummed) gradients.add_row(place, dy_v, x_v);
+    return backward(kLinear ? dy_v * place.load(weight) : dy_v, a, through_statistics(x_v, mean, b, c));
   });
 }
 
@@ -143,11 +132,11 @@ template <class X, bool kLinear, bool kSummed>
     tile.b[j] = broadcast<V>(known.gradient.b), tile.c[j] = broadcast<V>(known.gradient.c);
     tile.scale[j] = broadcast<V>(standard.scale), tile.shift[j] = broadcast<V>(standard.shift);
   }
-  TileWriter<X, BackwardTile<X, kLinear, kSummed>> writer(tile, g.run, t.walk.stream_stores);
-  const Ahead ahead{2048, true};  // (4096, 768): 1.7, 4 KB ahead 1.9, 16 KB 2.1, far fetches 2.4
-  for (int j = k; j < k + kBackwardTile && j < next.rows; ++j)
-    sum_row<X, kLinear>(g.run, j, weight, ahead, writer, next);
-  writer.finish();
+  const std::int64_t ahead = 2048;  // (4096, 768): 1.7, 4 KB ahead 1.9, 16 KB 2.1, far fetches 2.4
+  write_beside<X>(tile, g.run, t.walk.stream_stores, [&](auto& writer) NORMKIT_INLINE_LAMBDA {
+    for (int j = k; j < k + kBackwardTile && j < next.rows; ++j)
+      sum_row<X, kLinear>(g.run, j, weight, ahead, writer, next);
+  });
 }
 
 /// True where the rows of a tile that begins with row k are in the batch, and add to the same sums.
@@ -156,32 +145,23 @@ template <class X> NORMKIT_LOCAL bool is_tile(const Task& t, int k, const Backwa
   return last < batch.rows && (t.kind != ParamKind::row || batch.row_sums[k] == batch.row_sums[last]);
 }
 
+/// Writes the rows of a batch while those of the next are summed; before the first there are none to write.
 template <class X, bool kLinear, bool kSummed>
-void backward_batches(const Task& t, std::int64_t begin, std::int64_t end, const ScalarOf<X>* weight) {
-  const std::int64_t n = t.geometry.run, rows = batch_rows(t.geometry, sizeof(X)), ahead = t.walk.fetch_bytes;
-  const std::int64_t last = rows_of(t, end - 1).last;
-  Streamer<X> streamer;
+[[gnu::noinline]] void walk_batch(const Task& t, const ScalarOf<X>* weight, Streamer<X>* streamer,
+                                  const BackwardBatch<X>& batch, BackwardBatch<X>& next) {
+  const std::int64_t n = t.geometry.run;
+  const int rows = batch.rows, next_rows = next.rows;
   Nothing alone;
-  BackwardBatch<X> batches[2], *batch = &batches[0], *next = &batches[1];
-  std::int64_t first = rows_of(t, begin).first;
-  begin_batch(t, first, least(last, first + rows), *batch);
-  for (int k = 0; k < batch->rows; ++k) sum_row<X, kLinear>(n, k, weight, Ahead{}, alone, *batch);
-  solve_batch(t, *batch);
-  while (batch->rows > 0) {
-    first = batch->first + batch->rows;
-    begin_batch(t, first, least(last, first + rows), *next);
-    for (int k = 0; k < batch->rows; ++k) {
-      if (t.walk.tiled && is_tile(t, k, *batch)) {
-        write_tile<X, kLinear, kSummed>(t, k, *batch, *next, weight);
+  for (int k = 0; k < rows || k < next_rows; ++k) {
+    if constexpr (kWide) {
+      if (t.walk.tiled && is_tile(t, k, batch)) {
+        write_tile<X, kLinear, kSummed>(t, k, batch, next, weight);
         k += kBackwardTile - 1;
         continue;
       }
-      if (k < next->rows) sum_row<X, kLinear>(n, k, weight, Ahead{}, alone, *next);
-      write_row(t, n, k, weight, ahead, *batch, t.walk.stream_stores ? &streamer : nullptr);
     }
-    solve_batch(t, *next);
-    BackwardBatch<X>* const written = batch;
-    batch = next, next = written;
+    if (k < next_rows) sum_row<X, kLinear>(n, k, weight, 0, alone, next);
+    if (k < rows) write_row<X, kLinear, kSummed>(t, n, k, weight, batch, streamer);
   }
 }
 
@@ -189,12 +169,19 @@ void backward_batches(const Task& t, std::int64_t begin, std::int64_t end, const
 template <class X> void batches_backward(const Task& t, std::int64_t begin, std::int64_t end) {
   const RowParameter<ScalarOf<X>> weight(t.geometry, t.weight, 1);
   const bool summed = t.kind == ParamKind::row;
-  if (weight.value)
-    summed ? backward_batches<X, true, true>(t, begin, end, weight.value)
-           : backward_batches<X, true, false>(t, begin, end, weight.value);
-  else
-    summed ? backward_batches<X, false, true>(t, begin, end, nullptr)
-           : backward_batches<X, false, false>(t, begin, end, nullptr);
+  const auto walk = weight.value ? (summed ? walk_batch<X, true, true> : walk_batch<X, true, false>)
+                                 : (summed ? walk_batch<X, false, true> : walk_batch<X, false, false>);
+  const std::int64_t rows = batch_rows(t.geometry, sizeof(X)), last = rows_of(t, end - 1).last;
+  Streamer<X> streamer;
+  BackwardBatch<X> batches[2], *batch = &batches[0], *next = &batches[1];
+  for (std::int64_t first = rows_of(t, begin).first; first < last || batch->rows > 0;) {
+    begin_batch(t, least(first, last), least(last, first + rows), *next);
+    walk(t, weight.value, t.walk.stream_stores ? &streamer : nullptr, *batch, *next);
+    solve_batch(t, *next);
+    first += next->rows;
+    BackwardBatch<X>* const written = batch;
+    batch = next, next = written;
+  }
 }
 
 }  // namespace

@@ -4,6 +4,9 @@
 namespace normkit {
 namespace {
 
+/// What is compiled, as policy.cpp has it.
+constexpr bool kHoldsRows = can_hold_rows(kHeldVectors), kWide = is_wide(kHeldVectors);
+
 /// A number of vectors that the compiler knows.
 template <int kValue> struct Count { static constexpr int value = kValue; };
 
@@ -22,10 +25,12 @@ struct Fetch {
   NORMKIT_LOCAL Fetch at(std::int64_t byte) const { return {from ? from + byte : nullptr, near}; }
   template <int kBytes> NORMKIT_LOCAL void block(std::int64_t byte) const {
     if (!from) return;
-    if (near)
-      for (int line = 0; line < kBytes; line += 64) prefetch_first(from + byte + line);
+    if (near) near_block<kBytes>(byte);
     else
       for (int line = 0; line < kBytes; line += 64) prefetch_second(from + byte + line);
+  }
+  template <int kBytes> NORMKIT_LOCAL void near_block(std::int64_t byte) const {
+    for (int line = 0; line < kBytes; line += 64) prefetch_first(from + byte + line);
   }
 };
 
@@ -45,8 +50,11 @@ template <class T> NORMKIT_LOCAL T* at(std::byte* base, std::int64_t index) {
 template <class T> NORMKIT_LOCAL const T* at(const std::byte* base, std::int64_t index) {
   return reinterpret_cast<const T*>(base) + index;
 }
+NORMKIT_LOCAL std::int64_t index_at(const Operand& a, std::int64_t o, std::int64_t step, std::int64_t lane) {
+  return o * a.strides.outer + step * a.strides.step + lane * a.strides.lane;
+}
 template <class T> NORMKIT_LOCAL T* at(const Operand& a, std::int64_t o, std::int64_t step, std::int64_t lane) {
-  return at<T>(a.data, o * a.strides.outer + step * a.strides.step + lane * a.strides.lane);
+  return at<T>(a.data, index_at(a, o, step, lane));
 }
 
 NORMKIT_LOCAL double scalar(float v) { return v; }
@@ -163,6 +171,52 @@ struct Part {
   template <class V> NORMKIT_LOCAL V flags(const std::uint8_t* p) const { return ::normkit::flags<V>(p + i, n); }
 };
 
+/// Calls f for each position of [0, n).
+template <class V, class F> NORMKIT_LOCAL void for_positions(std::int64_t n, F f) {
+  std::int64_t i = 0;
+  for (; i + kLanes<V> <= n; i += kLanes<V>) f(Full{i});
+  if (i < n) f(Part{i, static_cast<int>(n - i)});
+}
+
+/// Elements of any type, as what is rarely needed sees them, so that it is compiled once: segments of n, `stride` apart.
+struct Segments {
+  const std::byte* data;
+  Dtype dtype;
+  std::int64_t rows, stride, n;
+
+  NORMKIT_LOCAL const std::byte* from(std::int64_t row, std::int64_t i) const {
+    return data + (row * stride + i) * size_of(dtype);
+  }
+};
+template <class X> constexpr Dtype kDtypeOf = Dtype::float32;
+template <> constexpr Dtype kDtypeOf<double> = Dtype::float64;
+template <> constexpr Dtype kDtypeOf<Half> = Dtype::float16;
+template <> constexpr Dtype kDtypeOf<Bfloat> = Dtype::bfloat16;
+template <> constexpr Dtype kDtypeOf<std::uint8_t> = Dtype::uint8;
+template <> constexpr Dtype kDtypeOf<std::int8_t> = Dtype::int8;
+template <> constexpr Dtype kDtypeOf<std::uint16_t> = Dtype::uint16;
+template <> constexpr Dtype kDtypeOf<std::int16_t> = Dtype::int16;
+template <class X>
+NORMKIT_LOCAL Segments segments(const X* x, std::int64_t rows, std::int64_t stride, std::int64_t n) {
+  return {reinterpret_cast<const std::byte*>(x), kDtypeOf<X>, rows, stride, n};
+}
+
+NORMKIT_LOCAL void store_doubles(double* to, F64 v) { store(to, v); }
+NORMKIT_LOCAL void store_doubles(double* to, F32 v) {
+  const Wide w = widen(v);
+  store(to, w.low), store(to + kLanes<F64>, w.high);
+}
+
+/// n elements of any type as doubles; `to` has room for whole vectors.
+[[gnu::noinline]] void read_doubles(const std::byte* from, Dtype dtype, std::int64_t n, double* to) {
+  visit(dtype, [&](auto type) {
+    using X = typename decltype(type)::type;
+    const X* x = at<X>(from, 0);
+    for_positions<VectorOf<X>>(n,
+                               [&](auto place) NORMKIT_INLINE_LAMBDA { store_doubles(to + place.i, place.load(x)); });
+  });
+}
+
 /// Spans that are written in the order of memory, which a fetch ahead foresees.
 constexpr std::int64_t kStretch = 16;
 /// Calls f(span) for spans [begin, end) after a first pass over them: stretch by stretch, backwards, since what was read last is
@@ -197,6 +251,7 @@ struct Masked {
 
   NORMKIT_LOCAL void next_row() { byte += row_stride; }
   NORMKIT_LOCAL Masked from(std::int64_t i) const { return {same ? byte : byte + i, row_stride, same}; }
+  NORMKIT_LOCAL bool has(std::int64_t i) const { return byte[same ? 0 : i]; }
   /// v of members, zeros elsewhere and past the end.
   template <class P, class V> NORMKIT_LOCAL V keep(P place, V v) const { return place.keep(only(place, v)); }
   template <class P, class V> NORMKIT_LOCAL V only(P place, V v) const {
@@ -223,6 +278,11 @@ struct Masked {
   }
 };
 
+/// Everyone as a mask has it, for what is not compiled for each.
+constexpr std::uint8_t kMember = 1;
+NORMKIT_LOCAL Masked masked(Everyone) { return {&kMember, 0, true}; }
+NORMKIT_LOCAL Masked masked(const Masked& members) { return members; }
+
 NORMKIT_LOCAL const std::uint8_t* mask_at(const Task& t, std::int64_t o, std::int64_t step, std::int64_t lane) {
   return reinterpret_cast<const std::uint8_t*>(at<std::uint8_t>(t.where, o, step, lane));
 }
@@ -235,17 +295,53 @@ NORMKIT_LOCAL auto with_members(const Task& t, std::int64_t o, std::int64_t step
   const Strides& s = t.where.strides;
   return f(Masked{mask_at(t, o, step, lane) + begin * s.run, s.step, s.run == 0});
 }
+NORMKIT_LOCAL Masked members_at(const Task& t, std::int64_t o, std::int64_t step, std::int64_t lane,
+                                std::int64_t begin) {
+  return with_members(t, o, step, lane, begin, [](auto members) NORMKIT_INLINE_LAMBDA { return masked(members); });
+}
 
 // ---- activation --------------------------------------------------------------------------------------------------
 
-/// Not inlined into the loops that call them, but for relu: eight functions in each would be most of the library.
-template <class V> [[gnu::noinline]] V curved(const Activation& a, V z) { return activate(a, z); }
-template <class V> NORMKIT_LOCAL V activated(const Activation& a, V z) {
-  return a.kind == ActivationKind::relu ? relu(z) : curved(a, z);
+/// Anything but relu, which loops apply as they go. What is curved goes through a buffer of the compute type: eight functions in
+/// each loop would be most of the library.
+NORMKIT_LOCAL bool is_relu(const Activation& a) { return a.kind == ActivationKind::relu; }
+NORMKIT_LOCAL bool is_curved(const Activation& a) { return a.kind != ActivationKind::none && !is_relu(a); }
+
+/// Calls f with an activation whose kind the compiler knows, so that loops have its constants at hand.
+template <class F> NORMKIT_LOCAL void with_kind(Activation a, F f) {
+  const auto call = [&](auto kind) NORMKIT_INLINE_LAMBDA {
+    f([=] NORMKIT_INLINE_LAMBDA {
+      return Activation{static_cast<ActivationKind>(decltype(kind)::value), a.parameter};
+    });
+  };
+  switch (a.kind) {
+    case ActivationKind::none: return;
+    case ActivationKind::relu: return call(Count<static_cast<int>(ActivationKind::relu)>{});
+    case ActivationKind::leaky_relu: return call(Count<static_cast<int>(ActivationKind::leaky_relu)>{});
+    case ActivationKind::silu: return call(Count<static_cast<int>(ActivationKind::silu)>{});
+    case ActivationKind::gelu: return call(Count<static_cast<int>(ActivationKind::gelu)>{});
+    case ActivationKind::gelu_tanh: return call(Count<static_cast<int>(ActivationKind::gelu_tanh)>{});
+    case ActivationKind::elu: return call(Count<static_cast<int>(ActivationKind::elu)>{});
+    case ActivationKind::sigmoid: return call(Count<static_cast<int>(ActivationKind::sigmoid)>{});
+    case ActivationKind::tanh: return call(Count<static_cast<int>(ActivationKind::tanh)>{});
+  }
 }
-template <class V> [[gnu::noinline]] V curved_slope(const Activation& a, V z) { return activation_slope(a, z); }
-template <class V> NORMKIT_LOCAL V slope_at(const Activation& a, V z) {
-  return a.kind == ActivationKind::relu ? kink_slope(z, 0) : curved_slope(a, z);
+
+/// z <- the activation of z, in whole vectors; a register at a time, since most formulas are long.
+template <class S> [[gnu::noinline]] void activate_all(const Activation& a, S* z, std::int64_t n) {
+  using One = RegisterOf<S>;
+  with_kind(a, [&](auto known) NORMKIT_INLINE_LAMBDA {
+    for (std::int64_t i = 0; i < n; i += kRegLanes<VectorOf<S>>)
+      reg_store(z + i, activate(known(), One{{reg_load(z + i)}}).r[0]);
+  });
+}
+/// g <- g times the slope of the activation at z, likewise.
+template <class S> [[gnu::noinline]] void multiply_by_slopes(const Activation& a, const S* z, S* g, std::int64_t n) {
+  using One = RegisterOf<S>;
+  with_kind(a, [&](auto known) NORMKIT_INLINE_LAMBDA {
+    for (std::int64_t i = 0; i < n; i += kRegLanes<VectorOf<S>>)
+      reg_store(g + i, reg_mul(reg_load(g + i), activation_slope(known(), One{{reg_load(z + i)}}).r[0]));
+  });
 }
 
 /// z = x_hat * weight + bias, to which an activation is applied. A constant weight and bias are in scale and shift; those that
@@ -322,42 +418,47 @@ template <class Y> class Streamer {
 /// No streamer: plain stores.
 template <class Y> constexpr Streamer<Y>* kPlain = nullptr;
 
+/// Stores a whole vector, past the caches or not.
+template <class Y> NORMKIT_LOCAL void put(Y* to, VectorOf<Y> v, bool streamed) {
+  if (streamed) stream(to, v);
+  else store(to, v);
+}
+
 /// y[i] = f(position i) for i < n; through `streamer`, where given, past the caches.
 template <class Y, class F> NORMKIT_LOCAL void map(Y* y, std::int64_t n, Streamer<Y>* streamer, Fetch fetch, F f) {
   constexpr int kWidth = kLanes<VectorOf<Y>>;
   constexpr std::int64_t kBlock = 4 * kWidth, kLine = Streamer<Y>::kLine;
+  const bool streamed = streamer;
+  const std::int64_t unit = streamed ? kLine : kWidth;  // what whole vectors are stored in, a power of two
+  const std::int64_t past = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(y) % 64 / sizeof(Y));
   std::int64_t i = 0;
-  if (streamer) {
-    const auto gather = [&](std::int64_t end) NORMKIT_INLINE_LAMBDA {
-      Y* line = streamer->place(y + i);
-      const std::int64_t elements = end - i;
-      for (std::int64_t k = 0; k < elements; k += kWidth, i += kWidth) {
-        const Part part{i, static_cast<int>(least(end - i, kWidth))};
-        ::normkit::store(line + k, f(part), part.n);
+  for (std::int64_t ragged = streamed && past ? least(kLine - past, n) : 0;; ragged = n) {  // before units, and after
+    if (i < ragged) {
+      Y* const to = streamed ? streamer->place(y + i) - i : y;
+      const std::int64_t begin = i;
+      for (; i < ragged; i += kWidth) {
+        const Part part{i, static_cast<int>(least(ragged - i, kWidth))};
+        part.store(to, f(part));
       }
-      i = end;
-      streamer->done(elements);
-    };
-    const std::int64_t past = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(y) % 64 / sizeof(Y));
-    for (std::int64_t ragged = past ? least(kLine - past, n) : 0;;
-         ragged = n) {  // a loop, so that gather() is here once
-      if (i < ragged) gather(ragged);
-      if (i == n) return;
-      for (; i + kBlock <= n; i += kBlock) {
-        fetch.template block<kBlock * sizeof(Y)>(i * static_cast<std::int64_t>(sizeof(Y)));
-        for (int k = 0; k < 4; ++k) stream(y + i + k * kWidth, f(Full{i + k * kWidth}));
-      }
-      for (; i + kLine <= n; i += kLine)
-        for (int k = 0; k < kLine / kWidth; ++k) stream(y + i + k * kWidth, f(Full{i + k * kWidth}));
-      if (i == n) return;
+      i = ragged;
+      if (streamed) streamer->done(ragged - begin);
     }
-  }
-  for (; i + kBlock <= n; i += kBlock)
-    for (int k = 0; k < 4; ++k) store(y + i + k * kWidth, f(Full{i + k * kWidth}));
-  for (; i + kWidth <= n; i += kWidth) store(y + i, f(Full{i}));
-  if (i < n) {
-    const Part part{i, static_cast<int>(n - i)};
-    part.store(y, f(part));
+    if (i == n) return;
+    if constexpr (kWide) {
+      if (streamed)  // a loop for each, since a branch would cost up to a tenth
+        for (; i + kBlock <= n; i += kBlock) {
+          fetch.template block<kBlock * sizeof(Y)>(i * static_cast<std::int64_t>(sizeof(Y)));
+          for (int k = 0; k < 4; ++k) stream(y + i + k * kWidth, f(Full{i + k * kWidth}));
+        }
+      else
+        for (; i + kBlock <= n; i += kBlock)
+          for (int k = 0; k < 4; ++k) store(y + i + k * kWidth, f(Full{i + k * kWidth}));
+    }
+    for (const std::int64_t end = i + ((n - i) & -unit); i < end; i += kWidth) {
+      if (!kWide && streamed) fetch.template block<kWidth * sizeof(Y)>(i * static_cast<std::int64_t>(sizeof(Y)));
+      put(y + i, f(Full{i}), streamed);
+    }
+    if (i == n) return;
   }
 }
 
@@ -411,7 +512,7 @@ template <class Outputs> class BesideWriter {
 
   Outputs& outputs_;
   typename Outputs::Formula formula_;
-  X* out_ = nullptr;              // of the piece
+  X* out_ = nullptr;  // of the piece
   std::int64_t i_ = 0, end_ = 0;  // in the piece: what is next, and where whole blocks end
   std::int64_t piece_ = 0, step_ = 0;
   const std::int64_t steps_, run_;
@@ -419,17 +520,15 @@ template <class Outputs> class BesideWriter {
 
 /// Writes rows of whole lines side by side, a vector of each or two, so that what they share is read once. `Tile` has their
 /// number and a formula: put(position, store), which calls store(address, vector) for each row.
-template <class X, class Tile> class TileWriter {
+template <class X, class Tile, bool kStreamed> class TileWriter {
   static constexpr int kWidth = kLanes<VectorOf<X>>;
 
  public:
-  TileWriter(const Tile& tile, std::int64_t n, bool streamed) : tile_(tile), n_(n), streamed_(streamed) {}
+  TileWriter(const Tile& tile, std::int64_t n) : tile_(tile), n_(n) {}
 
   NORMKIT_LOCAL void block() {
-    for (int k = 0; k < 4 / Tile::kRows && i_ < n_; ++k, i_ += kWidth) {
-      if (streamed_) tile_.put(Full{i_}, [](X* to, VectorOf<X> v) NORMKIT_INLINE_LAMBDA { stream(to, v); });
-      else tile_.put(Full{i_}, [](X* to, VectorOf<X> v) NORMKIT_INLINE_LAMBDA { store(to, v); });
-    }
+    for (int k = 0; k < 4 / Tile::kRows && i_ < n_; ++k, i_ += kWidth)
+      tile_.put(Full{i_}, [](X* to, VectorOf<X> v) NORMKIT_INLINE_LAMBDA { ::normkit::put(to, v, kStreamed); });
   }
   void finish() {
     while (i_ < n_) block();
@@ -439,8 +538,18 @@ template <class X, class Tile> class TileWriter {
   const Tile& tile_;
   std::int64_t i_ = 0;
   const std::int64_t n_;
-  const bool streamed_;
 };
+
+/// Calls sum(writer) with a TileWriter, and has it write what is left.
+template <class X, class Tile, class F>
+NORMKIT_LOCAL void write_beside(const Tile& tile, std::int64_t n, bool streamed, F sum) {
+  const auto write = [&](auto writer) NORMKIT_INLINE_LAMBDA {
+    sum(writer);
+    writer.finish();
+  };
+  if (streamed) write(TileWriter<X, Tile, true>(tile, n));
+  else write(TileWriter<X, Tile, false>(tile, n));
+}
 
 }  // namespace
 }  // namespace normkit

@@ -9,7 +9,7 @@
 namespace normkit {
 namespace {
 
-constexpr int kTile = 4;  // vectors
+constexpr int kTile = kWide ? 4 : 1;  // vectors
 
 /// What is known of each column once its statistic is, as arrays of the compute type. Forward: y from mean, a, b. Backward: dx
 /// from mean, a, b, c; x_hat from mean, unit, origin; and z, to which an activation was applied, as forward had it.
@@ -34,7 +34,8 @@ struct ColumnMoments {
 template <class X, class F> NORMKIT_LOCAL void for_tiles(std::int64_t columns, F f) {
   constexpr std::int64_t kWidth = kLanes<VectorOf<X>>;
   std::int64_t k = 0;
-  for (; k + kTile * kWidth <= columns; k += kTile * kWidth) f(Count<kTile>{}, k, kTile * kWidth);
+  if constexpr (kTile > 1)
+    for (; k + kTile * kWidth <= columns; k += kTile * kWidth) f(Count<kTile>{}, k, kTile * kWidth);
   for (; k < columns; k += kWidth) f(Count<1>{}, k, least(columns - k, kWidth));
 }
 
@@ -121,8 +122,7 @@ void first_pivots(Tile<X> tile, Count<kVectors>, ScalarOf<X>* pivot, const Maske
 }
 
 /// Adds one block of one tile to the sums of columns k and on.
-/// kMagnified: the differences are scaled so that only those of a constant column square to 0.
-template <bool kMagnified, class X, int kVectors, class Members, class Beside>
+template <class X, int kVectors, class Members, class Beside>
 NORMKIT_LOCAL void add_block(Tile<X> tile, Count<kVectors> vectors, PivotSums<ScalarOf<X>> sums, std::int64_t k,
                              Members members, Beside& beside) {
   using V = VectorOf<X>;
@@ -137,8 +137,7 @@ NORMKIT_LOCAL void add_block(Tile<X> tile, Count<kVectors> vectors, PivotSums<Sc
     prefetch_tile(vectors, x, tile.ahead);
     if (row % (kTile / kVectors) == 0) beside.block();
     for_vectors<V>(vectors, tile.n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
-      V d = members.only(place, place.load(x) - p[j]);
-      if constexpr (kMagnified) d = d * broadcast<V>(kMagnify<ScalarOf<X>>);
+      const V d = members.only(place, place.load(x) - p[j]);
       s[j] = s[j] + d;
       q[j] = mul_add(d, d, q[j]);
       if constexpr (!Members::kAll) n[j] = n[j] + members.only(place, one);
@@ -151,25 +150,25 @@ NORMKIT_LOCAL void add_block(Tile<X> tile, Count<kVectors> vectors, PivotSums<Sc
   }
 }
 
-/// Moments of the n members of one column in double, in two passes: for data that defeats the pivots.
-template <class X, class Members>
-[[gnu::noinline]] Moments careful_column(const X* x, std::int64_t stride, std::int64_t rows, double n, bool centered,
-                                         const Members& members) {
-  const auto sums_about = [&](double pivot) {
+/// Moments of the members of one column of a span in double, in two passes: for data that defeats the pivots.
+NORMKIT_LOCAL Moments careful_column(Segments x, bool centered, Masked members) {
+  alignas(64) double value[kSpanSteps + 16];
+  std::int64_t n = 0;
+  for (std::int64_t row = 0; row < x.rows; ++row, members.next_row())
+    if (members.has(0)) read_doubles(x.from(row, 0), x.dtype, 1, value + n++);
+  double pivot = centered ? value[0] : 0;
+  for (int pass = 0;; ++pass) {
     double s = 0, q = 0;
-    Members row_members = members;
-    for (std::int64_t row = 0; row < rows; ++row, row_members.next_row()) {
-      if (row_members.count(1, 1) == 0) continue;
-      const double d = static_cast<double>(first(load(x + row * stride, 1))) - pivot;
+    for (std::int64_t k = 0; k < n; ++k) {
+      const double d = value[k] - pivot;
       s += d;
       q = mul_add(d, d, q);
     }
-    return from_pivot(pivot, s, q, n);
-  };
-  if (centered)
-    return sums_about(sums_about(static_cast<double>(first(load(members.first(x, stride, rows, 1), 1)))).mean);
-  const Moments m = sums_about(0);
-  return {0, mul_add(m.mean * m.mean, n, m.m2), n};
+    const Moments m = from_pivot(pivot, s, q, static_cast<double>(n));
+    if (!centered) return {0, mul_add(m.mean * m.mean, m.n, m.m2), m.n};
+    if (pass == 1) return m;
+    pivot = m.mean;
+  }
 }
 
 /// Steps [begin, end) of a span.
@@ -184,50 +183,56 @@ template <class F> NORMKIT_LOCAL void for_blocks(std::int64_t begin, std::int64_
 }
 
 /// True where the sums of a column say nothing of it. Without branches, so that loops over columns become vectors.
-template <class S> NORMKIT_LOCAL bool doubtful(double s, double q, double n, bool centered) {
-  return (n > 0) & !trustworthy<S>(centered ? s : 0, q, n);
+template <class S> NORMKIT_LOCAL bool doubtful(double s, double q, double n) {
+  return (n > 0) & !trustworthy<S>(s, q, n);
 }
 
 /// The doubtful columns of a span: constant ones keep their pivot, others are taken once more in double. A column is judged
 /// by itself, so that none depends on its neighbors.
-template <class X>
+template <class S>
 [[gnu::noinline]] void mend_columns(const Task& t, std::int64_t o, std::int64_t begin, std::int64_t end,
-                                    PivotSums<ScalarOf<X>> sums, ColumnMoments out) {
-  using S = ScalarOf<X>;
-  constexpr std::int64_t kWidth = kTile * kLanes<VectorOf<X>>;
-  for_tiles<X>(t.geometry.columns(), [&](auto vectors, std::int64_t first, std::int64_t n) {
-    bool doubts[kWidth], any = false;
+                                    PivotSums<S> sums, ColumnMoments out) {
+  constexpr std::int64_t kWidth = 64;
+  const std::int64_t columns = t.geometry.columns();
+  for (std::int64_t first = 0; first < columns; first += kWidth) {
+    const std::int64_t n = least(kWidth, columns - first);
+    double pivot[kWidth];
+    bool doubts[kWidth], equal[kWidth], any = false;
     for (std::int64_t k = 0; k < n; ++k) {
       const std::int64_t column = first + k;
-      doubts[k] = doubtful<S>(sums.sum[column], sums.squares[column], sums.members[column], t.centered);
+      doubts[k] = doubtful<S>(sums.sum[column], sums.squares[column], sums.members[column]);
+      pivot[k] = static_cast<double>(sums.pivot[column]);
+      equal[k] = pivot[k] - pivot[k] == 0;  // a finite number
       any |= doubts[k];
     }
-    if (!any) return;
-    double memory[4 * kWidth] = {};
-    const PivotSums<S> magnified(memory, kWidth);
-    for (std::int64_t k = 0; k < n; ++k) magnified.pivot[k] = sums.pivot[first + k];
-    with_members(t, o, begin, 0, first, [&](auto members) {
-      const Tile<X> span{at<X>(t.x, o, begin, 0) + first, t.x.strides.step, end - begin, n};
-      Nothing alone;
-      add_block<true>(span, vectors, magnified, 0, members, alone);
-      for (std::int64_t k = 0; k < n; ++k) {
-        if (!doubts[k]) continue;
-        const double count = sums.members[first + k];
-        out.set(first + k, magnified.squares[k] == 0 ? Moments{static_cast<double>(sums.pivot[first + k]), 0, count}
-                                                     : careful_column(span.x + k, span.stride, span.rows, count,
-                                                                      t.centered, members.from(k)));
-      }
-    });
-  });
+    if (!any) continue;
+    const Segments x{reinterpret_cast<const std::byte*>(address(t.x, o, begin, 0, first)), t.x.dtype, end - begin,
+                     t.x.strides.step, n};
+    const Masked members = members_at(t, o, begin, 0, first);
+    Masked row_members = members;
+    alignas(64) double value[kWidth];
+    for (std::int64_t row = 0; row < x.rows; ++row, row_members.next_row()) {
+      read_doubles(x.from(row, 0), x.dtype, n, value);
+      for (std::int64_t k = 0; k < n; ++k) equal[k] &= !row_members.has(k) | (value[k] == pivot[k]);
+    }
+    for (std::int64_t k = 0; k < n; ++k) {
+      if (!doubts[k]) continue;
+      out.set(first + k,
+              equal[k] ? Moments{pivot[k], 0, sums.members[first + k]}
+                       : careful_column({x.from(0, k), x.dtype, x.rows, x.stride, 1}, t.centered, members.from(k)));
+    }
+  }
 }
 
 NORMKIT_LOCAL void merge_columns(ColumnMoments into, ColumnMoments more, std::int64_t n) {
   for (std::int64_t k = 0; k < n; ++k) into.set(k, merge(into.at(k), more.at(k)));
 }
 
-/// Moments of all columns over one span. `memory`: four arrays of columns. What is done beside knows of no masks.
+/// Moments of all columns over one span. `memory`: four arrays of columns. What is done beside knows of no masks, and is inlined
+/// with all of this, so that what it has come to stays in registers.
 template <class X, class Beside>
-void span_columns(const Task& t, std::int64_t o, std::int64_t span, double* memory, ColumnMoments out, Beside& beside) {
+NORMKIT_LOCAL void span_columns_beside(const Task& t, std::int64_t o, std::int64_t span, double* memory,
+                                       ColumnMoments out, Beside& beside) {
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
   const std::int64_t begin = span_begin(span), end = span_end(g, span), columns = g.columns();
@@ -239,27 +244,35 @@ void span_columns(const Task& t, std::int64_t o, std::int64_t span, double* memo
   const std::int64_t ahead = block_ahead<X>(g, t.x);
   const bool scans = t.residual.data && t.where.data;  // the first members are looked for in the whole span
   if (scans) form_sum<X>(t, o, begin, 0, end - begin, 0, columns);
-  for_blocks(begin, end, [&](std::int64_t step, std::int64_t rows) {
+  for_blocks(begin, end, [&](std::int64_t step, std::int64_t rows) NORMKIT_INLINE_LAMBDA {
     if (t.residual.data && !scans) form_sum<X>(t, o, step, 0, rows, 0, columns);
-    for_tiles<X>(columns, [&](auto vectors, std::int64_t k, std::int64_t n) {
+    for_tiles<X>(columns, [&](auto vectors, std::int64_t k, std::int64_t n) NORMKIT_INLINE_LAMBDA {
       const Tile<X> tile{at<X>(t.x, o, step, 0) + k, t.x.strides.step, rows, n, ahead};
-      const auto add = [&](const auto& members) {
+      const auto add = [&](const auto& members) NORMKIT_INLINE_LAMBDA {
         if (step == begin && t.centered)
           first_pivots(Tile<X>{tile.x, tile.stride, end - begin, n}, vectors, sums.pivot + k, members);
-        add_block<false>(tile, vectors, sums, k, members, beside);
+        add_block(tile, vectors, sums, k, members, beside);
       };
-      if constexpr (__is_same(Beside, Nothing)) with_members(t, o, step, 0, k, add);
+      if constexpr (__is_same(Beside, Nothing))
+        with_members(t, o, step, 0, k, [&](const auto& members) { add(members); });
       else add(Everyone{});
     });
   });
+  if (!t.centered)  // pivots are 0, and so are sums, as far as moments go: no loop need ask, and all become vectors
+    for (std::int64_t k = 0; k < columns; ++k) sums.sum[k] = 0;
   std::int64_t doubts = 0;
   for (std::int64_t k = 0; k < columns; ++k) {
     const double s = sums.sum[k], q = sums.squares[k], n = sums.members[k];
-    const Moments m = from_pivot(static_cast<double>(sums.pivot[k]), s, q, n);
-    out.set(k, t.centered ? m : Moments{0, q, n});
-    doubts |= doubtful<S>(s, q, n, t.centered);
+    out.set(k, from_pivot(static_cast<double>(sums.pivot[k]), s, q, n));
+    doubts |= doubtful<S>(s, q, n);
   }
-  if (doubts) mend_columns<X>(t, o, begin, end, sums, out);
+  if (doubts) mend_columns<S>(t, o, begin, end, sums, out);
+}
+template <class X>
+[[gnu::noinline]] void span_columns(const Task& t, std::int64_t o, std::int64_t span, double* memory,
+                                    ColumnMoments out) {
+  Nothing alone;
+  span_columns_beside<X>(t, o, span, memory, out, alone);
 }
 
 /// From the moments of columns to those of a statistic, whose columns they are.
@@ -341,14 +354,16 @@ NORMKIT_LOCAL bool one_walk(const Geometry& g, const Operand* const (&operands)[
   return dense;
 }
 
-/// Calls f(step, first column, elements) for steps [begin, end) as a whole if they are `dense`, else for each of them; for
-/// pieces of it where parameters follow the elements, which are read a buffer at a time.
+/// Calls f(step, first column, elements) for steps [begin, end), as many at once as lie `dense`, else for each of them; for
+/// pieces of it where what follows the elements goes through a buffer.
 template <class F>
-NORMKIT_LOCAL void for_walks(const Geometry& g, std::int64_t begin, std::int64_t end, bool dense, F f) {
-  const std::int64_t columns = g.columns(), piece = constant_in_column(g) ? columns : kBuffer;
-  if (dense) return f(begin, std::int64_t{0}, (end - begin) * columns);
-  for (std::int64_t step = begin; step < end; ++step)
-    for (std::int64_t k = 0; k < columns; k += piece) f(step, k, least(piece, columns - k));
+NORMKIT_LOCAL void for_walks(const Geometry& g, std::int64_t begin, std::int64_t end, bool dense, bool buffered, F f) {
+  const std::int64_t columns = g.columns(), most = buffered ? kBuffer / columns : end - begin;
+  const std::int64_t steps = dense && most > 1 ? most : 1, piece = buffered && steps == 1 ? kBuffer : steps * columns;
+  for (std::int64_t step = begin; step < end; step += steps) {
+    const std::int64_t n = least(steps, end - step) * columns;
+    for (std::int64_t k = 0; k < n; k += piece) f(step, k, least(piece, n - k));
+  }
 }
 
 /// Where in the table the elements of a walk are that pass one after the other.
@@ -366,10 +381,11 @@ void lanes_forward_span(const Task& t, std::int64_t o, std::int64_t span, Table<
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
   const std::int64_t begin = span_begin(span), end = span_end(g, span);
-  const bool by_column = constant_in_column(g), active = t.activation.kind != ActivationKind::none;
+  const bool by_column = constant_in_column(g);
+  const bool curved = is_curved(t.activation), rectified = is_relu(t.activation);
   if (t.residual.data && t.frozen) form_sum<X>(t, o, begin, 0, end - begin, 0, g.columns());
   ParamBuffer<S> weights, biases;
-  for_walks(g, begin, end, one_walk(g, {&t.x, &t.y}),
+  for_walks(g, begin, end, one_walk(g, {&t.x, &t.y}), curved || !by_column,
             [&](std::int64_t step, std::int64_t k, std::int64_t n) NORMKIT_INLINE_LAMBDA {
     const X *x = at<X>(t.x, o, step, 0) + k, *ahead = at<X>(fetch.from, fetch.o, step + fetch.shift, 0) + k;
     const S *mean = table.mean + k, *scale = table.a + k, *shift = table.b + k, *weight = nullptr, *bias = nullptr;
@@ -384,22 +400,30 @@ void lanes_forward_span(const Task& t, std::int64_t o, std::int64_t span, Table<
       const auto column = round(place);
       return forward(place.load(x), column.load(mean), column.load(scale), column.load(shift));
     };
-    if (by_column && !active) return map(y, n, streamer, Fetch{}, constant);
-    map(y, n, streamer, Fetch{}, [=, &t](auto place) mutable NORMKIT_INLINE_LAMBDA {
+    if (by_column && !curved && !rectified) return map(y, n, streamer, Fetch{}, constant);
+    auto any = [=](auto place) mutable NORMKIT_INLINE_LAMBDA {
       VectorOf<X> z = constant(place);
       if (!by_column) z = mul_add(z, place.load(weight), place.load(bias));
-      return active ? activated(t.activation, z) : z;
-    });
+      return rectified ? relu(z) : z;
+    };
+    if (!curved) return map(y, n, streamer, Fetch{}, any);
+    alignas(64) S value[kBuffer];
+    map(value, n, kPlain<S>, Fetch{}, any);
+    activate_all(t.activation, value, n);
+    map(y, n, streamer, Fetch{},
+        [&](auto place) NORMKIT_INLINE_LAMBDA { return place.load(static_cast<const S*>(value)); });
   });
 }
 
 /// Moments of all columns of one outer index. `memory`: ten arrays of columns, of which the first three will hold them.
 template <class X, class Beside>
-ColumnMoments outer_columns(const Task& t, std::int64_t o, double* memory, Beside& beside) {
+NORMKIT_LOCAL ColumnMoments outer_columns(const Task& t, std::int64_t o, double* memory, Beside& beside) {
   const std::int64_t columns = array_of_columns(t.geometry), spans = chunks_of(t.geometry, Traversal::lanes).spans;
   const ColumnMoments all(memory, columns), part(memory + 3 * columns, columns);
   for (std::int64_t span = 0; span < spans; ++span) {
-    span_columns<X>(t, o, span, memory + 6 * columns, span == 0 ? all : part, beside);
+    const ColumnMoments out = span == 0 ? all : part;
+    if constexpr (__is_same(Beside, Nothing)) span_columns<X>(t, o, span, memory + 6 * columns, out);
+    else span_columns_beside<X>(t, o, span, memory + 6 * columns, out, beside);
     if (span > 0) merge_columns(all, part, t.geometry.columns());
   }
   return all;
@@ -481,7 +505,7 @@ void lanes_forward_overlapped(const Task& t, std::int64_t begin, std::int64_t en
 }
 
 template <class X, class Y> void lanes_forward(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
-  if constexpr (kFloating<X> && __is_same(X, Y)) {
+  if constexpr (kWide && kFloating<X> && __is_same(X, Y)) {
     if (t.walk.overlapped) return lanes_forward_overlapped<X>(t, begin, end, scratch);
   }
   const Chunks c = chunks_of(t.geometry, Traversal::lanes);
@@ -503,10 +527,9 @@ template <class X>
 void lanes_forward_sums(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
   const Chunks c = chunks_of(t.geometry, Traversal::lanes);
   const std::int64_t columns = array_of_columns(t.geometry);
-  Nothing alone;
   for (std::int64_t unit = begin; unit < end; ++unit)
-    span_columns<X>(t, unit / c.spans, unit % c.spans, scratch, ColumnMoments(t.partials + 3 * columns * unit, columns),
-                    alone);
+    span_columns<X>(t, unit / c.spans, unit % c.spans, scratch,
+                    ColumnMoments(t.partials + 3 * columns * unit, columns));
 }
 
 template <class X> void lanes_forward_finish(const Task& t, std::int64_t begin, std::int64_t end) {

@@ -20,16 +20,18 @@ NORMKIT_LOCAL void add_columns(ColumnSums into, ColumnSums more, std::int64_t n)
 /// What is known of columns before the sums: their given mean, which sums are taken about, and the factors of z.
 template <class S> struct Known { const S *mean, *scale, *shift; };
 
-/// Adds one block of one tile to the sums of columns k and on.
-template <class X, int kVectors, class Members>
+/// Adds one block of one tile to the sums of columns k and on. kDetailed: there may be a mask, an activation, or weights that
+/// follow the elements.
+template <bool kDetailed, class X, int kVectors>
 NORMKIT_LOCAL void add_block(const Task& t, std::int64_t o, std::int64_t step, std::int64_t rows, std::int64_t k,
-                             std::int64_t n, Known<ScalarOf<X>> known, Count<kVectors> vectors, Members members,
-                             ColumnSums out) {
+                             std::int64_t n, Known<ScalarOf<X>> known, Count<kVectors> vectors, ColumnSums out) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
-  const bool by_column = constant_in_column(g), active = t.activation.kind != ActivationKind::none;
+  const bool by_column = !kDetailed || constant_in_column(g), masked = kDetailed && t.where.data;
+  const bool curved = kDetailed && is_curved(t.activation), active = kDetailed && has_activation(t);
   ParamBuffer<S> weights, biases;
+  alignas(64) S reaching[kVectors * kLanes<V>], z_value[kVectors * kLanes<V>];
   const V zero = broadcast<V>(S(0)), one = broadcast<V>(S(1));
   V m[kVectors], count[kVectors];
   Sums<V> s[kVectors];
@@ -37,36 +39,45 @@ NORMKIT_LOCAL void add_block(const Task& t, std::int64_t o, std::int64_t step, s
     m[j] = load(known.mean + k + j * kLanes<V>);
     s[j].g = s[j].gx = s[j].d = count[j] = zero;
   }
+  Masked members = members_at(t, o, step, 0, k);
   const std::int64_t x_ahead = block_ahead<X>(g, t.x), dy_ahead = block_ahead<X>(g, t.dy);
-  for (std::int64_t row = step; row < step + rows; ++row, members.next_row()) {
+  for (std::int64_t row = step; row < step + rows; ++row) {
     const X *x = at<X>(t.x, o, row, 0) + k, *dy = at<X>(t.dy, o, row, 0) + k;
     prefetch_tile(vectors, x, x_ahead), prefetch_tile(vectors, dy, dy_ahead);
     const std::int64_t parameter = by_column ? 0 : g.parameter(o, g.offset(o, row, 0, 0)) + k;
     const S* weight = by_column ? nullptr : weights.read(t.weight, parameter, n, 1);
     const S* bias = by_column || !active ? nullptr : biases.read(t.bias, parameter, n, 0);
+    const auto z_of = [=](V mean, auto place) NORMKIT_INLINE_LAMBDA {
+      return Preactivation<X>{mean, place.load(known.scale + k), place.load(known.shift + k), weight, bias};
+    };
+    if (curved) {
+      for_vectors<V>(vectors, n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
+        store(z_value + place.i, z_of(m[j], place).at(place, place.load(x)));
+        store(reaching + place.i, place.load(dy));
+      });
+      multiply_by_slopes(t.activation, z_value, reaching, n);
+    }
     for_vectors<V>(vectors, n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
       const V x_v = place.load(x);
-      V d = x_v - m[j], dz = place.load(dy);
-      if (active) {
-        const Preactivation<X> z{m[j], place.load(known.scale + k), place.load(known.shift + k), weight, bias};
-        dz = dz * slope_at(t.activation, z.at(place, x_v));
-      }
+      V d = x_v - m[j], dz;
+      if (curved) dz = place.load(static_cast<const S*>(reaching));
+      else if (active) dz = incoming(t, z_of(m[j], place), place, dy, x_v);
+      else dz = place.load(dy);
       if (!by_column) dz = dz * place.load(weight);
       s[j].g = s[j].g + dz;
-      if constexpr (Members::kAll) {
-        s[j].gx = mul_add(dz, d, s[j].gx);
-      } else {
-        s[j].gx = mul_add(dz, where(dz, d), s[j].gx);
+      s[j].gx = mul_add(dz, masked ? where(dz, d) : d, s[j].gx);
+      if (masked) {
         d = members.only(place, d);
         count[j] = count[j] + members.only(place, one);
       }
       s[j].d = s[j].d + d;
     });
+    if (masked) members.next_row();
   }
   for (int j = 0; j < kVectors; ++j) {
     const std::int64_t column = k + j * kLanes<V>;
     add_to(out.g + column, s[j].g), add_to(out.gx + column, s[j].gx), add_to(out.d + column, s[j].d);
-    if constexpr (!Members::kAll) add_to(out.n + column, count[j]);
+    if (masked) add_to(out.n + column, count[j]);
   }
 }
 
@@ -79,10 +90,11 @@ void span_column_sums(const Task& t, std::int64_t o, std::int64_t span, Known<Sc
     sums.g[k] = sums.gx[k] = sums.d[k] = 0;
     sums.n[k] = t.where.data ? 0 : static_cast<double>(end - begin);
   }
+  const bool detailed = has_detailed_sums(t) || !constant_in_column(g);
   for_blocks(begin, end, [&](std::int64_t step, std::int64_t rows) {
     for_tiles<X>(g.columns(), [&](auto vectors, std::int64_t k, std::int64_t n) {
-      with_members(t, o, step, 0, k,
-                   [&](const auto& members) { add_block<X>(t, o, step, rows, k, n, known, vectors, members, sums); });
+      if (detailed) add_block<true, X>(t, o, step, rows, k, n, known, vectors, sums);
+      else add_block<false, X>(t, o, step, rows, k, n, known, vectors, sums);
     });
   });
 }
@@ -90,7 +102,7 @@ void span_column_sums(const Task& t, std::int64_t o, std::int64_t span, Known<Sc
 /// Fills in what is known of the columns of one outer index.
 template <class S> void know_columns(const Task& t, std::int64_t o, S* mean, S* scale, S* shift) {
   const Geometry& g = t.geometry;
-  const bool active = t.activation.kind != ActivationKind::none;
+  const bool active = has_activation(t);
   ColumnParameter parameter(t, o);
   for (std::int64_t lane = 0; lane < g.lanes; ++lane) {
     const Statistic<S> s = given_statistic<S>(t, o * g.lanes + lane);
@@ -163,45 +175,68 @@ void lanes_backward_span(const Task& t, std::int64_t o, std::int64_t span, Table
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
-  const bool by_column = constant_in_column(g), active = t.activation.kind != ActivationKind::none;
+  const bool by_column = constant_in_column(g), active = has_activation(t);
+  const bool plain = by_column && !has_detailed_ranges(t) && t.kind != ParamKind::element && t.dx.data;
   const NextSteps fetch = fetch_for<X>(t, o, span, last);
   ParamBuffer<S> weights, biases;
   for_walks(g, span_begin(span), span_end(g, span), !t.where.data && one_walk(g, {&t.x, &t.dy, &t.dx, &t.residual}),
+            is_curved(t.activation) || !by_column,
             [&](std::int64_t step, std::int64_t k, std::int64_t n) NORMKIT_INLINE_LAMBDA {
     const X *x = at<X>(t.x, o, step, 0) + k, *dy = at<X>(t.dy, o, step, 0) + k;
     const X* x_ahead = at<X>(t.x, fetch.o, step + fetch.shift, 0) + k;
     const X* dy_ahead = at<X>(t.dy, fetch.o, step + fetch.shift, 0) + k;
+    X* const dx = t.dx.data ? at<X>(t.dx, o, step, 0) + k : nullptr;
+    Round round{table_period(g)};
+    const auto through = [=](auto column, V x_v) NORMKIT_INLINE_LAMBDA {
+      return through_statistics(x_v, column.load(table.mean + k), column.load(table.b + k), column.load(table.c + k));
+    };
+    if (plain) {
+      map(dx, n, streamer, Fetch{}, [=](auto place) mutable NORMKIT_INLINE_LAMBDA {
+        prefetch_place(x_ahead, place), prefetch_place(dy_ahead, place);
+        const auto column = round(place);
+        return backward(place.load(dy), column.load(table.a + k), through(column, place.load(x)));
+      });
+      return;
+    }
     const X* residual = t.residual.data ? at<X>(t.residual, o, step, 0) + k : nullptr;
     const std::int64_t offset = g.offset(o, step, 0, 0) + k;
     S* const dweight = t.dweight_out ? at<S>(t.dweight_out, offset) : nullptr;
     S* const dbias = t.dbias_out ? at<S>(t.dbias_out, offset) : nullptr;
     const std::int64_t parameter = by_column ? 0 : g.parameter(o, offset - k) + k;
     const S* weight = by_column ? nullptr : weights.read(t.weight, parameter, n, 1);
+    const Masked members = members_at(t, o, step, 0, k);
+    const bool masked = t.where.data, curved = is_curved(t.activation);
     const S* bias = by_column || !active ? nullptr : biases.read(t.bias, parameter, n, 0);
-    Round round{table_period(g)};
-    with_members(t, o, step, 0, k, [&](const auto& whole) NORMKIT_INLINE_LAMBDA {
-      map_or_walk(t.dx.data ? at<X>(t.dx, o, step, 0) + k : nullptr, n, streamer,
-                  [=, &t](auto place) mutable NORMKIT_INLINE_LAMBDA {
-        prefetch_place(x_ahead, place), prefetch_place(dy_ahead, place);
-        const auto column = round(place);
-        const V x_v = place.load(x), mean = column.load(table.mean + k);
-        V dz = place.load(dy);
-        if (active) {
-          const Preactivation<X> z{column.load(table.z_mean + k), column.load(table.z_scale + k),
-                                   column.load(table.z_shift + k), weight, bias};
-          dz = dz * slope_at(t.activation, z.at(place, x_v));
-        }
-        if (dweight) {
-          const V x_hat = forward(x_v, mean, column.load(table.unit + k), column.load(table.origin + k));
-          place.store(dweight, dz * (whole.kAll ? x_hat : where(dz, x_hat)));
-        }
-        if (dbias) place.store(dbias, dz);
-        const V through =
-            whole.only(place, through_statistics(x_v, mean, column.load(table.b + k), column.load(table.c + k)));
-        V v = backward(by_column ? dz : dz * place.load(weight), column.load(table.a + k), through);
-        if (residual) v = v + place.load(residual);
-        return v;
-      });
+    const auto z_of = [=](auto column) NORMKIT_INLINE_LAMBDA {
+      return Preactivation<X>{column.load(table.z_mean + k), column.load(table.z_scale + k),
+                              column.load(table.z_shift + k), weight, bias};
+    };
+    alignas(64) S reaching[kBuffer], z_value[kBuffer];
+    if (curved) {
+      map(reaching, n, kPlain<S>, Fetch{}, [=](auto place) NORMKIT_INLINE_LAMBDA { return place.load(dy); });
+      map(z_value, n, kPlain<S>, Fetch{},
+          [=](auto place) mutable NORMKIT_INLINE_LAMBDA { return z_of(round(place)).at(place, place.load(x)); });
+      multiply_by_slopes(t.activation, z_value, reaching, n);
+    }
+    const S* const reached = reaching;
+    map_or_walk(dx, n, streamer, [=, &t](auto place) mutable NORMKIT_INLINE_LAMBDA {
+      prefetch_place(x_ahead, place), prefetch_place(dy_ahead, place);
+      const auto column = round(place);
+      const V x_v = place.load(x);
+      V dz;
+      if (curved) dz = place.load(reached);
+      else if (active) dz = incoming(t, z_of(column), place, dy, x_v);
+      else dz = place.load(dy);
+      if (dweight) {
+        const V x_hat =
+            forward(x_v, column.load(table.mean + k), column.load(table.unit + k), column.load(table.origin + k));
+        place.store(dweight, dz * (masked ? where(dz, x_hat) : x_hat));
+      }
+      if (dbias) place.store(dbias, dz);
+      V v = backward(by_column ? dz : dz * place.load(weight), column.load(table.a + k),
+                     members.only(place, through(column, x_v)));
+      if (residual) v = v + place.load(residual);
+      return v;
     });
   });
 }

@@ -41,48 +41,45 @@ template <class F> NORMKIT_LOCAL void for_ranges(const Geometry& g, Chunks c, st
 
 // ---- forward ---------------------------------------------------------------------------------------------------
 
-/// Moments of a chunk in double, in two passes: for data that defeats the pivot of chunk_moments().
-template <class X, class Members>
-[[gnu::noinline]] Moments careful_moments(const X* x, std::int64_t rows, std::int64_t stride, std::int64_t n,
-                                          bool centered, double count, const Members& members) {
-  using V = VectorOf<X>;
-  constexpr int kWidth = kLanes<V>;
-  const auto sums_about = [&](double pivot) {
-    const F64 p = broadcast<F64>(pivot);
-    F64 s = broadcast<F64>(0.0), q = s;
-    Members row_members = members;
-    const auto add = [&](F64 v, auto place) NORMKIT_INLINE_LAMBDA {
-      const F64 d = row_members.keep(place, v - p);
-      s = s + d;
-      q = mul_add(d, d, q);
-    };
-    for (std::int64_t row = 0; row < rows; ++row, row_members.next_row())
-      for (std::int64_t i = 0; i < n; i += kWidth) {
-        const int live = static_cast<int>(least(n - i, kWidth));
-        const V v = live == kWidth ? load(x + row * stride + i) : load(x + row * stride + i, live);
-        if constexpr (kWidth == 8) {
-          add(v, Part{i, live});
-        } else {
-          const Wide w = widen(v);
-          add(w.low, Part{i, live < 8 ? live : 8});
-          if (live > 8) add(w.high, Part{i + 8, live - 8});
-        }
-      }
-    return from_pivot(pivot, sum(s), sum(q), count);
-  };
-  if (!centered) {
-    const Moments m = sums_about(0);
-    return {0, mul_add(m.mean * m.mean, count, m.m2), count};
-  }
-  const double rough = sums_about(static_cast<double>(first(load(members.first(x, stride, rows, n), 1)))).mean;
-  return sums_about(rough);
+/// Calls f with all differences to a pivot, in double, eight at a time; zeros for what is no member.
+template <class F> NORMKIT_LOCAL void for_differences(Segments x, Masked members, double pivot, F f) {
+  const F64 p = broadcast<F64>(pivot);
+  alignas(64) double value[kBuffer];
+  for (std::int64_t row = 0; row < x.rows; ++row, members.next_row())
+    for (std::int64_t begin = 0; begin < x.n; begin += kBuffer) {
+      const std::int64_t n = least(x.n - begin, kBuffer);
+      read_doubles(x.from(row, begin), x.dtype, n, value);
+      const Masked here = members.from(begin);
+      for (std::int64_t i = 0; i < n; i += kLanes<F64>)
+        f(here.keep(Part{i, static_cast<int>(least(n - i, kLanes<F64>))}, load(value + i) - p));
+    }
 }
 
-/// A sum of squares outside of these may have lost squares to underflow or overflow; and a factor that brings the smallest
-/// difference into them.
+/// The first of the members, of which there must be one.
+NORMKIT_LOCAL double first_member(Segments x, Masked members) {
+  alignas(64) double value[16];
+  for (std::int64_t row = 0; row < x.rows; ++row, members.next_row())
+    for (std::int64_t i = 0; i < x.n; ++i)
+      if (members.has(i)) return read_doubles(x.from(row, i), x.dtype, 1, value), value[0];
+  return 0;
+}
+
+/// Moments of a chunk in double, in two passes: for data that defeats the pivot of chunk_moments().
+NORMKIT_LOCAL Moments careful_moments(Segments x, bool centered, double count, const Masked& members) {
+  double pivot = centered ? first_member(x, members) : 0;
+  for (int pass = 0;; ++pass) {  // a loop, so that the sums are here once
+    F64 s = broadcast<F64>(0.0), q = s;
+    for_differences(x, members, pivot, [&](F64 d) NORMKIT_INLINE_LAMBDA { s = s + d, q = mul_add(d, d, q); });
+    const Moments m = from_pivot(pivot, sum(s), sum(q), count);
+    if (!centered) return {0, mul_add(m.mean * m.mean, count, m.m2), count};
+    if (pass == 1) return m;
+    pivot = m.mean;
+  }
+}
+
+/// A sum of squares outside of these may have lost squares to underflow or overflow.
 template <class S> constexpr double kVanishing = sizeof(S) == 8 ? 1e-280 : 1e-28;
 template <class S> constexpr double kOverflowing = sizeof(S) == 8 ? 1e300 : 1e38;
-template <class S> constexpr S kMagnify = sizeof(S) == 8 ? S(1e200) : S(1e30f);
 
 /// True where sums of differences to a pivot, taken in the compute type, hold the moments to within a few roundings: the
 /// pivot is at most 4 standard deviations from the mean, and no square has overflowed or vanished.
@@ -93,23 +90,14 @@ template <class S> NORMKIT_LOCAL bool trustworthy(double sum, double sum_squares
   return near & kept & held;  // without branches: loops over rows and columns become vectors
 }
 
-/// True where all members are `value`: their differences are scaled so that no square vanishes.
-template <class X, class Members>
-[[gnu::noinline]] bool all_equal(const X* x, std::int64_t rows, std::int64_t stride, std::int64_t n, ScalarOf<X> value,
-                                 Members members) {
-  using V = VectorOf<X>;
-  constexpr int kWidth = kLanes<V>;
-  const V p = broadcast<V>(value), scale = broadcast<V>(kMagnify<ScalarOf<X>>);
-  V q = broadcast<V>(ScalarOf<X>(0));
-  const auto add = [&](auto place) NORMKIT_INLINE_LAMBDA {
-    const V d = members.keep(place, (place.load(x) - p) * scale);
+/// True where all members are `value`, a finite number: differences are scaled so that no square vanishes.
+NORMKIT_LOCAL bool all_equal(Segments x, double value, const Masked& members) {
+  const F64 scale = broadcast<F64>(1e200);
+  F64 q = broadcast<F64>(0.0);
+  for_differences(x, members, value, [&](F64 d) NORMKIT_INLINE_LAMBDA {
+    d = d * scale;
     q = mul_add(d, d, q);
-  };
-  for (std::int64_t row = 0; row < rows; ++row, x += stride, members.next_row()) {
-    std::int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) add(Full{i});
-    if (i < n) add(Part{i, static_cast<int>(n - i)});
-  }
+  });
   return sum(q) == 0;
 }
 
@@ -146,7 +134,9 @@ NORMKIT_LOCAL DifferenceSums<VectorOf<X>> pivot_sums(const X* x, std::int64_t ro
       V local_s[4], local_q[4];  // copies, which stay in registers whatever is done beside
       for (int k = 0; k < 4; ++k) local_s[k] = s[k], local_q[k] = q[k];
       for (; i < stop; i += 4 * kWidth) {
-        fetch.template block<4 * kWidth * sizeof(X)>((row * stride + i) * static_cast<std::int64_t>(sizeof(X)));
+        const std::int64_t byte = (row * stride + i) * static_cast<std::int64_t>(sizeof(X));
+        if constexpr (__is_same(Beside, Nothing)) fetch.template block<4 * kWidth * sizeof(X)>(byte);
+        else fetch.template near_block<4 * kWidth * sizeof(X)>(byte);  // without asking, which would cost up to a tenth
         beside.block();
         for (int k = 0; k < 4; ++k) add(local_s[k], local_q[k], Full{i + k * kWidth}, x);
       }
@@ -164,21 +154,11 @@ NORMKIT_LOCAL DifferenceSums<VectorOf<X>> pivot_sums(const X* x, std::int64_t ro
   return {(total_s[0] + total_s[1]) + (total_s[2] + total_s[3]), (total_q[0] + total_q[1]) + (total_q[2] + total_q[3])};
 }
 
-/// True where the sums of pivot_sums() hold the moments.
-template <class S> NORMKIT_LOCAL bool settles(double sum, double squares, double n, bool centered) {
-  return trustworthy<S>(centered ? sum : 0, squares, n);
-}
-NORMKIT_LOCAL Moments settled(double pivot, double sum, double squares, double n, bool centered) {
-  return centered ? from_pivot(pivot, sum, squares, n) : Moments{0, squares, n};
-}
-
 /// Moments of members whose sums do not settle them: all equal to the pivot, or to be taken in double.
-template <class X, class Members>
-[[gnu::noinline]] Moments unsettled_moments(const X* x, std::int64_t rows, std::int64_t stride, std::int64_t n,
-                                            ScalarOf<X> pivot, double squares, bool centered, double count,
-                                            const Members& members) {
-  if (squares == 0 && all_equal(x, rows, stride, n, pivot, members)) return {static_cast<double>(pivot), 0, count};
-  return careful_moments(x, rows, stride, n, centered, count, members);
+[[gnu::noinline]] Moments unsettled_moments(Segments x, double pivot, double squares, bool centered, double count,
+                                            const Masked& members) {
+  if (squares == 0 && all_equal(x, pivot, members)) return {pivot, 0, count};
+  return careful_moments(x, centered, count, members);
 }
 
 /// Moments of the members of `rows` segments of n elements, `stride` apart, from one pass about a pivot near their mean.
@@ -187,9 +167,11 @@ template <class X, class Members, class Beside>
                                         ScalarOf<X> pivot, bool centered, double count, const Members& members,
                                         Fetch fetch, Beside& beside) {
   const DifferenceSums<VectorOf<X>> sums = pivot_sums(x, rows, stride, n, pivot, members, fetch, beside);
-  const double s = sum(sums.sum), q = sum(sums.squares);
-  if (settles<ScalarOf<X>>(s, q, count, centered)) return settled(static_cast<double>(pivot), s, q, count, centered);
-  return unsettled_moments(x, rows, stride, n, pivot, q, centered, count, members);
+  // Without a mean the pivot is 0, and so is the sum, as far as moments go.
+  const double s = centered ? sum(sums.sum) : 0, q = sum(sums.squares);
+  if (trustworthy<ScalarOf<X>>(s, q, count)) return from_pivot(static_cast<double>(pivot), s, q, count);
+  return unsettled_moments(segments(x, rows, stride, n), static_cast<double>(pivot), q, centered, count,
+                           masked(members));
 }
 
 /// The mean of the first vector of a chunk, or, with a mask, a member: near enough to the mean of the chunk, as a rule.
@@ -212,8 +194,7 @@ ScalarOf<X> first_pivot(const X* x, std::int64_t stride, std::int64_t rows, std:
 /// Where [begin, end) of a run begins.
 NORMKIT_LOCAL const char* address(const Operand& a, std::int64_t o, std::int64_t step, std::int64_t lane,
                                   std::int64_t begin) {
-  const std::int64_t at = o * a.strides.outer + step * a.strides.step + lane * a.strides.lane + begin;
-  return reinterpret_cast<const char*>(a.data) + at * size_of(a.dtype);
+  return reinterpret_cast<const char*>(a.data) + (index_at(a, o, step, lane) + begin) * size_of(a.dtype);
 }
 
 /// What is fetched while ranges of a statistic are read, and while they are written.
@@ -280,21 +261,30 @@ template <class X, class Y>
                                      std::int64_t begin, std::int64_t end, Statistic<ScalarOf<X>> s,
                                      Streamer<Y>* streamer, Fetch fetch) {
   using S = ScalarOf<X>;
+  const bool curved = is_curved(t.activation);
   ParamBuffer<S> weights, biases;
-  for_pieces(t, o, offset, begin, end, follows_elements(t.geometry) ? kBuffer : end,
+  for_pieces(t, o, offset, begin, end, curved || follows_elements(t.geometry) ? kBuffer : end,
              [&](Piece piece) NORMKIT_INLINE_LAMBDA {
     const X* from = x + piece.begin;
     Y* to = y + piece.begin;
     const Fetch next = fetch.at((piece.begin - begin) * static_cast<std::int64_t>(sizeof(X)));
     const Preactivation<X> z = preactivation<X>(t, piece, s, weights, biases);
-    if (t.activation.kind != ActivationKind::none)
+    if (curved) {
+      alignas(64) S value[kBuffer];
+      map(value, piece.n, kPlain<S>, Fetch{},
+          [&](auto place) NORMKIT_INLINE_LAMBDA { return z.at(place, place.load(from)); });
+      activate_all(t.activation, value, piece.n);
       map(to, piece.n, streamer, next,
-          [&](auto place) NORMKIT_INLINE_LAMBDA { return activated(t.activation, z.at(place, place.load(from))); });
-    else if (piece.linear)
+          [&](auto place) NORMKIT_INLINE_LAMBDA { return place.load(static_cast<const S*>(value)); });
+    } else if (is_relu(t.activation)) {
+      map(to, piece.n, streamer, next,
+          [&](auto place) NORMKIT_INLINE_LAMBDA { return relu(z.at(place, place.load(from))); });
+    } else if (piece.linear) {
       map(to, piece.n, streamer, next,
           [&](auto place) NORMKIT_INLINE_LAMBDA { return z.linear(place, place.load(from)); });
-    else
+    } else {
       map(to, piece.n, streamer, next, [&](auto place) NORMKIT_INLINE_LAMBDA { return z.constant(place.load(from)); });
+    }
   });
 }
 
@@ -373,7 +363,7 @@ template <class X, bool kLinear> void runs_forward_overlapped(const Task& t, std
         for_chunks(g, c, span * kSpanChunks, least(c.count, (span + 1) * kSpanChunks),
                    [&](std::int64_t step, std::int64_t rows, std::int64_t first, std::int64_t last) {
           const X* x = at<X>(t.x, o, step, lane) + first;
-          const Fetch fetch{reinterpret_cast<const char*>(x) + near_ahead(g.run * sizeof(X)), true};
+          const Fetch fetch{reinterpret_cast<const char*>(x) + near_ahead(g.run * sizeof(X))};
           add_chunk(x, rows, t.x.strides.step, last - first, t.centered, Everyone{}, fetch, writer, m);
         });
         return m;
@@ -385,10 +375,13 @@ template <class X, bool kLinear> void runs_forward_overlapped(const Task& t, std
 template <class X, class Y> void runs_forward(const Task& t, std::int64_t begin, std::int64_t end) {
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
-  if constexpr (kFloating<X> && __is_same(X, Y)) {
-    if (t.walk.overlapped)
-      return follows_elements(g) ? runs_forward_overlapped<X, true>(t, begin, end)
-                                 : runs_forward_overlapped<X, false>(t, begin, end);
+  if constexpr (kWide && kFloating<X> && __is_same(X, Y)) {
+    if (t.walk.overlapped) {
+      if constexpr (kHoldsRows) {
+        if (follows_elements(g)) return runs_forward_overlapped<X, true>(t, begin, end);
+      }
+      return runs_forward_overlapped<X, false>(t, begin, end);
+    }
   }
   const Chunks c = chunks_of(g, Traversal::runs);
   Streamer<Y> streamer;

@@ -14,38 +14,27 @@ NORMKIT_LOCAL Reduced operator+(Reduced a, Reduced b) { return {a.sums + b.sums,
 NORMKIT_LOCAL void put(Reduced r, double* to) { to[0] = r.sums.g, to[1] = r.sums.gx, to[2] = r.sums.d, to[3] = r.n; }
 NORMKIT_LOCAL Reduced reduced_at(const double* from) { return {{from[0], from[1], from[2]}, from[3]}; }
 
+NORMKIT_LOCAL bool has_activation(const Task& t) { return t.activation.kind != ActivationKind::none; }
+
 /// True where a mask or an activation asks more of the sums than the plain loops do; writing dx has a gradient to add, too.
-NORMKIT_LOCAL bool has_detailed_sums(const Task& t) {
-  return t.where.data || t.activation.kind != ActivationKind::none;
-}
+NORMKIT_LOCAL bool has_detailed_sums(const Task& t) { return t.where.data || has_activation(t); }
 NORMKIT_LOCAL bool has_detailed_ranges(const Task& t) { return t.residual.data || has_detailed_sums(t); }
 
-/// How far a walk over dy and x fetches both ahead; 0: not at all.
-struct Ahead {
-  std::int64_t bytes = 0;
-  bool near = false;
-};
-
-/// What such a walk fetches.
+/// What a walk over dy and x fetches, `ahead` bytes ahead.
 struct FetchBoth {
   const char *x, *dy;
-  bool near;
 
-  template <class X> FetchBoth(const X* x_now, const X* dy_now, Ahead ahead)
-      : x(reinterpret_cast<const char*>(x_now) + ahead.bytes),
-        dy(reinterpret_cast<const char*>(dy_now) + ahead.bytes),
-        near(ahead.near) {}
-  NORMKIT_LOCAL void line(std::int64_t byte) const {
-    if (near) prefetch_first(x + byte), prefetch_first(dy + byte);
-    else prefetch_second(x + byte), prefetch_second(dy + byte);
-  }
+  template <class X> FetchBoth(const X* x_now, const X* dy_now, std::int64_t ahead)
+      : x(reinterpret_cast<const char*>(x_now) + ahead), dy(reinterpret_cast<const char*>(dy_now) + ahead) {}
+  NORMKIT_LOCAL void near_line(std::int64_t byte) const { prefetch_first(x + byte), prefetch_first(dy + byte); }
+  NORMKIT_LOCAL void far_line(std::int64_t byte) const { prefetch_second(x + byte), prefetch_second(dy + byte); }
 };
 
 /// Sums of each lane over `rows` segments of n elements of dy and x; of dy * weight where `weight` gives one factor an element.
 template <class X, bool kWeighted, class Beside>
 NORMKIT_LOCAL Sums<VectorOf<X>> lane_sums(const X* dy, std::int64_t dy_stride, const X* x, std::int64_t x_stride,
                                           std::int64_t rows, std::int64_t n, ScalarOf<X> mean,
-                                          const ScalarOf<X>* weight, Ahead ahead, Beside& beside) {
+                                          const ScalarOf<X>* weight, std::int64_t ahead, Beside& beside) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
   constexpr int kWidth = kLanes<V>;
@@ -65,9 +54,11 @@ NORMKIT_LOCAL Sums<VectorOf<X>> lane_sums(const X* dy, std::int64_t dy_stride, c
     std::int64_t i = 0;
     Sums<V> even = s[0], odd = s[1];  // copies, which stay in registers whatever is done beside
     for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
-      if (ahead.bytes)
-        for (std::int64_t line = 0; line < 4 * kWidth * static_cast<std::int64_t>(sizeof(X)); line += 64)
-          fetch.line(i * static_cast<std::int64_t>(sizeof(X)) + line);
+      for (std::int64_t line = 0; line < 4 * kWidth * static_cast<std::int64_t>(sizeof(X)); line += 64) {
+        const std::int64_t byte = i * static_cast<std::int64_t>(sizeof(X)) + line;
+        if constexpr (!__is_same(Beside, Nothing)) fetch.near_line(byte);
+        else if (ahead) fetch.far_line(byte);
+      }
       beside.block();
       add(even, Full{i}), add(odd, Full{i + kWidth});
       add(even, Full{i + 2 * kWidth}), add(odd, Full{i + 3 * kWidth});
@@ -82,51 +73,73 @@ NORMKIT_LOCAL Sums<VectorOf<X>> lane_sums(const X* dy, std::int64_t dy_stride, c
 template <class X, bool kWeighted, class Beside>
 [[gnu::noinline]] Sums<double> chunk_sums(const X* dy, std::int64_t dy_stride, const X* x, std::int64_t x_stride,
                                           std::int64_t rows, std::int64_t n, ScalarOf<X> mean,
-                                          const ScalarOf<X>* weight, Ahead ahead, Beside& beside) {
+                                          const ScalarOf<X>* weight, std::int64_t ahead, Beside& beside) {
   const Sums<VectorOf<X>> all =
       lane_sums<X, kWeighted>(dy, dy_stride, x, x_stride, rows, n, mean, weight, ahead, beside);
   return {static_cast<double>(sum(all.g)), static_cast<double>(sum(all.gx)), static_cast<double>(sum(all.d))};
 }
 
-/// The gradient that reaches z = x_hat * weight + bias: dy, or that times the slope of the activation.
+/// The gradient that reaches z = x_hat * weight + bias: dy, or that times the slope of relu.
 template <class X, class P>
 NORMKIT_LOCAL VectorOf<X> incoming(const Task& t, const Preactivation<X>& z, P place, const X* dy, VectorOf<X> x) {
   const VectorOf<X> g = place.load(dy);
-  return t.activation.kind == ActivationKind::none ? g : g * slope_at(t.activation, z.at(place, x));
+  return is_relu(t.activation) ? g * kink_slope(z.at(place, x), 0) : g;
+}
+
+/// The same of any activation, for n <= kBuffer elements from element `begin` of a piece on.
+template <class X>
+NORMKIT_LOCAL void reach(const Task& t, const Preactivation<X>& z, const X* dy, const X* x, std::int64_t begin,
+                         std::int64_t n, ScalarOf<X>* reaching) {
+  using S = ScalarOf<X>;
+  map(reaching, n, kPlain<S>, Fetch{}, [&](auto place) NORMKIT_INLINE_LAMBDA {
+    const auto here = place.back(-begin);
+    return incoming(t, z, here, dy, here.load(x));
+  });
+  if (!is_curved(t.activation)) return;
+  alignas(64) S z_value[kBuffer];
+  map(z_value, n, kPlain<S>, Fetch{}, [&](auto place) NORMKIT_INLINE_LAMBDA {
+    const auto here = place.back(-begin);
+    return z.at(here, here.load(x));
+  });
+  multiply_by_slopes(t.activation, z_value, reaching, n);
 }
 
 /// chunk_sums() where a mask or an activation has its say. What no gradient reaches adds nothing, even where it is NaN, as
 /// what is no member may be.
-template <class X, class Members>
+template <class X>
 [[gnu::noinline]] Sums<double> detailed_sums(const Task& t, const X* dy, const X* x, std::int64_t rows, std::int64_t n,
-                                             ScalarOf<X> mean, const Preactivation<X>& z, Members members) {
+                                             ScalarOf<X> mean, const Preactivation<X>& z, Masked members) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
-  constexpr int kWidth = kLanes<V>;
   const V m = broadcast<V>(mean), zero = broadcast<V>(S(0));
+  const bool curved = is_curved(t.activation);
   Sums<V> s{zero, zero, zero};
-  const auto add = [&](auto place) NORMKIT_INLINE_LAMBDA {
-    prefetch_first(reinterpret_cast<const char*>(x + place.i) + kAhead);
-    prefetch_first(reinterpret_cast<const char*>(dy + place.i) + kAhead);
-    const V x_v = place.load(x), d = x_v - m;
-    V g = incoming(t, z, place, dy, x_v);
-    if (z.weight) g = g * place.load(z.weight);
-    s.g = s.g + place.keep(g);
-    s.gx = mul_add(place.keep(g), where(g, d), s.gx);
-    s.d = s.d + members.keep(place, d);
-  };
-  for (std::int64_t row = 0; row < rows; ++row, x += t.x.strides.step, dy += t.dy.strides.step, members.next_row()) {
-    std::int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) add(Full{i});
-    if (i < n) add(Part{i, static_cast<int>(n - i)});
-  }
+  alignas(64) S reaching[kBuffer];
+  for (std::int64_t row = 0; row < rows; ++row, x += t.x.strides.step, dy += t.dy.strides.step, members.next_row())
+    for (std::int64_t begin = 0; begin < n; begin += kBuffer) {
+      const std::int64_t count = least(n - begin, kBuffer);
+      if (curved) reach(t, z, dy, x, begin, count, reaching);
+      for_positions<V>(count, [&](auto place) NORMKIT_INLINE_LAMBDA {
+        const auto here = place.back(-begin);
+        prefetch_first(reinterpret_cast<const char*>(x + here.i) + kAhead);
+        prefetch_first(reinterpret_cast<const char*>(dy + here.i) + kAhead);
+        const V x_v = here.load(x), d = x_v - m;
+        V g;
+        if (curved) g = place.load(static_cast<const S*>(reaching));
+        else g = incoming(t, z, here, dy, x_v);
+        if (z.weight) g = g * here.load(z.weight);
+        s.g = s.g + place.keep(g);
+        s.gx = mul_add(place.keep(g), where(g, d), s.gx);
+        s.d = s.d + members.keep(here, d);
+      });
+    }
   return {static_cast<double>(sum(s.g)), static_cast<double>(sum(s.gx)), static_cast<double>(sum(s.d))};
 }
 
-/// What sums fetch: near, if outputs are written beside them.
-NORMKIT_LOCAL Ahead ahead_while_summing(const Task&, Nothing) { return {kFarAhead, false}; }
-template <class Beside> NORMKIT_LOCAL Ahead ahead_while_summing(const Task& t, const Beside&) {
-  return {near_ahead(t.geometry.run * size_of(t.x.dtype)), true};
+/// How far ahead sums fetch: near, if outputs are written beside them.
+NORMKIT_LOCAL std::int64_t ahead_while_summing(const Task&, Nothing) { return kFarAhead; }
+template <class Beside> NORMKIT_LOCAL std::int64_t ahead_while_summing(const Task& t, const Beside&) {
+  return near_ahead(t.geometry.run * size_of(t.x.dtype));
 }
 
 /// One range of a statistic's run, or several whole runs, whose place it knows.
@@ -140,11 +153,10 @@ Sums<double> piece_sums(const Task& t, Range range, Piece piece, Statistic<Scala
   const X* dy = at<X>(t.dy, range.o, range.step, range.lane) + piece.begin;
   if (has_detailed_sums(t)) {
     const Preactivation<X> z = preactivation<X>(t, piece, s, weights, biases);
-    return with_members(t, range.o, range.step, range.lane, piece.begin, [&](const auto& members) {
-      return detailed_sums(t, dy, x, range.rows, piece.n, s.mean, z, members);
-    });
+    const Masked members = members_at(t, range.o, range.step, range.lane, piece.begin);
+    return detailed_sums(t, dy, x, range.rows, piece.n, s.mean, z, members);
   }
-  const Ahead ahead = ahead_while_summing(t, beside);
+  const std::int64_t ahead = ahead_while_summing(t, beside);
   if (piece.linear)
     return chunk_sums<X, true>(dy, 0, x, 0, 1, piece.n, s.mean, weights.read(t.weight, piece.parameter, piece.n, 1),
                                ahead, beside);
@@ -291,13 +303,6 @@ template <class X> struct ElementGradients {
   }
 };
 
-/// Calls f for each position of [0, n).
-template <class V, class F> NORMKIT_LOCAL void for_positions(std::int64_t n, F f) {
-  std::int64_t i = 0;
-  for (; i + kLanes<V> <= n; i += kLanes<V>) f(Full{i});
-  if (i < n) f(Part{i, static_cast<int>(n - i)});
-}
-
 /// dx over one range of a run, and, where the parameters follow the elements, what the range adds to their gradients.
 /// dx may lie over x or dy, so it comes last.
 template <class X>
@@ -313,7 +318,12 @@ template <class X>
              [&](Piece piece) NORMKIT_INLINE_LAMBDA {
     const X *dy = rows.dy + piece.begin, *x = rows.x + piece.begin;
     X* dx = rows.dx + piece.begin;
-    const FetchBoth fetch(x, dy, {t.frozen ? kAhead : t.walk.fetch_bytes, t.frozen});
+    const FetchBoth next(x, dy, t.frozen ? kAhead : t.walk.fetch_bytes);
+    const auto fetch = [&](auto place) NORMKIT_INLINE_LAMBDA {
+      const std::int64_t byte = place.i * static_cast<std::int64_t>(sizeof(X));
+      if (t.frozen) next.near_line(byte);
+      else next.far_line(byte);
+    };
     const double weight = piece.linear ? 1 : element(t.weight, piece.parameter, 1);
     const V a = broadcast<V>(static_cast<S>(known.statistic.rstd * weight));
     const S* factors = piece.linear ? weights.read(t.weight, piece.parameter, piece.n, 1) : nullptr;
@@ -321,7 +331,7 @@ template <class X>
                            NORMKIT_INLINE_LAMBDA { return backward(g, a, through_statistics(x_v, mean, b, c)); };
     if (!writes_element_gradients(t)) {
       map(dx, piece.n, streamer, Fetch{}, [&](auto place) NORMKIT_INLINE_LAMBDA {
-        fetch.line(place.i * static_cast<std::int64_t>(sizeof(X)));
+        fetch(place);
         const V dy_v = place.load(dy);
         return dx_of(factors ? dy_v * place.load(factors) : dy_v, place.load(x));
       });
@@ -334,7 +344,7 @@ template <class X>
       return;
     }
     map(dx, piece.n, streamer, Fetch{}, [&](auto place) NORMKIT_INLINE_LAMBDA {
-      fetch.line(place.i * static_cast<std::int64_t>(sizeof(X)));
+      fetch(place);
       const V dy_v = place.load(dy), x_v = place.load(x);
       gradients.add(place, dy_v, x_v);
       return dx_of(factors ? dy_v * place.load(factors) : dy_v, x_v);
@@ -344,10 +354,10 @@ template <class X>
 
 /// backward_range() with a mask, an activation or a gradient to add. The gradient that reaches the weights is put into a buffer
 /// first; z comes from the statistics that the caller gave, as the sums had it.
-template <class X, class Members>
+template <class X>
 [[gnu::noinline]] void detailed_range(const Task& t, BackwardRows<X> rows, std::int64_t o, std::int64_t offset,
                                       std::int64_t begin, std::int64_t end, const Solved<ScalarOf<X>>& known,
-                                      Statistic<ScalarOf<X>> given, Members members, Streamer<X>* streamer) {
+                                      Statistic<ScalarOf<X>> given, Masked members, Streamer<X>* streamer) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
   const V mean = broadcast<V>(known.statistic.mean);
@@ -357,8 +367,7 @@ template <class X, class Members>
   for_pieces(t, o, offset, begin, end, kBuffer, [&](Piece piece) NORMKIT_INLINE_LAMBDA {
     const X *dy = rows.dy + piece.begin, *x = rows.x + piece.begin;
     const Preactivation<X> z = preactivation<X>(t, piece, given, weights, biases);
-    map(reaching, piece.n, kPlain<S>, Fetch{},
-        [&](auto place) NORMKIT_INLINE_LAMBDA { return incoming(t, z, place, dy, place.load(x)); });
+    reach(t, z, dy, x, 0, piece.n, reaching);
     if (writes_element_gradients(t)) {
       const ElementGradients<X> gradients(t, rows.row_sums, offset, piece.begin, known.statistic);
       for_positions<V>(piece.n, [&](auto place) NORMKIT_INLINE_LAMBDA {
@@ -369,10 +378,10 @@ template <class X, class Members>
     const double weight = piece.linear ? 1 : element(t.weight, piece.parameter, 1);
     const V a = broadcast<V>(static_cast<S>(known.statistic.rstd * weight));
     const X* residual = rows.residual ? rows.residual + piece.begin : nullptr;
-    const Members piece_members = members.from(piece.begin - begin);
+    const Masked piece_members = members.from(piece.begin - begin);
     const Fetch ahead{residual ? reinterpret_cast<const char*>(residual) + kAhead : nullptr, true};
     map(rows.dx + piece.begin, piece.n, streamer, ahead, [&](auto place) NORMKIT_INLINE_LAMBDA {
-      V g = place.load(reaching);
+      V g = place.load(static_cast<const S*>(reaching));
       if (z.weight) g = g * place.load(z.weight);
       const V dx = backward(g, a, piece_members.only(place, through_statistics(place.load(x), mean, b, c)));
       return residual ? dx + place.load(residual) : dx;
@@ -395,9 +404,8 @@ void backward_span(const Task& t, std::int64_t r, Chunks c, std::int64_t span, c
                                t.dx.data ? at<X>(t.dx, o, step, lane) : nullptr, row_sums};
     const std::int64_t offset = g.offset(o, step, lane, 0);
     if (!has_detailed_ranges(t)) return backward_range(t, rows, o, offset, begin, end, known, streamer);
-    with_members(t, o, step, lane, begin, [&](const auto& members) {
-      detailed_range(t, rows, o, offset, begin, end, known, given_statistic<S>(t, r), members, streamer);
-    });
+    detailed_range(t, rows, o, offset, begin, end, known, given_statistic<S>(t, r), members_at(t, o, step, lane, begin),
+                   streamer);
   });
 }
 
@@ -488,7 +496,9 @@ NORMKIT_LOCAL Rows rows_of(const Task& t, std::int64_t unit) {
 }
 
 template <class X> void runs_backward(const Task& t, std::int64_t begin, std::int64_t end) {
-  if (t.walk.overlapped) return runs_backward_overlapped<X>(t, begin, end);
+  if constexpr (kWide) {
+    if (t.walk.overlapped) return runs_backward_overlapped<X>(t, begin, end);
+  }
   const Chunks c = chunks_of(t.geometry, Traversal::runs);
   Streamer<X> streamer;
   for (std::int64_t unit = begin; unit < end; ++unit) {

@@ -14,6 +14,11 @@ template <class Reg, int kRegs> struct Pack {
 };
 using F32 = Pack<Reg32, 16 / kLanes32>;
 using F64 = Pack<Reg64, 8 / kLanes64>;
+using R32 = Pack<Reg32, 1>;  // one register, for formulas of which a whole vector would be much code
+using R64 = Pack<Reg64, 1>;
+
+/// How many vectors of 16 floats the registers hold.
+constexpr int kHeldVectors = kRegisters * kLanes32 / 16;
 
 template <class V> constexpr int kLanes = 0;
 template <> constexpr int kLanes<F32> = 16;
@@ -26,13 +31,16 @@ template <> constexpr int kRegLanes<F64> = kLanes64;
 template <class T> struct ComputeOf {
   using Scalar = float;
   using Vector = F32;
+  using Register = R32;
 };
 template <> struct ComputeOf<double> {
   using Scalar = double;
   using Vector = F64;
+  using Register = R64;
 };
 template <class T> using ScalarOf = typename ComputeOf<T>::Scalar;
 template <class T> using VectorOf = typename ComputeOf<T>::Vector;
+template <class T> using RegisterOf = typename ComputeOf<T>::Register;
 
 template <class Reg, int kRegs, class Op>
 NORMKIT_LOCAL Pack<Reg, kRegs> each(Pack<Reg, kRegs> a, Pack<Reg, kRegs> b, Op op) {
