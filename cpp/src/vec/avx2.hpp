@@ -49,6 +49,16 @@ inline Reg64 reg_keep(Reg64 v, int n) {
   return _mm256_and_pd(v, _mm256_castsi256_pd(_mm256_cmpgt_epi64(_mm256_set1_epi64x(n), lane)));
 }
 
+// The first n elements, zeros elsewhere; nothing past them is touched. There is no such load of halves.
+inline Reg32 reg_load_part(const float* p, int n) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane));
+}
+inline Reg64 reg_load_part(const double* p, int n) {
+  const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
+  return _mm256_maskload_pd(p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), lane));
+}
+
 inline __m128i bits16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 inline __m128i bits8(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
 inline Reg32 reg_load(const float* p) { return _mm256_loadu_ps(p); }

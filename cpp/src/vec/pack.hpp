@@ -111,8 +111,11 @@ template <class T> NORMKIT_LOCAL void stream(T* p, VectorOf<T> v) {
 /// The first n < kLanes elements; never touches memory past them.
 template <class T> NORMKIT_LOCAL VectorOf<T> load(const T* p, int n) {
   using V = VectorOf<T>;
-  if constexpr (kMaskedParts) {
-    return V{{reg_load_part(p, n)}};
+  if constexpr (requires { reg_load_part(p, n); }) {
+    V v;
+    for (int i = 0; i < kLanes<V> / kRegLanes<V>; ++i)
+      v.r[i] = reg_load_part(p + i * kRegLanes<V>, n - i * kRegLanes<V>);
+    return v;
   } else {
     T part[kLanes<V>] = {};
     for (int i = 0; i < n; ++i) part[i] = p[i];
