@@ -4,8 +4,8 @@
 //     in turn:  thread 0 1 2 .. G-1 0 1 2 ..
 //
 //     teams:  memory -> shared memory, past the registers -> sums of each tile -> the statistic -> y or dx from shared memory,
-//             so that all is read once. A team is a group with one tile, or the blocks of a cluster, which tell each other what
-//             their tiles found.
+//             so that all is read once. A team is a group with one tile, a block with several, or the blocks of a cluster, which
+//             tell each other what their tiles found.
 //     others: the sums of each tile in one launch; y or dx in another, when statistics are known (finish.cuh)
 //
 // An H200 has time for about 210 instructions of a warp while it moves what a warp reads and writes as one vector each: half of
