@@ -118,6 +118,11 @@ def test_scenario(programs, scenario, seed):
     assert "shim test passed" in done.stdout
 
 
+def test_scenario_of_many_rows(programs):
+    done = programs.run("shim_test", "crowds")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("scenario", ["tails", "blocks", "teams"])
 def test_scenario_without_races(programs, scenario):
     done = programs.run("shim_test", scenario, sanitizer="thread")

@@ -74,6 +74,8 @@ void check_rows(const float* x, float* y, float* dx, std::int64_t rows, std::int
   expect(worst < 2e-6, name + ": error " + std::to_string(worst));
 }
 
+namespace cuda = normkit::cuda;
+
 /// Three arrays of the very size, `offset` floats into their memory.
 void check_exact(std::int64_t rows, std::int64_t n, int offset, const std::string& name) {
   std::mt19937 random(3);
@@ -97,6 +99,12 @@ void misaligned() {
 /// A whole block at a statistic, with threads to spare.
 void blocks() {
   for (const std::int64_t n : {1300, 2100, 9000, 40000}) check_exact(2, n, 0, "a block on " + std::to_string(n));
+}
+
+/// So many statistics that one block takes all tiles of one: two tiles forward, three backward; three forward.
+void crowds() {
+  check_exact(cuda::kManyStatistics, 11268, 0, "many rows of two tiles");
+  check_exact(cuda::kManyStatistics, 20001, 1, "many rows of three tiles");
 }
 
 /// Rows 4 GB apart, in memory that nobody backs but where it is touched.
@@ -140,7 +148,6 @@ void teams() {
 
 // ---- arithmetic that nobody can run ------------------------------------------------------------------------------
 
-namespace cuda = normkit::cuda;
 using normkit::ceil_div;
 using normkit::Geometry;
 using normkit::Traversal;
@@ -361,7 +368,7 @@ void workspace() {
 }
 
 const std::map<std::string, std::function<void()>> kScenarios = {
-    {"tails", tails},   {"misaligned", misaligned}, {"blocks", blocks}, {"teams", teams},
+    {"tails", tails},   {"misaligned", misaligned}, {"blocks", blocks}, {"teams", teams},        {"crowds", crowds},
     {"far", far_apart}, {"policy", policy},         {"lanes", lanes},   {"workspace", workspace}};
 
 }  // namespace
