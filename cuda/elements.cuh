@@ -502,14 +502,6 @@ NORMKIT_DEVICE void store_y(const Work& work, const Place& p, const ComputeOf<X>
   else store(at<ComputeOf<X>>(t.y, p), y, p.n, work.all_whole);
 }
 
-/// Sums of differences to a pivot that hold the moments to within a few roundings: the pivot is at most 4 standard
-/// deviations from the mean, and no square has overflowed or vanished.
-template <class S> NORMKIT_DEVICE bool trustworthy(double sum, double squares, double n, bool centered) {
-  constexpr double kVanishing = sizeof(S) == 8 ? 1e-280 : 1e-28, kOverflowing = sizeof(S) == 8 ? 1e300 : 1e38;
-  const bool near = !centered || 17 * (sum * sum) <= 16 * n * squares;  // sum^2 <= 16 n (squares - sum^2 / n)
-  return near && squares > kVanishing && squares < kOverflowing;
-}
-
 NORMKIT_DEVICE void put(Moments m, double* to) { to[0] = m.mean, to[1] = m.m2, to[2] = m.n; }
 NORMKIT_DEVICE Moments moments_at(const double* from) { return {from[0], from[1], from[2]}; }
 

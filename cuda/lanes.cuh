@@ -226,7 +226,7 @@ template <class X, Special kSpecial> struct LanesForward {
                    q = static_cast<double>(take(squares)), some = static_cast<double>(take(n));
       const double count = masked ? some : s.steps;
       const int e = column++;
-      if (count > 0 && e < s.n && !trustworthy<S>(all, q, count, t.centered))
+      if (count > 0 && e < s.n && !trustworthy<S>(t.centered ? all : 0, q, count))
         return careful_strand<X>(t, s, e, first, count);
       return t.centered ? from_pivot(first, all, q, count) : Moments{0, q, count};
     };

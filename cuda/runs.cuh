@@ -270,7 +270,7 @@ template <class X> struct HeldTile {
     const S pivot = centered ? static_cast<S>(first.value) : S(0);
     if (first.n == 0) return {0, 0, 0};
     const PivotSums sums = sums_about(pivot);
-    if (!trustworthy<S>(sums.sum, sums.squares, first.n, centered)) return careful_moments(first, centered);
+    if (!trustworthy<S>(centered ? sums.sum : 0, sums.squares, first.n)) return careful_moments(first, centered);
     if (!centered) return {0, sums.squares, first.n};
     return from_pivot(static_cast<double>(pivot), sums.sum, sums.squares, first.n);
   }

@@ -46,6 +46,16 @@ NORMKIT_HD Moments from_pivot(double pivot, double sum, double sum_squares, doub
   return {n == 0 ? 0 : m.mean, m.m2, n};
 }
 
+/// True where sums of differences to a pivot, taken in the compute type S, hold the moments to within a few roundings: the pivot is
+/// at most 4 standard deviations from the mean, and no square has been lost to underflow or overflow. About no pivot: sum = 0.
+template <class S> NORMKIT_HD bool trustworthy(double sum, double sum_squares, double n) {
+  constexpr double vanishing = sizeof(S) == 8 ? 1e-280 : 1e-28, overflowing = sizeof(S) == 8 ? 1e300 : 1e38;
+  const double spread = sum_squares - sum * sum / n;
+  const bool near = sum * sum <= 16 * n * spread;
+  const bool kept = sum_squares > vanishing, held = sum_squares < overflowing;
+  return near & kept & held;  // without branches: loops over rows and columns become vectors
+}
+
 /// A mean, held as two numbers of the compute type (float has too few digits for a mean far from zero), and 1/std.
 template <class S> struct Statistic {
   S mean, mean_low;

@@ -77,19 +77,6 @@ NORMKIT_LOCAL Moments careful_moments(Segments x, bool centered, double count, c
   }
 }
 
-/// A sum of squares outside of these may have lost squares to underflow or overflow.
-template <class S> constexpr double kVanishing = sizeof(S) == 8 ? 1e-280 : 1e-28;
-template <class S> constexpr double kOverflowing = sizeof(S) == 8 ? 1e300 : 1e38;
-
-/// True where sums of differences to a pivot, taken in the compute type, hold the moments to within a few roundings: the
-/// pivot is at most 4 standard deviations from the mean, and no square has overflowed or vanished.
-template <class S> NORMKIT_LOCAL bool trustworthy(double sum, double sum_squares, double n) {
-  const double spread = sum_squares - sum * sum / n;
-  const bool near = sum * sum <= 16 * n * spread;
-  const bool kept = sum_squares > kVanishing<S>, held = sum_squares < kOverflowing<S>;
-  return near & kept & held;  // without branches: loops over rows and columns become vectors
-}
-
 /// True where all members are `value`, a finite number: differences are scaled so that no square vanishes.
 NORMKIT_LOCAL bool all_equal(Segments x, double value, const Masked& members) {
   const F64 scale = broadcast<F64>(1e200);
