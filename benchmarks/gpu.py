@@ -14,9 +14,11 @@ to this process, and another may go on. `--dry-run` does all with NumPy on small
 """
 
 import argparse
+import gc
 import json
 import math
 import platform
+import site
 import statistics
 import subprocess
 import time
@@ -238,6 +240,7 @@ class Cuda:
         self.about = f"sm_{device.compute_capability}, {normkit._core.cuda}"
 
     def free_bytes(self) -> int:
+        gc.collect()
         self.cupy.get_default_memory_pool().free_all_blocks()
         return self.cupy.cuda.Device().mem_info[0]
 
@@ -296,7 +299,7 @@ class Cuda:
 
 
 COPY = r"""
-template <class Load> __device__ void move(int4* to, long long words, Load load) {
+template <class Load> __device__ void move_words(int4* to, long long words, Load load) {
   const long long step = (long long)gridDim.x * blockDim.x;
   long long k = blockIdx.x * (long long)blockDim.x + threadIdx.x;
   for (; k + 3 * step < words; k += 4 * step) {
@@ -307,10 +310,10 @@ template <class Load> __device__ void move(int4* to, long long words, Load load)
   for (; k < words; k += step) to[k] = load(k);
 }
 extern "C" __global__ void copy(int4* to, const int4* from, long long words) {
-  move(to, words, [=](long long k) { return from[k]; });
+  move_words(to, words, [=](long long k) { return from[k]; });
 }
 extern "C" __global__ void combine(int4* to, const int4* a, const int4* b, long long words) {
-  move(to, words, [=](long long k) {
+  move_words(to, words, [=](long long k) {
     const int4 u = a[k], v = b[k];
     return make_int4(u.x ^ v.x, u.y ^ v.y, u.z ^ v.z, u.w ^ v.w);
   });
@@ -419,6 +422,7 @@ class Lines:
 
 def measure(case: Case, rival: Any, timer: Any, xp: Any, pairs: int) -> dict[str, Any]:
     """What there is to say of a case: figures, or why there are none."""
+    rival.release()
     needed, free = needed_bytes(case, timer.cache), timer.free_bytes()
     if 1.2 * needed > free:  # workspaces, and what graphs keep
         return {"left_out": f"wants {needed >> 20} MB and a fifth more, {free >> 20} are free"}
@@ -479,6 +483,7 @@ def main(arguments: list[str] | None = None, clock: Callable[[], float] = time.p
         help="who is measured, with commas between them: %(default)s; of nobody there is the table alone",
     )
     parser.add_argument("--pairs", type=int, default=PAIRS, help="of a graph and a copy (%(default)s)")
+    parser.add_argument("--packages", type=Path, help="a folder of packages that a rival wants")
     parser.add_argument("--commit", help="of what is measured; by default git tells")
     parser.add_argument("--dry-run", action="store_true", help="with NumPy on small arrays")
     options = parser.parse_args(arguments)
@@ -489,6 +494,8 @@ def main(arguments: list[str] | None = None, clock: Callable[[], float] = time.p
     wanted = [name for name in options.rivals.split(",") if name]
     if unknown := {*wanted} - {*gpu_rivals.RIVALS}:
         parser.error(f"there is no rival {unknown.pop()!r}: expected some of {', '.join(gpu_rivals.RIVALS)}")
+    if options.packages and options.packages.is_dir():
+        site.addsitedir(str(options.packages))
     about = {"date": datetime.now(UTC).date().isoformat(), "commit": options.commit or commit()}
     lines, status = Lines(options.out, about), 0
     if wanted and options.dry_run:

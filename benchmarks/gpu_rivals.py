@@ -35,6 +35,9 @@ class Device(Rival):
         """All that `run` does, as one launch."""
         return timer.recorded(run)
 
+    def release(self) -> None:
+        """Gives memory back that nothing lies in."""
+
 
 class Normkit(Device, rivals.Normkit):
     """Into given outputs, with new statistics."""
@@ -181,6 +184,9 @@ class Torch(Device):
             raise ImportError("PyTorch without CUDA")
         super().__init__(cupy)
         self.torch, self.functional = torch, torch.nn.functional
+
+    def release(self) -> None:
+        self.torch.cuda.empty_cache()
 
     def stream(self) -> Any:
         """CuPy's current one, on which arrays are made and looked at."""

@@ -205,8 +205,8 @@ def steps_of(out: Path, work: Path, wheels: Path, of_commit: str) -> list[Step]:
         watched = ["compute-sanitizer", "--tool", tool, "--error-exitcode", 9, *check, *tested]
         steps.append(Step(tool, seconds, watched, None, {"NORMKIT_TEST_POOL": "off"}))
     for rival, seconds in RIVALS.items():
-        path = {"PYTHONPATH": os.pathsep.join([str(site), str(work / rival), os.environ.get("PYTHONPATH", "")])}
-        steps.append(Step(rival, seconds, [*times, rival], [*times, rival, "--pairs", 2, "--dry-run"], path))
+        one = [*times, rival, "--packages", work / rival]
+        steps.append(Step(rival, seconds, one, [*one, "--pairs", 2, "--dry-run"]))
     threads = {"NORMKIT_BENCHMARK_THREADS": "1,2,4,8,16"}
     measured = [*cpu, "-k", f"({CPU_CASES}) and (normkit- or torch-)", f"--benchmark-json={out / 'cpu.json'}"]
     steps.append(Step("cpu", 120, measured, [*cpu, "-m", "smoke", "-k", "normkit-"], threads))
@@ -292,9 +292,11 @@ class Session:
             return 1, str(error)
 
         def pass_on() -> None:
-            for line in process.stdout or ():
-                self.say(line.rstrip())
-                last[0] = line.strip() or last[0]
+            assert process.stdout
+            with process.stdout as said:
+                for line in said:
+                    self.say(line.rstrip())
+                    last[0] = line.strip() or last[0]
 
         reader = threading.Thread(target=pass_on)
         reader.start()

@@ -240,6 +240,16 @@ def test_a_wrong_answer_of_ours_is_a_failure(lost, modules, monkeypatch, tmp_pat
     assert len(lines) == len({str(gpu.shrunk(c)) for c in gpu.CASES if c.operation == "layer"})
 
 
+def test_packages_of_a_rival_may_lie_deeper(modules, tmp_path):
+    """Where a .pth file says, as it does in a folder of Python's own."""
+    gpu, _ = modules
+    (tmp_path / "deep/er").mkdir(parents=True)
+    (tmp_path / "deep/er/only_here_for_this_test.py").write_text("")
+    (tmp_path / "some.pth").write_text("deep/er\n")
+    gpu.main(["--dry-run", "--rivals", "normkit", "--pairs", "2", "--cases", LAYER, "--packages", str(tmp_path)])
+    __import__("only_here_for_this_test")
+
+
 # ---- memory ------------------------------------------------------------------------------------------------------
 
 
