@@ -103,9 +103,10 @@ def without_network() -> list[str] | None:
 
 
 class Machine:
-    """The environment, and no program but those of the system; of these no git, Python or nvcc."""
+    """The environment, and no program but those of the system; of these no git, Python or nvcc. `builds`: a build would
+    do without nvcc, and leave the faster instruction sets out."""
 
-    def __init__(self, folder: Path, python: str, isolated: list[str]) -> None:
+    def __init__(self, folder: Path, python: str, isolated: list[str], builds: bool) -> None:
         self.isolated = isolated
         subprocess.run([python, "-m", "venv", folder / "venv"], check=True)
         pip = [folder / "venv/bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
@@ -119,7 +120,8 @@ class Machine:
             if not path.name.startswith(("git", "python", "pip", "nvcc")):
                 (programs / path.name).symlink_to(path)
         kept = {name: os.environ[name] for name in ("LANG", "CMAKE_BUILD_PARALLEL_LEVEL") if name in os.environ}
-        self.environment = {"PATH": f"{folder / 'venv/bin'}:{programs}", "NORMKIT_CUDA": "off", **kept}
+        own = {"NORMKIT_CUDA": "off", "CMAKE_ARGS": "-DNORMKIT_ISAS=sse4"} if builds else {}
+        self.environment = {"PATH": f"{folder / 'venv/bin'}:{programs}", **own, **kept}
 
     def run(self, tree: Path, *command: object, **environment: object) -> subprocess.CompletedProcess:
         own = {**self.environment, **{name: str(value) for name, value in environment.items()}}
@@ -199,7 +201,7 @@ def main() -> None:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        machine, wheels = Machine(folder, python, isolated), folder / "wheels"
+        machine, wheels = Machine(folder, python, isolated, options.build), folder / "wheels"
         pack = [ROOT / "benchmarks/gpu.sh", "pack", wheels, "--wheel", options.wheel.resolve()]
         subprocess.run(pack, check=True)
         size = sum(path.stat().st_size for path in wheels.iterdir())

@@ -202,10 +202,14 @@ class Judged:
         self.notes["forward"] += [mean, var]
 
     def frozen(self) -> None:
-        mean, var = numbers((2, self.weight.size), 11) + np.float32(3)
-        found = self.op.forward(
-            self.x, self.weight, self.bias, running_mean=mean, running_var=var, use_input_stats=False
-        )
+        """By statistics that lie apart, and side by side."""
+        mean, var = numbers((self.weight.size, 2), 11).T + np.float32(3)
+        apart = {"running_mean": mean, "running_var": var, "use_input_stats": False}
+        close = {**apart, "running_mean": mean.copy(), "running_var": var.copy()}
+        assert not mean.flags.c_contiguous
+        found, given, _ = self.op.forward(self.x, self.weight, self.bias, return_stats=True, **apart)
+        assert found.tobytes() == self.op.forward(self.x, self.weight, self.bias, **close).tobytes()
+        assert (given == mean).all()
         shape = self.op.aligned(self.weight.shape, self.x.shape)
         m, v, w, b = (wide(p).reshape(shape) for p in (mean, var, self.weight, self.bias))
         truth = checks.statistics_of(mean=m, var=v, members=1, farthest=1.0, largest=1.0)
