@@ -1,5 +1,6 @@
 """The fixture `measure`, and the table at the end: time / limit for each case and rival."""
 
+import os
 import platform
 import statistics
 from collections import defaultdict
@@ -23,8 +24,9 @@ far_workload = lru_cache(maxsize=1)(partial(Workload, mean=FAR, sets=1))
 
 
 def runs(cases: list[Case], names: Collection[str] = ()) -> Any:
-    """Parametrizes a benchmark over cases, rivals (all of them, or those named) and threads; what a rival cannot do is
-    no run."""
+    """Parametrizes a benchmark over cases, rivals (all of them, or those named) and threads (1 and all, or those that
+    NORMKIT_BENCHMARK_THREADS lists, such as 1,2,4); what a rival cannot do is no run."""
+    threads_of = os.environ.get("NORMKIT_BENCHMARK_THREADS", f"1,{rivals.everywhere()}")
     return pytest.mark.parametrize(
         ("case", "rival", "threads"),
         [
@@ -32,7 +34,7 @@ def runs(cases: list[Case], names: Collection[str] = ()) -> Any:
                 case, rival, threads, id=f"{case}-{rival.name}-{threads}", marks=[pytest.mark.smoke] * case.smoke
             )
             for case in cases
-            for threads in sorted({1, rivals.everywhere()})
+            for threads in sorted({*map(int, threads_of.split(","))})
             for rival in rivals.available()[0].values()
             if rival.takes(case, threads) and (not names or rival.name in names)
         ],

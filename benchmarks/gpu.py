@@ -1,19 +1,24 @@
-"""Times on a GPU: `benchmarks/gpu.sh`, or `python benchmarks/gpu.py --json results.json` where all is installed.
+"""Times on a GPU, for `benchmarks/gpu.sh`; or `python benchmarks/gpu.py --out results.jsonl` where all is installed.
 
-Every figure is time / limit: the fastest copy of as many bytes as any implementation must move, in the same loop. What
-a rival does with all sets of arrays is one CUDA graph, timed by events, so that no launch is waited for; sets are at
-least four and four times the second-level cache, each of numbers of its own. Graphs of rival and copy take turns, and
-the figure is the median of the pairs' ratios. Beside it: microseconds of a call in the graph, of one on the same set
-again and again, and of one as programs make it.
+Every figure is time / limit: the fastest copy of as many bytes as any implementation must move, in the same loop; of
+two arrays into one, where two are read. What a rival does with all sets of arrays is one CUDA graph, timed by events,
+so that no launch is waited for; sets are at least four and four times the second-level cache, each of random numbers
+of its own. Graphs of rival and copy take turns, and the figure is the median of the pairs' ratios. Beside it:
+microseconds of a call in the graph, of one on the same set again and again, and of one as programs make it.
 An answer is compared with float64 first, in memory that held NaNs; a wrong one gets no time. All leave what a backward
 needs: forward writes statistics, backward gives all three gradients.
 
-`--dry-run` does all of it with NumPy on small arrays: for tests of this file.
+A rival is imported when its turn comes. Every result is a line of `--out` as soon as it is there, and what has a line
+is not measured again; `--rivals ""` has a table of it. Exit status 1 where normkit failed; 3 where the device is lost
+to this process, and another may go on. `--dry-run` does all with NumPy on small arrays: for tests of this file.
 """
 
 import argparse
+import gc
+import json
 import math
 import platform
+import site
 import statistics
 import subprocess
 import time
@@ -29,15 +34,29 @@ import gpu_rivals
 import normkit
 import numpy as np
 import report
-from cases import Case
+from cases import VOLUME, Case
 from rivals import evaluated, gradients, two_lines
 from workload import EPS, WRONG, dtype_named
 
-PAIRS, WARM_UP = 50, 3
+PAIRS, WARM_UP = 20, 3
 LEAST_SETS, MOST_SETS = 4, 256
-PIECE = 1 << 26  # elements whose truth is in memory at a time
+PIECE = 1 << 24  # elements whose truth is in memory at a time
+TEMPORARIES = 10  # arrays of doubles of a piece, while its truth is found
+LOST = 3  # exit status
 
 F32, F16, BF16 = "float32", "float16", "bfloat16"
+# Those of the CPU, of which it is known how many bytes, blocks and waves they should take: tests/shim has the table.
+KNOWN = [
+    *(Case("instance", (8, 64, 128, 128), dtype) for dtype in (F32, F16)),
+    Case("instance", (16, 256, 32, 32)),
+    *(Case("layer", (4096, 4096), dtype) for dtype in (F32, F16)),
+    *(Case("instance", (1, 64, 512, 512), dtype) for dtype in (F32, F16)),
+    *(Case("layer", (4096, 768), dtype) for dtype in (F32, F16)),
+    Case("group", (8, 320, 64, 64), groups=32),
+    Case("instance", (8, 64, 128, 128), channels_last=True),
+    Case("instance", VOLUME),
+    *(Case("layer", (65536, 128), dtype) for dtype in (F32, F16)),
+]
 IMAGES = [
     Case("instance", (16, 64, 256, 256), F16),
     Case("instance", (8, 64, 512, 512), F16),
@@ -57,11 +76,28 @@ ONE_ROW = Case("instance", (1, 1, 4096, 4096))
 FUSED = Case("group", (1, 128, 20, 256, 256), BF16, groups=32, option="silu")
 ROWS = [
     Case(operation, shape, BF16)
-    for operation in ("layer", "rms")
     for shape in ((16384, 4096), (131072, 128), (1024, 12288), (8192, 65536))
+    for operation in ("layer", "rms")
 ]
-FORWARD = [*IMAGES, *(replace(c, channels_last=True) for c in IMAGES), ONE_ROW, FUSED, *ROWS]
-CASES = [*FORWARD, *(replace(c, direction="backward") for c in FORWARD if not c.option)]
+FORWARD = [*KNOWN, *ROWS, *IMAGES, *(replace(c, channels_last=True) for c in IMAGES), ONE_ROW, FUSED]
+CASES = [c for f in FORWARD for c in (f, replace(f, direction="backward")) if not (c.option and c is not f)]
+
+# Of a copy: what is read once; with two arrays of it; what is too large for the chip, and is read twice.
+GOAL, GOAL_BACKWARD, GOAL_LARGE = 0.92, 0.85, 0.80
+ON_CHIP = 8 * 96 << 10  # bytes that a cluster of eight blocks holds
+SECTOR = 32  # bytes: the fewest side by side that memory gives
+
+
+def goal(case: Case) -> float:
+    """The share of a copy that a case is to reach. Channels-last, as much of each step as memory gives at once must fit
+    the chip."""
+    size, arrays = case.array_bytes // case.elements, 2 if case.direction == "backward" else 1
+    members = case.elements // math.prod(case.statistics)
+    within = [case.blocks[a] for a in case.reduced if a > case.channel_axis] if case.channels_last else [members]
+    beside = math.prod(within)
+    if arrays * members // beside * max(beside * size, SECTOR) > ON_CHIP:
+        return GOAL_LARGE
+    return GOAL_BACKWARD if arrays == 2 else GOAL
 
 
 def shrunk(case: Case) -> Case:
@@ -72,13 +108,36 @@ def shrunk(case: Case) -> Case:
     return replace(case, shape=(min(n, 2), min(c, 2 * max(case.groups, 4)), *(min(s, 5) for s in spatial)))
 
 
+# ---- arrays ------------------------------------------------------------------------------------------------------
+
+
+def sets_of(case: Case, cache: int) -> int:
+    return min(MOST_SETS, max(LEAST_SETS, -(-4 * cache // case.moved_bytes)))
+
+
+def pieces_of(case: Case) -> tuple[int, int]:
+    """An axis of `case.blocks` that statistics keep, and how much of it makes a piece."""
+    kept = [a for a in range(len(case.blocks)) if a not in case.reduced]
+    axis = max(kept, key=lambda a: case.blocks[a])
+    return axis, min(case.blocks[axis], max(1, PIECE * case.blocks[axis] // case.elements))
+
+
+def needed_bytes(case: Case, cache: int) -> int:
+    """Of the device, for all sets, statistics that are given and those that three rounds leave, and the truth about a
+    piece."""
+    axis, step = pieces_of(case)
+    statistics_bytes = 2 * 4 * math.prod(case.statistics)
+    truth = 8 * max(TEMPORARIES * case.elements * step // case.blocks[axis], 6 * math.prod(case.parameters))
+    return sets_of(case, cache) * (case.moved_bytes + 4 * statistics_bytes) + truth
+
+
 class Sets:
     """Arrays of a case on the device, as `Workload` has them on the CPU: x[k], dy[k] and y[k] of set k."""
 
     def __init__(self, case: Case, xp: Any, cache: int) -> None:
         self.case, self.xp = case, xp
         self.dtype = dtype_named(case.dtype)
-        self.sets = min(MOST_SETS, max(LEAST_SETS, -(-4 * cache // case.moved_bytes)))
+        self.sets = sets_of(case, cache)
         self.random = xp.random.default_rng(0)
         self.x = [self._normal() for _ in range(self.sets)]
         self.dy = [self._normal() for _ in range(self.sets)] if case.direction == "backward" else []
@@ -88,6 +147,7 @@ class Sets:
             0.5 + 0.5 * self.random.random((math.prod(case.parameters),), dtype=np.float32) for _ in range(2)
         )
         self.running_mean, self.running_var = (self.random.random((case.channels,), dtype=np.float32) for _ in range(2))
+        self.axis, self.step = pieces_of(case)
 
     def poison(self) -> None:
         """Fills the outputs with NaN, so that what is not written is seen: no answer of another rival remains."""
@@ -95,61 +155,73 @@ class Sets:
             y.view(np.uint8).fill(0xFF)
 
     def _normal(self) -> Any:
-        return self.random.standard_normal(self.case.memory, dtype=np.float32).astype(self.dtype)
+        array = self.xp.empty(self.case.memory, self.dtype)
+        flat = array.reshape(-1)
+        for k in range(0, flat.size, PIECE):
+            part = flat[k : k + PIECE]
+            part[...] = self.random.standard_normal(part.shape, dtype=np.float32)
+        return array
 
     def _pieces(self) -> Iterator[slice]:
-        first, *rest = self.case.blocks
-        step = first if 0 in self.case.reduced else max(1, PIECE // math.prod(rest))
-        return (slice(k, k + step) for k in range(0, first, step))
+        return (slice(k, k + self.step) for k in range(0, self.case.blocks[self.axis], self.step))
 
-    def _wide(self, array: Any, piece: slice) -> Any:
-        return array.reshape(self.case.blocks)[piece].astype(np.float64)
+    def _at(self, shape: tuple[int, ...], piece: slice) -> tuple[slice, ...]:
+        """Where in an array that broadcasts against `case.blocks` a piece lies."""
+        return tuple(piece if a == self.axis and extent > 1 else slice(None) for a, extent in enumerate(shape))
 
-    def _parameter(self, p: Any) -> Any:
-        return p.astype(np.float64).reshape(self.case.parameters)
+    def _wide(self, array: Any, shape: tuple[int, ...], piece: slice) -> Any:
+        return array.reshape(shape)[self._at(shape, piece)].astype(np.float64)
+
+    def _parameter(self, p: Any, piece: slice) -> Any:
+        return self._wide(p, self.case.parameters, piece)
 
     @cached_property
     def all_statistics(self) -> list[tuple[Any, Any]]:
         """mean and rstd of each set, broadcasting against `case.blocks`."""
-        xp, axis, found = self.xp, self.case.reduced, []
+        case, xp, found = self.case, self.xp, []
         for x in self.x:
-            parts = []
+            mean, rstd = (xp.zeros(case.statistics, np.float32) for _ in range(2))
             for piece in self._pieces():
-                wide = self._wide(x, piece)
-                mean = wide.mean(axis, keepdims=True) if self.case.operation != "rms" else xp.zeros((1,))
-                var = ((wide - mean) ** 2).mean(axis, keepdims=True)
-                parts.append((xp.broadcast_to(mean, var.shape), 1 / xp.sqrt(var + EPS)))
-            found.append(tuple(xp.concatenate(s).astype(np.float32) for s in zip(*parts, strict=True)))
+                wide, at = self._wide(x, case.blocks, piece), self._at(case.statistics, piece)
+                if case.operation != "rms":
+                    average = wide.mean(case.reduced, keepdims=True)
+                    mean[at] = average
+                    wide -= average
+                rstd[at] = 1 / xp.sqrt((wide * wide).mean(case.reduced, keepdims=True) + EPS)
+            found.append((mean, rstd))
         return found
 
     def _truth(self, piece: slice) -> tuple[Any, ...]:
         """y, or dx and what a piece adds to dweight and dbias, of set 0."""
-        case, xp, x = self.case, self.xp, self._wide(self.x[0], piece)
-        axis, weight, bias = case.reduced, self._parameter(self.weight), self._parameter(self.bias)
+        case, xp, x = self.case, self.xp, self._wide(self.x[0], self.case.blocks, piece)
+        axis, weight, bias = case.reduced, self._parameter(self.weight, piece), self._parameter(self.bias, piece)
         if case.direction == "backward":
-            mean, rstd = (s[slice(None) if 0 in axis else piece].astype(np.float64) for s in self.all_statistics[0])
-            return gradients(self._wide(self.dy[0], piece), x, mean, rstd, weight, axis, case.operation != "rms")
+            mean, rstd = (self._wide(s, case.statistics, piece) for s in self.all_statistics[0])
+            dy = self._wide(self.dy[0], case.blocks, piece)
+            return gradients(dy, x, mean, rstd, weight, axis, case.operation != "rms")
         if case.operation == "eval":
-            return (evaluated(xp, x, weight, bias, *map(self._parameter, (self.running_mean, self.running_var))),)
+            running = (self._parameter(p, piece) for p in (self.running_mean, self.running_var))
+            return (evaluated(xp, x, weight, bias, *running),)
         y = two_lines(xp, x, weight, bias, axis=axis, center=case.operation != "rms")
         return (y / (1 + xp.exp(-y)) if case.option == "silu" else y,)
 
     def error(self, answer: tuple[Any, ...]) -> float:
         """The largest error of set 0, relative to the largest number that is right."""
-        first, *sums = answer
+        case, (first, *sums) = self.case, answer
         worst = largest = 0.0
 
         def largest_of(a: Any) -> float:
             return float(np.nan_to_num(float(abs(a).max()), nan=math.inf))
 
-        total: list[Any] = [0.0] * len(sums)
+        totals = [self.xp.zeros(case.parameters) for _ in sums]
         for piece in self._pieces():
             right, *terms = self._truth(piece)
-            worst = max(worst, largest_of(self._wide(first, piece) - right))
+            worst = max(worst, largest_of(self._wide(first, case.blocks, piece) - right))
             largest = max(largest, largest_of(right))
-            total = [a + b for a, b in zip(total, terms, strict=True)]
+            for total, term in zip(totals, terms, strict=True):
+                total[self._at(case.parameters, piece)] += term
         errors = [worst / largest]
-        for found, right in zip(sums, total, strict=True):
+        for found, right in zip(sums, totals, strict=True):
             errors.append(largest_of(found.reshape(right.shape) - right) / largest_of(right))
         return max(errors)
 
@@ -167,10 +239,18 @@ class Cuda:
         self.chip = cupy.cuda.runtime.getDeviceProperties(device.id)["name"].decode()
         self.about = f"sm_{device.compute_capability}, {normkit._core.cuda}"
 
-    def fits(self, case: Case) -> bool:
+    def free_bytes(self) -> int:
+        gc.collect()
         self.cupy.get_default_memory_pool().free_all_blocks()
-        sets = max(LEAST_SETS, 4 * self.cache / case.moved_bytes)
-        return 1.2 * sets * case.moved_bytes + 6 * 8 * min(PIECE, case.elements) < self.cupy.cuda.Device().mem_info[0]
+        return self.cupy.cuda.Device().mem_info[0]
+
+    def is_lost(self) -> bool:
+        """True where the device answers no more: after a bad address nothing works in the same process."""
+        try:
+            self.cupy.cuda.Device().synchronize()
+        except Exception:
+            return True
+        return False
 
     def work(self) -> AbstractContextManager[Any]:
         return self.stream
@@ -199,32 +279,44 @@ class Cuda:
         return self.cupy.cuda.get_elapsed_time(start, end) / 1e3
 
     def copies(self, sets: Sets) -> list[tuple[str, Callable[[], None]]]:
-        """Ways to move as many bytes as the case, half of them read and half written, set by set."""
-        size = sets.case.moved_bytes // 2 // 16 * 16
-        source, target = (self.cupy.empty((size * sets.sets,), np.uint8) for _ in range(2))
-        source.fill(1)
-        kernel = self.cupy.RawKernel(COPY, "copy")
-        runtime, words = self.cupy.cuda.runtime, size // 16
-        blocks = max(1, min(-(-words // 256), 1 << 16))
+        """Ways to move the bytes of the case, from x, or x and dy, to y."""
+        module = self.cupy.RawModule(code=COPY)
+        name = "combine" if sets.dy else "copy"
+        kernel, runtime = module.get_function(name), self.cupy.cuda.runtime
+        words, every = sets.case.array_bytes // 16, list(zip(sets.y, sets.x, *([sets.dy] * bool(sets.dy)), strict=True))
+        blocks = max(1, min(-(-words // 1024), 1 << 16))
 
         def by_driver() -> None:
-            for k in range(sets.sets):
-                at = k * size
-                args = target.data.ptr + at, source.data.ptr + at, size, runtime.memcpyDeviceToDevice, self.stream.ptr
+            for y, x in every:
+                args = y.data.ptr, x.data.ptr, x.nbytes, runtime.memcpyDeviceToDevice, self.stream.ptr
                 runtime.memcpyAsync(*args)
 
         def by_kernel() -> None:
-            for k in range(sets.sets):
-                part = slice(k * size, (k + 1) * size)
-                kernel((blocks,), (256,), (target[part], source[part], np.int64(words)))
+            for arrays in every:
+                kernel((blocks,), (256,), (*(np.uint64(a.data.ptr) for a in arrays), np.int64(words)))
 
-        return [("memcpy", by_driver), ("a kernel", by_kernel)]
+        return [("a kernel", by_kernel), *([("memcpy", by_driver)] * (not sets.dy))]
 
 
 COPY = r"""
-extern "C" __global__ void copy(int4* to, const int4* from, long long words) {
+template <class Load> __device__ void move_words(int4* to, long long words, Load load) {
   const long long step = (long long)gridDim.x * blockDim.x;
-  for (long long k = blockIdx.x * (long long)blockDim.x + threadIdx.x; k < words; k += step) to[k] = from[k];
+  long long k = blockIdx.x * (long long)blockDim.x + threadIdx.x;
+  for (; k + 3 * step < words; k += 4 * step) {
+    int4 word[4];
+    for (int i = 0; i < 4; ++i) word[i] = load(k + i * step);
+    for (int i = 0; i < 4; ++i) to[k + i * step] = word[i];
+  }
+  for (; k < words; k += step) to[k] = load(k);
+}
+extern "C" __global__ void copy(int4* to, const int4* from, long long words) {
+  move_words(to, words, [=](long long k) { return from[k]; });
+}
+extern "C" __global__ void combine(int4* to, const int4* a, const int4* b, long long words) {
+  move_words(to, words, [=](long long k) {
+    const int4 u = a[k], v = b[k];
+    return make_int4(u.x ^ v.x, u.y ^ v.y, u.z ^ v.z, u.w ^ v.w);
+  });
 }
 """
 
@@ -234,11 +326,14 @@ class Dry:
 
     cache, chip, about = 1 << 12, platform.processor() or "CPU", "dry run"
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.clock = clock
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, free_bytes: int = 1 << 40) -> None:
+        self.clock, self.free = clock, free_bytes
 
-    def fits(self, case: Case) -> bool:
-        return True
+    def free_bytes(self) -> int:
+        return self.free
+
+    def is_lost(self) -> bool:
+        return False
 
     def work(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -253,8 +348,9 @@ class Dry:
 
     def copies(self, sets: Sets) -> list[tuple[str, Callable[[], None]]]:
         def by_numpy() -> None:
-            for x, y in zip(sets.x, sets.y, strict=True):
-                np.copyto(y, x)
+            for k, y in enumerate(sets.y):
+                given = [a[k].view(np.uint8) for a in (sets.x, sets.dy) if a]
+                np.bitwise_xor(*given, out=y.view(np.uint8)) if sets.dy else np.copyto(y.view(np.uint8), *given)
 
         return [("NumPy", by_numpy)]
 
@@ -262,18 +358,21 @@ class Dry:
 # ---- a run -------------------------------------------------------------------------------------------------------
 
 
-def measured(sets: Sets, rival: Any, timer: Any, copy: tuple[str, Callable[[], Any]], pairs: int) -> dict[str, Any]:
+def measured(sets: Sets, rival: Any, timer: Any, pairs: int) -> dict[str, Any]:
     """Raises what the rival raises, and AssertionError where its answer is none."""
     call, case, every = rival.prepare(sets, 1), sets.case, range(sets.sets)
     sets.poison()
     answer = rival.arrays_of(call(0), sets)
     error = sets.error(answer if case.direction == "backward" else answer[:1])
     assert error <= WRONG, f"off by {error:.2g} of the largest number"
+    del answer
+    copy = fastest_copy(sets, timer)
     launch = rival.recorded(timer, lambda: [call(k) for k in every])
     seconds = rival.seconds if hasattr(rival, "seconds") else timer.seconds
     for _ in range(WARM_UP):
         seconds(launch), timer.seconds(copy[1])
     limits, times = zip(*((timer.seconds(copy[1]), seconds(launch)) for _ in range(pairs)), strict=True)
+    del launch
     plain = [seconds(lambda: [call(k) for k in every]) for _ in range(5)]
     same = rival.recorded(timer, lambda: [call(0) for _ in every])  # one set, which stays in the cache where it fits
     warm = [seconds(same) for _ in range(5)]
@@ -281,9 +380,6 @@ def measured(sets: Sets, rival: Any, timer: Any, copy: tuple[str, Callable[[], A
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     per_call = statistics.median(times) / sets.sets
     return {
-        **{key: getattr(case, key) for key in ("operation", "groups", "option", "dtype", "channels_last", "direction")},
-        "shape": list(case.shape),
-        "rival": rival.name,
         "version": rival.version(),
         "ratio": middle,
         "ratio_iqr": high - low,
@@ -305,77 +401,124 @@ def fastest_copy(sets: Sets, timer: Any) -> tuple[str, Callable[[], Any]]:
     return min(found, key=lambda f: min(timer.seconds(f[1]) for _ in range(WARM_UP + 1)))
 
 
-def run(cases: list[Case], rivals: list[Any], timer: Any, xp: Any, pairs: int) -> list[dict[str, Any]]:
-    results = []
-    for case in cases:
-        takers = [rival for rival in rivals if rival.takes(case, 1)]
-        if not takers or not timer.fits(case):
-            print(f"{case}: left out, {'it does not fit the memory' if takers else 'nobody takes it'}", flush=True)
-            continue
+class Lines:
+    """A file of one JSON object a line, each on the disk as soon as it is known."""
+
+    def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
+        self.path, self.about = path, about
+        self.all = report.lines_of(path) if path and path.exists() else []
+        self.known = {(line["case"], line["rival"]) for line in self.all}
+
+    def add(self, case: Case, rival: str, found: dict[str, Any]) -> None:
+        fields = ("operation", "groups", "option", "dtype", "channels_last", "direction")
+        about = {**{key: getattr(case, key) for key in fields}, "shape": list(case.shape), "goal": goal(case)}
+        line = {"case": str(case), "rival": rival, **about, **found, **self.about}
+        self.all.append(line)
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps(line, separators=(",", ":")) + "\n")
+
+
+def measure(case: Case, rival: Any, timer: Any, xp: Any, pairs: int) -> dict[str, Any]:
+    """What there is to say of a case: figures, or why there are none."""
+    rival.release()
+    needed, free = needed_bytes(case, timer.cache), timer.free_bytes()
+    if 1.2 * needed > free:  # workspaces, and what graphs keep
+        return {"left_out": f"wants {needed >> 20} MB and a fifth more, {free >> 20} are free"}
+    try:
         with timer.work():
-            sets = Sets(case, xp, timer.cache)
-            copy = fastest_copy(sets, timer)
-            for rival in takers:
-                try:
-                    results.append(measured(sets, rival, timer, copy, pairs))
-                except Exception as error:
-                    if isinstance(rival, gpu_rivals.Normkit):
-                        raise
-                    print(f"{case}: {rival.name} left out: {type(error).__name__}: {error}"[:400], flush=True)
-                else:
-                    r = results[-1]
-                    told = f"{100 / r['ratio']:.0f} % of a copy, {r['us']:.1f} us, {r['us_plain']:.1f} us plain"
-                    print(f"{case}: {rival.name}: {told}", flush=True)
-            del sets, copy
-    return results
+            return measured(Sets(case, xp, timer.cache), rival, timer, pairs)
+    except Exception as error:
+        return {"left_out": f"{type(error).__name__}: {error}"[:400], "failed": isinstance(rival, gpu_rivals.Normkit)}
+
+
+def run(cases: list[Case], rivals: list[str], timer: Any, xp: Any, pairs: int, lines: Lines) -> int:
+    """The exit status."""
+    status = 0
+    for name in rivals:
+        rival = None
+        for case in cases:
+            if (str(case), name) in lines.known:
+                continue
+            try:
+                rival = rival or gpu_rivals.RIVALS[name](xp)
+            except Exception as error:
+                print(f"{name} left out: {type(error).__name__}: {error}", flush=True)
+                break
+            if not rival.takes(case, 1):
+                continue
+            found = measure(case, rival, timer, xp, pairs)
+            lines.add(case, name, found)
+            status = max(status, int(found.get("failed", False)))
+            if "left_out" in found:
+                told = f"left out: {found['left_out']}"
+            else:
+                told = f"{100 / found['ratio']:.0f} % of a copy, {found['us']:.1f} us, {found['us_plain']:.1f} us plain"
+            print(f"{case}: {name}: {told}", flush=True)
+            if "left_out" in found and timer.is_lost():
+                print("the device is lost to this process", flush=True)
+                return LOST
+    return status
 
 
 def commit() -> str:
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return found.stdout.strip() or "unknown"
+    """Of the checkout, where git is there to tell."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        found = ""
+    return found or "unknown"
 
 
-def main(arguments: list[str] | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
+def main(arguments: list[str] | None = None, clock: Callable[[], float] = time.perf_counter) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--out", type=Path, help="add the results there, a line each")
+    parser.add_argument("--json", type=Path, help="write all results there, as report.py stores them")
     parser.add_argument("--cases", default="", help="only those whose name has this in it")
-    parser.add_argument("--rivals", default="", help="only those named, with commas between them, beside normkit")
+    parser.add_argument(
+        "--rivals",
+        default=",".join(gpu_rivals.RIVALS),
+        help="who is measured, with commas between them: %(default)s; of nobody there is the table alone",
+    )
     parser.add_argument("--pairs", type=int, default=PAIRS, help="of a graph and a copy (%(default)s)")
+    parser.add_argument("--packages", type=Path, help="a folder of packages that a rival wants")
+    parser.add_argument("--commit", help="of what is measured; by default git tells")
     parser.add_argument("--dry-run", action="store_true", help="with NumPy on small arrays")
     options = parser.parse_args(arguments)
 
     cases = [case for case in CASES if options.cases in str(case)]
     if not cases:
         parser.error(f"no case has {options.cases!r} in its name")
-    if options.dry_run:
-        xp, timer, cases = np, Dry(clock), [shrunk(case) for case in cases]
-        rivals, left_out = [gpu_rivals.Normkit(), gpu_rivals.TwoLines(np)], []
-    else:
-        import cupy as xp
+    wanted = [name for name in options.rivals.split(",") if name]
+    if unknown := {*wanted} - {*gpu_rivals.RIVALS}:
+        parser.error(f"there is no rival {unknown.pop()!r}: expected some of {', '.join(gpu_rivals.RIVALS)}")
+    if options.packages and options.packages.is_dir():
+        site.addsitedir(str(options.packages))
+    about = {"date": datetime.now(UTC).date().isoformat(), "commit": options.commit or commit()}
+    lines, status = Lines(options.out, about), 0
+    if wanted and options.dry_run:
+        cases = list(dict.fromkeys(map(shrunk, cases)))
+        status = run(cases, wanted, Dry(clock), np, options.pairs, lines)
+    elif wanted:
+        import cupy
 
-        timer = Cuda(xp)
-        rivals, left_out = gpu_rivals.available(xp)
-    wanted = options.rivals.split(",") if options.rivals else [rival.name for rival in rivals]
-    rivals = [rival for rival in rivals if rival.name in wanted or isinstance(rival, gpu_rivals.Normkit)]
-    print(*left_out, sep="\n", flush=True)
-    results = run(cases, rivals, timer, xp, options.pairs)
-    whole = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit(),
-        "command": "python benchmarks/gpu.py" + (" --dry-run" if options.dry_run else ""),
-        "benchmarks": [
-            {"fullname": f"gpu.py::{name}", "name": name, "extra_info": result}
-            for result in results
-            for name in [f"gpu[{report.title(result)} {result['direction']}-{result['rival']}]"]
-        ],
-    }
-    if options.json:
+        status = run(cases, wanted, Cuda(cupy), cupy, options.pairs, lines)
+    whole = report.of_lines(lines.all)
+    if options.json and whole["benchmarks"]:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         report.store(whole, options.json)
-    print(report.gpu(whole, results))
+    if wanted and options.out:
+        found = [line for line in lines.all if line["rival"] in wanted]
+        print(f"{sum('ratio' in line for line in found)} times, {sum('left_out' in line for line in found)} left out")
+    else:
+        print(report.gpu(whole, [r["extra_info"] for r in whole["benchmarks"]]))
+        for line in lines.all:
+            if "left_out" in line:
+                print(f"{line['case']}: {line['rival']}: {line['left_out']}")
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

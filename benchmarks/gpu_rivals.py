@@ -1,9 +1,11 @@
 """normkit and those it is measured against on a GPU, each at its best path: to add one, write a class here.
 
 As in rivals.py, a method such as `layer_forward` makes the call of `Sets`: a function of k that normalizes set k. It
-returns y and what else a forward leaves, or (dx, dweight, dbias). Who raises is left out of a case, with a line.
+returns y and what else a forward leaves, or (dx, dweight, dbias). Who raises is left out of a case, with a line. A
+library is imported when its rival is made, so that nobody waits for those that are not asked for.
 """
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +24,9 @@ class Device(Rival):
 
     dtypes = FLOATS
 
+    def __init__(self, cupy: Any) -> None:
+        self.cupy = cupy
+
     def arrays_of(self, answer: Any, sets: Any) -> tuple[Any, ...]:
         """Arrays that `sets` computes with, lying as x does."""
         return answer if isinstance(answer, tuple) else (answer,)
@@ -29,6 +34,9 @@ class Device(Rival):
     def recorded(self, timer: Any, run: Callable[[], Any]) -> Callable[[], Any]:
         """All that `run` does, as one launch."""
         return timer.recorded(run)
+
+    def release(self) -> None:
+        """Gives memory back that nothing lies in."""
 
 
 class Normkit(Device, rivals.Normkit):
@@ -86,37 +94,78 @@ class TwoLines(Device, rivals.Formulas):
     instance_backward = group_backward = layer_backward = rms_backward = batch_backward = backward
 
 
-class Elementwise(Device):
-    """Two reductions by CuPy and a kernel for the rest: the best that CuPy itself has."""
+class Kernels(Device):
+    """A kernel of CuPy for each reduction and one for the rest: what who knows CuPy writes for speed. A reduction finds
+    sums, of which the rest takes `share`, one part of all members."""
 
-    name, package = "cupy kernel", "cupy"
+    name, package = "cupy-kernels", "cupy"
 
     def __init__(self, cupy: Any) -> None:
-        self.cupy = cupy
-        self.kernel = cupy.ElementwiseKernel(
-            "T x, float32 mean, float32 rstd, float32 weight, float32 bias",
+        super().__init__(cupy)
+
+        def reduction(name: str, arguments: str, term: str) -> Any:
+            return cupy.ReductionKernel(arguments, "float32 sum", term, "a + b", "sum = a", "0", name)
+
+        x_hat = "((float)x - mean) * rstd"
+        gradients = "T dy, T x, float32 mean, float32 rstd"
+        self.total = reduction("total", "T x", "(float)x")
+        self.squares = reduction(
+            "squares", "T x, float32 total, float32 share", "((float)x - total * share) * ((float)x - total * share)"
+        )
+        self.sum_g = reduction("sum_g", "T dy, float32 weight", "(float)dy * weight")
+        self.sum_gx = reduction("sum_gx", f"{gradients}, float32 weight", f"(float)dy * weight * {x_hat}")
+        self.dweight = reduction("dweight", gradients, f"(float)dy * {x_hat}")
+        self.forwards = cupy.ElementwiseKernel(
+            "T x, float32 total, float32 squares, float32 share, float32 eps, float32 weight, float32 bias",
             "T y",
-            "y = (T)(((float)x - mean) * rstd * weight + bias)",
+            "y = (T)(((float)x - total * share) * rsqrtf(squares * share + eps) * weight + bias)",
             "normalize",
+        )
+        self.backwards = cupy.ElementwiseKernel(
+            f"{gradients}, float32 weight, float32 sum_g, float32 sum_gx, float32 share",
+            "T dx",
+            f"dx = (T)(rstd * ((float)dy * weight - (sum_g + {x_hat} * sum_gx) * share))",
+            "gradient",
         )
 
     def version(self) -> str:
         return f"cupy {self.cupy.__version__}"
 
+    def _seen(self, w: Any, *arrays: list[Any]) -> list[list[Any]]:
+        return [[a.reshape(w.case.blocks) for a in sets] for sets in arrays]
+
+    def _share(self, w: Any) -> Any:
+        return np.float32(np.prod(w.case.statistics) / w.case.elements)
+
     def forward(self, w: Any, threads: int) -> Call:
         weight, bias = (p.reshape(w.case.parameters) for p in (w.weight, w.bias))
-        x, y = ([a.reshape(w.case.blocks) for a in arrays] for arrays in (w.x, w.y))
-        options = {"axis": w.case.reduced, "keepdims": True, "dtype": np.float32}
+        (x, y), share, over = self._seen(w, w.x, w.y), self._share(w), {"axis": w.case.reduced, "keepdims": True}
+        none = self.cupy.zeros((1,) * len(w.case.blocks), np.float32)
 
         def call(k: int) -> tuple[Any, ...]:
-            mean = x[k].mean(**options)
-            rstd = 1 / self.cupy.sqrt(x[k].var(**options) + np.float32(EPS))
-            self.kernel(x[k], mean, rstd, weight, bias, y[k])
-            return w.y[k], mean, rstd
+            total = self.total(x[k], **over) if w.case.operation != "rms" else none
+            squares = self.squares(x[k], total, share, **over)
+            self.forwards(x[k], total, squares, share, np.float32(EPS), weight, bias, y[k])
+            return w.y[k], total, squares
 
         return call
 
-    instance_forward = group_forward = layer_forward = batch_forward = forward
+    def backward(self, w: Any, threads: int) -> Call:
+        weight, centered = w.weight.reshape(w.case.parameters), w.case.operation != "rms"
+        (dy, x, dx), share, over = self._seen(w, w.dy, w.x, w.y), self._share(w), w.case.reduced
+        rest = tuple(a for a, extent in enumerate(w.case.parameters) if extent == 1)
+
+        def call(k: int) -> tuple[Any, ...]:
+            given = dy[k], x[k], *w.all_statistics[k]
+            sum_g = self.sum_g(dy[k], weight, axis=over, keepdims=True) if centered else np.float32(0)
+            sum_gx = self.sum_gx(*given, weight, axis=over, keepdims=True)
+            self.backwards(*given, weight, sum_g, sum_gx, share, dx[k])
+            return w.y[k], self.dweight(*given, axis=rest), self.total(dy[k], axis=rest)
+
+        return call
+
+    instance_forward = group_forward = layer_forward = rms_forward = batch_forward = forward
+    instance_backward = group_backward = layer_backward = rms_backward = batch_backward = backward
 
 
 # ---- PyTorch and what builds on it -------------------------------------------------------------------------------
@@ -133,7 +182,15 @@ class Torch(Device):
 
         if not torch.cuda.is_available():
             raise ImportError("PyTorch without CUDA")
-        self.torch, self.cupy, self.functional = torch, cupy, torch.nn.functional
+        super().__init__(cupy)
+        self.torch, self.functional = torch, torch.nn.functional
+
+    def release(self) -> None:
+        self.torch.cuda.empty_cache()
+
+    def stream(self) -> Any:
+        """CuPy's current one, on which arrays are made and looked at."""
+        return self.torch.cuda.ExternalStream(self.cupy.cuda.get_current_stream().ptr)
 
     def arrays_of(self, answer: Any, sets: Any) -> tuple[Any, ...]:
         def seen(t: Any) -> Any:
@@ -142,33 +199,33 @@ class Torch(Device):
                 t = t.permute(0, *range(2, t.ndim), 1)
             return self.cupy.from_dlpack(t.contiguous())
 
-        return tuple(seen(t) for t in (answer if isinstance(answer, tuple) else (answer,)) if t is not None)
+        with self.torch.cuda.stream(self.stream()):
+            return tuple(seen(t) for t in (answer if isinstance(answer, tuple) else (answer,)) if t is not None)
 
     def recorded(self, timer: Any, run: Callable[[], Any]) -> Callable[[], Any]:
-        torch = self.torch
-        stream = torch.cuda.ExternalStream(timer.stream.ptr)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
+        cuda, stream = self.torch.cuda, self.stream()
+        graph = cuda.CUDAGraph()
+        with cuda.stream(stream):
             for _ in range(3):
                 run()
             stream.synchronize()
-            with torch.cuda.graph(graph, stream=stream):
+            with cuda.graph(graph, stream=stream):
                 kept = run()
 
         def launch(memory: Any = kept) -> None:
-            with torch.cuda.stream(stream):
+            with cuda.stream(stream):
                 graph.replay()
 
         return launch
 
     def prepare(self, w: Any, threads: int) -> Call:
         """On the stream that all happens on: autograd goes back to the stream that forward was on."""
-        stream = self.torch.cuda.ExternalStream(self.cupy.cuda.get_current_stream().ptr)
-        with self.torch.cuda.stream(stream):
+        cuda, stream = self.torch.cuda, self.stream()
+        with cuda.stream(stream):
             call = super().prepare(w, threads)
 
         def on_stream(k: int) -> Any:
-            with self.torch.cuda.stream(stream):
+            with cuda.stream(stream):
                 return call(k)
 
         return on_stream
@@ -433,11 +490,18 @@ class Jax(TwoLines):
     name, package = "jax", "jax"
 
     def __init__(self, cupy: Any) -> None:
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # else it takes three quarters of all memory
         import jax
 
         if jax.default_backend() != "gpu":
             raise ImportError("jax without CUDA")
         self.jax, self.xp, self.cupy = jax, jax.numpy, cupy
+
+    def prepare(self, w: Any, threads: int) -> Call:
+        """Waits until all arrays are written: the streams of JAX do not wait for that of CuPy."""
+        call = super().prepare(w, threads)
+        self.cupy.cuda.get_current_stream().synchronize()
+        return call
 
     def version(self) -> str:
         return f"jax {self.jax.__version__}"
@@ -475,13 +539,5 @@ class Jax(TwoLines):
         return time.perf_counter() - start
 
 
-def available(cupy: Any) -> tuple[list[Rival], list[str]]:
-    """Rivals that can be imported, normkit first, and a line about each of the others."""
-    found: list[Rival] = [Normkit()]
-    left_out = []
-    for rival in (TwoLines, Elementwise, Torch, Inductor, Cudnn, Liger, Quack, Jax):
-        try:
-            found.append(rival(cupy))
-        except Exception as error:
-            left_out.append(f"{rival.name} left out: {type(error).__name__}: {error}")
-    return found, left_out
+# By name, the best known first.
+RIVALS = {rival.name: rival for rival in (Normkit, TwoLines, Kernels, Torch, Inductor, Cudnn, Liger, Quack, Jax)}

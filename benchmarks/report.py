@@ -5,8 +5,8 @@ docs/performance.md, the rows that HEADLINES names into README.md. Two pictures 
 each operation beside its rivals, and sizes.png, the share of the limit against size. `--store` keeps of the results
 what all this is made from.
 
-Results of gpu.py are printed as a table. Their pictures are docs/gpu-bars.png, the share of a copy of the same bytes,
-and docs/gpu-sizes.png, the same of every case against its bytes.
+Results of gpu.py, stored or in the lines that it wrote (.jsonl), are printed as a table. Their pictures are
+docs/gpu-bars.png, the share of a copy of the same bytes, and docs/gpu-sizes.png, that of every case against its bytes.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def load(paths: list[Path]) -> dict[str, Any]:
     whole: dict[str, Any] = {}
     found, commands, commits = {}, [], []
     for path in paths:
-        read = json.loads(path.read_text())
+        read = of_lines(lines_of(path)) if path.suffix == ".jsonl" else json.loads(path.read_text())
         whole["date"] = read.get("date") or read["datetime"][:10]
         commits.append(read.get("commit") or read["commit_info"]["id"][:7])
         commands.append(read["command"])
@@ -69,6 +69,25 @@ def load(paths: list[Path]) -> dict[str, Any]:
     whole["command"] = ", then ".join(dict.fromkeys(commands))
     whole["benchmarks"] = [{key: r[key] for key in ("fullname", "name", "extra_info")} for r in found.values()]
     return whole
+
+
+def lines_of(path: Path) -> Results:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def of_lines(lines: Results) -> dict[str, Any]:
+    """Of the lines that gpu.py wrote those with figures, as load() gives them."""
+    measured = [line for line in lines if "ratio" in line]
+    names = [f"gpu[{line['case']}-{line['rival']}]" for line in measured]
+    return {
+        "date": max((line["date"] for line in measured), default=""),
+        "commit": ", then ".join(dict.fromkeys(line["commit"] for line in measured)),
+        "command": "benchmarks/gpu.sh",
+        "benchmarks": [
+            {"fullname": f"gpu.py::{name}", "name": name, "extra_info": line}
+            for name, line in zip(names, measured, strict=True)
+        ],
+    }
 
 
 def store(whole: dict[str, Any], path: Path) -> None:
@@ -115,7 +134,7 @@ def table(results: Results) -> list[str]:
 
 def cell(r: dict[str, Any], fastest: bool) -> str:
     ratio = f"{r['ratio']:.2f}" if r["ratio"] < 9.95 else f"{r['ratio']:.0f}"
-    return f"{f'**{ratio}**' if fastest else ratio} ({digit(r['error'])})"
+    return f"{bold(ratio, fastest)} ({digit(r['error'])})"
 
 
 def digit(error: float) -> str:
@@ -188,22 +207,33 @@ def tables(results: Results) -> str:
 
 
 def gpu(whole: dict[str, Any], results: Results) -> str:
-    """Of gpu.py: one line for each case, one column for each rival, whose fastest is bold; the source above."""
-    names = list(dict.fromkeys(r["rival"] for r in results))
+    """Of gpu.py: one line for each case, bold where normkit reaches the goal, one column for each rival, bold where it
+    is faster; the source above."""
+    if not results:
+        return "nothing was measured"
+    rivals = [name for name in dict.fromkeys(r["rival"] for r in results) if name != OURS]
     rows: dict[str, dict[str, Any]] = defaultdict(dict)
     for r in results:
         rows[f"{title(r)}{' backward' * (r['direction'] == 'backward')}"][r["rival"]] = r
-    lines = [f"| % of a copy (us) | copy, GB/s | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    head = ["case", "% of a copy", "goal", "us", "us, plain", "error", "copy, GB/s", *(f"{n} / {OURS}" for n in rivals)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, row in rows.items():
-        fastest = min(r["ratio"] for r in row.values())
-        cells = [f"{statistics.median(r['limit_gb_per_s'] for r in row.values()):.0f}"]
-        for rival in names:
-            r = row.get(rival)
-            share = f"{100 / r['ratio']:.0f}" if r else "-"
-            bold = "**" if r and r["ratio"] == fastest else ""
-            cells.append(f"{bold}{share}{bold} ({r['us']:.3g})" if r else share)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([source(whole, results), "", *lines]) if results else "nothing was measured"
+        any_of = next(iter(row.values()))
+        cells, ours = ["-"] * len(head), row.get(OURS)
+        cells[0], cells[2] = name, f"{100 * any_of['goal']:.0f}"
+        cells[6] = f"{statistics.median(r['limit_gb_per_s'] for r in row.values()):.0f}"
+        if ours:
+            cells[1] = bold(f"{100 / ours['ratio']:.0f}", 1 / ours["ratio"] >= ours["goal"])
+            cells[3], cells[4], cells[5] = f"{ours['us']:.3g}", f"{ours['us_plain']:.3g}", digit(ours["error"])
+            for k, rival in enumerate(rivals, 7):
+                if r := row.get(rival):
+                    cells[k] = bold(f"{r['ratio'] / ours['ratio']:.2f}", r["ratio"] < ours["ratio"])
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([source(whole, results), "", *lines])
+
+
+def bold(text: str, so: bool) -> str:
+    return f"**{text}**" if so else text
 
 
 def write(path: Path, content: str) -> None:
