@@ -39,14 +39,19 @@ NORMKIT_DEVICE void meet_team(int blocks) {
 /// What the tiles of a team found, in the shared memory of each of its blocks: nobody reads another block's copy, so that
 /// blocks may leave when they have read their own.
 template <class T> struct Board {
+  static_assert(sizeof(T) <= kPostBytes);
+
   NORMKIT_DEVICE static T* of(std::byte* shared) { return reinterpret_cast<T*>(shared + kGroupBytes); }
-  /// Tells all blocks of the team, each of which must be known to run. All threads of the group know `v`.
-  NORMKIT_DEVICE static void post(Group group, int blocks, int tile, T v) {
-    if (group.rank < blocks) of(peer_memory(group.rank))[tile] = v;
+  /// Tells all blocks of the team, which are those of the cluster from rank `first` on and must be known to run. All threads of the
+  /// group know `v`.
+  NORMKIT_DEVICE static void post(Group group, int first, int blocks, int place, T v) {
+    NORMKIT_ROLL
+    for (int k = group.rank; k < blocks; k += group.size)
+      of(blocks == 1 ? shared_memory() : peer_memory(first + k))[place] = v;
   }
-  NORMKIT_DEVICE static T read(int tile) {
-    if (NORMKIT_PLANTED(read_of_peer)) return of(peer_memory((cluster_rank() + 1) % 2))[tile];
-    return of(shared_memory())[tile];
+  NORMKIT_DEVICE static T read(int place) {
+    if (NORMKIT_PLANTED(read_of_peer)) return of(peer_memory((cluster_rank() + 1) % 2))[place];
+    return of(shared_memory())[place];
   }
 };
 

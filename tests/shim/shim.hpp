@@ -192,7 +192,7 @@ inline void leave_scheduler(int) {}
 
 /// Places that threads meet at. What a thread did before it came to one is known to those that have left it.
 struct Meeting {
-  char launch, end, block[kClusterBlocks][2], warp[kClusterBlocks][kBlockThreads / kWarp][2], cluster[2];
+  char launch, end, block[kMostClusterBlocks][2], warp[kMostClusterBlocks][kBlockThreads / kWarp][2], cluster[2];
 };
 inline Meeting meeting;
 #if defined(__SANITIZE_THREAD__)
@@ -377,12 +377,15 @@ inline std::byte* peer_memory(int rank) {
   return memory;
 }
 
-enum class Extent : signed char { unknown, plain, large, clusters };
-template <class Kernel> Extent extent_of(int) {
+/// As NORMKIT_SHIM_EXTENT says: clusters (an H200), portable (the same, clusters of eight), large (no clusters), plain.
+inline Room room() {
   const char* const extent = std::getenv("NORMKIT_SHIM_EXTENT");
-  if (!extent || *extent == 'c') return Extent::clusters;
-  return *extent == 'l' ? Extent::large : Extent::plain;
+  Room room{227 << 10, kMostClusterBlocks, 132};
+  if (!extent || *extent == 'c') return room;
+  if (std::strcmp(extent, "portable") == 0) return room.cluster = kPortableCluster, room;
+  return *extent == 'l' ? Room{99 << 10, 1, 84} : kPlainRoom;
 }
+template <class Kernel> Room room_of(int) { return room(); }
 
 template <class T> T shuffle(T v, int lane, unsigned members) {
   T found = v;
@@ -441,7 +444,7 @@ inline std::unique_ptr<std::byte[]> poisoned(int bytes) {
 inline void run_grid(Grid grid) {
   cluster.first = 0, cluster.count = grid.blocks, cluster.threads = grid.threads, cluster.running = 0;
   if (grid.blocks < 1 || grid.blocks > kMostBlocks || grid.threads < 1 || grid.threads > kBlockThreads ||
-      grid.shared_bytes > kMostSharedBytes || grid.cluster < 1 || grid.cluster > kClusterBlocks ||
+      grid.shared_bytes > room().shared_bytes || grid.cluster < 1 || grid.cluster > room().cluster ||
       grid.blocks % grid.cluster != 0)
     stop("a launch that a GPU would refuse");
   std::vector<std::int64_t> clusters(static_cast<std::size_t>(grid.blocks / grid.cluster));
@@ -466,9 +469,6 @@ template <class Kernel> void launch(const Kernel& kernel, Grid grid, Stream) {
   static const bool idle = std::getenv("NORMKIT_SHIM_IDLE") != nullptr;
   if (idle) return;  // for who measures what comes before a launch
   const std::lock_guard<std::mutex> lock(shim::one_at_a_time);
-  if (grid.shared_bytes > kFreeSharedBytes && extent_of<Kernel>(0) < Extent::large)
-    shim::stop("more shared memory than there is");
-  if (grid.cluster > 1 && extent_of<Kernel>(0) < Extent::clusters) shim::stop("a cluster where there are none");
   const shim::Unwatched unwatched;
   shim::cluster.kernel = Kernel::kName, shim::cluster.argument = &kernel;
   shim::cluster.body = [](const void* k) { (*static_cast<const Kernel*>(k))(); };
