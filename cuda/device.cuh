@@ -206,7 +206,8 @@ template <class Kernel> Room ask_room(int device) {
   if (!succeeds(cudaFuncGetAttributes(&attributes, kernel)) || attributes.ptxVersion < 90) return room;
   const auto has = [&](int blocks, int at_least) {
     const Launch largest({blocks, kBlockThreads, bytes, blocks}, nullptr);
-    return succeeds(cudaOccupancyMaxActiveClusters(&clusters, kernel, largest.config())) && clusters * blocks >= at_least;
+    return succeeds(cudaOccupancyMaxActiveClusters(&clusters, kernel, largest.config())) &&
+           clusters * blocks >= at_least;
   };
   if (has(kPortableCluster, 1)) room.cluster = kPortableCluster;
   if (succeeds(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) &&

@@ -172,14 +172,14 @@ template <class S> struct RowTotals {
   static constexpr int kBlocks = 2;
   static constexpr int kStrands = kBlockThreads / kWarp;
   const S* sums;
-  std::int64_t groups, run, parameters;  // groups of an outer index, if each has parameters of its own
+  std::int64_t groups, run, parameters;  // groups that share a run of parameters
   int blocks;
   ParamGradient dweight, dbias;
 
   Grid grid() const { return {ceil_div(parameters, kWarp), kBlockThreads, kBlockThreads * 2 * int{sizeof(double)}, 1}; }
 
   NORMKIT_DEVICE void operator()() const {
-    double(*const meeting)[2] = reinterpret_cast<double(*)[2]>(shared_memory());
+    double (*const meeting)[2] = reinterpret_cast<double (*)[2]>(shared_memory());
     const int lane = thread_index() % kWarp, strand = thread_index() / kWarp;
     const std::int64_t p = block_index() * kWarp + lane, o = quotient(p, run), i = p - o * run;
     double total[2] = {0, 0};

@@ -182,8 +182,7 @@ bool has_pieces(const Task& t) {
 /// Doubles of what row groups leave, where nobody joins their blocks.
 std::int64_t row_doubles(const Work& work) {
   const Task& t = work.task;
-  const RowGroups& rows = work.policy.rows;
-  const std::int64_t sums = t.geometry.outer * rows.count * rows.blocks * 2 * t.geometry.run;
+  const std::int64_t sums = work.policy.row_blocks(t.geometry) * 2 * t.geometry.run;
   return compute_dtype(t.x.dtype) == Dtype::float64 ? sums : ceil_div(sums, 2);
 }
 
@@ -234,9 +233,8 @@ Share share_of(const Geometry& g, ParamKind kind, std::int64_t units) {
 template <class S> void total_rows(const BackwardJob& job, const Work& work, Stream stream) {
   const Geometry& g = work.task.geometry;
   const RowGroups& rows = work.policy.rows;
-  const std::int64_t groups = rows.count * (g.params.outer ? 1 : g.outer);
-  const RowTotals<S> totals{reinterpret_cast<const S*>(work.task.dparams), groups, g.run, g.parameters(),
-                            work.policy.joins_rows ? 1 : rows.blocks, job.dweight, job.dbias};
+  const RowTotals<S> totals{reinterpret_cast<const S*>(work.task.dparams), rows.count,  g.run,    g.parameters(),
+                            work.policy.joins_rows ? 1 : rows.blocks,      job.dweight, job.dbias};
   launch(totals, totals.grid(), stream);
 }
 

@@ -146,8 +146,12 @@ constexpr Team team_for(std::int64_t tiles, std::int64_t statistics, int tile_by
   if (tiles > kMostTeamTiles) return {};
   const int left = room.shared_bytes - head_bytes(boards * tiles);
   struct Limit { int blocks, bytes; };
-  for (const Limit limit : {Limit{kPortableCluster, 64 << 10}, {kPortableCluster, 96 << 10}, {kMostClusterBlocks, 64 << 10},
-                            {kMostClusterBlocks, 96 << 10}, {kPortableCluster, left}, {kMostClusterBlocks, left}}) {
+  for (const Limit limit : {Limit{kPortableCluster, 64 << 10},
+                            {kPortableCluster, 96 << 10},
+                            {kMostClusterBlocks, 64 << 10},
+                            {kMostClusterBlocks, 96 << 10},
+                            {kPortableCluster, left},
+                            {kMostClusterBlocks, left}}) {
     const int most = (limit.bytes < left ? limit.bytes : left) / tile_bytes / abreast * abreast;
     if (most == 0 || ceil_div(tiles, most) > (limit.blocks < room.cluster ? limit.blocks : room.cluster)) continue;
     Team team;
@@ -175,19 +179,21 @@ enum class Stage : std::uint8_t { all, sums, rest };
 /// Rows whose gradients of parameters, one of each for every element of a run, become one pair for each: `blocks` blocks or teams
 /// take `turns` rows with each of their groups. All that is part of the tree.
 struct RowGroups {
-  std::int64_t count = 1;  // in an outer index
+  std::int64_t rows = 1, count = 1;  // that share their parameters, and how many groups they are
   int blocks = 1, turns = 1;
 };
 
 /// Row groups are many enough to keep an H200 busy, and have so many rows that what is written and read for a group is less than a
 /// twentieth of all bytes: 64 rows of halves, 32 of floats. No more than 64 rows are summed one after another.
 constexpr RowGroups row_groups_for(std::int64_t rows, std::int64_t tiles, int abreast, int element_bytes) {
+  const std::int64_t all = ceil_div(rows, abreast), blocks = tiles <= 2 ? 4 : tiles <= 4 ? 2 : 1;
+  const std::int64_t least = ceil_div(element_bytes == 2 ? 64 : 32, blocks * abreast), many = all * tiles / (4 * 132);
+  std::int64_t turns = many < 64 ? many : 64;
+  if (turns < least) turns = least < all ? least : all;
   RowGroups r;
-  r.blocks = tiles <= 2 ? 4 : tiles <= 4 ? 2 : 1;
-  const std::int64_t least = ceil_div(element_bytes == 2 ? 64 : 32, r.blocks * abreast);
-  const std::int64_t many = ceil_div(rows, abreast) * tiles / (4 * 132), turns = many < 64 ? many : 64;
-  r.turns = static_cast<int>(turns > least ? turns : least);
-  r.count = ceil_div(rows, std::int64_t{r.blocks} * abreast * r.turns);
+  r.rows = rows, r.turns = static_cast<int>(turns);
+  r.blocks = static_cast<int>(ceil_div(all, turns) < blocks ? ceil_div(all, turns) : blocks);
+  r.count = ceil_div(all, r.blocks * turns);
   return r;
 }
 
@@ -243,12 +249,15 @@ struct Policy {
     return head(stage) + held_tiles(stage) * tile_bytes() * (depth * arrays() + sum_vectors());
   }
 
+  /// Blocks or teams that have rows.
+  constexpr std::int64_t row_blocks(const Geometry& g) const {
+    return g.statistics() / rows.rows * rows.count * rows.blocks;
+  }
+
   constexpr Grid grid(const Geometry& g, Stage stage) const {
     const int bytes = shared_bytes(stage);
     if (traversal == Traversal::lanes) return {lanes.blocks(g.outer), kBlockThreads, bytes, 1};
-    if (collects)
-      return {g.outer * rows.count * rows.blocks * team.blocks, threads(), bytes,
-              team.blocks * (joins_rows ? rows.blocks : 1)};
+    if (collects) return {row_blocks(g) * team.blocks, threads(), bytes, team.blocks * (joins_rows ? rows.blocks : 1)};
     if (shares(stage)) return {g.statistics() * team.blocks, threads(), bytes, team.blocks};
     return {ceil_div(g.statistics() * parts(), groups()), threads(), bytes, 1};
   }
@@ -265,7 +274,7 @@ constexpr Policy policy_for(const Geometry& g, Traversal traversal, int element_
   } else {
     p.units = pieces ? g.run / g.params.stride : 1, p.unit_run = g.run / p.units;
     p.runs = tiling_for(g.steps, p.unit_run, element_bytes, p.arrays());
-    p.rows = row_groups_for(g.lanes, p.runs.tiles, p.groups(), element_bytes);
+    p.rows = row_groups_for(g.params.outer ? g.lanes : g.statistics(), p.runs.tiles, p.groups(), element_bytes);
   }
   const auto threads_for = [](std::int64_t n) {
     return n >= kBlockThreads ? kBlockThreads : n < kWarp ? power_of_two_from(n) : kWarp;
@@ -291,10 +300,11 @@ constexpr bool settle_rows(Policy& p, const Geometry& g, Room room) {
     else if (head_bytes(0) + each <= room.shared_bytes) p.team = {1, 1};
     if (p.team.exists()) break;
   }
-  if (!p.team.exists()) return p.collects = false, p.depth = 1, false;
+  if (!p.team.exists() || p.row_blocks(g) * p.team.blocks > kMostBlocks) return p.collects = false, p.depth = 1, false;
   p.joins_rows = p.rows.blocks > 1 && p.team.blocks * p.rows.blocks <= room.cluster &&
                  p.team.blocks * p.rows.blocks <= kPortableCluster;
-  const std::int64_t most = 2 * kBlockThreads / p.threads(), all = ceil_div(p.grid(g, Stage::all).blocks, room.processors);
+  const std::int64_t most = 2 * kBlockThreads / p.threads(),
+                     all = ceil_div(p.grid(g, Stage::all).blocks, room.processors);
   const int budget = room.shared_bytes / static_cast<int>(all < most ? all : most);
   while (p.depth < 8 && p.depth < p.rows.turns &&
          p.shared_bytes(Stage::all) + p.held_tiles(Stage::all) * bytes * p.arrays() <= budget)
@@ -329,7 +339,9 @@ static_assert(is_team(team_for(2, 2000, 32 << 10, 1, kH200, 1), 1, 2));
 static_assert(is_team(team_for(2, 512, 32 << 10, 1, kH200, 1), 2, 1));
 static_assert(is_team(team_for(24, 8, 32 << 10, 1, kH200, 1), 8, 3));
 static_assert(is_team(team_for(32, 64, 32 << 10, 1, kH200, 1), 16, 2));
-static_assert(is_team(team_for(90, 1, 32 << 10, 1, kH200, 1), 15, 6) && !team_for(97, 1, 32 << 10, 1, kH200, 1).exists());
-static_assert(is_team(team_for(3, 8, 32 << 10, 1, kAlone, 1), 1, 3) && !team_for(4, 8, 32 << 10, 1, kAlone, 1).exists());
+static_assert(is_team(team_for(90, 1, 32 << 10, 1, kH200, 1), 15, 6) &&
+              !team_for(97, 1, 32 << 10, 1, kH200, 1).exists());
+static_assert(is_team(team_for(3, 8, 32 << 10, 1, kAlone, 1), 1, 3) &&
+              !team_for(4, 8, 32 << 10, 1, kAlone, 1).exists());
 
 }  // namespace normkit::cuda

@@ -33,17 +33,20 @@ struct Cursor {
 
 /// The tiles of a statistic that fall to a group: `count` of them, `apart` from each other, from tile `first` on.
 struct Turn {
-  std::int64_t statistic, o, lane, first;
+  std::int64_t statistic, end, o, lane, first;  // no statistic from `end` on is a row of the group
   int apart, count;
 
   NORMKIT_DEVICE std::int64_t index(const Policy& p) const { return statistic * p.parts() + first; }  // among all
+  NORMKIT_DEVICE void locate(const Geometry& g) {
+    o = g.outer == 1 ? 0 : quotient(statistic, g.lanes), lane = statistic - o * g.lanes;
+  }
   /// The same of the row that the group takes `turns` later, where rows follow each other.
   NORMKIT_DEVICE Turn after(const Work& work, int turns) const {
     Turn turn = *this;
     if (!work.policy.collects) return turn;
-    const std::int64_t rows = std::int64_t{turns} * work.policy.groups();
-    turn.statistic += rows, turn.lane += rows;
-    if (turn.lane >= work.task.geometry.lanes) turn.count = 0;
+    turn.statistic += std::int64_t{turns} * work.policy.groups();
+    turn.locate(work.task.geometry);
+    if (turn.statistic >= end) turn.count = 0;
     return turn;
   }
 };
@@ -57,15 +60,15 @@ NORMKIT_DEVICE int team_rank(const Work& work) {
 /// other, the first.
 NORMKIT_DEVICE Turn own_turn(const Work& work, Group group) {
   const Policy& policy = work.policy;
-  const std::int64_t lanes = work.task.geometry.lanes, parts = policy.parts();
+  const std::int64_t parts = policy.parts();
   const int own = thread_index() >> policy.runs.shift;  // among the groups of the block
-  Turn turn{0, 0, 0, 0, 1, 1};
+  Turn turn{0, 0, 0, 0, 0, 1, 1};
   if (policy.collects) {
+    const RowGroups& rows = policy.rows;
     const std::int64_t team = quotient(block_index(), policy.team.blocks),
-                       teams = policy.rows.count * policy.rows.blocks;
-    turn.o = quotient(team, teams);
-    turn.lane = (team - turn.o * teams) * policy.rows.turns * policy.groups() + own;
-    turn.statistic = turn.o * lanes + turn.lane;
+                       sharing = quotient(team, rows.count * rows.blocks);
+    turn.statistic = (team - sharing * rows.count * rows.blocks) * rows.turns * policy.groups() + own;
+    turn.statistic += sharing * rows.rows, turn.end = (sharing + 1) * rows.rows;
   } else if (policy.shares(work.stage)) {
     turn.statistic = quotient(block_index(), policy.team.blocks);
   } else {
@@ -79,9 +82,9 @@ NORMKIT_DEVICE Turn own_turn(const Work& work, Group group) {
     turn.first = team_rank(work) * policy.team.tiles + own, turn.apart = policy.groups();
     const int left = static_cast<int>(parts) - team_rank(work) * policy.team.tiles;
     const int of_block = (left < policy.team.tiles ? left : policy.team.tiles) - own;
-    if (turn.count) turn.count = of_block > 0 ? divided(of_block + turn.apart - 1, turn.apart) : 0;
+    turn.count = of_block > 0 ? divided(of_block + turn.apart - 1, turn.apart) : 0;
   }
-  if (!policy.collects) turn.o = quotient(turn.statistic, lanes), turn.lane = turn.statistic - turn.o * lanes;
+  turn.locate(work.task.geometry);
   return turn;
 }
 
@@ -141,7 +144,8 @@ template <class X> struct Held {
   int shift;  // 2^shift threads of the group
 
   NORMKIT_DEVICE Held(const Work& work, int place)
-      : slots(shared_memory() + work.policy.head(work.stage), place, work.policy.held()), shift(work.policy.runs.shift) {}
+      : slots(shared_memory() + work.policy.head(work.stage), place, work.policy.held()),
+        shift(work.policy.runs.shift) {}
   NORMKIT_DEVICE Vector<X>& operator[](int k) const { return slots[k]; }
 
   NORMKIT_DEVICE void fetch(const Work& work, const Tile& tile, Group group, const Operand& a) const {
@@ -425,7 +429,8 @@ template <class X> struct RowSums {
         const int which = item >= columns, column = item - which * columns, v = column / kVectors;
         const int first = column * kEach, n = tile.width - first < kEach ? tile.width - first : kEach;
         if (n <= 0) continue;
-        const int slot = (k * policy.held() + (v >> policy.runs.shift)) * 2 * kVectors + which * kVectors + column % kVectors;
+        const int slot =
+            (k * policy.held() + (v >> policy.runs.shift)) * 2 * kVectors + which * kVectors + column % kVectors;
         S all[kEach];
         NORMKIT_ROLL
         for (int t = 0; t < teams; ++t) {
@@ -454,7 +459,8 @@ template <class X> struct RowSums {
   }
   /// Slot `slot` of a thread, of the block with that rank in the cluster; -1: of this one.
   NORMKIT_DEVICE Vector<S> theirs(int rank, int slot, int thread) const {
-    const std::int64_t own = slots.first - shared_memory() + (slot * block_threads() + thread - thread_index()) * kVectorBytes;
+    const std::int64_t own =
+        slots.first - shared_memory() + (slot * block_threads() + thread - thread_index()) * kVectorBytes;
     return *reinterpret_cast<const Vector<S>*>((rank < 0 ? shared_memory() : peer_memory(rank)) + own);
   }
 };
@@ -573,8 +579,7 @@ template <class X, Special kSpecial> struct RunsBackward {
             });
             return;
           }
-          if (collects)
-            row_sums.add(k, v, [&](int e) { return standardized(t, in.dz[e], in.x[e], known, 0); }, in.dz);
+          if (collects) row_sums.add(k, v, [&](int e) { return standardized(t, in.dz[e], in.x[e], known, 0); }, in.dz);
           S dx[N];
           make_dx<X>(work, known, p, in, dx);
           if (by_elements) x[v] = narrowed<X>(dx);
@@ -585,7 +590,8 @@ template <class X, Special kSpecial> struct RunsBackward {
           return;
         }
         total = all_sum(group, reduced(sums, count));
-        if (shares) Board<Reduced>::post(group, peers, blocks, board + static_cast<int>(turn.first) + k * turn.apart, total);
+        if (shares)
+          Board<Reduced>::post(group, peers, blocks, board + static_cast<int>(turn.first) + k * turn.apart, total);
       });
       if (work.stage != Stage::sums) continue;
       if (group.rank == 0) put(total, work.partials + 4 * turn.index(policy));
@@ -600,13 +606,12 @@ template <class X, Special kSpecial> struct RunsBackward {
 template <class X> struct RowGradients {
   using S = ComputeOf<X>;
   static constexpr const char* kName = "RowGradients";
-  static constexpr int kBlocks = 2;
+  static constexpr int kBlocks = 1;
   Work work;
 
   static Grid grid(const Work& work) {
     const Geometry& g = work.task.geometry;
-    const RowGroups& rows = work.policy.rows;
-    Grid grid = grid_for_items(g.outer * rows.count * rows.blocks * ceil_div(g.run, kVector<X>), 1);
+    Grid grid = grid_for_items(work.policy.row_blocks(g) * ceil_div(g.run, kVector<X>), 1);
     grid.shared_bytes = kStreamBytes;
     return grid;
   }
@@ -617,20 +622,21 @@ template <class X> struct RowGradients {
     const Geometry& g = t.geometry;
     const RowGroups& rows = work.policy.rows;
     const std::int64_t vectors = ceil_div(g.run, N), blocks = rows.count * rows.blocks, k = own_item(1);
-    if (k >= g.outer * blocks * vectors) return;
-    const std::int64_t block = quotient(k, vectors), o = quotient(block, blocks), i = (k - block * vectors) * N;
+    if (k >= work.policy.row_blocks(g) * vectors) return;
+    const std::int64_t block = quotient(k, vectors), i = (k - block * vectors) * N, sharing = quotient(block, blocks);
     const int n = g.run - i < N ? static_cast<int>(g.run - i) : N, groups = work.policy.groups();
-    const std::int64_t first = (block - o * blocks) * rows.turns * groups, left = g.lanes - first;
-    Place p{{o, 0, first, i}, 0, 0, n};
-    p.tile.phase = phase_of(g, p.tile);
+    const std::int64_t first = (block - sharing * blocks) * rows.turns * groups, left = rows.rows - first;
+    const auto place_of = [&](std::int64_t row) {
+      const std::int64_t r = sharing * rows.rows + row, o = g.outer == 1 ? 0 : quotient(r, g.lanes);
+      Place p{{o, 0, r - o * g.lanes, i}, 0, 0, n};
+      p.tile.phase = phase_of(g, p.tile);
+      return p;
+    };
     const Slots<X> x(shared_memory(), 0, kPairSlots), dy(shared_memory(), 1, kPairSlots);
     S dweight[N], dbias[N];
     NORMKIT_ROLL
     for (int group = 0; group < groups; ++group) {
-      const auto place_of_row = [&](int j) {
-        Place q = p;
-        return q.tile.lane += std::int64_t{j} * groups + group, q;
-      };
+      const auto place_of_row = [&](int j) { return place_of(first + std::int64_t{j} * groups + group); };
       S own_dweight[N], own_dbias[N];
       NORMKIT_UNROLL
       for (int e = 0; e < N; ++e) own_dweight[e] = own_dbias[e] = 0;

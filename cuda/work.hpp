@@ -38,7 +38,9 @@ constexpr Special special_of(const Work& w) {
   if (t.activation.kind != ActivationKind::none || t.where.data || t.residual.data || w.forms_x || w.elementwise)
     return Special::anything;
   if (w.constant) return Special::none;
-  return t.traversal == Traversal::runs && t.geometry.steps == 1 && w.all_whole ? Special::along : Special::anything;
+  return t.traversal == Traversal::runs && t.geometry.steps == 1 && t.geometry.outer == 1 && w.all_whole
+             ? Special::along
+             : Special::anything;
 }
 
 /// The same work, where the compiler sees what it is.
@@ -46,7 +48,8 @@ template <Special kSpecial> constexpr Work known_as(Work w) {
   if constexpr (kSpecial == Special::anything) return w;
   w.constant = kSpecial == Special::none;
   if (kSpecial == Special::along) {
-    w.task.geometry.params.stride = w.task.geometry.steps = 1, w.policy.units = 1, w.policy.runs.rows = 1;
+    w.task.geometry.params.stride = w.task.geometry.steps = w.task.geometry.outer = 1, w.policy.units = 1,
+    w.policy.runs.rows = 1;
     w.reads_whole = w.writes_whole = w.all_whole = true;
   } else {
     w.all_whole = w.policy.collects = false;

@@ -38,7 +38,7 @@ bool is_global(const void* p) {
 /// Sectors that a launch has touched: by each block of the cluster that runs, with the number of the barrier after which it did so
 /// last; and by any.
 struct Touched {
-  std::unordered_map<std::uintptr_t, int> after[normkit::cuda::kClusterBlocks];
+  std::unordered_map<std::uintptr_t, int> after[normkit::cuda::kMostClusterBlocks];
   std::unordered_set<std::uintptr_t> all;
   std::int64_t launch = 0, cluster = -1;
 
