@@ -221,18 +221,22 @@ struct Policy {
   constexpr std::int64_t parts() const { return units * tiles(); }
   /// What backward holds: x and dy.
   constexpr int arrays() const { return direction == Direction::backward ? 2 : 1; }
-  /// Tiles that the groups of a block take side by side.
-  constexpr int groups() const { return runs.group > kWarp ? 1 : kBlockThreads / runs.group; }
-  constexpr int threads() const { return runs.group > kWarp ? runs.group : kBlockThreads; }
+  /// Threads of a block, and tiles that its groups take side by side: as many as there are, where a team has them.
+  constexpr int threads(Stage stage) const {
+    if (runs.group > kWarp) return runs.group;
+    if (!shares(stage) || parts() * runs.group >= kBlockThreads) return kBlockThreads;
+    return parts() * runs.group < kWarp ? kWarp : power_of_two_from(parts() * runs.group);
+  }
+  constexpr int groups(Stage stage) const { return threads(stage) >> runs.shift; }
   /// Vectors of a tile that each thread has, and the bytes of one such tile for each group of a block.
   constexpr int held() const { return runs.held(vector_for(element_bytes)); }
-  constexpr int tile_bytes() const { return held() * threads() * kVectorBytes; }
+  constexpr int tile_bytes(Stage stage) const { return held() * threads(stage) * kVectorBytes; }
 
   /// True where a team has several tiles.
   constexpr bool shares(Stage stage) const { return stage == Stage::all && parts() > 1; }
   /// Tiles that each group of a block has of a statistic.
   constexpr int held_tiles(Stage stage) const {
-    return shares(stage) ? static_cast<int>(ceil_div(team.tiles, groups())) : 1;
+    return shares(stage) ? static_cast<int>(ceil_div(team.tiles, groups(stage))) : 1;
   }
   /// Bytes before the tiles. Where rows follow each other, one posts while another is still read.
   constexpr int head(Stage stage) const { return head_bytes(shares(stage) ? (collects ? 2 : 1) * parts() : 0); }
@@ -246,7 +250,7 @@ struct Policy {
       const int meeting_bytes = kStrands / 2 * kSlots * vector * (backward ? 32 : 24);
       return meeting_bytes > kStreamBytes ? meeting_bytes : kStreamBytes;
     }
-    return head(stage) + held_tiles(stage) * tile_bytes() * (depth * arrays() + sum_vectors());
+    return head(stage) + held_tiles(stage) * tile_bytes(stage) * (depth * arrays() + sum_vectors());
   }
 
   /// Blocks or teams that have rows.
@@ -257,9 +261,10 @@ struct Policy {
   constexpr Grid grid(const Geometry& g, Stage stage) const {
     const int bytes = shared_bytes(stage);
     if (traversal == Traversal::lanes) return {lanes.blocks(g.outer), kBlockThreads, bytes, 1};
-    if (collects) return {row_blocks(g) * team.blocks, threads(), bytes, team.blocks * (joins_rows ? rows.blocks : 1)};
-    if (shares(stage)) return {g.statistics() * team.blocks, threads(), bytes, team.blocks};
-    return {ceil_div(g.statistics() * parts(), groups()), threads(), bytes, 1};
+    if (collects)
+      return {row_blocks(g) * team.blocks, threads(stage), bytes, team.blocks * (joins_rows ? rows.blocks : 1)};
+    if (shares(stage)) return {g.statistics() * team.blocks, threads(stage), bytes, team.blocks};
+    return {ceil_div(g.statistics() * parts(), groups(stage)), threads(stage), bytes, 1};
   }
 };
 
@@ -274,7 +279,8 @@ constexpr Policy policy_for(const Geometry& g, Traversal traversal, int element_
   } else {
     p.units = pieces ? g.run / g.params.stride : 1, p.unit_run = g.run / p.units;
     p.runs = tiling_for(g.steps, p.unit_run, element_bytes, p.arrays());
-    p.rows = row_groups_for(g.params.outer ? g.lanes : g.statistics(), p.runs.tiles, p.groups(), element_bytes);
+    p.rows =
+        row_groups_for(g.params.outer ? g.lanes : g.statistics(), p.runs.tiles, p.groups(Stage::sums), element_bytes);
   }
   const auto threads_for = [](std::int64_t n) {
     return n >= kBlockThreads ? kBlockThreads : n < kWarp ? power_of_two_from(n) : kWarp;
@@ -293,7 +299,7 @@ constexpr bool has_whole_lanes(const Policy& p, std::int64_t run) {
 /// multiprocessor leave room for them.
 constexpr bool settle_rows(Policy& p, const Geometry& g, Room room) {
   p.collects = true;
-  const int bytes = p.tile_bytes();
+  const int bytes = p.tile_bytes(Stage::all);
   for (p.depth = p.rows.turns > 1 ? 2 : 1; p.depth > 0; --p.depth) {
     const int each = bytes * (p.depth * p.arrays() + p.sum_vectors());
     if (p.parts() > 1) p.team = team_for(p.parts(), 1, each, 1, room, 2);
@@ -303,7 +309,7 @@ constexpr bool settle_rows(Policy& p, const Geometry& g, Room room) {
   if (!p.team.exists() || p.row_blocks(g) * p.team.blocks > kMostBlocks) return p.collects = false, p.depth = 1, false;
   p.joins_rows = p.rows.blocks > 1 && p.team.blocks * p.rows.blocks <= room.cluster &&
                  p.team.blocks * p.rows.blocks <= kPortableCluster;
-  const std::int64_t most = 2 * kBlockThreads / p.threads(),
+  const std::int64_t most = 2 * kBlockThreads / p.threads(Stage::all),
                      all = ceil_div(p.grid(g, Stage::all).blocks, room.processors);
   const int budget = room.shared_bytes / static_cast<int>(all < most ? all : most);
   while (p.depth < 8 && p.depth < p.rows.turns &&
@@ -321,7 +327,9 @@ constexpr void settle(Policy& p, const Geometry& g, Room room, bool collects) {
   }
   if (collects && settle_rows(p, g, room)) return;
   if (p.parts() == 1) p.team = {1, 1};
-  else p.team = team_for(p.parts(), g.statistics(), p.arrays() * p.tile_bytes() / p.groups(), p.groups(), room, 1);
+  const int abreast = p.groups(Stage::all), bytes = p.arrays() * p.tile_bytes(Stage::all) / abreast;
+  if (p.parts() > 1) p.team = team_for(p.parts(), g.statistics(), bytes, abreast, room, 1);
+  if (p.team.blocks * g.statistics() > kMostBlocks) p.team = {};
 }
 
 // Rows: an instance of 49 floats, of one image of 56 x 56, of 16384 halfs, of a volume; a batch norm of small images.

@@ -44,7 +44,7 @@ struct Turn {
   NORMKIT_DEVICE Turn after(const Work& work, int turns) const {
     Turn turn = *this;
     if (!work.policy.collects) return turn;
-    turn.statistic += std::int64_t{turns} * work.policy.groups();
+    turn.statistic += std::int64_t{turns} * work.policy.groups(work.stage);
     turn.locate(work.task.geometry);
     if (turn.statistic >= end) turn.count = 0;
     return turn;
@@ -67,7 +67,7 @@ NORMKIT_DEVICE Turn own_turn(const Work& work, Group group) {
     const RowGroups& rows = policy.rows;
     const std::int64_t team = quotient(block_index(), policy.team.blocks),
                        sharing = quotient(team, rows.count * rows.blocks);
-    turn.statistic = (team - sharing * rows.count * rows.blocks) * rows.turns * policy.groups() + own;
+    turn.statistic = (team - sharing * rows.count * rows.blocks) * rows.turns * policy.groups(work.stage) + own;
     turn.statistic += sharing * rows.rows, turn.end = (sharing + 1) * rows.rows;
   } else if (policy.shares(work.stage)) {
     turn.statistic = quotient(block_index(), policy.team.blocks);
@@ -79,7 +79,7 @@ NORMKIT_DEVICE Turn own_turn(const Work& work, Group group) {
     turn.statistic = quotient(k, parts), turn.first = k - turn.statistic * parts;
   }
   if (policy.shares(work.stage)) {
-    turn.first = team_rank(work) * policy.team.tiles + own, turn.apart = policy.groups();
+    turn.first = team_rank(work) * policy.team.tiles + own, turn.apart = policy.groups(work.stage);
     const int left = static_cast<int>(parts) - team_rank(work) * policy.team.tiles;
     const int of_block = (left < policy.team.tiles ? left : policy.team.tiles) - own;
     turn.count = of_block > 0 ? divided(of_block + turn.apart - 1, turn.apart) : 0;
@@ -436,7 +436,7 @@ template <class X> struct RowSums {
         for (int t = 0; t < teams; ++t) {
           S of_block[kEach];
           NORMKIT_ROLL
-          for (int g = 0; g < policy.groups(); ++g) {
+          for (int g = 0; g < policy.groups(Stage::all); ++g) {
             const int thread = (g << policy.runs.shift) + (v & (group.size - 1));
             S own[kEach];
             widened(theirs(teams > 1 ? t * blocks + cluster_rank() % blocks : -1, slot, thread), own);
@@ -624,7 +624,7 @@ template <class X> struct RowGradients {
     const std::int64_t vectors = ceil_div(g.run, N), blocks = rows.count * rows.blocks, k = own_item(1);
     if (k >= work.policy.row_blocks(g) * vectors) return;
     const std::int64_t block = quotient(k, vectors), i = (k - block * vectors) * N, sharing = quotient(block, blocks);
-    const int n = g.run - i < N ? static_cast<int>(g.run - i) : N, groups = work.policy.groups();
+    const int n = g.run - i < N ? static_cast<int>(g.run - i) : N, groups = work.policy.groups(Stage::sums);
     const std::int64_t first = (block - sharing * blocks) * rows.turns * groups, left = rows.rows - first;
     const auto place_of = [&](std::int64_t row) {
       const std::int64_t r = sharing * rows.rows + row, o = g.outer == 1 ? 0 : quotient(r, g.lanes);
@@ -633,27 +633,25 @@ template <class X> struct RowGradients {
       return p;
     };
     const Slots<X> x(shared_memory(), 0, kPairSlots), dy(shared_memory(), 1, kPairSlots);
-    S dweight[N], dbias[N];
+    S* const out = reinterpret_cast<S*>(t.dparams) + 2 * block * g.run + i;
     NORMKIT_ROLL
     for (int group = 0; group < groups; ++group) {
       const auto place_of_row = [&](int j) { return place_of(first + std::int64_t{j} * groups + group); };
-      S own_dweight[N], own_dbias[N];
+      S dweight[N], dbias[N];
       NORMKIT_UNROLL
-      for (int e = 0; e < N; ++e) own_dweight[e] = own_dbias[e] = 0;
+      for (int e = 0; e < N; ++e) dweight[e] = dbias[e] = 0;
       const std::int64_t below = left <= group ? 0 : ceil_div(left - group, groups);
       streamed<kPairSlots>(below < rows.turns ? static_cast<int>(below) : rows.turns, [&](int slot, int j) {
         const Place q = place_of_row(j);
         x.fetch(slot, at<X>(t.x, q), n), dy.fetch(slot, at<X>(t.dy, q), n);
-      }, [&](int slot, int j) { add_row(place_of_row(j), x[slot], dy[slot], own_dweight, own_dbias); });
+      }, [&](int slot, int j) { add_row(place_of_row(j), x[slot], dy[slot], dweight, dbias); });
       NORMKIT_UNROLL
       for (int e = 0; e < N; ++e) {
-        dweight[e] = group == 0 ? own_dweight[e] : dweight[e] + own_dweight[e];
-        dbias[e] = group == 0 ? own_dbias[e] : dbias[e] + own_dbias[e];
+        if (e >= n) continue;
+        out[e] = group == 0 ? dweight[e] : out[e] + dweight[e];
+        out[g.run + e] = group == 0 ? dbias[e] : out[g.run + e] + dbias[e];
       }
     }
-    S* const out = reinterpret_cast<S*>(t.dparams) + 2 * block * g.run + i;
-    store(out, dweight, n);
-    store(out + g.run, dbias, n);
   }
 
  private:

@@ -383,7 +383,8 @@ void check_tiles(const View& view, const cuda::Policy& p, std::mt19937_64& rando
 /// Every row is in one turn of one group, and no group of rows is without any.
 void check_rows_of(const View& view, const cuda::Policy& p, const std::string& name) {
   const Geometry& g = view.geometry;
-  const std::int64_t of_block = std::int64_t{p.rows.turns} * p.groups(), of_group = of_block * p.rows.blocks;
+  const std::int64_t of_block = std::int64_t{p.rows.turns} * p.groups(cuda::Stage::all),
+                     of_group = of_block * p.rows.blocks;
   expect(p.rows.rows == g.statistics() || p.rows.rows == g.lanes, name + ": rows that share parameters");
   expect(of_group * p.rows.count >= p.rows.rows && of_group * (p.rows.count - 1) < p.rows.rows,
          name + ": groups of rows");
