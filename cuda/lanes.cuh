@@ -49,7 +49,17 @@ NORMKIT_DEVICE std::int64_t own_block(const Work& work) {
   return work.stage == Stage::rest ? block_count() - 1 - block_index() : block_index();
 }
 
-/// Calls f(statistic, group) for the statistics of a block which has all of each, Policy::meeting threads to each.
+/// What a block that has all of its statistics keeps in shared memory, where nobody streams meanwhile: what each of its columns
+/// found, then statistics, each in the place of its first column.
+template <class T> NORMKIT_DEVICE T* found_in_block() { return reinterpret_cast<T*>(shared_memory()); }
+template <class X> NORMKIT_DEVICE Solved* solved_in_block() {
+  static_assert(sizeof(Moments) <= sizeof(Reduced) &&
+                kSlots * kVector<X> * int{sizeof(Reduced) + sizeof(Solved)} <= kStreamBytes);
+  return reinterpret_cast<Solved*>(shared_memory() + kSlots * kVector<X> * sizeof(Reduced));
+}
+
+/// Calls f(statistic, its first column among those of the block, group) for the statistics of a block which has all of each,
+/// Policy::meeting threads to each.
 template <class X, class F> NORMKIT_DEVICE void for_statistics(const Work& work, std::int64_t block, F f) {
   const Geometry& g = work.task.geometry;
   const LanesTiling& tiling = work.policy.lanes;
@@ -60,20 +70,33 @@ template <class X, class F> NORMKIT_DEVICE void for_statistics(const Work& work,
   const std::int64_t outers = g.outer - o < tiling.abreast() ? g.outer - o : tiling.abreast();
   for (std::int64_t k = thread_index() / size; k < outers * lanes; k += block_threads() / size) {
     const std::int64_t down = quotient(k, lanes);
-    f((o + down) * g.lanes + quotient(first, g.run) + (k - down * lanes), Group::of(size));
+    const std::int64_t lane = k - down * lanes, column = down * slab_columns + lane * g.run;
+    f((o + down) * g.lanes + quotient(first, g.run) + lane, static_cast<int>(column), Group::of(size));
   }
 }
+
+/// The places in the block of the statistics of a slot's columns, one after the other.
+template <class X> struct PlacesInBlock {
+  int first, run;
+  Cycle lane;
+
+  NORMKIT_DEVICE static PlacesInBlock of(const Work& work, int slot) {
+    const int slots = work.policy.lanes.slots, within = slot % slots, run = static_cast<int>(work.task.geometry.run);
+    return {(slot - within) * kVector<X>, run, Cycle(within * kVector<X>, run, kSlots * kVector<X>)};
+  }
+  NORMKIT_DEVICE int place() const { return first + static_cast<int>(lane.index) * run; }
+};
 
 inline constexpr int kPairs = kStrands / 2;
 
 /// Joins what the strands of a block found, strand by strand: own() is what this thread has of its first column, then of its
-/// second, and so on. Calls put(strand of the column's slot, column within it, value). All threads of the block come here, and
-/// what was put is there for all of them afterwards.
+/// second, and so on. Calls put(strand of the column's slot, column within it, value), or where the block has all of its statistics,
+/// keeps the value. All threads of the block come here, and what was put or kept is there for all of them afterwards.
 template <class X, class T, class Own, class Join, class Put>
 NORMKIT_DEVICE void join_strands(const Work& work, std::int64_t block, Own own, Join join, Put put) {
   constexpr int N = kVector<X>;
   const int thread = thread_index(), lane = thread % kWarp;
-  T* const meeting = reinterpret_cast<T*>(shared_memory());
+  T* const meeting = found_in_block<T>();
   sync_block();  // others may still read what they had fetched there
   NORMKIT_ROLL
   for (int e = 0; e < N; ++e) {
@@ -88,7 +111,8 @@ NORMKIT_DEVICE void join_strands(const Work& work, std::int64_t block, Own own, 
     T all = meeting[column];
     NORMKIT_ROLL
     for (int pair = 1; pair < kPairs; ++pair) all = join(all, meeting[pair * kSlots * N + column]);
-    put(s, column % N, all);
+    if (work.stage == Stage::all) meeting[column] = all;
+    else put(s, column % N, all);
   }
   sync_block();  // shared memory may be written again
 }
@@ -140,18 +164,28 @@ template <class S, int N> struct ColumnParameters {
   }
 };
 
-/// What the columns of a strand are made with.
+/// What the columns of a strand are made with: of statistics that are given, or that the block has found.
 template <class X>
-NORMKIT_DEVICE Factors<ComputeOf<X>, kVector<X>> given_factors(const Work& work, const Strand& s,
-                                                               ColumnParameters<ComputeOf<X>, kVector<X>>& own) {
+NORMKIT_DEVICE Factors<ComputeOf<X>, kVector<X>> factors_of(const Work& work, const Strand& s,
+                                                            ColumnParameters<ComputeOf<X>, kVector<X>>& own,
+                                                            bool found) {
+  using S = ComputeOf<X>;
   const Task& t = work.task;
   const Geometry& g = t.geometry;
   Cycle given(s.at.o * g.columns() + s.at.i, g.run * t.given.stride, t.given.count);
-  Factors<ComputeOf<X>, kVector<X>> factors;
+  auto places = PlacesInBlock<X>::of(work, thread_index() % kSlots);
+  Factors<S, kVector<X>> factors;
   NORMKIT_ROLL
   for (int e = 0; e < kVector<X>; ++e) {
-    factors.append(given_at<ComputeOf<X>>(t, given.index), turn(own.weight), turn(own.bias));
-    if (e + 1 < s.n) given.next();
+    Statistic<S> statistic;
+    if (found) {
+      const Solved solved = solved_in_block<X>()[places.place()];
+      statistic = statistic_of<S>(solved.mean, solved.rstd);
+    } else {
+      statistic = given_at<S>(t, given.index);
+    }
+    factors.append(statistic, turn(own.weight), turn(own.bias));
+    if (e + 1 < s.n) given.next(), places.lane.next();
   }
   return factors;
 }
@@ -169,14 +203,25 @@ template <class X, Special kSpecial> struct LanesForward {
     const std::int64_t block = own_block(work);
     Strand s = strand_of<X>(work, block, thread_index() % kSlots);
     if (work.stage != Stage::rest) sum(work, block, s);
-    if (work.stage == Stage::all) {
-      for_statistics<X>(work, block, [&](std::int64_t r, Group meeting) { finish_forward<S>(work, r, meeting); });
+    const bool all = work.stage == Stage::all;
+    if (all) {
+      for_statistics<X>(work, block, [&](std::int64_t r, int column, Group meeting) {
+        const Solved solved = finish_forward<S>(work, r, meeting, [&](std::int64_t unit, std::int64_t) {
+          return found_in_block<Moments>()[column + unit];
+        });
+        if (meeting.rank == 0) solved_in_block<X>()[column] = solved;
+      });
       sync_block();
     }
-    if (work.stage == Stage::sums || work.task.phase == Phase::reduce || s.steps == 0) return;
-    if (!work.constant) s.at.phase = phase_of(work.task.geometry, s.at);
-    auto own = ColumnParameters<S, kVector<X>>::of(work, s);
-    const Factors<S, kVector<X>> factors = given_factors<X>(work, s, own);
+    if (work.stage == Stage::sums || work.task.phase == Phase::reduce) return;
+    Factors<S, kVector<X>> factors;
+    if (s.steps) {
+      if (!work.constant) s.at.phase = phase_of(work.task.geometry, s.at);
+      auto own = ColumnParameters<S, kVector<X>>::of(work, s);
+      factors = factors_of<X>(work, s, own, all);
+    }
+    if (all) sync_block();  // before anybody streams again
+    if (s.steps == 0) return;
     Piece<S> piece;
     for_x(work, s, work.stage == Stage::rest, [&](const Place& p, const Vector<X>& v) {
       S y[kVector<X>];
@@ -255,15 +300,24 @@ template <class X, Special kSpecial> struct LanesBackward {
     if (!work.constant && s.steps) s.at.phase = phase_of(t.geometry, s.at);
     ColumnParameters<S, N> own;
     Factors<S, N> given;
-    if (s.steps) own = ColumnParameters<S, N>::of(work, s), given = given_factors<X>(work, s, own);
+    if (s.steps) own = ColumnParameters<S, N>::of(work, s), given = factors_of<X>(work, s, own, false);
     if (work.stage != Stage::rest) sum(work, block, s, given);
-    if (work.stage == Stage::all) {
-      for_statistics<X>(work, block, [&](std::int64_t r, Group meeting) { finish_backward<S>(work, r, meeting); });
+    const bool all = work.stage == Stage::all;
+    if (all) {
+      for_statistics<X>(work, block, [&](std::int64_t r, int column, Group meeting) {
+        const Solved solved = finish_backward<S>(work, r, meeting, [&](std::int64_t unit, std::int64_t) {
+          return found_in_block<Reduced>()[column + unit];
+        });
+        if (meeting.rank == 0) solved_in_block<X>()[column] = solved;
+      });
       sync_block();
     }
     const bool wanted = t.phase != Phase::reduce && (t.dx.data || work.elementwise);
-    if (work.stage == Stage::sums || !wanted || s.steps == 0) return;
-    const Known<S, N> known = known_of(work, s, own);
+    if (work.stage == Stage::sums || !wanted) return;
+    Known<S, N> known;
+    if (s.steps) known = known_of(work, s, own);
+    if (all) sync_block();  // before anybody streams again
+    if (s.steps == 0) return;
     for_pairs(work, s, [&](const Place& p, const Vector<X>& x, const Vector<X>& dy) {
       S dx[N];
       make_dx<X>(work, known, p, Incoming<S, N>(work, given, p, x, dy), dx);
@@ -284,11 +338,15 @@ template <class X, Special kSpecial> struct LanesBackward {
                                                                  ColumnParameters<ComputeOf<X>, kVector<X>>& own) {
     const Geometry& g = work.task.geometry;
     Cycle statistic(s.at.o * g.columns() + s.at.i, g.run, g.statistics());
+    auto places = PlacesInBlock<X>::of(work, thread_index() % kSlots);
     Known<ComputeOf<X>, kVector<X>> known;
     NORMKIT_ROLL
     for (int e = 0; e < kVector<X>; ++e) {
-      known.append(solved_at(work, statistic.index), turn(own.weight));
-      if (e + 1 < s.n) statistic.next();
+      Solved solved;
+      if (work.stage == Stage::all) solved = solved_in_block<X>()[places.place()];
+      else solved = solved_at(work, statistic.index);
+      known.append(solved, turn(own.weight));
+      if (e + 1 < s.n) statistic.next(), places.lane.next();
     }
     return known;
   }

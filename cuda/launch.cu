@@ -99,6 +99,11 @@ std::int64_t partial_doubles(const Work& work) {
   return each * work.task.geometry.statistics() * work.policy.units * work.policy.tiles();
 }
 
+/// True where a block, or fewer threads, have all of a statistic, on every GPU: nothing of it goes through memory.
+bool is_alone(const Work& work) {
+  return work.policy.team.exists() && (work.task.traversal == Traversal::lanes || work.policy.runs.tiles == 1);
+}
+
 // ---- forward -----------------------------------------------------------------------------------------------------
 
 struct ForwardSpace {
@@ -107,9 +112,7 @@ struct ForwardSpace {
 };
 
 /// True where tiles meet in the workspace, or may have to: whether the device has teams is not known yet.
-bool is_split(const Work& work) {
-  return !work.task.frozen && (work.task.traversal == Traversal::lanes || work.policy.runs.tiles > 1);
-}
+bool is_split(const Work& work) { return !work.task.frozen && !is_alone(work); }
 
 bool is_dense(const Running& r) {
   return r.mean_stride == size_of(r.mean_dtype) && r.var_stride == size_of(r.var_dtype);
@@ -182,8 +185,9 @@ void carve(Carver& carver, Work& work) {
   Task& t = work.task;
   const std::int64_t statistics = t.geometry.statistics();
   work.summed = needs_sums(t);
-  if (work.summed) work.partials = carver.take(partial_doubles(work));
-  work.solved = carver.take(4 * statistics);
+  const bool kept = work.summed && is_alone(work) && t.kind != ParamKind::row;
+  if (work.summed && !kept) work.partials = carver.take(partial_doubles(work));
+  if (!kept) work.solved = carver.take(4 * statistics);
   if (dparam_units(t.geometry, t.kind)) t.dparams = carver.take(2 * dparam_units(t.geometry, t.kind));
 }
 
