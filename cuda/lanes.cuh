@@ -34,14 +34,23 @@ template <class X> NORMKIT_DEVICE Strand strand_of(const Work& work, std::int64_
   const std::int64_t index = row * tiling.abreast() + slot / tiling.slots;
   Strand s;
   s.at.o = quotient(index, tiling.tiles), s.tile = index - s.at.o * tiling.tiles;
-  s.at.i = (slab * tiling.slots + slot % tiling.slots) * kVector<X>;
+  const std::int64_t first = slab * tiling.columns, before = first % kVector<X>,
+                     begin = first - before + slot % tiling.slots * kVector<X>;
+  s.at.i = begin < first ? first : begin;
   s.at.step = s.tile * kTileSteps, s.strand = thread_index() / kSlots;
-  const std::int64_t left = g.columns() - s.at.i, below = g.steps - s.at.step - s.strand;
-  s.n = s.at.o >= g.outer || left <= 0 ? 0 : left < kVector<X> ? static_cast<int>(left) : kVector<X>;
+  std::int64_t end = first + tiling.columns < g.columns() ? first + tiling.columns : g.columns();
+  if (end > begin + kVector<X>) end = begin + kVector<X>;
+  const std::int64_t below = g.steps - s.at.step - s.strand;
+  s.n = s.at.o >= g.outer || end <= s.at.i ? 0 : static_cast<int>(end - s.at.i);
   s.steps = s.n == 0 || below <= 0          ? 0
             : below > kTileSteps - kStrands ? kStrandSteps
                                             : static_cast<int>((below + kStrands - 1) / kStrands);
   return s;
+}
+
+/// The place of the first column of a strand among those of its block, slot by slot.
+template <class X> NORMKIT_DEVICE int place_in_block(const Strand& s, int slot) {
+  return slot * kVector<X> + static_cast<int>(s.at.i) % kVector<X>;
 }
 
 /// What is left when statistics are known goes backwards, since what was summed last is still in the cache.
@@ -58,33 +67,37 @@ template <class X> NORMKIT_DEVICE Solved* solved_in_block() {
   return reinterpret_cast<Solved*>(shared_memory() + kSlots * kVector<X> * sizeof(Reduced));
 }
 
-/// Calls f(statistic, its first column among those of the block, group) for the statistics of a block which has all of each,
+/// Calls f(statistic, the place of its first column, group) for the statistics of a block which has all of each,
 /// Policy::meeting threads to each.
 template <class X, class F> NORMKIT_DEVICE void for_statistics(const Work& work, std::int64_t block, F f) {
   const Geometry& g = work.task.geometry;
   const LanesTiling& tiling = work.policy.lanes;
-  const int size = work.policy.meeting, slab_columns = tiling.slots * kVector<X>;
-  const std::int64_t row = quotient(block, tiling.slabs), first = (block - row * tiling.slabs) * slab_columns;
+  const int size = work.policy.meeting;
+  const std::int64_t row = quotient(block, tiling.slabs), first = (block - row * tiling.slabs) * tiling.columns;
   const std::int64_t left = g.columns() - first, o = row * tiling.abreast();
-  const std::int64_t lanes = quotient(left < slab_columns ? left : slab_columns, g.run);
+  const std::int64_t lanes = quotient(left < tiling.columns ? left : tiling.columns, g.run);
   const std::int64_t outers = g.outer - o < tiling.abreast() ? g.outer - o : tiling.abreast();
   for (std::int64_t k = thread_index() / size; k < outers * lanes; k += block_threads() / size) {
     const std::int64_t down = quotient(k, lanes);
-    const std::int64_t lane = k - down * lanes, column = down * slab_columns + lane * g.run;
-    f((o + down) * g.lanes + quotient(first, g.run) + lane, static_cast<int>(column), Group::of(size));
+    const std::int64_t lane = k - down * lanes;
+    const std::int64_t place = down * tiling.slots * kVector<X> + first % kVector<X> + lane * g.run;
+    f((o + down) * g.lanes + quotient(first, g.run) + lane, static_cast<int>(place), Group::of(size));
   }
 }
 
-/// The places in the block of the statistics of a slot's columns, one after the other.
-template <class X> struct PlacesInBlock {
-  int first, run;
-  Cycle lane;
+/// The statistics of the columns of a thread's strand, one column after the other, in a block that has solved them.
+template <class X> struct OwnSolved {
+  int place, within, run;  // of the statistic; column of it; columns that it has
 
-  NORMKIT_DEVICE static PlacesInBlock of(const Work& work, int slot) {
-    const int slots = work.policy.lanes.slots, within = slot % slots, run = static_cast<int>(work.task.geometry.run);
-    return {(slot - within) * kVector<X>, run, Cycle(within * kVector<X>, run, kSlots * kVector<X>)};
+  NORMKIT_DEVICE OwnSolved(const Work& work, const Strand& s) : run(static_cast<int>(work.task.geometry.run)) {
+    within = static_cast<int>(remainder(s.at.i, run));
+    place = place_in_block<X>(s, thread_index() % kSlots) - within;
   }
-  NORMKIT_DEVICE int place() const { return first + static_cast<int>(lane.index) * run; }
+  NORMKIT_DEVICE const Solved& operator*() const { return solved_in_block<X>()[place]; }
+  NORMKIT_DEVICE void next() {
+    if (++within < run) return;
+    place += run, within = 0;
+  }
 };
 
 inline constexpr int kPairs = kStrands / 2;
@@ -93,26 +106,28 @@ inline constexpr int kPairs = kStrands / 2;
 /// second, and so on. Calls put(strand of the column's slot, column within it, value), or where the block has all of its statistics,
 /// keeps the value. All threads of the block come here, and what was put or kept is there for all of them afterwards.
 template <class X, class T, class Own, class Join, class Put>
-NORMKIT_DEVICE void join_strands(const Work& work, std::int64_t block, Own own, Join join, Put put) {
+NORMKIT_DEVICE void join_strands(const Work& work, std::int64_t block, const Strand& mine, Own own, Join join,
+                                 Put put) {
   constexpr int N = kVector<X>;
-  const int thread = thread_index(), lane = thread % kWarp;
+  const int thread = thread_index(), lane = thread % kWarp, first = place_in_block<X>(mine, thread % kSlots);
   T* const meeting = found_in_block<T>();
   sync_block();  // others may still read what they had fetched there
   NORMKIT_ROLL
   for (int e = 0; e < N; ++e) {
     const T v = own(), other = shuffle(v, lane ^ kSlots, ~0u);
-    if (lane < kSlots) meeting[(thread / kWarp * kSlots + lane) * N + e] = join(v, other);
+    if (lane < kSlots && e < mine.n) meeting[thread / kWarp * kSlots * N + first + e] = join(v, other);
   }
   sync_block();
   NORMKIT_ROLL
-  for (int column = thread; column < kSlots * N; column += block_threads()) {
-    const Strand s = strand_of<X>(work, block, column / N);
-    if (column % N >= s.n) continue;
-    T all = meeting[column];
+  for (int place = thread; place < kSlots * N; place += block_threads()) {
+    const Strand s = strand_of<X>(work, block, place / N);
+    const int e = place - place_in_block<X>(s, place / N);
+    if (e < 0 || e >= s.n) continue;
+    T all = meeting[place];
     NORMKIT_ROLL
-    for (int pair = 1; pair < kPairs; ++pair) all = join(all, meeting[pair * kSlots * N + column]);
-    if (work.stage == Stage::all) meeting[column] = all;
-    else put(s, column % N, all);
+    for (int pair = 1; pair < kPairs; ++pair) all = join(all, meeting[pair * kSlots * N + place]);
+    if (work.stage == Stage::all) meeting[place] = all;
+    else put(s, e, all);
   }
   sync_block();  // shared memory may be written again
 }
@@ -173,19 +188,14 @@ NORMKIT_DEVICE Factors<ComputeOf<X>, kVector<X>> factors_of(const Work& work, co
   const Task& t = work.task;
   const Geometry& g = t.geometry;
   Cycle given(s.at.o * g.columns() + s.at.i, g.run * t.given.stride, t.given.count);
-  auto places = PlacesInBlock<X>::of(work, thread_index() % kSlots);
+  OwnSolved<X> solved(work, s);
   Factors<S, kVector<X>> factors;
   NORMKIT_ROLL
   for (int e = 0; e < kVector<X>; ++e) {
-    Statistic<S> statistic;
-    if (found) {
-      const Solved solved = solved_in_block<X>()[places.place()];
-      statistic = statistic_of<S>(solved.mean, solved.rstd);
-    } else {
-      statistic = given_at<S>(t, given.index);
-    }
+    const Statistic<S> statistic =
+        found ? statistic_of<S>((*solved).mean, (*solved).rstd) : given_at<S>(t, given.index);
     factors.append(statistic, turn(own.weight), turn(own.bias));
-    if (e + 1 < s.n) given.next(), places.lane.next();
+    if (e + 1 < s.n) given.next(), solved.next();
   }
   return factors;
 }
@@ -194,7 +204,7 @@ NORMKIT_DEVICE Factors<ComputeOf<X>, kVector<X>> factors_of(const Work& work, co
 /// given statistics. kSpecial: what special_of() says.
 template <class X, Special kSpecial> struct LanesForward {
   static constexpr const char* kName = "LanesForward";
-  static constexpr int kBlocks = 2;
+  static constexpr int kBlocks = kSpecial == Special::none && sizeof(X) == 4 ? 3 : 2;
   Work given;
 
   NORMKIT_DEVICE void operator()() const {
@@ -205,11 +215,10 @@ template <class X, Special kSpecial> struct LanesForward {
     if (work.stage != Stage::rest) sum(work, block, s);
     const bool all = work.stage == Stage::all;
     if (all) {
-      for_statistics<X>(work, block, [&](std::int64_t r, int column, Group meeting) {
-        const Solved solved = finish_forward<S>(work, r, meeting, [&](std::int64_t unit, std::int64_t) {
-          return found_in_block<Moments>()[column + unit];
-        });
-        if (meeting.rank == 0) solved_in_block<X>()[column] = solved;
+      for_statistics<X>(work, block, [&](std::int64_t r, int place, Group meeting) {
+        const Solved solved = finish_forward<S>(
+            work, r, meeting, [&](std::int64_t unit, std::int64_t) { return found_in_block<Moments>()[place + unit]; });
+        if (meeting.rank == 0) solved_in_block<X>()[place] = solved;
       });
       sync_block();
     }
@@ -275,7 +284,7 @@ template <class X, Special kSpecial> struct LanesForward {
         return careful_strand<X>(t, s, e, first, count);
       return t.centered ? from_pivot(first, all, q, count) : Moments{0, q, count};
     };
-    join_strands<X, Moments>(work, block, own, [](Moments a, Moments b) {
+    join_strands<X, Moments>(work, block, s, own, [](Moments a, Moments b) {
       return merge(a, b);
     }, [&](const Strand& of, int e, Moments m) { put(m, work.partials + 3 * partial_index(work, of, e)); });
   }
@@ -304,11 +313,10 @@ template <class X, Special kSpecial> struct LanesBackward {
     if (work.stage != Stage::rest) sum(work, block, s, given);
     const bool all = work.stage == Stage::all;
     if (all) {
-      for_statistics<X>(work, block, [&](std::int64_t r, int column, Group meeting) {
-        const Solved solved = finish_backward<S>(work, r, meeting, [&](std::int64_t unit, std::int64_t) {
-          return found_in_block<Reduced>()[column + unit];
-        });
-        if (meeting.rank == 0) solved_in_block<X>()[column] = solved;
+      for_statistics<X>(work, block, [&](std::int64_t r, int place, Group meeting) {
+        const Solved solved = finish_backward<S>(
+            work, r, meeting, [&](std::int64_t unit, std::int64_t) { return found_in_block<Reduced>()[place + unit]; });
+        if (meeting.rank == 0) solved_in_block<X>()[place] = solved;
       });
       sync_block();
     }
@@ -338,15 +346,12 @@ template <class X, Special kSpecial> struct LanesBackward {
                                                                  ColumnParameters<ComputeOf<X>, kVector<X>>& own) {
     const Geometry& g = work.task.geometry;
     Cycle statistic(s.at.o * g.columns() + s.at.i, g.run, g.statistics());
-    auto places = PlacesInBlock<X>::of(work, thread_index() % kSlots);
+    OwnSolved<X> own_solved(work, s);
     Known<ComputeOf<X>, kVector<X>> known;
     NORMKIT_ROLL
     for (int e = 0; e < kVector<X>; ++e) {
-      Solved solved;
-      if (work.stage == Stage::all) solved = solved_in_block<X>()[places.place()];
-      else solved = solved_at(work, statistic.index);
-      known.append(solved, turn(own.weight));
-      if (e + 1 < s.n) statistic.next(), places.lane.next();
+      known.append(work.stage == Stage::all ? *own_solved : solved_at(work, statistic.index), turn(own.weight));
+      if (e + 1 < s.n) statistic.next(), own_solved.next();
     }
     return known;
   }
@@ -371,7 +376,7 @@ template <class X, Special kSpecial> struct LanesBackward {
         if (masked) n[e] += member ? S(1) : S(0);
       }
     });
-    join_strands<X, Reduced>(work, block, [&]() -> Reduced {
+    join_strands<X, Reduced>(work, block, s, [&]() -> Reduced {
       const double some = static_cast<double>(take(n));
       return reduced(take(sums), masked ? some : s.steps);
     }, [](Reduced a, Reduced b) { return a + b; }, [&](const Strand& of, int e, Reduced r) {
