@@ -22,20 +22,19 @@ NORMKIT_DEVICE std::int64_t partial_of(const Work& work, std::int64_t r, std::in
 
 // ---- statistics --------------------------------------------------------------------------------------------------
 
-/// A statistic from the moments of its tiles, to those who asked for it and to `solved`.
-template <class S> NORMKIT_DEVICE void finish_forward(const Work& work, std::int64_t r, Group meeting) {
+/// A statistic from the moments of its tiles, moments_of(unit, tile), to those who asked for it. All threads that meet come, and
+/// know its mean and rstd then.
+template <class S, class F>
+NORMKIT_DEVICE Solved finish_forward(const Work& work, std::int64_t r, Group meeting, F moments_of) {
   const Task& t = work.task;
   const std::int64_t tiles = work.policy.tiles();
-  const auto moments_of = [&](std::int64_t k) {
+  const Moments m = joined<Moments>(meeting, work.policy.units * tiles, [&](std::int64_t k) {
     const std::int64_t unit = quotient(k, tiles);
-    return moments_at(work.partials + 3 * partial_of(work, r, unit, k - unit * tiles));
-  };
-  const Moments m =
-      joined<Moments>(meeting, work.policy.units * tiles, moments_of, [](Moments a, Moments b) { return merge(a, b); });
-  if (meeting.rank != 0) return;
+    return moments_of(unit, k - unit * tiles);
+  }, [](Moments a, Moments b) { return merge(a, b); });
   const double rstd = rstd_of(m, t.eps);
-  publish<S>(t, r, m, rstd);
-  work.solved[r] = m.mean, work.solved[t.geometry.statistics() + r] = rstd;
+  if (meeting.rank == 0) publish<S>(t, r, m, rstd);
+  return {m.mean, rstd, 0, 0};
 }
 
 /// A statistic's gradient from what its tiles found, sums_of(unit, tile), and the gradients of its units' parameters. `s`: as it
@@ -90,14 +89,13 @@ NORMKIT_DEVICE Solved solve(const Work& work, std::int64_t r, Statistic<S> s, Gr
   return solved;
 }
 
-/// The same from the partial results of its tiles.
-template <class S> NORMKIT_DEVICE void finish_backward(const Work& work, std::int64_t r, Group meeting) {
+/// solve() with what is in memory: the statistic as it was given, and the weights of its units.
+template <class S, class F>
+NORMKIT_DEVICE Solved finish_backward(const Work& work, std::int64_t r, Group meeting, F sums_of) {
   const std::int64_t o = quotient(r, work.task.geometry.lanes), lane = r - o * work.task.geometry.lanes;
   const auto weight_of = [&](std::int64_t unit) { return UnitParameters::of(work, o, lane, unit).weight; };
   const Statistic<S> s = given_statistic<S>(work.task, r);
-  solve<S>(work, r, s, meeting, true, weight_of, [&](std::int64_t unit, std::int64_t tile) {
-    return reduced_at(work.partials + 4 * partial_of(work, r, unit, tile));
-  });
+  return solve<S>(work, r, s, meeting, true, weight_of, sums_of);
 }
 
 /// Threads that meet, for each statistic.
@@ -115,7 +113,12 @@ template <class S> struct ForwardFinish {
   NORMKIT_DEVICE void operator()() const {
     const Group meeting = Group::of(work.policy.meeting);
     const std::int64_t r = own_item(meeting.size);
-    if (r < work.task.geometry.statistics()) finish_forward<S>(work, r, meeting);
+    if (r >= work.task.geometry.statistics()) return;
+    const Solved solved = finish_forward<S>(work, r, meeting, [&](std::int64_t unit, std::int64_t tile) {
+      return moments_at(work.partials + 3 * partial_of(work, r, unit, tile));
+    });
+    if (meeting.rank != 0) return;
+    work.solved[r] = solved.mean, work.solved[work.task.geometry.statistics() + r] = solved.rstd;
   }
 };
 
@@ -127,7 +130,10 @@ template <class S> struct BackwardFinish {
   NORMKIT_DEVICE void operator()() const {
     const Group meeting = Group::of(work.policy.meeting);
     const std::int64_t r = own_item(meeting.size);
-    if (r < work.task.geometry.statistics()) finish_backward<S>(work, r, meeting);
+    if (r >= work.task.geometry.statistics()) return;
+    finish_backward<S>(work, r, meeting, [&](std::int64_t unit, std::int64_t tile) {
+      return reduced_at(work.partials + 4 * partial_of(work, r, unit, tile));
+    });
   }
 };
 

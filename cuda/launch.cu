@@ -107,9 +107,7 @@ struct ForwardSpace {
 };
 
 /// True where tiles meet in the workspace, or may have to: whether the device has teams is not known yet.
-bool is_split(const Work& work) {
-  return !work.task.frozen && (work.task.traversal == Traversal::lanes || work.policy.runs.tiles > 1);
-}
+bool is_split(const Work& work) { return !work.task.frozen && !is_alone(work.policy, work.task.geometry); }
 
 bool is_dense(const Running& r) {
   return r.mean_stride == size_of(r.mean_dtype) && r.var_stride == size_of(r.var_dtype);
@@ -190,8 +188,9 @@ void carve(Carver& carver, Work& work) {
   Task& t = work.task;
   const std::int64_t statistics = t.geometry.statistics();
   work.summed = needs_sums(t);
-  if (work.summed) work.partials = carver.take(partial_doubles(work));
-  work.solved = carver.take(4 * statistics);
+  const bool kept = work.summed && is_alone(work.policy, t.geometry) && t.kind != ParamKind::row;
+  if (work.summed && !kept) work.partials = carver.take(partial_doubles(work));
+  if (!kept) work.solved = carver.take(4 * statistics);
   if (t.kind == ParamKind::row) t.dparams = carver.take(row_doubles(work));
   else if (dparam_units(t.geometry, t.kind)) t.dparams = carver.take(2 * dparam_units(t.geometry, t.kind));
 }

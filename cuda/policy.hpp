@@ -88,8 +88,9 @@ inline constexpr int kStrands = 16, kSlots = 16, kStrandSteps = 16;
 inline constexpr int kTileSteps = kStrands * kStrandSteps;
 
 struct LanesTiling {
-  int slots = 1;  // vectors of columns side by side in a block
-  std::int64_t slabs = 1;  // of so many vectors, in a row
+  int slots = 1;  // vectors of columns side by side in a block, of which the first and the last may be parts
+  std::int64_t columns = 1;  // that they hold
+  std::int64_t slabs = 1;  // of so many columns, in a row
   std::int64_t tiles = 1;  // of kTileSteps
 
   /// Tiles side by side in a block.
@@ -97,11 +98,22 @@ struct LanesTiling {
   constexpr std::int64_t blocks(std::int64_t outer) const { return ceil_div(outer * tiles, abreast()) * slabs; }
 };
 
-constexpr LanesTiling lanes_tiling_for(std::int64_t steps, std::int64_t columns, int element_bytes) {
-  const std::int64_t vectors = ceil_div(columns, vector_for(element_bytes));
+/// Columns of a slab where there are many: the most whole runs that fill slots of whole vectors; or that fit them, wherever they
+/// begin; or all that there is room for.
+constexpr std::int64_t slab_columns_for(std::int64_t run, int vector) {
+  for (int slots = kSlots; slots > 0; --slots)
+    if (slots * vector % run == 0) return slots * vector;
+  const std::int64_t fitting = (kSlots - 1) * vector + 1;
+  return run <= fitting ? fitting / run * run : kSlots * vector;
+}
+
+constexpr LanesTiling lanes_tiling_for(std::int64_t steps, std::int64_t columns, std::int64_t run, int element_bytes) {
+  const int vector = vector_for(element_bytes);
+  const std::int64_t vectors = ceil_div(columns, vector);
   LanesTiling t;
   t.slots = vectors < kSlots ? power_of_two_from(vectors) : kSlots;
-  t.slabs = ceil_div(vectors, t.slots);
+  t.columns = vectors > kSlots && steps <= kTileSteps ? slab_columns_for(run, vector) : t.slots * vector;
+  t.slabs = ceil_div(columns, t.columns);
   t.tiles = ceil_div(steps, kTileSteps);
   return t;
 }
@@ -275,7 +287,7 @@ constexpr Policy policy_for(const Geometry& g, Traversal traversal, int element_
   p.traversal = traversal, p.direction = direction, p.element_bytes = element_bytes;
   if (traversal == Traversal::lanes) {
     p.units = g.run;
-    p.lanes = lanes_tiling_for(g.steps, g.columns(), element_bytes);
+    p.lanes = lanes_tiling_for(g.steps, g.columns(), g.run, element_bytes);
   } else {
     p.units = pieces ? g.run / g.params.stride : 1, p.unit_run = g.run / p.units;
     p.runs = tiling_for(g.steps, p.unit_run, element_bytes, p.arrays());
@@ -290,9 +302,10 @@ constexpr Policy policy_for(const Geometry& g, Traversal traversal, int element_
   return p;
 }
 
-/// True where each block of the lanes traversal has all of its statistics.
-constexpr bool has_whole_lanes(const Policy& p, std::int64_t run) {
-  return p.lanes.tiles == 1 && (p.lanes.slabs == 1 || p.lanes.slots * vector_for(p.element_bytes) % run == 0);
+/// True where a block, or fewer threads, have all of a statistic, on every GPU.
+constexpr bool is_alone(const Policy& p, const Geometry& g) {
+  if (p.traversal == Traversal::runs) return p.parts() == 1;
+  return p.lanes.tiles == 1 && (p.lanes.slabs == 1 || p.lanes.columns % g.run == 0);
 }
 
 /// Has teams collect, if there is room for sums beside the rows: two rows at once, then more, where blocks that share a
@@ -322,7 +335,7 @@ constexpr bool settle_rows(Policy& p, const Geometry& g, Room room) {
 constexpr void settle(Policy& p, const Geometry& g, Room room, bool collects) {
   p.team = {};
   if (p.traversal == Traversal::lanes) {
-    if (has_whole_lanes(p, g.run)) p.team = {1, 1};
+    if (is_alone(p, g)) p.team = {1, 1};
     return;
   }
   if (collects && settle_rows(p, g, room)) return;
