@@ -24,11 +24,11 @@ NORMKIT_DEVICE std::int64_t partial_of(const Work& work, std::int64_t r, std::in
 
 /// A statistic from the moments of its tiles, moments_of(unit, tile), to those who asked for it. All threads that meet come, and
 /// know its mean and rstd then.
-template <class S, class F>
+template <class S, int kAhead = 1, class F>
 NORMKIT_DEVICE Solved finish_forward(const Work& work, std::int64_t r, Group meeting, F moments_of) {
   const Task& t = work.task;
   const std::int64_t tiles = work.policy.tiles();
-  const Moments m = joined<Moments>(meeting, work.policy.units * tiles, [&](std::int64_t k) {
+  const Moments m = joined<Moments, kAhead>(meeting, work.policy.units * tiles, [&](std::int64_t k) {
     const std::int64_t unit = quotient(k, tiles);
     return moments_of(unit, k - unit * tiles);
   }, [](Moments a, Moments b) { return merge(a, b); });
@@ -40,7 +40,7 @@ NORMKIT_DEVICE Solved finish_forward(const Work& work, std::int64_t r, Group mee
 /// A statistic's gradient from what its tiles found, sums_of(unit, tile), and the gradients of its units' parameters. `s`: as it
 /// was given; weight_of(unit): what all of a unit share. Policy::sharing threads put a unit together, units next to each other. All
 /// threads that meet come; where they lead, they write.
-template <class S, class Weight, class F>
+template <class S, int kAhead = 1, class Weight, class F>
 NORMKIT_DEVICE Solved solve(const Work& work, std::int64_t r, Statistic<S> s, Group meeting, bool leads,
                             Weight weight_of, F sums_of) {
   const Task& t = work.task;
@@ -51,7 +51,7 @@ NORMKIT_DEVICE Solved solve(const Work& work, std::int64_t r, Statistic<S> s, Gr
   Reduced total;
   NORMKIT_ROLL
   for (std::int64_t unit = first; unit < (work.summed ? units : 0); unit += abreast) {
-    const Reduced part = joined<Reduced>(sharing, work.policy.tiles(), [&](std::int64_t tile) {
+    const Reduced part = joined<Reduced, kAhead>(sharing, work.policy.tiles(), [&](std::int64_t tile) {
       return sums_of(unit, tile);
     }, [](Reduced a, Reduced b) { return a + b; });
     const double weight = weight_of(unit);
@@ -90,12 +90,12 @@ NORMKIT_DEVICE Solved solve(const Work& work, std::int64_t r, Statistic<S> s, Gr
 }
 
 /// solve() with what is in memory: the statistic as it was given, and the weights of its units.
-template <class S, class F>
+template <class S, int kAhead = 1, class F>
 NORMKIT_DEVICE Solved finish_backward(const Work& work, std::int64_t r, Group meeting, F sums_of) {
   const std::int64_t o = quotient(r, work.task.geometry.lanes), lane = r - o * work.task.geometry.lanes;
   const auto weight_of = [&](std::int64_t unit) { return UnitParameters::of(work, o, lane, unit).weight; };
   const Statistic<S> s = given_statistic<S>(work.task, r);
-  return solve<S>(work, r, s, meeting, true, weight_of, sums_of);
+  return solve<S, kAhead>(work, r, s, meeting, true, weight_of, sums_of);
 }
 
 /// Threads that meet, for each statistic.
@@ -104,6 +104,9 @@ inline Grid grid_for_statistics(const Work& work) {
   grid.shared_bytes = kGroupBytes;
   return grid;
 }
+
+/// Partial results that a thread has on their way from memory.
+inline constexpr int kFinishAhead = 4;
 
 template <class S> struct ForwardFinish {
   static constexpr const char* kName = "ForwardFinish";
@@ -114,7 +117,7 @@ template <class S> struct ForwardFinish {
     const Group meeting = Group::of(work.policy.meeting);
     const std::int64_t r = own_item(meeting.size);
     if (r >= work.task.geometry.statistics()) return;
-    const Solved solved = finish_forward<S>(work, r, meeting, [&](std::int64_t unit, std::int64_t tile) {
+    const Solved solved = finish_forward<S, kFinishAhead>(work, r, meeting, [&](std::int64_t unit, std::int64_t tile) {
       return moments_at(work.partials + 3 * partial_of(work, r, unit, tile));
     });
     if (meeting.rank != 0) return;
@@ -131,7 +134,7 @@ template <class S> struct BackwardFinish {
     const Group meeting = Group::of(work.policy.meeting);
     const std::int64_t r = own_item(meeting.size);
     if (r >= work.task.geometry.statistics()) return;
-    finish_backward<S>(work, r, meeting, [&](std::int64_t unit, std::int64_t tile) {
+    finish_backward<S, kFinishAhead>(work, r, meeting, [&](std::int64_t unit, std::int64_t tile) {
       return reduced_at(work.partials + 4 * partial_of(work, r, unit, tile));
     });
   }

@@ -81,12 +81,20 @@ template <class T> NORMKIT_DEVICE T all_sum(Group group, T v) {
 }
 
 /// at(0), at(1), .. at(count - 1) as one: threads take them in turn, then meet as a tree. Wherever tiles meet they meet here, in
-/// a group of Policy::meeting threads, so that no schedule shows in the bits.
-template <class T, class At, class Join>
+/// a group of Policy::meeting threads, so that no schedule shows in the bits. kAhead of them are read before they are joined.
+template <class T, int kAhead = 1, class At, class Join>
 NORMKIT_DEVICE T joined(Group meeting, std::int64_t count, At at, Join join) {
   T all{};
   NORMKIT_ROLL
-  for (std::int64_t k = meeting.rank; k < count; k += meeting.size) all = join(all, at(k));
+  for (std::int64_t k = meeting.rank; k < count; k += kAhead * meeting.size) {
+    T next[kAhead];
+    NORMKIT_UNROLL
+    for (int j = 0; j < kAhead; ++j)
+      if (k + j * meeting.size < count) next[j] = at(k + j * meeting.size);
+    NORMKIT_UNROLL
+    for (int j = 0; j < kAhead; ++j)
+      if (k + j * meeting.size < count) all = join(all, next[j]);
+  }
   return all_join(meeting, all, join);
 }
 

@@ -265,6 +265,12 @@ struct Policy {
     return head(stage) + held_tiles(stage) * tile_bytes(stage) * (depth * arrays() + sum_vectors());
   }
 
+  /// Bytes of x and dy that a block has on their way at once.
+  constexpr int in_flight_bytes(Stage stage) const {
+    if (traversal == Traversal::lanes) return kStreamBytes;
+    return held_tiles(stage) * tile_bytes(stage) * depth * arrays();
+  }
+
   /// Blocks or teams that have rows.
   constexpr std::int64_t row_blocks(const Geometry& g) const {
     return g.statistics() / rows.rows * rows.count * rows.blocks;

@@ -473,10 +473,10 @@ template <class X, Special kSpecial> struct RunsBackward {
   using S = ComputeOf<X>;
   static constexpr const char* kName = "RunsBackward";
   static constexpr int kBlocks = kSpecial == Special::anything ? 1 : 2;
-  Work given_work;
+  Work given;
 
   NORMKIT_DEVICE void operator()() const {
-    const Work work = known_as<kSpecial>(given_work);
+    const Work work = known_as<kSpecial>(given);
     const Policy& policy = work.policy;
     const bool shares = policy.shares(work.stage), collects = policy.collects;
     const int blocks = kHasClusters && shares ? policy.team.blocks : 1;

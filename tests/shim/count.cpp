@@ -86,6 +86,7 @@ std::ostream& operator<<(std::ostream& out, const shim::Traffic& t) {
 std::ostream& operator<<(std::ostream& out, const shim::Launched& l) {
   out << R"({"kernel": ")" << l.kernel << R"(", "blocks": )" << l.grid.blocks << R"(, "threads": )" << l.grid.threads;
   out << R"(, "shared_bytes": )" << l.grid.shared_bytes << R"(, "cluster": )" << l.grid.cluster;
+  out << R"(, "resident_blocks": )" << l.resident_blocks << R"(, "in_flight_bytes": )" << l.in_flight_bytes;
   return out << R"(, "arrays": )" << l.arrays << R"(, "workspace": )" << l.workspace << "}";
 }
 
