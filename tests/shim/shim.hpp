@@ -28,7 +28,8 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(__SANITIZE_THREAD__) && !defined(NORMKIT_SHIM_COUNTS)
+#define NORMKIT_SHIM_FINDS_RACES
 #include <sanitizer/tsan_interface.h>
 extern "C" {
 void AnnotateIgnoreReadsBegin(const char* file, int line);
@@ -113,6 +114,8 @@ struct Cluster {
   const char* kernel = "";
   void (*body)(const void*) = nullptr;
   const void* argument = nullptr;
+  std::size_t argument_bytes = 0;
+  int shared_bytes = 0;  // of a block
   ucontext_t scheduler;
   const void* scheduler_stack = nullptr;  // for the address sanitizer, which must know of every change of stacks
   std::size_t scheduler_bytes = 0;
@@ -173,7 +176,7 @@ inline void begin_fiber() {
 inline void leave_scheduler(int fiber) {
   __sanitizer_start_switch_fiber(&cluster.scheduler_frames, stack(fiber), kStackBytes);
 }
-#elif defined(__SANITIZE_THREAD__)
+#elif defined(NORMKIT_SHIM_FINDS_RACES)
 inline void leave_fiber(void**) { __tsan_switch_to_fiber(cluster.scheduler_frames, __tsan_switch_to_fiber_no_sync); }
 inline void come_back(void*) {}
 inline void begin_fiber() {}
@@ -192,10 +195,10 @@ inline void leave_scheduler(int) {}
 
 /// Places that threads meet at. What a thread did before it came to one is known to those that have left it.
 struct Meeting {
-  char launch, end, block[kClusterBlocks][2], warp[kClusterBlocks][kBlockThreads / kWarp][2], cluster[2];
+  char launch, end, block[kMostClusterBlocks][2], warp[kMostClusterBlocks][kBlockThreads / kWarp][2], cluster[2];
 };
 inline Meeting meeting;
-#if defined(__SANITIZE_THREAD__)
+#if defined(NORMKIT_SHIM_FINDS_RACES)
 inline void come_to(char& place) { __tsan_release(&place); }
 inline void go_from(char& place) { __tsan_acquire(&place); }
 /// While it lives, what this thread reads and writes is the shim's own affair.
@@ -213,8 +216,60 @@ struct Unwatched {
 #define NORMKIT_SHIM_UNSEEN
 #endif
 
+// ---- what a launch moves -----------------------------------------------------------------------------------------
+
+/// Bytes of global memory.
+struct Bytes { std::int64_t loaded = 0, stored = 0; };
+
+/// What the threads of a launch read and write: element by element as each of them asks; in sectors of 32 bytes, each once for a
+/// block between two of its barriers, as the caches of a multiprocessor leave it; and each once, as a large enough cache of all
+/// of them would.
+struct Traffic { Bytes asked, by_block, once; };
+
+/// A launch: blocks of 256 threads that the registers of a multiprocessor have room for, at least; bytes of global memory that a
+/// block has on their way at once; and what it does to arrays and to the workspace, where count.cpp is linked.
+struct Launched {
+  const char* kernel;
+  Grid grid;
+  int resident_blocks, in_flight_bytes;
+  Traffic arrays = {}, workspace = {};
+};
+template <class Kernel> int in_flight_bytes(const Kernel& kernel) {
+  if constexpr (requires { kernel.given.policy; }) return kernel.given.policy.in_flight_bytes(kernel.given.stage);
+  else return 0;
+}
+
+/// All launches from the moment that `records` is set.
+inline bool records = false;
+inline std::int64_t launch_number = 0;
+inline std::vector<Launched> launches;
+
+/// Memory that the job's workspace is: [begin, end).
+struct Range {
+  const std::byte *begin = nullptr, *end = nullptr;
+  bool holds(const void* p) const { return p >= begin && p < end; }
+};
+inline Range workspace;
+
+/// True while a thread is in the code of its kernel. The compiler does not know who reads it: calls of count.cpp come last.
+inline volatile bool counts = false;
+/// While it lives, a thread is in the shim, which reads and writes for itself.
+class Uncounted {
+ public:
+  Uncounted() : before_(counts) { counts = false; }
+  Uncounted(const Uncounted&) = delete;
+  Uncounted& operator=(const Uncounted&) = delete;
+  ~Uncounted() { counts = before_; }
+
+ private:
+  bool before_;
+};
+
+// ---- threads -----------------------------------------------------------------------------------------------------
+
 /// Back to the scheduler, until it finds that this thread may go on.
 NORMKIT_SHIM_UNSEEN inline void wait(State state) {
+  const Uncounted uncounted;
   Fiber& self = current();
   self.state = state;
   void* frames = nullptr;
@@ -226,7 +281,9 @@ NORMKIT_SHIM_UNSEEN inline void wait(State state) {
 NORMKIT_SHIM_UNSEEN inline void enter() {
   begin_fiber();
   go_from(meeting.launch);
+  counts = true;
   cluster.body(cluster.argument);
+  counts = false;
   if (!current().copies.empty()) stop("a thread that leaves while copies of its are on their way");
   come_to(meeting.end);
   wait(State::done);
@@ -342,8 +399,12 @@ inline int log2_of(int power_of_two) { return 31 - __builtin_clz(static_cast<uns
 inline int cluster_rank() { return shim::cluster.running / shim::cluster.threads; }
 inline std::int64_t block_index() { return shim::cluster.first + cluster_rank(); }
 inline std::int64_t block_count() { return shim::cluster.count; }
-inline std::byte* shared_memory() { return shim::cluster.shared[static_cast<std::size_t>(cluster_rank())].get(); }
+inline std::byte* shared_memory() {
+  const shim::Uncounted uncounted;
+  return shim::cluster.shared[static_cast<std::size_t>(cluster_rank())].get();
+}
 inline void sync_block() {
+  const shim::Uncounted uncounted;
   char& place = shim::meeting.block[cluster_rank()][shim::current().barriers++ % 2];
   shim::come_to(place);
   shim::wait(shim::State::at_barrier);
@@ -357,12 +418,14 @@ inline void store_words(void* to, const std::uint32_t (&word)[4]) {
 
 inline constexpr bool kHasClusters = true;
 inline void arrive_at_cluster() {
+  const shim::Uncounted uncounted;
   shim::Fiber& self = shim::current();
   if (self.arrived || self.passed) shim::stop("a thread comes twice to the barrier of its cluster");
   self.arrived = true;
   shim::come_to(shim::meeting.cluster[self.cluster_barriers % 2]);
 }
 inline void wait_for_cluster() {
+  const shim::Uncounted uncounted;
   shim::Fiber& self = shim::current();
   if (!self.arrived && !self.passed) shim::stop("a thread waits at the barrier of its cluster that it has not come to");
   if (!self.passed) shim::wait(shim::State::at_cluster);
@@ -370,6 +433,7 @@ inline void wait_for_cluster() {
   shim::go_from(shim::meeting.cluster[self.cluster_barriers++ % 2]);
 }
 inline std::byte* peer_memory(int rank) {
+  const shim::Uncounted uncounted;
   if (rank < 0 || rank >= shim::cluster.blocks()) shim::stop("shared memory of a block that the cluster does not have");
   if (!shim::cluster.met) shim::stop("shared memory of a block that may not run yet");
   std::byte* const memory = shim::cluster.shared[static_cast<std::size_t>(rank)].get();
@@ -377,14 +441,21 @@ inline std::byte* peer_memory(int rank) {
   return memory;
 }
 
-enum class Extent : signed char { unknown, plain, large, clusters };
-template <class Kernel> Extent extent_of(int) {
-  const char* const extent = std::getenv("NORMKIT_SHIM_EXTENT");
-  if (!extent || *extent == 'c') return Extent::clusters;
-  return *extent == 'l' ? Extent::large : Extent::plain;
+/// As NORMKIT_SHIM_EXTENT says: clusters (an H200), portable (the same, clusters of eight), large (no clusters), plain; the first
+/// two with NORMKIT_SHIM_PROCESSORS.
+inline Room room() {
+  const char *const extent = std::getenv("NORMKIT_SHIM_EXTENT"), *const processors =
+                                                                     std::getenv("NORMKIT_SHIM_PROCESSORS");
+  Room room{227 << 10, kMostClusterBlocks, 132};
+  if (processors) room.processors = static_cast<std::int16_t>(std::atoi(processors));
+  if (!extent || *extent == 'c') return room;
+  if (std::strcmp(extent, "portable") == 0) return room.cluster = kPortableCluster, room;
+  return *extent == 'l' ? Room{99 << 10, 1, 84} : kPlainRoom;
 }
+template <class Kernel> Room room_of(int) { return room(); }
 
 template <class T> T shuffle(T v, int lane, unsigned members) {
+  const shim::Uncounted uncounted;
   T found = v;
   shim::Fiber& self = shim::current();
   self.given = &v, self.taken = &found, self.bytes = sizeof(T), self.source = lane, self.members = members;
@@ -393,6 +464,7 @@ template <class T> T shuffle(T v, int lane, unsigned members) {
 }
 
 inline void sync_warp(unsigned members) {
+  const shim::Uncounted uncounted;
   char& place = shim::meeting.warp[cluster_rank()][thread_index() / kWarp][shim::current().warp_barriers++ % 2];
   shim::come_to(place);
   static_cast<void>(shuffle(0, thread_index() % kWarp, members));
@@ -402,15 +474,20 @@ inline void sync_warp(unsigned members) {
 /// Some copies are made at once, others when they are waited for.
 template <int kBytes> void copy_aside(void* to, const void* from) {
   struct alignas(kBytes) Word { std::byte byte[kBytes]; };
-  shim::Copy copy{to, {}, kBytes, shim::current().batch};
   const Word word = *static_cast<const Word*>(from);
+  const shim::Uncounted uncounted;
+  shim::Copy copy{to, {}, kBytes, shim::current().batch};
   std::memcpy(copy.byte, &word, kBytes);
   if (reinterpret_cast<std::uintptr_t>(to) % kBytes) shim::stop("a copy to a misaligned address");
   if (shim::comes_at_once(shim::current())) shim::deliver(copy);
   else shim::current().copies.push_back(copy);
 }
-inline void end_batch() { ++shim::current().batch; }
+inline void end_batch() {
+  const shim::Uncounted uncounted;
+  ++shim::current().batch;
+}
 template <int kLast> void wait_for_batches() {
+  const shim::Uncounted uncounted;
   std::vector<shim::Copy>& copies = shim::current().copies;
   const int whole = shim::current().batch - kLast;
   for (const shim::Copy& copy : copies)
@@ -440,8 +517,9 @@ inline std::unique_ptr<std::byte[]> poisoned(int bytes) {
 
 inline void run_grid(Grid grid) {
   cluster.first = 0, cluster.count = grid.blocks, cluster.threads = grid.threads, cluster.running = 0;
+  cluster.shared_bytes = grid.shared_bytes;
   if (grid.blocks < 1 || grid.blocks > kMostBlocks || grid.threads < 1 || grid.threads > kBlockThreads ||
-      grid.shared_bytes > kMostSharedBytes || grid.cluster < 1 || grid.cluster > kClusterBlocks ||
+      grid.shared_bytes > room().shared_bytes || grid.cluster < 1 || grid.cluster > room().cluster ||
       grid.blocks % grid.cluster != 0)
     stop("a launch that a GPU would refuse");
   std::vector<std::int64_t> clusters(static_cast<std::size_t>(grid.blocks / grid.cluster));
@@ -464,14 +542,13 @@ inline void run_grid(Grid grid) {
 template <class Kernel> void launch(const Kernel& kernel, Grid grid, Stream) {
   static_assert(sizeof(Kernel) <= 4096, "the arguments of a kernel must fit 4 KB");
   static const bool idle = std::getenv("NORMKIT_SHIM_IDLE") != nullptr;
-  if (idle) return;  // for who measures what comes before a launch
   const std::lock_guard<std::mutex> lock(shim::one_at_a_time);
-  if (grid.shared_bytes > kFreeSharedBytes && extent_of<Kernel>(0) < Extent::large)
-    shim::stop("more shared memory than there is");
-  if (grid.cluster > 1 && extent_of<Kernel>(0) < Extent::clusters) shim::stop("a cluster where there are none");
+  if (shim::records) shim::launches.push_back({Kernel::kName, grid, Kernel::kBlocks, shim::in_flight_bytes(kernel)});
+  if (idle) return;  // for who measures what comes before a launch
   const shim::Unwatched unwatched;
-  shim::cluster.kernel = Kernel::kName, shim::cluster.argument = &kernel;
+  shim::cluster.kernel = Kernel::kName, shim::cluster.argument = &kernel, shim::cluster.argument_bytes = sizeof(Kernel);
   shim::cluster.body = [](const void* k) { (*static_cast<const Kernel*>(k))(); };
+  ++shim::launch_number;
   shim::run_grid(grid);
 }
 
