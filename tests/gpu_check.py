@@ -29,7 +29,7 @@ RECORD = Path(__file__).with_name("gpu_bits.json")
 SMALL, EPS = (6, 8, 5, 7), 1e-5
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 EXACT = (None, "relu", ("leaky_relu", 0.2))  # activations without exp and erf
-TEAM, SPLIT = 84_000, 900_000  # bytes of a statistic: for a cluster of any direction, and for none
+TEAM, SPLIT = 84_000, 3_400_000  # bytes of a statistic: for a cluster of any direction, and for none
 
 
 def numbers(shape: tuple[int, ...], seed: int, dtype: Any = "float32") -> np.ndarray:
