@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "cuda.hpp"
+#include "device.cuh"
 #include "normkit/formula.hpp"
 #include "normkit/normkit.hpp"
 
@@ -15,7 +16,10 @@ namespace {
 
 /// The workspace of a GPU holds anything, here NaN.
 template <class Job> void run_poisoned(const Job& job, double* workspace) {
-  std::memset(static_cast<void*>(workspace), 0xff, cuda::workspace_bytes(job));
+  const std::size_t bytes = cuda::workspace_bytes(job);
+  auto* const memory = reinterpret_cast<std::byte*>(workspace);
+  std::memset(memory, 0xff, bytes);
+  cuda::shim::workspace = {memory, memory + bytes};
   cuda::run(job, workspace, nullptr, 0);
 }
 

@@ -28,7 +28,8 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(__SANITIZE_THREAD__) && !defined(NORMKIT_SHIM_COUNTS)
+#define NORMKIT_SHIM_FINDS_RACES
 #include <sanitizer/tsan_interface.h>
 extern "C" {
 void AnnotateIgnoreReadsBegin(const char* file, int line);
@@ -113,6 +114,8 @@ struct Cluster {
   const char* kernel = "";
   void (*body)(const void*) = nullptr;
   const void* argument = nullptr;
+  std::size_t argument_bytes = 0;
+  int shared_bytes = 0;  // of a block
   ucontext_t scheduler;
   const void* scheduler_stack = nullptr;  // for the address sanitizer, which must know of every change of stacks
   std::size_t scheduler_bytes = 0;
@@ -173,7 +176,7 @@ inline void begin_fiber() {
 inline void leave_scheduler(int fiber) {
   __sanitizer_start_switch_fiber(&cluster.scheduler_frames, stack(fiber), kStackBytes);
 }
-#elif defined(__SANITIZE_THREAD__)
+#elif defined(NORMKIT_SHIM_FINDS_RACES)
 inline void leave_fiber(void**) { __tsan_switch_to_fiber(cluster.scheduler_frames, __tsan_switch_to_fiber_no_sync); }
 inline void come_back(void*) {}
 inline void begin_fiber() {}
@@ -195,7 +198,7 @@ struct Meeting {
   char launch, end, block[kClusterBlocks][2], warp[kClusterBlocks][kBlockThreads / kWarp][2], cluster[2];
 };
 inline Meeting meeting;
-#if defined(__SANITIZE_THREAD__)
+#if defined(NORMKIT_SHIM_FINDS_RACES)
 inline void come_to(char& place) { __tsan_release(&place); }
 inline void go_from(char& place) { __tsan_acquire(&place); }
 /// While it lives, what this thread reads and writes is the shim's own affair.
@@ -213,8 +216,54 @@ struct Unwatched {
 #define NORMKIT_SHIM_UNSEEN
 #endif
 
+// ---- what a launch moves -----------------------------------------------------------------------------------------
+
+/// Bytes of global memory.
+struct Bytes { std::int64_t loaded = 0, stored = 0; };
+
+/// What the threads of a launch read and write: element by element as each of them asks; in sectors of 32 bytes, each once for a
+/// block between two of its barriers, as the caches of a multiprocessor leave it; and each once, as a large enough cache of all
+/// of them would.
+struct Traffic { Bytes asked, by_block, once; };
+
+/// A launch, and what it does to arrays and to the workspace, where count.cpp is linked.
+struct Launched {
+  const char* kernel;
+  Grid grid;
+  Traffic arrays, workspace;
+};
+
+/// All launches from the moment that `records` is set.
+inline bool records = false;
+inline std::int64_t launch_number = 0;
+inline std::vector<Launched> launches;
+
+/// Memory that the job's workspace is: [begin, end).
+struct Range {
+  const std::byte *begin = nullptr, *end = nullptr;
+  bool holds(const void* p) const { return p >= begin && p < end; }
+};
+inline Range workspace;
+
+/// True while a thread is in the code of its kernel. The compiler does not know who reads it: calls of count.cpp come last.
+inline volatile bool counts = false;
+/// While it lives, a thread is in the shim, which reads and writes for itself.
+class Uncounted {
+ public:
+  Uncounted() : before_(counts) { counts = false; }
+  Uncounted(const Uncounted&) = delete;
+  Uncounted& operator=(const Uncounted&) = delete;
+  ~Uncounted() { counts = before_; }
+
+ private:
+  bool before_;
+};
+
+// ---- threads -----------------------------------------------------------------------------------------------------
+
 /// Back to the scheduler, until it finds that this thread may go on.
 NORMKIT_SHIM_UNSEEN inline void wait(State state) {
+  const Uncounted uncounted;
   Fiber& self = current();
   self.state = state;
   void* frames = nullptr;
@@ -226,7 +275,9 @@ NORMKIT_SHIM_UNSEEN inline void wait(State state) {
 NORMKIT_SHIM_UNSEEN inline void enter() {
   begin_fiber();
   go_from(meeting.launch);
+  counts = true;
   cluster.body(cluster.argument);
+  counts = false;
   if (!current().copies.empty()) stop("a thread that leaves while copies of its are on their way");
   come_to(meeting.end);
   wait(State::done);
@@ -342,8 +393,12 @@ inline int log2_of(int power_of_two) { return 31 - __builtin_clz(static_cast<uns
 inline int cluster_rank() { return shim::cluster.running / shim::cluster.threads; }
 inline std::int64_t block_index() { return shim::cluster.first + cluster_rank(); }
 inline std::int64_t block_count() { return shim::cluster.count; }
-inline std::byte* shared_memory() { return shim::cluster.shared[static_cast<std::size_t>(cluster_rank())].get(); }
+inline std::byte* shared_memory() {
+  const shim::Uncounted uncounted;
+  return shim::cluster.shared[static_cast<std::size_t>(cluster_rank())].get();
+}
 inline void sync_block() {
+  const shim::Uncounted uncounted;
   char& place = shim::meeting.block[cluster_rank()][shim::current().barriers++ % 2];
   shim::come_to(place);
   shim::wait(shim::State::at_barrier);
@@ -357,12 +412,14 @@ inline void store_words(void* to, const std::uint32_t (&word)[4]) {
 
 inline constexpr bool kHasClusters = true;
 inline void arrive_at_cluster() {
+  const shim::Uncounted uncounted;
   shim::Fiber& self = shim::current();
   if (self.arrived || self.passed) shim::stop("a thread comes twice to the barrier of its cluster");
   self.arrived = true;
   shim::come_to(shim::meeting.cluster[self.cluster_barriers % 2]);
 }
 inline void wait_for_cluster() {
+  const shim::Uncounted uncounted;
   shim::Fiber& self = shim::current();
   if (!self.arrived && !self.passed) shim::stop("a thread waits at the barrier of its cluster that it has not come to");
   if (!self.passed) shim::wait(shim::State::at_cluster);
@@ -370,6 +427,7 @@ inline void wait_for_cluster() {
   shim::go_from(shim::meeting.cluster[self.cluster_barriers++ % 2]);
 }
 inline std::byte* peer_memory(int rank) {
+  const shim::Uncounted uncounted;
   if (rank < 0 || rank >= shim::cluster.blocks()) shim::stop("shared memory of a block that the cluster does not have");
   if (!shim::cluster.met) shim::stop("shared memory of a block that may not run yet");
   std::byte* const memory = shim::cluster.shared[static_cast<std::size_t>(rank)].get();
@@ -385,6 +443,7 @@ template <class Kernel> Extent extent_of(int) {
 }
 
 template <class T> T shuffle(T v, int lane, unsigned members) {
+  const shim::Uncounted uncounted;
   T found = v;
   shim::Fiber& self = shim::current();
   self.given = &v, self.taken = &found, self.bytes = sizeof(T), self.source = lane, self.members = members;
@@ -393,6 +452,7 @@ template <class T> T shuffle(T v, int lane, unsigned members) {
 }
 
 inline void sync_warp(unsigned members) {
+  const shim::Uncounted uncounted;
   char& place = shim::meeting.warp[cluster_rank()][thread_index() / kWarp][shim::current().warp_barriers++ % 2];
   shim::come_to(place);
   static_cast<void>(shuffle(0, thread_index() % kWarp, members));
@@ -402,15 +462,20 @@ inline void sync_warp(unsigned members) {
 /// Some copies are made at once, others when they are waited for.
 template <int kBytes> void copy_aside(void* to, const void* from) {
   struct alignas(kBytes) Word { std::byte byte[kBytes]; };
-  shim::Copy copy{to, {}, kBytes, shim::current().batch};
   const Word word = *static_cast<const Word*>(from);
+  const shim::Uncounted uncounted;
+  shim::Copy copy{to, {}, kBytes, shim::current().batch};
   std::memcpy(copy.byte, &word, kBytes);
   if (reinterpret_cast<std::uintptr_t>(to) % kBytes) shim::stop("a copy to a misaligned address");
   if (shim::comes_at_once(shim::current())) shim::deliver(copy);
   else shim::current().copies.push_back(copy);
 }
-inline void end_batch() { ++shim::current().batch; }
+inline void end_batch() {
+  const shim::Uncounted uncounted;
+  ++shim::current().batch;
+}
 template <int kLast> void wait_for_batches() {
+  const shim::Uncounted uncounted;
   std::vector<shim::Copy>& copies = shim::current().copies;
   const int whole = shim::current().batch - kLast;
   for (const shim::Copy& copy : copies)
@@ -440,6 +505,7 @@ inline std::unique_ptr<std::byte[]> poisoned(int bytes) {
 
 inline void run_grid(Grid grid) {
   cluster.first = 0, cluster.count = grid.blocks, cluster.threads = grid.threads, cluster.running = 0;
+  cluster.shared_bytes = grid.shared_bytes;
   if (grid.blocks < 1 || grid.blocks > kMostBlocks || grid.threads < 1 || grid.threads > kBlockThreads ||
       grid.shared_bytes > kMostSharedBytes || grid.cluster < 1 || grid.cluster > kClusterBlocks ||
       grid.blocks % grid.cluster != 0)
@@ -470,8 +536,10 @@ template <class Kernel> void launch(const Kernel& kernel, Grid grid, Stream) {
     shim::stop("more shared memory than there is");
   if (grid.cluster > 1 && extent_of<Kernel>(0) < Extent::clusters) shim::stop("a cluster where there are none");
   const shim::Unwatched unwatched;
-  shim::cluster.kernel = Kernel::kName, shim::cluster.argument = &kernel;
+  shim::cluster.kernel = Kernel::kName, shim::cluster.argument = &kernel, shim::cluster.argument_bytes = sizeof(Kernel);
   shim::cluster.body = [](const void* k) { (*static_cast<const Kernel*>(k))(); };
+  ++shim::launch_number;
+  if (shim::records) shim::launches.push_back({Kernel::kName, grid, {}, {}});
   shim::run_grid(grid);
 }
 
