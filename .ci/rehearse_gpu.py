@@ -103,8 +103,8 @@ def without_network() -> list[str] | None:
 
 
 class Machine:
-    """The environment, and no program but those of the system; of these no git, Python or nvcc. `builds`: a build would
-    do without nvcc, and leave the faster instruction sets out."""
+    """The environment, and no program but those of the system; of these no git, no Python, and no compiler but where it
+    `builds`: without CUDA, and for one instruction set."""
 
     def __init__(self, folder: Path, python: str, isolated: list[str], builds: bool) -> None:
         self.isolated = isolated
@@ -117,7 +117,8 @@ class Machine:
         programs = folder / "bin"
         programs.mkdir()
         for path in Path("/usr/bin").iterdir():
-            if not path.name.startswith(("git", "python", "pip", "nvcc")):
+            compiles = path.name in ("cc", "c++", "gcc", "g++", "clang", "clang++")
+            if not path.name.startswith(("git", "python", "pip")) and (builds or not compiles):
                 (programs / path.name).symlink_to(path)
         kept = {name: os.environ[name] for name in ("LANG", "CMAKE_BUILD_PARALLEL_LEVEL") if name in os.environ}
         own = {"NORMKIT_CUDA": "off", "CMAKE_ARGS": "-DNORMKIT_ISAS=sse4"} if builds else {}

@@ -286,7 +286,7 @@ class Session:
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
-                start_new_session=True,
+                process_group=0,
             )
         except OSError as error:
             return 1, str(error)
@@ -301,12 +301,15 @@ class Session:
         reader = threading.Thread(target=pass_on)
         reader.start()
         status: int | None = None
-        with suppress(subprocess.TimeoutExpired):
+        try:
             status = process.wait(max(0.0, end - time.monotonic()))
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
-        process.wait()
-        reader.join()
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
+            process.wait()
+            reader.join()
         return status, last[0]
 
     def summary(self, of_commit: str) -> None:

@@ -96,7 +96,7 @@ def kernels(dtype: str) -> Iterator[Call]:
 def calls() -> list[Call]:
     found = [Call(op.name, SMALL, dtype) for dtype in FLOATS for op in REGISTRY]
     found += [call for dtype in FLOATS for call in kernels(dtype)]
-    found.append(Call("instance", (265, 1, 12_000)))  # of which a block holds two tiles
+    found.append(Call("instance", (265, 1, 12_000), kind="many"))  # a block holds two tiles
     for op in ("instance", "instance-last", "layer"):
         found += [Call(op, SMALL, options={"activation": a}) for a in ("relu", ("leaky_relu", 0.2), "silu", "gelu")]
         found += [Call(op, SMALL, options=o) for o in ({"where": "random"}, {"weight_offset": 1.0})]
@@ -167,6 +167,16 @@ class Judged:
         dx, *_ = self.op.backward(self.dy, self.x, mean, rstd, self.weight, need=("dx",))
         truth = self.op.reference_backward(self.dy, self.x, mean, rstd, self.weight)
         assert bounds.excess(dx.reshape(truth.dx.shape), truth.dx, bounds.dx(truth, self.x.dtype)) <= 1
+
+    def many(self) -> None:
+        """The first and the last statistic have the bits that they have alone."""
+        y, mean, rstd = self.op.statistics(self.x, weight=self.weight, bias=self.bias)
+        dx, *_ = self.op.backward(self.dy, self.x, mean, rstd, self.weight)
+        for one in (slice(0, 1), slice(-1, None)):
+            x, stats = self.x[one], (mean[one], rstd[one])
+            assert checks.check_forward(self.op, x, self.weight, self.bias).tobytes() == y[one].tobytes()
+            found, *_ = checks.check_backward(self.op, self.dy[one], x, self.weight, stats=stats)
+            assert found.tobytes() == dx[one].tobytes()
 
     def residual(self) -> None:
         """The bits of the call on the sum."""

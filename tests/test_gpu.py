@@ -100,7 +100,6 @@ def busy(cupy):
     stream.synchronize()
 
 
-@pytest.mark.sanitizer
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
 def test_a_hundred_runs_have_the_same_bits(op, cupy, rng):
     runs = 100 if hasattr(cupy, "RawKernel") else 3
@@ -156,7 +155,6 @@ def test_more_rows_than_a_grid_has_in_y(rows, last, cupy, rng):
     assert bounds.excess(dx.reshape(b.dx.shape), b.dx, bounds.dx(b, x.dtype)) <= 1
 
 
-@pytest.mark.sanitizer
 @pytest.mark.parametrize("channels", [1, 3, 4, 7, 8, 20, 31, 33])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_channels_last_of_odd_extents(channels, dtype, cupy, rng):
