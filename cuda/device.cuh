@@ -122,6 +122,19 @@ NORMKIT_DEVICE Bfloat narrow(const Bfloat*, float v) { return {__bfloat16_as_ush
 /// Throws DeviceError where `status` is not success: what was done, and the shape of the launch if it was one.
 void check(cudaError_t status, const char* what, Grid grid = {});
 
+/// Kernels may be loaded as long as this lives, even where the stream is being captured: their first launch does so, and a capture
+/// refuses what that takes, unless the thread has said that it knows what it does.
+class LoadingGuard {
+ public:
+  LoadingGuard() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode"); }
+  LoadingGuard(const LoadingGuard&) = delete;
+  LoadingGuard& operator=(const LoadingGuard&) = delete;
+  ~LoadingGuard() { static_cast<void>(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 /// A device is the current one as long as this lives; then the one that was before.
 class DeviceGuard {
  public:
@@ -137,6 +150,7 @@ class DeviceGuard {
   }
 
  private:
+  LoadingGuard loading_;
   int before_ = 0;
   bool changed_ = false;
 };

@@ -137,7 +137,8 @@ template <int kSlots, class Fetch, class F> NORMKIT_DEVICE void streamed(int cou
     if (ahead < count) fetch(ahead % kSlots, ahead);
     end_batch();
     if (j < 0) continue;
-    wait_for_batches<kSlots - 1>();
+    if (NORMKIT_PLANTED(short_wait) && ahead < count) wait_for_batches<kSlots>();
+    else wait_for_batches<kSlots - 1>();
     f(j % kSlots, j);
   }
 }

@@ -32,8 +32,10 @@ NORMKIT_DEVICE std::int64_t own_item(int size) {
 
 /// Waits for all threads of a team that has several tiles: all of them have posted what they found.
 NORMKIT_DEVICE void meet_team(int blocks) {
-  if (blocks == 1) sync_block();
-  else if (!NORMKIT_PLANTED(missing_cluster_barrier)) arrive_at_cluster(), wait_for_cluster();
+  if (blocks == 1) return sync_block();
+  if (NORMKIT_PLANTED(missing_cluster_barrier)) return;
+  arrive_at_cluster();
+  if (!NORMKIT_PLANTED(early_leave)) wait_for_cluster();
 }
 
 /// What the tiles of a team found, in the shared memory of each of its blocks: nobody reads another block's copy, so that

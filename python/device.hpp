@@ -78,6 +78,7 @@ template <class Job> [[gnu::noinline, gnu::cold]] void run_job(const Call& call,
   if (const std::size_t bytes = cuda::workspace_bytes(job))
     workspace = nb::cast<std::uintptr_t>(call.arrays.attr("workspace")(bytes));
   try {
+    const nb::gil_scoped_release unlocked;  // a launch may wait for a host function of the stream, and that for the lock
     cuda::run(job, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(call.stream), call.device);
   } catch (const cuda::DeviceError& e) {
     if (cuda::available()) throw;

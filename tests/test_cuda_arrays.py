@@ -4,6 +4,7 @@ In a build with NORMKIT_CUDA=shim the kernels run on that memory, and results ar
 or with calls on NumPy arrays, which run the same kernels there. Other builds are asked for their errors.
 """
 
+import ctypes
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from cases import DTYPES, lay, uniform
 from fake_gpu import FakeCupy, FakeOther, FakeTorch, Memory
+from launches import recorded
 from normkit import _core, _cuda
 from reference import OPERATIONS, REGISTRY
 
@@ -378,6 +380,33 @@ def test_other_libraries_are_asked_for_the_stream_that_works(stream, asked, othe
     assert other.streams == [asked, asked]
     assert memory.ran == [(0, stream)]
     assert cupy.exported == [other.STREAM]
+
+
+@on_shim
+@pytest.mark.parametrize("name", ["cupy", "torch", "other"])
+def test_no_launch_keeps_other_threads_waiting(name, request, rng):
+    """A host function of Python on the stream may want the interpreter lock, and a full queue wait for it."""
+    library = request.getfixturevalue(name)
+    x = library.array(uniform(rng, SHAPE))
+
+    def launches():
+        with recorded(ctypes.pythonapi.PyGILState_Check) as found:
+            _, mean, rstd = normkit.instance_norm(x, return_stats=True)
+            normkit.instance_norm_backward(x, x, mean, rstd)
+            normkit.moments(x, axis=(2, 3))
+        return found
+
+    for found in (launches(), launches()):  # planned, and with plans that are known
+        assert len(found) >= 3
+        assert not any(launch.answer for launch in found)
+
+
+@on_shim
+def test_launches_know_of_the_lock(rng):
+    """Else no test here would see who holds it: in calls on small NumPy arrays it is kept."""
+    with recorded(ctypes.pythonapi.PyGILState_Check) as found:
+        normkit.instance_norm(uniform(rng, SHAPE))
+    assert [launch.answer for launch in found] == [1]
 
 
 @pytest.mark.skipif(_core.cuda != "", reason="a build with CUDA")

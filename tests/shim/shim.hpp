@@ -1,10 +1,12 @@
 // The machine of cuda/device.cuh on a CPU: every thread of a block is a fiber, and the kernels are those that nvcc compiles.
 //
-// It is harsher than a GPU. Blocks come in a random order, and so do the threads between two barriers, those of all blocks of
-// a cluster among each other, so that what no barrier orders goes wrong; shared memory holds NaN before a block starts, has no
-// byte more than was asked for, and is gone when the block is.
+// It is harsher than a GPU. Blocks come in a random order, and so do the threads between two barriers; of a cluster one block
+// mostly runs alone, as far as it gets, before another begins: what no barrier orders goes wrong. Copies aside land at any moment
+// between their start and the wait for their batch, in any order. Shared memory holds NaN before a block starts, has no byte more
+// than was asked for, and is gone when the block is.
 // A barrier that a thread has left behind or never comes to, lanes that disagree about a shuffle, shared memory of a block of
-// which nobody knows that it runs, and a launch that a GPU would refuse end the program with a line that says so. In the
+// which nobody knows that it runs, or that may leave meanwhile, and a launch that a GPU would refuse end the program with a line
+// that says so. In the
 // environment, NORMKIT_SHIM_SEED chooses the order, NORMKIT_SHIM_EXTENT what the device gives (plain, large or clusters), and
 // NORMKIT_SHIM_PLANT a mistake that the kernels are to make.
 #pragma once
@@ -66,7 +68,9 @@ constexpr std::size_t kStackBytes = std::size_t{256} << 10;
   X(missing_second_barrier)  \
   X(missing_group_barrier)   \
   X(missing_cluster_barrier) \
-  X(missing_wait) X(early_post) X(early_return) X(read_of_peer) X(misaligned_load) X(int_overflow) X(long_tail)
+  X(missing_wait)            \
+  X(short_wait)              \
+  X(early_post) X(early_leave) X(early_return) X(read_of_peer) X(misaligned_load) X(int_overflow) X(long_tail)
 enum class Mistake {
 #define NORMKIT_ENUMERATOR(name) name,
   NORMKIT_MISTAKES(NORMKIT_ENUMERATOR)
@@ -81,20 +85,24 @@ inline const Mistake planted = [] {
 
 enum class State { ready, at_barrier, at_shuffle, at_cluster, done };
 
-/// A copy from global to shared memory that is still on its way, as one of a batch.
+/// A copy from global to shared memory that is still on its way, as one of a batch. Its source is read when it starts, or else when
+/// it lands.
 struct Copy {
   void* to;
+  const void* from;
   std::byte byte[16];
   int bytes, batch;
 };
-inline void deliver(const Copy& copy) { std::memcpy(copy.to, copy.byte, static_cast<std::size_t>(copy.bytes)); }
 
 struct Fiber {
   ucontext_t context;
   State state = State::ready;
+  std::uint32_t random = 0;
   bool arrived = false, passed = false;  // of the barrier of the cluster
+  /// Blocks, one bit each, whose memory it has asked for: since it came to that barrier last, and before.
+  unsigned touches = 0, touched = 0;
   int barriers = 0, warp_barriers = 0, cluster_barriers = 0;  // that it has come to
-  std::vector<Copy> copies;
+  std::vector<Copy> copies;  // on their way
   int batch = 0;
   const void* given = nullptr;  // of a shuffle
   void* taken = nullptr;
@@ -134,21 +142,14 @@ inline std::mutex one_at_a_time;  // threads of a test may launch together
   std::exit(70);
 }
 
+inline const std::uint32_t seed = [] {
+  const char* const text = std::getenv("NORMKIT_SHIM_SEED");
+  return text ? static_cast<std::uint32_t>(std::atoi(text)) : 1u;
+}();
+/// The order of blocks and threads.
 inline std::mt19937& order() {
-  static std::mt19937 random = [] {
-    const char* seed = std::getenv("NORMKIT_SHIM_SEED");
-    return std::mt19937(seed ? static_cast<unsigned>(std::atoi(seed)) : 1u);
-  }();
+  static std::mt19937 random(seed);
   return random;
-}
-
-/// Chosen from what the fiber alone knows: of generators that fibers share, the thread sanitizer would say that they race.
-inline bool comes_at_once(const Fiber& fiber) {
-  static const int seed = [] {
-    const char* const text = std::getenv("NORMKIT_SHIM_SEED");
-    return text ? std::atoi(text) : 1;
-  }();
-  return (fiber.batch + static_cast<int>(fiber.copies.size()) + seed) % 3 == 0;
 }
 
 template <class T> void shuffle_order(std::vector<T>& items) {
@@ -232,6 +233,7 @@ struct Launched {
   const char* kernel;
   Grid grid;
   int resident_blocks, in_flight_bytes;
+  int answer;  // to `question`, just before
   Traffic arrays = {}, workspace = {};
 };
 template <class Kernel> int in_flight_bytes(const Kernel& kernel) {
@@ -241,6 +243,7 @@ template <class Kernel> int in_flight_bytes(const Kernel& kernel) {
 
 /// All launches from the moment that `records` is set.
 inline bool records = false;
+inline int (*question)() = nullptr;
 inline std::int64_t launch_number = 0;
 inline std::vector<Launched> launches;
 
@@ -253,24 +256,51 @@ inline Range workspace;
 
 /// True while a thread is in the code of its kernel. The compiler does not know who reads it: calls of count.cpp come last.
 inline volatile bool counts = false;
-/// While it lives, a thread is in the shim, which reads and writes for itself.
-class Uncounted {
+/// The same, or not, as long as this lives: the shim reads and writes for itself.
+#if defined(NORMKIT_SHIM_FINDS_RACES)  // then nobody counts
+struct Counting {
+  explicit Counting(bool) {}
+};
+#else
+class Counting {
  public:
-  Uncounted() : before_(counts) { counts = false; }
-  Uncounted(const Uncounted&) = delete;
-  Uncounted& operator=(const Uncounted&) = delete;
-  ~Uncounted() { counts = before_; }
+  explicit Counting(bool on) : before_(counts) { counts = on; }
+  Counting(const Counting&) = delete;
+  Counting& operator=(const Counting&) = delete;
+  ~Counting() { counts = before_; }
 
  private:
   bool before_;
 };
+#endif
 
 // ---- threads -----------------------------------------------------------------------------------------------------
 
+/// A number below n, from a generator of the fiber's own: of one that fibers share, the thread sanitizer would say that they race.
+inline std::uint32_t chosen(Fiber& fiber, std::uint32_t n) {
+  fiber.random = fiber.random * 1664525u + 1013904223u;
+  return (fiber.random >> 16) % n;
+}
+
+inline void land(const Copy& copy) {
+  std::memcpy(copy.to, copy.from ? copy.from : copy.byte, static_cast<std::size_t>(copy.bytes));
+}
+/// Copies of the batches before `whole` land, and here and there one of the others, in any order.
+inline void land_copies(Fiber& self, int whole) {
+  std::vector<Copy>& copies = self.copies;
+  for (std::size_t k = copies.size(); k > 0; --k) {
+    std::swap(copies[k - 1], copies[chosen(self, static_cast<std::uint32_t>(k))]);
+    if (copies[k - 1].batch >= whole && chosen(self, 8) != 0) continue;
+    land(copies[k - 1]);
+    copies[k - 1] = copies.back(), copies.pop_back();
+  }
+}
+
 /// Back to the scheduler, until it finds that this thread may go on.
 NORMKIT_SHIM_UNSEEN inline void wait(State state) {
-  const Uncounted uncounted;
+  const Counting off(false);
   Fiber& self = current();
+  if (state != State::done) land_copies(self, 0);
   self.state = state;
   void* frames = nullptr;
   leave_fiber(state == State::done ? nullptr : &frames);
@@ -281,10 +311,13 @@ NORMKIT_SHIM_UNSEEN inline void wait(State state) {
 NORMKIT_SHIM_UNSEEN inline void enter() {
   begin_fiber();
   go_from(meeting.launch);
-  counts = true;
-  cluster.body(cluster.argument);
-  counts = false;
+  {
+    const Counting on(true);
+    cluster.body(cluster.argument);
+  }
   if (!current().copies.empty()) stop("a thread that leaves while copies of its are on their way");
+  if (current().arrived || current().passed)
+    stop("a thread that leaves after it has come to the barrier of its cluster, and before it has waited there");
   come_to(meeting.end);
   wait(State::done);
 }
@@ -329,6 +362,18 @@ inline bool release_shuffles(int block) {
   return released;
 }
 
+/// A block has left, and its memory with it, which nobody may be about to touch: all who did have come to a barrier since then, where
+/// the block has waited for them.
+inline void leave_block(int block) {
+  for (std::size_t k = 0; k < cluster.fibers.size(); ++k) {
+    const Fiber& f = cluster.fibers[k];
+    if (((f.touches | f.touched) >> block & 1) == 0) continue;
+    cluster.running = static_cast<int>(k);
+    stop("a thread may still touch the shared memory of a block that leaves");
+  }
+  cluster.shared[static_cast<std::size_t>(block)].reset();
+}
+
 /// Lets the threads of one block go on that wait at a barrier of it; false where some are still to come.
 inline bool release_barrier(int block) {
   int done = 0, waiting = 0;
@@ -336,7 +381,7 @@ inline bool release_barrier(int block) {
     const State state = cluster.fiber(block, thread).state;
     done += state == State::done, waiting += state == State::at_barrier;
   }
-  if (done == cluster.threads) cluster.shared[static_cast<std::size_t>(block)].reset();
+  if (done == cluster.threads && cluster.shared[static_cast<std::size_t>(block)]) leave_block(block);
   if (waiting == 0 || waiting + done != cluster.threads) return false;
   cluster.running = block * cluster.threads;
   if (done > 0) stop("threads wait at a barrier that others have left behind");
@@ -355,7 +400,7 @@ inline bool release_cluster() {
   cluster.met = true;
   // Those that have come but do not wait yet pass when they do.
   for (Fiber& f : cluster.fibers) {
-    f.arrived = false;
+    f.arrived = false, f.touched = 0;
     if (f.state == State::at_cluster) f.state = State::ready;
     else f.passed = true;
   }
@@ -400,11 +445,11 @@ inline int cluster_rank() { return shim::cluster.running / shim::cluster.threads
 inline std::int64_t block_index() { return shim::cluster.first + cluster_rank(); }
 inline std::int64_t block_count() { return shim::cluster.count; }
 inline std::byte* shared_memory() {
-  const shim::Uncounted uncounted;
+  const shim::Counting off(false);
   return shim::cluster.shared[static_cast<std::size_t>(cluster_rank())].get();
 }
 inline void sync_block() {
-  const shim::Uncounted uncounted;
+  const shim::Counting off(false);
   char& place = shim::meeting.block[cluster_rank()][shim::current().barriers++ % 2];
   shim::come_to(place);
   shim::wait(shim::State::at_barrier);
@@ -418,14 +463,14 @@ inline void store_words(void* to, const std::uint32_t (&word)[4]) {
 
 inline constexpr bool kHasClusters = true;
 inline void arrive_at_cluster() {
-  const shim::Uncounted uncounted;
+  const shim::Counting off(false);
   shim::Fiber& self = shim::current();
   if (self.arrived || self.passed) shim::stop("a thread comes twice to the barrier of its cluster");
-  self.arrived = true;
+  self.arrived = true, self.touched |= self.touches, self.touches = 0;
   shim::come_to(shim::meeting.cluster[self.cluster_barriers % 2]);
 }
 inline void wait_for_cluster() {
-  const shim::Uncounted uncounted;
+  const shim::Counting off(false);
   shim::Fiber& self = shim::current();
   if (!self.arrived && !self.passed) shim::stop("a thread waits at the barrier of its cluster that it has not come to");
   if (!self.passed) shim::wait(shim::State::at_cluster);
@@ -433,11 +478,12 @@ inline void wait_for_cluster() {
   shim::go_from(shim::meeting.cluster[self.cluster_barriers++ % 2]);
 }
 inline std::byte* peer_memory(int rank) {
-  const shim::Uncounted uncounted;
+  const shim::Counting off(false);
   if (rank < 0 || rank >= shim::cluster.blocks()) shim::stop("shared memory of a block that the cluster does not have");
   if (!shim::cluster.met) shim::stop("shared memory of a block that may not run yet");
   std::byte* const memory = shim::cluster.shared[static_cast<std::size_t>(rank)].get();
   if (!memory) shim::stop("shared memory of a block that has left");
+  if (rank != cluster_rank()) shim::current().touches |= 1u << rank;
   return memory;
 }
 
@@ -455,7 +501,7 @@ inline Room room() {
 template <class Kernel> Room room_of(int) { return room(); }
 
 template <class T> T shuffle(T v, int lane, unsigned members) {
-  const shim::Uncounted uncounted;
+  const shim::Counting off(false);
   T found = v;
   shim::Fiber& self = shim::current();
   self.given = &v, self.taken = &found, self.bytes = sizeof(T), self.source = lane, self.members = members;
@@ -464,35 +510,34 @@ template <class T> T shuffle(T v, int lane, unsigned members) {
 }
 
 inline void sync_warp(unsigned members) {
-  const shim::Uncounted uncounted;
+  const shim::Counting off(false);
   char& place = shim::meeting.warp[cluster_rank()][thread_index() / kWarp][shim::current().warp_barriers++ % 2];
   shim::come_to(place);
   static_cast<void>(shuffle(0, thread_index() % kWarp, members));
   shim::go_from(place);
 }
 
-/// Some copies are made at once, others when they are waited for.
+/// A copy lands at once, or at any moment until it is waited for; meanwhile there is NaN. It may also be so late in reading.
 template <int kBytes> void copy_aside(void* to, const void* from) {
   struct alignas(kBytes) Word { std::byte byte[kBytes]; };
   const Word word = *static_cast<const Word*>(from);
-  const shim::Uncounted uncounted;
-  shim::Copy copy{to, {}, kBytes, shim::current().batch};
-  std::memcpy(copy.byte, &word, kBytes);
+  const shim::Counting off(false);
   if (reinterpret_cast<std::uintptr_t>(to) % kBytes) shim::stop("a copy to a misaligned address");
-  if (shim::comes_at_once(shim::current())) shim::deliver(copy);
-  else shim::current().copies.push_back(copy);
+  shim::Fiber& self = shim::current();
+  const std::uint32_t way = shim::chosen(self, 3);
+  shim::Copy copy{to, way == 2 ? from : nullptr, {}, kBytes, self.batch};
+  std::memcpy(copy.byte, &word, kBytes);
+  if (way == 0) return shim::land(copy);
+  std::memset(to, 0xff, kBytes);
+  self.copies.push_back(copy);
 }
 inline void end_batch() {
-  const shim::Uncounted uncounted;
+  const shim::Counting off(false);
   ++shim::current().batch;
 }
 template <int kLast> void wait_for_batches() {
-  const shim::Uncounted uncounted;
-  std::vector<shim::Copy>& copies = shim::current().copies;
-  const int whole = shim::current().batch - kLast;
-  for (const shim::Copy& copy : copies)
-    if (copy.batch < whole) shim::deliver(copy);
-  std::erase_if(copies, [&](const shim::Copy& copy) { return copy.batch < whole; });
+  const shim::Counting off(false);
+  shim::land_copies(shim::current(), shim::current().batch - kLast);
 }
 
 using normkit::narrow;
@@ -501,7 +546,9 @@ using normkit::widen;
 namespace shim {
 
 inline void prepare(int fiber) {
-  ucontext_t& context = cluster.fibers[static_cast<std::size_t>(fiber)].context;
+  Fiber& self = cluster.fibers[static_cast<std::size_t>(fiber)];
+  self.random = seed + static_cast<std::uint32_t>(cluster.first * cluster.threads + fiber) * 2654435761u;
+  ucontext_t& context = self.context;
   getcontext(&context);
   context.uc_stack.ss_sp = stack(fiber), context.uc_stack.ss_size = kStackBytes, context.uc_link = nullptr;
   makecontext(&context, enter, 0);
@@ -543,7 +590,9 @@ template <class Kernel> void launch(const Kernel& kernel, Grid grid, Stream) {
   static_assert(sizeof(Kernel) <= 4096, "the arguments of a kernel must fit 4 KB");
   static const bool idle = std::getenv("NORMKIT_SHIM_IDLE") != nullptr;
   const std::lock_guard<std::mutex> lock(shim::one_at_a_time);
-  if (shim::records) shim::launches.push_back({Kernel::kName, grid, Kernel::kBlocks, shim::in_flight_bytes(kernel)});
+  if (shim::records)
+    shim::launches.push_back(
+        {Kernel::kName, grid, Kernel::kBlocks, shim::in_flight_bytes(kernel), shim::question ? shim::question() : 0});
   if (idle) return;  // for who measures what comes before a launch
   const shim::Unwatched unwatched;
   shim::cluster.kernel = Kernel::kName, shim::cluster.argument = &kernel, shim::cluster.argument_bytes = sizeof(Kernel);

@@ -34,10 +34,11 @@ void expect(bool holds, const std::string& what) {
   std::printf("FAILED: %s\n", what.c_str());
 }
 
-/// Instance norm of `rows` rows of n floats each, `stride` floats apart, forward and backward, against double.
+/// Instance norm of `rows` rows of n floats each, which are `stride` floats apart and their elements `step`, forward and backward,
+/// against double.
 void check_rows(const float* x, float* y, float* dx, std::int64_t rows, std::int64_t n, std::int64_t stride,
-                const std::string& name) {
-  const Shape shape{rows, 1, n}, strides{stride * 4, stride * 4, 4}, kept{rows, 1};
+                const std::string& name, std::int64_t step = 1) {
+  const Shape shape{rows, 1, n}, strides{stride * 4, stride * 4, step * 4}, kept{rows, 1};
   std::vector<float> mean(static_cast<std::size_t>(rows)), rstd(mean);
   const Array view{
       reinterpret_cast<std::byte*>(const_cast<float*>(x)), Dtype::float32, true, false, shape, strides, {}};
@@ -60,15 +61,18 @@ void check_rows(const float* x, float* y, float* dx, std::int64_t rows, std::int
   for (std::int64_t r = 0; r < rows; ++r) {
     const float* row = x + r * stride;
     double sum = 0, squares = 0, products = 0;
-    for (std::int64_t i = 0; i < n; ++i) sum += row[i];
+    for (std::int64_t i = 0; i < n; ++i) sum += row[i * step];
     const double m = sum / static_cast<double>(n);
-    for (std::int64_t i = 0; i < n; ++i) squares += (row[i] - m) * (row[i] - m), products += row[i] * (row[i] - m);
+    for (std::int64_t i = 0; i < n; ++i) {
+      const double far = row[i * step] - m;
+      squares += far * far, products += row[i * step] * far;
+    }
     const double s = 1 / std::sqrt(squares / static_cast<double>(n) + 1e-5);
     const double slope = products / static_cast<double>(n) * s * s;
     for (std::int64_t i = 0; i < n; ++i) {
-      const double far = row[i] - m;
-      off_by(std::fabs(y[r * stride + i] - far * s));
-      off_by(std::fabs(dx[r * stride + i] - s * (far - far * slope)));
+      const double far = row[i * step] - m;
+      off_by(std::fabs(y[r * stride + i * step] - far * s));
+      off_by(std::fabs(dx[r * stride + i * step] - s * (far - far * slope)));
     }
   }
   expect(worst < 2e-6, name + ": error " + std::to_string(worst));
@@ -76,14 +80,14 @@ void check_rows(const float* x, float* y, float* dx, std::int64_t rows, std::int
 
 namespace cuda = normkit::cuda;
 
-/// Three arrays of the very size, `offset` floats into their memory.
-void check_exact(std::int64_t rows, std::int64_t n, int offset, const std::string& name) {
+/// Three arrays of the very size, `offset` floats into their memory. `across`: rows are columns.
+void check_exact(std::int64_t rows, std::int64_t n, int offset, const std::string& name, bool across = false) {
   std::mt19937 random(3);
   std::normal_distribution<float> normal(1, 2);
   const auto size = static_cast<std::size_t>(rows * n + offset);
   const std::unique_ptr<float[]> x(new float[size]), y(new float[size]), dx(new float[size]);
   for (std::size_t k = 0; k < size; ++k) x[k] = normal(random), y[k] = dx[k] = NAN;
-  check_rows(x.get() + offset, y.get() + offset, dx.get() + offset, rows, n, n, name);
+  check_rows(x.get() + offset, y.get() + offset, dx.get() + offset, rows, n, across ? 1 : n, name, across ? rows : 1);
 }
 
 void tails() {
@@ -99,6 +103,12 @@ void misaligned() {
 /// A whole block at a statistic, with threads to spare.
 void blocks() {
   for (const std::int64_t n : {1300, 2100, 9000, 40000}) check_exact(2, n, 0, "a block on " + std::to_string(n));
+}
+
+/// Columns that a block has all of, and that several have.
+void columns() {
+  for (const auto& [steps, lanes] : std::vector<std::pair<int, int>>{{5, 3}, {49, 70}, {256, 20}, {300, 7}})
+    check_exact(lanes, steps, 0, std::to_string(lanes) + " columns of " + std::to_string(steps), true);
 }
 
 /// Where there are no clusters one block takes all tiles of a row: two tiles forward, three backward; three forward.
@@ -494,9 +504,9 @@ void workspace() {
 }
 
 const std::map<std::string, std::function<void()>> kScenarios = {
-    {"tails", tails},   {"misaligned", misaligned}, {"blocks", blocks},      {"teams", teams},
-    {"crowds", crowds}, {"weighted", weighted},     {"pieces", pieces},      {"far", far_apart},
-    {"policy", policy}, {"lanes", lanes},           {"workspace", workspace}};
+    {"tails", tails},   {"misaligned", misaligned}, {"blocks", blocks},     {"columns", columns},
+    {"teams", teams},   {"crowds", crowds},         {"weighted", weighted}, {"pieces", pieces},
+    {"far", far_apart}, {"policy", policy},         {"lanes", lanes},       {"workspace", workspace}};
 
 }  // namespace
 
