@@ -41,6 +41,12 @@ NORMKIT_DEVICE std::int64_t block_count() { return gridDim.x; }
 
 NORMKIT_DEVICE int log2_of(int power_of_two) { return 31 - __clz(power_of_two); }
 
+/// v, but the compiler does not know it: what follows from it is computed again, and not kept in registers.
+NORMKIT_DEVICE int computed_anew(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 /// Waits for all threads of the block; none of them may have left.
 NORMKIT_DEVICE void sync_block() { __syncthreads(); }
 /// The same of the lanes `members` of this warp, all of which come here.

@@ -29,6 +29,17 @@ template <class X> struct alignas(kVectorBytes) Vector {
     if constexpr (sizeof(X) == 8) return of_bits<X>(word[2 * e] | std::uint64_t{word[2 * e + 1]} << 32);
     else return of_bits<X>(word[e / kPerWord] >> e % kPerWord * kBits);
   }
+  /// Takes the first element; the others move up.
+  NORMKIT_DEVICE X take() {
+    constexpr int kWords = kVectorBytes / 4, kMoved = sizeof(X) / 4;
+    const X first = (*this)[0];
+    NORMKIT_UNROLL
+    for (int w = 0; w < kWords; ++w) {
+      if constexpr (kMoved > 0) word[w] = w + kMoved < kWords ? word[w + kMoved] : 0;
+      else word[w] = word[w] >> kBits | (w + 1 < kWords ? word[w + 1] << (32 - kBits) : 0);
+    }
+    return first;
+  }
   /// Puts an element where there are zeros.
   NORMKIT_DEVICE void put(int e, X v) {
     const std::uint64_t bits = bits_of(v);

@@ -38,18 +38,22 @@ NORMKIT_DEVICE void meet_team(int blocks) {
   if (!NORMKIT_PLANTED(early_leave)) wait_for_cluster();
 }
 
+/// Puts v at byte `at` of the shared memory of all blocks of a team, which are those of the cluster from rank `first` on and must be
+/// known to run. All threads of the group know it.
+template <class T> NORMKIT_DEVICE void tell(Group group, int first, int blocks, int at, T v) {
+  NORMKIT_ROLL
+  for (int k = group.rank; k < blocks; k += group.size)
+    *reinterpret_cast<T*>((blocks == 1 ? shared_memory() : peer_memory(first + k)) + at) = v;
+}
+
 /// What the tiles of a team found, in the shared memory of each of its blocks: nobody reads another block's copy, so that
 /// blocks may leave when they have read their own.
 template <class T> struct Board {
   static_assert(sizeof(T) <= kPostBytes);
 
   NORMKIT_DEVICE static T* of(std::byte* shared) { return reinterpret_cast<T*>(shared + kGroupBytes); }
-  /// Tells all blocks of the team, which are those of the cluster from rank `first` on and must be known to run. All threads of the
-  /// group know `v`.
   NORMKIT_DEVICE static void post(Group group, int first, int blocks, int place, T v) {
-    NORMKIT_ROLL
-    for (int k = group.rank; k < blocks; k += group.size)
-      of(blocks == 1 ? shared_memory() : peer_memory(first + k))[place] = v;
+    tell(group, first, blocks, kGroupBytes + place * static_cast<int>(sizeof(T)), v);
   }
   NORMKIT_DEVICE static T read(int place) {
     if (NORMKIT_PLANTED(read_of_peer)) return of(peer_memory((cluster_rank() + 1) % 2))[place];

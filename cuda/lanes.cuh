@@ -1,7 +1,7 @@
 // The lanes traversal, forward and backward: a statistic is reduced across steps; its columns are neighbors in memory.
 //
-//     a tile = 256 steps = 16 strands of every 16th step       a block = 16 strands x 16 slots = 256 threads
-//     slot   = one vector of columns of one tile: neighbors of a row first, then, where rows are short, tiles
+//     a tile = 256 steps = 16 strands of every 16th step       a block = 16 strands x up to 16 slots, a thread each
+//     slot   = one vector of columns of one tile: neighbors of a row first, then, where few are taken, tiles
 //
 //     slot    0 1 2 .. 15  (memory: one row, 256 bytes)
 //     step 0  strand 0
@@ -9,14 +9,41 @@
 //      ..                       strands merge by pairs in a warp, then in shared memory, always in the same order
 //     step 16 strand 0
 //
-// Which columns share a block is left out of that order, so a column's bits do not depend on its neighbors.
+//     teams:  memory -> shared memory, past the registers -> sums of each tile, which stay in the shared memory of its block ->
+//             each block solves some of the team's statistics, from what all of them found, and tells all -> y or dx from shared
+//             memory, so that all is read once. A team is a block or the blocks of a cluster.
+//     others: the sums of each tile in one launch; y or dx in another, when statistics are known (finish.cuh)
+//
+// Which columns and tiles share a block is left out of that order, so a column's bits do not depend on its neighbors.
 #pragma once
 
 #include "finish.cuh"
 
 namespace normkit::cuda {
 
-/// What a thread has: a vector of n columns of a tile, and in it every 16th step from `strand` on. n = 0: nothing.
+NORMKIT_DEVICE bool has_teams(const Work& work) { return work.stage == Stage::all; }
+NORMKIT_DEVICE int blocks_of_team(const Work& work) {
+  return kHasClusters && has_teams(work) ? work.policy.team.blocks : 1;
+}
+
+/// What a team has, or a block that is alone: rows of tiles, from the first tile of an outer index on if it is a team, of the
+/// columns [first, first + columns). And which of its blocks this is.
+struct Slab {
+  std::int64_t row, first;
+  int columns, rank;
+};
+template <class X> NORMKIT_DEVICE Slab slab_of(const Work& work, std::int64_t block) {
+  const LanesTiling& tiling = work.policy.lanes;
+  const std::int64_t team = quotient(block, blocks_of_team(work)), row = quotient(team, tiling.slabs);
+  Slab slab;
+  slab.rank = static_cast<int>(block - team * blocks_of_team(work)), slab.row = row * tiling.rows;
+  slab.first = (team - row * tiling.slabs) * tiling.columns;
+  const std::int64_t left = work.task.geometry.columns() - slab.first;
+  slab.columns = static_cast<int>(left < tiling.columns ? left : tiling.columns);
+  return slab;
+}
+
+/// What a thread has in a round: a vector of n columns of a tile, and in it every 16th step from `strand` on. n = 0: nothing.
 struct Strand {
   std::int64_t tile;
   Origin at;  // the first step of the tile, the first column of the vector
@@ -26,110 +53,208 @@ struct Strand {
   NORMKIT_DEVICE Place operator[](int j) const { return {at, strand + j * kStrands, 0, n}; }
 };
 
-/// That of slot `slot` in the block with index `block`.
-template <class X> NORMKIT_DEVICE Strand strand_of(const Work& work, std::int64_t block, int slot) {
+NORMKIT_DEVICE int own_slot(const Work& work) { return computed_anew(thread_index()) & (work.policy.lanes.width - 1); }
+
+/// That of slot `slot` in a block that is in round `round`.
+template <class X> NORMKIT_DEVICE Strand strand_of(const Work& work, const Slab& slab, int round, int slot) {
   const Geometry& g = work.task.geometry;
   const LanesTiling& tiling = work.policy.lanes;
-  const std::int64_t row = quotient(block, tiling.slabs), slab = block - row * tiling.slabs;
-  const std::int64_t index = row * tiling.abreast() + slot / tiling.slots;
+  const int down = tiling.abreast == 1 ? 0 : divided(slot, tiling.slots);
+  const int before = static_cast<int>(slab.first) & (kVector<X> - 1),  // of the columns of the first vector
+      begin = (slot - down * tiling.slots) * kVector<X> - before, end = begin + kVector<X>;
+  const int column = begin < 0 ? 0 : begin, n = (end < slab.columns ? end : slab.columns) - column;
+  const std::int64_t row = (slab.rank * tiling.rounds + round) * tiling.abreast + down, index = slab.row + row;
   Strand s;
   s.at.o = quotient(index, tiling.tiles), s.tile = index - s.at.o * tiling.tiles;
-  const std::int64_t first = slab * tiling.columns, before = first % kVector<X>,
-                     begin = first - before + slot % tiling.slots * kVector<X>;
-  s.at.i = begin < first ? first : begin;
-  s.at.step = s.tile * kTileSteps, s.strand = thread_index() / kSlots;
-  std::int64_t end = first + tiling.columns < g.columns() ? first + tiling.columns : g.columns();
-  if (end > begin + kVector<X>) end = begin + kVector<X>;
+  s.at.i = slab.first + column;
+  s.at.step = s.tile * kTileSteps, s.strand = computed_anew(thread_index()) >> log2_of(tiling.width);
   const std::int64_t below = g.steps - s.at.step - s.strand;
-  s.n = s.at.o >= g.outer || end <= s.at.i ? 0 : static_cast<int>(end - s.at.i);
+  s.n = n <= 0 || down >= tiling.abreast || row >= tiling.rows || s.at.o >= g.outer ? 0 : n;
   s.steps = s.n == 0 || below <= 0          ? 0
             : below > kTileSteps - kStrands ? kStrandSteps
                                             : static_cast<int>((below + kStrands - 1) / kStrands);
   return s;
 }
 
-/// The place of the first column of a strand among those of its block, slot by slot.
-template <class X> NORMKIT_DEVICE int place_in_block(const Strand& s, int slot) {
-  return slot * kVector<X> + static_cast<int>(s.at.i) % kVector<X>;
-}
-
 /// What is left when statistics are known goes backwards, since what was summed last is still in the cache.
 NORMKIT_DEVICE std::int64_t own_block(const Work& work) {
-  return work.stage == Stage::rest ? block_count() - 1 - block_index() : block_index();
+  const std::int64_t block = computed_anew(static_cast<int>(block_index()));
+  return work.stage == Stage::rest ? block_count() - 1 - block : block;
 }
 
-/// What a block that has all of its statistics keeps in shared memory, where nobody streams meanwhile: what each of its columns
-/// found, then statistics, each in the place of its first column.
-template <class T> NORMKIT_DEVICE T* found_in_block() { return reinterpret_cast<T*>(shared_memory()); }
-template <class X> NORMKIT_DEVICE Solved* solved_in_block() {
-  static_assert(sizeof(Moments) <= sizeof(Reduced) &&
-                kSlots * kVector<X> * int{sizeof(Reduced) + sizeof(Solved)} <= kStreamBytes);
-  return reinterpret_cast<Solved*>(shared_memory() + kSlots * kVector<X> * sizeof(Reduced));
+/// That of this block. Where registers are few, it is quickly made again.
+template <class X> NORMKIT_DEVICE Slab own_slab(const Work& work) { return slab_of<X>(work, own_block(work)); }
+/// What this thread has in round `round`.
+template <class X> NORMKIT_DEVICE Strand own_strand(const Work& work, int round) {
+  return strand_of<X>(work, own_slab<X>(work), round, own_slot(work));
 }
 
-/// Calls f(statistic, the place of its first column, group) for the statistics of a block which has all of each,
-/// Policy::meeting threads to each.
-template <class X, class F> NORMKIT_DEVICE void for_statistics(const Work& work, std::int64_t block, F f) {
-  const Geometry& g = work.task.geometry;
+// ---- what is held ------------------------------------------------------------------------------------------------
+
+/// So many steps arrive as one batch.
+inline constexpr int kBatchSteps = 4;
+
+NORMKIT_DEVICE bool holds(const Work& work) { return has_teams(work) && work.policy.lanes.holds; }
+
+/// Array `array` of what this thread holds of a round; or what passes by, kSlotsAhead vectors at a time.
+template <class X, int kSlotsAhead> NORMKIT_DEVICE Slots<X> held_of(const Work& work, int round, int array) {
   const LanesTiling& tiling = work.policy.lanes;
-  const int size = work.policy.meeting;
-  const std::int64_t row = quotient(block, tiling.slabs), first = (block - row * tiling.slabs) * tiling.columns;
-  const std::int64_t left = g.columns() - first, o = row * tiling.abreast();
-  const std::int64_t lanes = quotient(left < tiling.columns ? left : tiling.columns, g.run);
-  const std::int64_t outers = g.outer - o < tiling.abreast() ? g.outer - o : tiling.abreast();
-  for (std::int64_t k = thread_index() / size; k < outers * lanes; k += block_threads() / size) {
-    const std::int64_t down = quotient(k, lanes);
-    const std::int64_t lane = k - down * lanes;
-    const std::int64_t place = down * tiling.slots * kVector<X> + first % kVector<X> + lane * g.run;
-    f((o + down) * g.lanes + quotient(first, g.run) + lane, static_cast<int>(place), Group::of(size));
+  const bool held = holds(work);
+  return Slots<X>(shared_memory() + tiling.held_at, held ? round * work.policy.arrays() + array : array,
+                  held ? tiling.steps : kSlotsAhead);
+}
+
+/// Calls fetch(round, strand, j) for all that this thread holds: all of it is on its way at once.
+template <class X, class Fetch> NORMKIT_DEVICE void fetch_all(const Work& work, Fetch fetch) {
+  const LanesTiling& tiling = work.policy.lanes;
+  NORMKIT_ROLL
+  for (int round = 0; round < tiling.rounds; ++round) {
+    const Strand s = own_strand<X>(work, round);
+    NORMKIT_ROLL
+    for (int j = 0; j < tiling.steps; ++j) {
+      if (j < s.steps) fetch(round, s, j);
+      if ((j + 1) % kBatchSteps == 0 || j + 1 == tiling.steps) end_batch();
+    }
   }
 }
 
-/// The statistics of the columns of a thread's strand, one column after the other, in a block that has solved them.
-template <class X> struct OwnSolved {
-  int place, within, run;  // of the statistic; column of it; columns that it has
-
-  NORMKIT_DEVICE OwnSolved(const Work& work, const Strand& s) : run(static_cast<int>(work.task.geometry.run)) {
-    within = static_cast<int>(remainder(s.at.i, run));
-    place = place_in_block<X>(s, thread_index() % kSlots) - within;
+/// Calls f(slot, j) for all steps of a strand: when what is held is there, or when fetch(slot, j) has brought it, as streamed() does.
+template <int kSlotsAhead, class Fetch, class F>
+NORMKIT_DEVICE void for_steps(const Work& work, const Strand& s, int round, Fetch fetch, F f) {
+  const LanesTiling& tiling = work.policy.lanes;
+  const bool held = holds(work);
+  NORMKIT_ROLL
+  for (int j = held ? 0 : 1 - kSlotsAhead; j < s.steps; ++j) {
+    if (held) {
+      if (j % kBatchSteps == 0)
+        wait_for_all_but((tiling.rounds - round) * ((tiling.steps + kBatchSteps - 1) / kBatchSteps) - 1 -
+                         j / kBatchSteps);
+    } else {
+      const int ahead = j + kSlotsAhead - 1;
+      if (ahead < s.steps) fetch(ahead % kSlotsAhead, ahead);
+      end_batch();
+      if (j < 0) continue;
+      wait_for_batches<kSlotsAhead - 1>();
+    }
+    f(held ? j : j % kSlotsAhead, j);
   }
-  NORMKIT_DEVICE const Solved& operator*() const { return solved_in_block<X>()[place]; }
-  NORMKIT_DEVICE void next() {
-    if (++within < run) return;
-    place += run, within = 0;
+}
+
+// ---- where columns meet ------------------------------------------------------------------------------------------
+
+/// What strands found, in the shared memory of a block: moments or sums, of which the last is a count of 256 at most.
+template <class T> struct Found {
+  static constexpr int kDoubles = sizeof(T) / sizeof(double) - 1;
+  std::uint16_t* count;
+  double* value;
+
+  NORMKIT_DEVICE Found(const Work& work, std::byte* memory)
+      : count(reinterpret_cast<std::uint16_t*>(memory)),
+        value(reinterpret_cast<double*>(memory + work.policy.lanes.found_at)) {}
+  NORMKIT_DEVICE void put(int k, const T& v) const {
+    double all[kDoubles + 1];
+    __builtin_memcpy(all, &v, sizeof(T));
+    NORMKIT_UNROLL
+    for (int d = 0; d < kDoubles; ++d) value[k * kDoubles + d] = all[d];
+    count[k] = static_cast<std::uint16_t>(all[kDoubles]);
+  }
+  NORMKIT_DEVICE T operator[](int k) const {
+    double all[kDoubles + 1];
+    NORMKIT_UNROLL
+    for (int d = 0; d < kDoubles; ++d) all[d] = value[k * kDoubles + d];
+    all[kDoubles] = count[k];
+    T v;
+    __builtin_memcpy(&v, all, sizeof(T));
+    return v;
   }
 };
 
-inline constexpr int kPairs = kStrands / 2;
-
 /// Joins what the strands of a block found, strand by strand: own() is what this thread has of its first column, then of its
-/// second, and so on. Calls put(strand of the column's slot, column within it, value), or where the block has all of its statistics,
-/// keeps the value. All threads of the block come here, and what was put or kept is there for all of them afterwards.
+/// second, and so on. Calls put(slot, column within it, where the value is among what was found, value). All threads of the block
+/// come here.
 template <class X, class T, class Own, class Join, class Put>
-NORMKIT_DEVICE void join_strands(const Work& work, std::int64_t block, const Strand& mine, Own own, Join join,
-                                 Put put) {
-  constexpr int N = kVector<X>;
-  const int thread = thread_index(), lane = thread % kWarp, first = place_in_block<X>(mine, thread % kSlots);
-  T* const meeting = found_in_block<T>();
-  sync_block();  // others may still read what they had fetched there
+NORMKIT_DEVICE void join_strands(const Work& work, int round, Own own, Join join, Put put) {
+  constexpr int kOnce = joined_columns(kVector<X>), kMeetings = kVector<X> / kOnce;
+  const int width = work.policy.lanes.width, columns = width * kOnce, thread = thread_index();
+  const int shift = log2_of(width), pair = (thread >> shift) / 2;
+  const Found<T> found(work, shared_memory());
   NORMKIT_ROLL
-  for (int e = 0; e < N; ++e) {
-    const T v = own(), other = shuffle(v, lane ^ kSlots, ~0u);
-    if (lane < kSlots && e < mine.n) meeting[thread / kWarp * kSlots * N + first + e] = join(v, other);
-  }
-  sync_block();
-  NORMKIT_ROLL
-  for (int place = thread; place < kSlots * N; place += block_threads()) {
-    const Strand s = strand_of<X>(work, block, place / N);
-    const int e = place - place_in_block<X>(s, place / N);
-    if (e < 0 || e >= s.n) continue;
-    T all = meeting[place];
+  for (int meeting = 0; meeting < kMeetings; ++meeting) {
+    const int first = (has_teams(work) ? round * kMeetings + meeting : 0) * columns;
+    sync_block();  // others may still read what lies there
     NORMKIT_ROLL
-    for (int pair = 1; pair < kPairs; ++pair) all = join(all, meeting[pair * kSlots * N + place]);
-    if (work.stage == Stage::all) meeting[place] = all;
-    else put(s, e, all);
+    for (int e = 0; e < kOnce; ++e) {
+      const T v = own(), other = shuffle(v, thread % kWarp ^ width, ~0u);
+      if ((thread & width) == 0) found.put(first + pair * columns + own_slot(work) * kOnce + e, join(v, other));
+    }
+    sync_block();
+    if (thread >= columns) continue;
+    T all = found[first + thread];
+    NORMKIT_ROLL
+    for (int k = 1; k < kStrands / 2; ++k) all = join(all, found[first + k * columns + thread]);
+    put(thread / kOnce, meeting * kOnce + thread % kOnce, first + thread, all);
   }
-  sync_block();  // shared memory may be written again
+}
+
+/// What the blocks of a team found of column `column` of its slab in its row `row`: all of them have met since.
+template <class X, class T> NORMKIT_DEVICE T found_of(const Work& work, const Slab& slab, int row, int column) {
+  constexpr int N = kVector<X>, kOnce = joined_columns(N), kMeetings = N / kOnce;
+  const LanesTiling& tiling = work.policy.lanes;
+  const int all = divided(row, tiling.abreast), down = row - all * tiling.abreast;
+  const int rank = divided(all, tiling.rounds), round = all - rank * tiling.rounds;
+  const int before = static_cast<int>(slab.first) & (N - 1), vector = (column + before) / N;
+  const int slot = down * tiling.slots + vector, e = vector == 0 ? column : (column + before) % N;
+  const int meeting = round * kMeetings + e / kOnce;
+  std::byte* const memory = blocks_of_team(work) == 1 ? shared_memory() : peer_memory(rank);
+  return Found<T>(work, memory)[(meeting * tiling.width + slot) * kOnce + e % kOnce];
+}
+
+/// What is known of a team's statistics, as a K, in the shared memory of each of its blocks.
+template <class K> NORMKIT_DEVICE K known_in_team(const Work& work, std::int64_t place) {
+  return reinterpret_cast<const K*>(shared_memory() + work.policy.lanes.known_at)[place];
+}
+
+/// The columns of a strand, as known_in_team() wants their statistics.
+template <class X> NORMKIT_DEVICE Cycle columns_in_team(const Work& work, const Slab& slab, const Strand& s) {
+  const std::int64_t outer = s.at.o - quotient(slab.row, work.policy.lanes.tiles);
+  return Cycle(outer * slab.columns + (s.at.i - slab.first), work.task.geometry.run, kAllBytes);
+}
+
+/// Calls f(place, o, lane, meeting) for the statistics of a team that fall to this thread: each goes to Policy::meeting threads of
+/// one block.
+template <class F> NORMKIT_DEVICE void for_statistics(const Work& work, const Slab& slab, F f) {
+  const Geometry& g = work.task.geometry;
+  const LanesTiling& tiling = work.policy.lanes;
+  const int blocks = blocks_of_team(work), shift = log2_of(work.policy.meeting);
+  const int lanes = divided(slab.columns, static_cast<int>(g.run));
+  const std::int64_t o = quotient(slab.row, tiling.tiles), first = quotient(slab.first, g.run), left = g.outer - o;
+  const int outers = divided(static_cast<int>(tiling.rows), static_cast<int>(tiling.tiles));
+  const int statistics = (left < outers ? static_cast<int>(left) : outers) * lanes;
+  NORMKIT_ROLL
+  for (int k = slab.rank + blocks * (thread_index() >> shift); k < statistics;
+       k += blocks * (block_threads() >> shift)) {
+    const int outer = divided(k, lanes);
+    f(k, o + outer, first + (k - outer * lanes), Group::of(work.policy.meeting));
+  }
+}
+
+/// Has each statistic of a team solved by one of its blocks, which tells all: solve(r, meeting, found) makes a K of what they
+/// found, found(unit, tile). All threads of the team come here.
+template <class X, class T, class K, class Solve>
+NORMKIT_DEVICE void solve_team(const Work& work, Solve solve) {
+  const Slab slab = own_slab<X>(work);
+  const int blocks = blocks_of_team(work);
+  meet_team(blocks);
+  for_statistics(work, slab, [&](int place, std::int64_t o, std::int64_t lane, Group meeting) {
+    const std::int64_t tiles = work.policy.lanes.tiles;
+    const int row = static_cast<int>(o * tiles - slab.row),
+              column = static_cast<int>(lane * work.task.geometry.run - slab.first);
+    const K known = solve(o * work.task.geometry.lanes + lane, meeting, [&](std::int64_t unit, std::int64_t tile) {
+      return found_of<X, T>(work, slab, row + static_cast<int>(tile), column + static_cast<int>(unit));
+    });
+    tell(meeting, 0, blocks, work.policy.lanes.known_at + place * static_cast<int>(sizeof(K)), known);
+  });
+  meet_team(blocks);  // no block leaves before all have read what it found
 }
 
 /// Where the partial result of a column of a tile belongs.
@@ -179,29 +304,33 @@ template <class S, int N> struct ColumnParameters {
   }
 };
 
-/// What the columns of a strand are made with: of statistics that are given, or that the block has found.
-template <class X>
-NORMKIT_DEVICE Factors<ComputeOf<X>, kVector<X>> factors_of(const Work& work, const Strand& s,
-                                                            ColumnParameters<ComputeOf<X>, kVector<X>>& own,
-                                                            bool found) {
-  using S = ComputeOf<X>;
-  const Task& t = work.task;
-  const Geometry& g = t.geometry;
-  Cycle given(s.at.o * g.columns() + s.at.i, g.run * t.given.stride, t.given.count);
-  OwnSolved<X> solved(work, s);
-  Factors<S, kVector<X>> factors;
+/// What the columns of a strand are made with, whose statistics are statistic_at(k) for the numbers that `statistic` goes through.
+template <class X, class At>
+NORMKIT_DEVICE Factors<ComputeOf<X>, kVector<X>> factors_of(const Strand& s, Cycle statistic,
+                                                            const ColumnParameters<ComputeOf<X>, kVector<X>>& own,
+                                                            At statistic_at) {
+  Factors<ComputeOf<X>, kVector<X>> factors;  // parameters first, then in the place of each what it becomes
+  NORMKIT_UNROLL
+  for (int e = 0; e < kVector<X>; ++e)
+    factors.mean[e] = 0, factors.scale[e] = own.weight[e], factors.shift[e] = own.bias[e];
   NORMKIT_ROLL
   for (int e = 0; e < kVector<X>; ++e) {
-    const Statistic<S> statistic =
-        found ? statistic_of<S>((*solved).mean, (*solved).rstd) : given_at<S>(t, given.index);
-    factors.append(statistic, turn(own.weight), turn(own.bias));
-    if (e + 1 < s.n) given.next(), solved.next();
+    factors.append(statistic_at(statistic.index), factors.scale[0], factors.shift[0]);
+    if (e + 1 < s.n) statistic.next();
   }
   return factors;
 }
+NORMKIT_DEVICE Cycle given_columns(const Work& work, const Strand& s) {
+  const Geometry& g = work.task.geometry;
+  const Given& given = work.task.given;
+  return Cycle(s.at.o * g.columns() + s.at.i, g.run * given.stride, given.count);
+}
 
-/// Stage::all: statistics of one tile, then y. Stage::sums: the moments of every column of every tile. Stage::rest: y, with
-/// given statistics. kSpecial: what special_of() says.
+/// A statistic of forward as a team knows it.
+struct MeanAndRstd { double mean, rstd; };
+
+/// Stage::all: statistics, then y. Stage::sums: the moments of every column of every tile. Stage::rest: y, with given statistics.
+/// kSpecial: what special_of() says.
 template <class X, Special kSpecial> struct LanesForward {
   static constexpr const char* kName = "LanesForward";
   static constexpr int kBlocks = kSpecial == Special::none && sizeof(X) == 4 ? 3 : 2;
@@ -210,90 +339,106 @@ template <class X, Special kSpecial> struct LanesForward {
   NORMKIT_DEVICE void operator()() const {
     using S = ComputeOf<X>;
     const Work work = known_as<kSpecial>(given);
-    const std::int64_t block = own_block(work);
-    Strand s = strand_of<X>(work, block, thread_index() % kSlots);
-    if (work.stage != Stage::rest) sum(work, block, s);
-    const bool all = work.stage == Stage::all;
-    if (all) {
-      for_statistics<X>(work, block, [&](std::int64_t r, int place, Group meeting) {
-        const Solved solved = finish_forward<S>(
-            work, r, meeting, [&](std::int64_t unit, std::int64_t) { return found_in_block<Moments>()[place + unit]; });
-        if (meeting.rank == 0) solved_in_block<X>()[place] = solved;
+    const Task& t = work.task;
+    if (holds(work))
+      fetch_all<X>(work, [&](int round, const Strand& s, int j) {
+        const Slots<X> x = held_of<X, kSingleSlots>(work, round, 0);
+        if (work.forms_x) x[j] = form_x<X>(t, s[j]);
+        else x.fetch(j, at<X>(t.x, s[j]), s.n);
       });
-      sync_block();
+    const int rounds = work.policy.lanes.rounds;
+    if (work.stage != Stage::rest) {
+      NORMKIT_ROLL
+      for (int round = 0; round < rounds; ++round) sum(work, round);
     }
-    if (work.stage == Stage::sums || work.task.phase == Phase::reduce) return;
-    Factors<S, kVector<X>> factors;
-    if (s.steps) {
-      if (!work.constant) s.at.phase = phase_of(work.task.geometry, s.at);
-      auto own = ColumnParameters<S, kVector<X>>::of(work, s);
-      factors = factors_of<X>(work, s, own, all);
+    if (work.stage == Stage::sums) return;
+    if (has_teams(work))
+      solve_team<X, Moments, MeanAndRstd>(work, [&](std::int64_t r, Group meeting, auto found) -> MeanAndRstd {
+        const Solved solved = finish_forward<S>(work, r, meeting, found);
+        return {solved.mean, solved.rstd};
+      });
+    if (t.phase == Phase::reduce) return;
+    NORMKIT_ROLL
+    for (int round = 0; round < rounds; ++round) {
+      Strand s = own_strand<X>(work, round);
+      if (s.steps == 0) continue;
+      if (!work.constant) s.at.phase = phase_of(t.geometry, s.at);
+      const auto own = ColumnParameters<S, kVector<X>>::of(work, s);
+      const Cycle columns = has_teams(work) ? columns_in_team<X>(work, own_slab<X>(work), s) : given_columns(work, s);
+      const Factors<S, kVector<X>> factors = factors_of<X>(s, columns, own, [&](std::int64_t k) {
+        if (!has_teams(work)) return given_at<S>(t, k);
+        const MeanAndRstd known = known_in_team<MeanAndRstd>(work, k);
+        return statistic_of<S>(known.mean, known.rstd);
+      });
+      Piece<S> piece;
+      for_x(work, s, round, work.stage == Stage::rest, [&](const Place& p, const Vector<X>& v) {
+        S y[kVector<X>];
+        make_y<X>(work, factors, p, piece, v, y);
+        store_y<X>(work, p, y);
+      });
     }
-    if (all) sync_block();  // before anybody streams again
-    if (s.steps == 0) return;
-    Piece<S> piece;
-    for_x(work, s, work.stage == Stage::rest, [&](const Place& p, const Vector<X>& v) {
-      S y[kVector<X>];
-      make_y<X>(work, factors, p, piece, v, y);
-      store_y<X>(work, p, y);
-    });
   }
 
  private:
-  /// Calls f(place, x). `forms`: x is still to be made of a sum.
-  template <class F> NORMKIT_DEVICE static void for_x(const Work& work, const Strand& s, bool forms, F f) {
+  /// Calls f(place, x). `forms`: where it is not held, x is still to be made of a sum.
+  template <class F>
+  NORMKIT_DEVICE static void for_x(const Work& work, const Strand& s, int round, bool forms, F f) {
     const Task& t = work.task;
-    const Slots<X> x(shared_memory(), 0, kSingleSlots);
-    streamed<kSingleSlots>(s.steps, [&](int slot, int j) {
+    const Slots<X> x = held_of<X, kSingleSlots>(work, round, 0);
+    for_steps<kSingleSlots>(work, s, round, [&](int slot, int j) {
       if (!work.forms_x) x.fetch(slot, at<X>(t.x, s[j]), s.n);
     }, [&](int slot, int j) {
       const Place p = s[j];
-      f(p, !work.forms_x ? x[slot] : forms ? form_x<X>(t, p) : read_x<X>(t, p));
+      f(p, !work.forms_x || holds(work) ? x[slot] : forms ? form_x<X>(t, p) : read_x<X>(t, p));
     });
   }
 
   /// About the first member of each column. A strand is short: its sums need no more care than that.
-  NORMKIT_DEVICE static void sum(const Work& work, std::int64_t block, const Strand& s) {
+  NORMKIT_DEVICE static void sum(const Work& work, int round) {
     using S = ComputeOf<X>;
     constexpr int N = kVector<X>;
     const Task& t = work.task;
+    const Strand s = own_strand<X>(work, round);
     const bool masked = t.where.data;
-    S pivot[N], sum[N], squares[N], n[N];
+    Vector<X> pivot = zeros<X>();
+    S sum[N], squares[N], n[N];
     NORMKIT_UNROLL
-    for (int e = 0; e < N; ++e) pivot[e] = sum[e] = squares[e] = n[e] = 0;
-    for_x(work, s, true, [&](const Place& p, const Vector<X>& v) {
+    for (int e = 0; e < N; ++e) sum[e] = squares[e] = n[e] = 0;
+    for_x(work, s, round, true, [&](const Place& p, const Vector<X>& v) {
       const unsigned members = members_of(t, p);
-      const bool begins = p.row == s.strand;
+      if (t.centered && !masked && p.row == s.strand) pivot = v;
       NORMKIT_UNROLL
       for (int e = 0; e < N; ++e) {
-        const S x = value_of(v[e]);
         const bool member = !masked || (members >> e & 1) != 0;
-        if (t.centered && (masked ? member && n[e] == 0 : begins)) pivot[e] = x;
-        const S d = member ? x - pivot[e] : S(0);
+        if (t.centered && masked && member && n[e] == 0) pivot.put(e, v[e]);
+        const S d = member ? value_of(v[e]) - value_of(pivot[e]) : S(0);
         sum[e] += d, squares[e] = mul_add(d, d, squares[e]);
         if (masked) n[e] += member ? S(1) : S(0);
       }
     });
     int column = 0;
     const auto own = [&]() -> Moments {
-      const double first = static_cast<double>(take(pivot)), all = static_cast<double>(take(sum)),
+      const double first = static_cast<double>(value_of(pivot.take())), all = static_cast<double>(take(sum)),
                    q = static_cast<double>(take(squares)), some = static_cast<double>(take(n));
       const double count = masked ? some : s.steps;
       const int e = column++;
       if (count > 0 && e < s.n && !trustworthy<S>(t.centered ? all : 0, q, count))
-        return careful_strand<X>(t, s, e, first, count);
+        return careful_strand<X>(t, own_strand<X>(work, round), e, first, count);
       return t.centered ? from_pivot(first, all, q, count) : Moments{0, q, count};
     };
-    join_strands<X, Moments>(work, block, s, own, [](Moments a, Moments b) {
-      return merge(a, b);
-    }, [&](const Strand& of, int e, Moments m) { put(m, work.partials + 3 * partial_index(work, of, e)); });
+    join_strands<X, Moments>(work, round, own, [](Moments a, Moments b) { return merge(a, b); },
+                             [&](int slot, int e, int place, Moments m) {
+      if (has_teams(work)) return Found<Moments>(work, shared_memory()).put(place, m);
+      const Strand of = strand_of<X>(work, own_slab<X>(work), round, slot);
+      if (e < of.n) put(m, work.partials + 3 * partial_index(work, of, e));
+    });
   }
 };
 
 // ---- backward ----------------------------------------------------------------------------------------------------
 
-/// Stage::all: sums of one tile, then dx. Stage::sums: those of every column of every tile. Stage::rest: dx, of statistics that
-/// are solved. kSpecial: what special_of() says.
+/// Stage::all: sums, then dx. Stage::sums: those of every column of every tile. Stage::rest: dx, of statistics that are solved.
+/// kSpecial: what special_of() says.
 template <class X, Special kSpecial> struct LanesBackward {
   static constexpr const char* kName = "LanesBackward";
   static constexpr int kBlocks = kSpecial == Special::none ? 2 : 1;
@@ -304,59 +449,80 @@ template <class X, Special kSpecial> struct LanesBackward {
     constexpr int N = kVector<X>;
     const Work work = known_as<kSpecial>(given_work);
     const Task& t = work.task;
-    const std::int64_t block = own_block(work);
-    Strand s = strand_of<X>(work, block, thread_index() % kSlots);
-    if (!work.constant && s.steps) s.at.phase = phase_of(t.geometry, s.at);
-    ColumnParameters<S, N> own;
-    Factors<S, N> given;
-    if (s.steps) own = ColumnParameters<S, N>::of(work, s), given = factors_of<X>(work, s, own, false);
-    if (work.stage != Stage::rest) sum(work, block, s, given);
-    const bool all = work.stage == Stage::all;
-    if (all) {
-      for_statistics<X>(work, block, [&](std::int64_t r, int place, Group meeting) {
-        const Solved solved = finish_backward<S>(
-            work, r, meeting, [&](std::int64_t unit, std::int64_t) { return found_in_block<Reduced>()[place + unit]; });
-        if (meeting.rank == 0) solved_in_block<X>()[place] = solved;
+    if (holds(work))
+      fetch_all<X>(work, [&](int round, const Strand& s, int j) {
+        held_of<X, kPairSlots>(work, round, 0).fetch(j, at<X>(t.x, s[j]), s.n);
+        held_of<X, kPairSlots>(work, round, 1).fetch(j, at<X>(t.dy, s[j]), s.n);
       });
-      sync_block();
-    }
+    const int rounds = work.policy.lanes.rounds;
     const bool wanted = t.phase != Phase::reduce && (t.dx.data || work.elementwise);
-    if (work.stage == Stage::sums || !wanted) return;
-    Known<S, N> known;
-    if (s.steps) known = known_of(work, s, own);
-    if (all) sync_block();  // before anybody streams again
-    if (s.steps == 0) return;
-    for_pairs(work, s, [&](const Place& p, const Vector<X>& x, const Vector<X>& dy) {
-      S dx[N];
-      make_dx<X>(work, known, p, Incoming<S, N>(work, given, p, x, dy), dx);
-      if (t.dx.data) store(at<X>(t.dx, p), dx, p.n);
-    });
+    NORMKIT_ROLL
+    for (int pass = work.stage == Stage::rest ? 1 : 0; pass < 2; ++pass) {  // the sums, then dx
+      if (pass == 1) {
+        if (work.stage == Stage::sums) return;
+        if (has_teams(work)) solve_all(work);
+        if (!wanted) return;
+      }
+      NORMKIT_ROLL
+      for (int round = 0; round < rounds; ++round) {
+        Strand s = own_strand<X>(work, round);
+        if (!work.constant && s.steps) s.at.phase = phase_of(t.geometry, s.at);
+        ColumnParameters<S, N> own;
+        Factors<S, N> given;
+        if (s.steps) {
+          own = ColumnParameters<S, N>::of(work, s);
+          given = factors_of<X>(s, given_columns(work, s), own, [&](std::int64_t k) { return given_at<S>(t, k); });
+        }
+        if (pass == 0) sum(work, s, round, given);
+        else if (s.steps) put_dx(work, s, round, given, own);
+      }
+    }
   }
 
  private:
   /// Calls f(place, x, dy).
-  template <class F> NORMKIT_DEVICE static void for_pairs(const Work& work, const Strand& s, F f) {
-    const Slots<X> x(shared_memory(), 0, kPairSlots), dy(shared_memory(), 1, kPairSlots);
-    streamed<kPairSlots>(s.steps, [&](int slot, int j) {
+  template <class F> NORMKIT_DEVICE static void for_pairs(const Work& work, const Strand& s, int round, F f) {
+    const Slots<X> x = held_of<X, kPairSlots>(work, round, 0), dy = held_of<X, kPairSlots>(work, round, 1);
+    for_steps<kPairSlots>(work, s, round, [&](int slot, int j) {
       x.fetch(slot, at<X>(work.task.x, s[j]), s.n), dy.fetch(slot, at<X>(work.task.dy, s[j]), s.n);
     }, [&](int slot, int j) { f(s[j], x[slot], dy[slot]); });
+  }
+
+  NORMKIT_DEVICE static void solve_all(const Work& work) {
+    solve_team<X, Reduced, Solved>(work, [&](std::int64_t r, Group meeting, auto found) {
+      return finish_backward<ComputeOf<X>>(work, r, meeting, found);
+    });
+  }
+
+  NORMKIT_DEVICE static void put_dx(const Work& work, const Strand& s, int round,
+                                    const Factors<ComputeOf<X>, kVector<X>>& given,
+                                    ColumnParameters<ComputeOf<X>, kVector<X>>& own) {
+    using S = ComputeOf<X>;
+    constexpr int N = kVector<X>;
+    const Known<S, N> known = known_of(work, s, own);
+    for_pairs(work, s, round, [&](const Place& p, const Vector<X>& x, const Vector<X>& dy) {
+      S dx[N];
+      make_dx<X>(work, known, p, Incoming<S, N>(work, given, p, x, dy), dx);
+      if (work.task.dx.data) store(at<X>(work.task.dx, p), dx, p.n);
+    });
   }
 
   NORMKIT_DEVICE static Known<ComputeOf<X>, kVector<X>> known_of(const Work& work, const Strand& s,
                                                                  ColumnParameters<ComputeOf<X>, kVector<X>>& own) {
     const Geometry& g = work.task.geometry;
-    Cycle statistic(s.at.o * g.columns() + s.at.i, g.run, g.statistics());
-    OwnSolved<X> own_solved(work, s);
+    Cycle statistic = has_teams(work) ? columns_in_team<X>(work, own_slab<X>(work), s)
+                                      : Cycle(s.at.o * g.columns() + s.at.i, g.run, g.statistics());
     Known<ComputeOf<X>, kVector<X>> known;
     NORMKIT_ROLL
     for (int e = 0; e < kVector<X>; ++e) {
-      known.append(work.stage == Stage::all ? *own_solved : solved_at(work, statistic.index), turn(own.weight));
-      if (e + 1 < s.n) statistic.next(), own_solved.next();
+      known.append(has_teams(work) ? known_in_team<Solved>(work, statistic.index) : solved_at(work, statistic.index),
+                   turn(own.weight));
+      if (e + 1 < s.n) statistic.next();
     }
     return known;
   }
 
-  NORMKIT_DEVICE static void sum(const Work& work, std::int64_t block, const Strand& s,
+  NORMKIT_DEVICE static void sum(const Work& work, const Strand& s, int round,
                                  const Factors<ComputeOf<X>, kVector<X>>& given) {
     using S = ComputeOf<X>;
     constexpr int N = kVector<X>;
@@ -366,7 +532,7 @@ template <class X, Special kSpecial> struct LanesBackward {
     S n[N];
     NORMKIT_UNROLL
     for (int e = 0; e < N; ++e) sums[e] = {0, 0, 0}, n[e] = 0;
-    for_pairs(work, s, [&](const Place& p, const Vector<X>& x, const Vector<X>& dy) {
+    for_pairs(work, s, round, [&](const Place& p, const Vector<X>& x, const Vector<X>& dy) {
       const Incoming<S, N> in(work, given, p, x, dy);
       const unsigned members = members_of(t, p);
       NORMKIT_UNROLL
@@ -376,11 +542,13 @@ template <class X, Special kSpecial> struct LanesBackward {
         if (masked) n[e] += member ? S(1) : S(0);
       }
     });
-    join_strands<X, Reduced>(work, block, s, [&]() -> Reduced {
+    join_strands<X, Reduced>(work, round, [&]() -> Reduced {
       const double some = static_cast<double>(take(n));
       return reduced(take(sums), masked ? some : s.steps);
-    }, [](Reduced a, Reduced b) { return a + b; }, [&](const Strand& of, int e, Reduced r) {
-      put(r, work.partials + 4 * partial_index(work, of, e));
+    }, [](Reduced a, Reduced b) { return a + b; }, [&](int slot, int e, int place, Reduced r) {
+      if (has_teams(work)) return Found<Reduced>(work, shared_memory()).put(place, r);
+      const Strand of = strand_of<X>(work, own_slab<X>(work), round, slot);
+      if (e < of.n) put(r, work.partials + 4 * partial_index(work, of, e));
     });
   }
 };

@@ -203,7 +203,7 @@ void run_backward(const Kernels& kernels, Work& work, int device, Stream stream)
   const bool solves_alone = t.traversal == Traversal::runs && !work.summed;
   if (work.summed) settle(work.policy, t.geometry, kernels.room(work, device), by_rows);
   if (work.policy.team.exists() && by_rows == work.policy.collects) {
-    if (t.traversal == Traversal::runs) work.solved = nullptr;  // nobody reads it
+    work.solved = nullptr;  // nobody reads it
     return kernels.run(work, stream);
   }
   work.stage = Stage::sums;

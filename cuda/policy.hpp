@@ -82,39 +82,60 @@ constexpr Tiling tiling_for(std::int64_t steps, std::int64_t run, int element_by
   return t;
 }
 
-// The lanes traversal: 16 strands of every sixteenth step, 16 steps long, side by side with up to 16 vectors of columns.
-// A block takes the columns of one tile, or where they are few, of several tiles.
-inline constexpr int kStrands = 16, kSlots = 16, kStrandSteps = 16;
+// The lanes traversal: 16 strands of every sixteenth step, 16 steps long, for each column.
+inline constexpr int kStrands = 16, kStrandSteps = 16;
 inline constexpr int kTileSteps = kStrands * kStrandSteps;
+/// Vectors of columns that a block takes side by side, of one tile, or where they are few, of several: at most, and at least, where
+/// there are so many: 64 bytes are what memory reads at once.
+inline constexpr int kSlots = 16, kLeastSlots = 4;
+/// Columns of a vector whose strands meet at once.
+constexpr int joined_columns(int vector) { return vector < 4 ? vector : 4; }
 
+/// Rows are the tiles of one outer index after another.
 struct LanesTiling {
-  int slots = 1;  // vectors of columns side by side in a block, of which the first and the last may be parts
+  std::int64_t tiles = 1;  // of kTileSteps
+  int steps = kStrandSteps;  // of the longest strand
+
+  // The schedule.
+  int width = kSlots;  // vectors side by side in a block, a power of two
+  int slots = 1;  // of them, of one row, of which the first and the last may be parts
   std::int64_t columns = 1;  // that they hold
   std::int64_t slabs = 1;  // of so many columns, in a row
-  std::int64_t tiles = 1;  // of kTileSteps
+  std::int64_t rows = 1;  // of a team, or of a block that is alone
+  int abreast = 1;  // of them, side by side in a block
+  int rounds = 1;  // in which a block takes what it has
+  bool holds = false;  // teams hold all of it, and read it once
+  /// Bytes of shared memory before what strands found (the counts of it come first), before what is known of statistics, and before
+  /// what is held or passes by.
+  int found_at = 0, known_at = 0, held_at = 0;
 
-  /// Tiles side by side in a block.
-  constexpr int abreast() const { return kSlots / slots; }
-  constexpr std::int64_t blocks(std::int64_t outer) const { return ceil_div(outer * tiles, abreast()) * slabs; }
+  /// Rows that a block has.
+  constexpr int own_rows() const { return rounds * abreast; }
+  constexpr int threads() const { return kStrands * width; }
+  constexpr std::int64_t teams(std::int64_t outer) const { return ceil_div(outer * tiles, rows) * slabs; }
+  /// Bytes of an array that a block holds of a round.
+  constexpr int round_bytes() const { return steps * threads() * kVectorBytes; }
 };
 
-/// Columns of a slab where there are many: the most whole runs that fill slots of whole vectors; or that fit them, wherever they
-/// begin; or all that there is room for.
-constexpr std::int64_t slab_columns_for(std::int64_t run, int vector) {
-  for (int slots = kSlots; slots > 0; --slots)
+/// Columns of a slab of `widest` slots: the most whole runs that fill slots of whole vectors; or that fit them, wherever they begin;
+/// or all that there is room for.
+constexpr std::int64_t slab_columns_for(std::int64_t run, int vector, int widest) {
+  for (int slots = widest; slots > 0; --slots)
     if (slots * vector % run == 0) return slots * vector;
-  const std::int64_t fitting = (kSlots - 1) * vector + 1;
-  return run <= fitting ? fitting / run * run : kSlots * vector;
+  const std::int64_t fitting = (widest - 1) * vector + 1;
+  return run <= fitting ? fitting / run * run : widest * vector;
 }
 
 constexpr LanesTiling lanes_tiling_for(std::int64_t steps, std::int64_t columns, std::int64_t run, int element_bytes) {
   const int vector = vector_for(element_bytes);
   const std::int64_t vectors = ceil_div(columns, vector);
   LanesTiling t;
-  t.slots = vectors < kSlots ? power_of_two_from(vectors) : kSlots;
-  t.columns = vectors > kSlots && steps <= kTileSteps ? slab_columns_for(run, vector) : t.slots * vector;
-  t.slabs = ceil_div(columns, t.columns);
   t.tiles = ceil_div(steps, kTileSteps);
+  if (steps < kTileSteps) t.steps = static_cast<int>(ceil_div(steps, kStrands));
+  t.slots = vectors < kSlots ? power_of_two_from(vectors) : kSlots;
+  t.columns = vectors > kSlots && steps <= kTileSteps ? slab_columns_for(run, vector, kSlots) : t.slots * vector;
+  t.slabs = ceil_div(columns, t.columns);
+  t.rows = t.abreast = t.width / t.slots;
   return t;
 }
 
@@ -149,31 +170,38 @@ inline constexpr int kGroupBytes = 512, kPostBytes = 32;
 inline constexpr int kMostTeamTiles = 256;
 constexpr int head_bytes(std::int64_t posts) { return kGroupBytes + static_cast<int>(posts) * kPostBytes; }
 
-/// The team of a statistic of so many tiles, of tile_bytes each, of which a block takes `abreast` side by side; it has `boards` of
-/// what they post. With 64 KB to a block three share a multiprocessor of an H200, with 96 KB two do, and each loads while another
-/// reduces; clusters of more than eight are harder to place. Few statistics are spread over more blocks, until there are eight to
-/// each multiprocessor.
+/// Blocks of a team, and bytes that each holds, from the best on. With 64 KB to a block three share a multiprocessor of an H200, with
+/// 96 KB two do, and each loads while another reduces; clusters of more than eight are harder to place.
+struct Limit { int blocks, bytes; };
+inline constexpr int kAllBytes = 1 << 30;
+inline constexpr Limit kLimits[] = {{kPortableCluster, 64 << 10},   {kPortableCluster, 96 << 10},
+                                    {kMostClusterBlocks, 64 << 10}, {kMostClusterBlocks, 96 << 10},
+                                    {kPortableCluster, kAllBytes},  {kMostClusterBlocks, kAllBytes}};
+
+/// The team of a statistic of so many tiles, of which a block has room for `most` and takes `abreast` side by side. Few statistics
+/// are spread over more blocks, until there are eight to each multiprocessor.
+constexpr Team team_within(Limit limit, std::int64_t tiles, std::int64_t statistics, int most, int abreast, Room room) {
+  const int blocks_at_most = limit.blocks < room.cluster ? limit.blocks : room.cluster;
+  Team team;
+  if (most == 0 || ceil_div(tiles, most) > blocks_at_most) return team;
+  for (int blocks = 1; blocks <= blocks_at_most; ++blocks) {
+    const auto each = static_cast<int>(ceil_div(ceil_div(tiles, blocks), abreast)) * abreast;
+    if (each > most || ceil_div(tiles, each) < blocks) continue;  // too many, or no fewer than before
+    team = {blocks, each};
+    if (statistics * blocks >= 8 * room.processors) break;
+  }
+  return team;
+}
+
+/// The best team where a tile has tile_bytes; it has `boards` of what its tiles post.
 constexpr Team team_for(std::int64_t tiles, std::int64_t statistics, int tile_bytes, int abreast, Room room,
                         int boards) {
   if (tiles > kMostTeamTiles) return {};
   const int left = room.shared_bytes - head_bytes(boards * tiles);
-  struct Limit { int blocks, bytes; };
-  for (const Limit limit : {Limit{kPortableCluster, 64 << 10},
-                            {kPortableCluster, 96 << 10},
-                            {kMostClusterBlocks, 64 << 10},
-                            {kMostClusterBlocks, 96 << 10},
-                            {kPortableCluster, left},
-                            {kMostClusterBlocks, left}}) {
+  for (const Limit limit : kLimits) {
     const int most = (limit.bytes < left ? limit.bytes : left) / tile_bytes / abreast * abreast;
-    if (most == 0 || ceil_div(tiles, most) > (limit.blocks < room.cluster ? limit.blocks : room.cluster)) continue;
-    Team team;
-    for (int blocks = 1; blocks <= limit.blocks && blocks <= room.cluster; ++blocks) {
-      const auto each = static_cast<int>(ceil_div(ceil_div(tiles, blocks), abreast)) * abreast;
-      if (each > most || ceil_div(tiles, each) < blocks) continue;  // too many, or no fewer than before
-      team = {blocks, each};
-      if (statistics * blocks >= 8 * room.processors) break;
-    }
-    return team;
+    const Team team = team_within(limit, tiles, statistics, most, abreast, room);
+    if (team.exists()) return team;
   }
   return {};
 }
@@ -256,11 +284,9 @@ struct Policy {
   constexpr int sum_vectors() const { return !collects ? 0 : element_bytes == 2 ? 4 : 2; }
 
   constexpr int shared_bytes(Stage stage) const {
-    const int vector = vector_for(element_bytes);
-    const bool backward = direction == Direction::backward;
-    if (traversal == Traversal::lanes) {  // then pairs of strands meet, with moments or sums for each column
-      const int meeting_bytes = kStrands / 2 * kSlots * vector * (backward ? 32 : 24);
-      return meeting_bytes > kStreamBytes ? meeting_bytes : kStreamBytes;
+    if (traversal == Traversal::lanes) {
+      const bool holds = stage == Stage::all && lanes.holds;
+      return lanes.held_at + (holds ? lanes.rounds * arrays() * lanes.round_bytes() : kStreamBytes);
     }
     return head(stage) + held_tiles(stage) * tile_bytes(stage) * (depth * arrays() + sum_vectors());
   }
@@ -278,13 +304,32 @@ struct Policy {
 
   constexpr Grid grid(const Geometry& g, Stage stage) const {
     const int bytes = shared_bytes(stage);
-    if (traversal == Traversal::lanes) return {lanes.blocks(g.outer), kBlockThreads, bytes, 1};
+    if (traversal == Traversal::lanes) {
+      const int blocks = stage == Stage::all ? team.blocks : 1;
+      return {lanes.teams(g.outer) * blocks, lanes.threads(), bytes, blocks};
+    }
     if (collects)
       return {row_blocks(g) * team.blocks, threads(stage), bytes, team.blocks * (joins_rows ? rows.blocks : 1)};
     if (shares(stage)) return {g.statistics() * team.blocks, threads(stage), bytes, team.blocks};
     return {ceil_div(g.statistics() * parts(), groups(stage)), threads(stage), bytes, 1};
   }
 };
+
+/// Where what strands found, and what else a team knows, has its place. Pairs of strands meet, joined_columns() of each vector at a
+/// time; what they found stays, in front of the next that meet. When all have met, statistics take the place behind it.
+constexpr void lay_out(Policy& p) {
+  LanesTiling& t = p.lanes;
+  const int vector = vector_for(p.element_bytes), joined = joined_columns(vector), columns = t.width * joined;
+  const int results = t.rounds * vector / joined * columns, entries = results + (kStrands / 2 - 1) * columns;
+  const std::int64_t outers = t.rows < t.tiles ? 1 : t.rows / t.tiles;
+  const auto statistics = static_cast<int>(outers * (t.columns / p.units));
+  const bool backward = p.direction == Direction::backward;
+  const int found_bytes = backward ? 24 : 16, known_bytes = backward ? 32 : 16;  // a count apart
+  const auto whole = [](int bytes) { return (bytes + kVectorBytes - 1) / kVectorBytes * kVectorBytes; };
+  t.found_at = whole(2 * entries), t.known_at = t.found_at + whole(found_bytes * results);
+  const int found_end = t.found_at + found_bytes * entries, known_end = t.known_at + known_bytes * statistics;
+  t.held_at = whole(found_end > known_end ? found_end : known_end);
+}
 
 /// The tree. `pieces`: parameters change within a run, and each piece of it is a unit.
 constexpr Policy policy_for(const Geometry& g, Traversal traversal, int element_bytes, Direction direction,
@@ -294,6 +339,7 @@ constexpr Policy policy_for(const Geometry& g, Traversal traversal, int element_
   if (traversal == Traversal::lanes) {
     p.units = g.run;
     p.lanes = lanes_tiling_for(g.steps, g.columns(), g.run, element_bytes);
+    lay_out(p);
   } else {
     p.units = pieces ? g.run / g.params.stride : 1, p.unit_run = g.run / p.units;
     p.runs = tiling_for(g.steps, p.unit_run, element_bytes, p.arrays());
@@ -337,13 +383,54 @@ constexpr bool settle_rows(Policy& p, const Geometry& g, Room room) {
   return true;
 }
 
+/// Has teams take slabs of whole lanes, as wide as the room allows, but for 64 bytes at least. Short statistics share a block. Where
+/// there is no room, a block that has all of a short statistic reads it twice.
+constexpr void settle_lanes(Policy& p, const Geometry& g, Room room) {
+  const LanesTiling apart = p.lanes;
+  LanesTiling& t = p.lanes;
+  const int vector = vector_for(p.element_bytes);
+  const std::int64_t vectors = ceil_div(g.columns(), vector);
+  constexpr int kHead = 11 << 10;  // at most, where three blocks share a multiprocessor
+  t.holds = true;
+  for (const Limit limit : kLimits)
+    for (int widest = kSlots; p.meeting <= kWarp && widest >= kLeastSlots; widest /= 2) {
+      t.columns = vectors <= widest ? vectors * vector : slab_columns_for(g.run, vector, widest);
+      const bool aligned = t.columns % vector == 0;
+      t.slots = static_cast<int>(aligned ? t.columns / vector : (t.columns + vector - 2) / vector + 1);
+      t.slabs = ceil_div(g.columns(), t.columns);
+      if (t.slabs > 1 && (t.slots < kLeastSlots || t.columns % g.run != 0)) continue;
+      for (t.width = kSlots; t.width >= t.slots && t.width >= kLeastSlots; t.width /= 2) {
+        const int bytes = limit.bytes < room.shared_bytes - kHead ? limit.bytes + kHead : room.shared_bytes;
+        t.abreast = t.width / t.slots;
+        for (t.rounds = bytes / t.round_bytes(); t.rounds > 0; --t.rounds) {
+          t.rows = t.own_rows(), lay_out(p);
+          if (p.shared_bytes(Stage::all) <= bytes) break;
+        }
+        const int most = t.own_rows();
+        p.team = team_within(limit, t.tiles, g.outer * t.slabs, most, t.abreast, room);
+        if (!p.team.exists()) continue;
+        std::int64_t outers = 1;
+        if (p.team.blocks == 1) {
+          outers = g.outer * t.slabs / (8 * room.processors);
+          if (outers < t.abreast / t.tiles) outers = t.abreast / t.tiles;
+          if (outers > most / t.tiles) outers = most / t.tiles;
+          if (outers > g.outer) outers = g.outer;
+          if (outers < 1) outers = 1;
+        }
+        t.rows = outers * t.tiles;
+        t.rounds = static_cast<int>(ceil_div(ceil_div(t.rows, p.team.blocks), t.abreast));
+        lay_out(p);
+        if (p.grid(g, Stage::all).blocks <= kMostBlocks) return;
+      }
+    }
+  p.team = {}, p.lanes = apart;
+  if (is_alone(p, g)) p.team = {1, apart.own_rows()};
+}
+
 /// The schedule: who holds whole statistics, in the room that there is. `collects`: gradients of parameters are summed over rows.
 constexpr void settle(Policy& p, const Geometry& g, Room room, bool collects) {
   p.team = {};
-  if (p.traversal == Traversal::lanes) {
-    if (is_alone(p, g)) p.team = {1, 1};
-    return;
-  }
+  if (p.traversal == Traversal::lanes) return settle_lanes(p, g, room);
   if (collects && settle_rows(p, g, room)) return;
   if (p.parts() == 1) p.team = {1, 1};
   const int abreast = p.groups(Stage::all), bytes = p.arrays() * p.tile_bytes(Stage::all) / abreast;

@@ -113,7 +113,7 @@ def test_the_core_test_of_the_cpu_passes(programs, sanitizer):
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("scenario", ["tails", "misaligned", "blocks", "columns", "teams", "weighted", "pieces", "far"])
+@pytest.mark.parametrize("scenario", ["tails", "misaligned", "blocks", "columns", "teams", "weighted", "pieces", "slabs", "slabs_in_place", "far"])
 def test_scenario(programs, scenario, seed):
     done = programs.run("shim_test", scenario, seed=seed)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -125,7 +125,7 @@ def test_scenario_of_blocks_alone(programs):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("scenario", ["tails", "blocks", "columns", "teams", "weighted", "pieces"])
+@pytest.mark.parametrize("scenario", ["tails", "blocks", "columns", "teams", "weighted", "pieces", "slabs"])
 def test_scenario_without_races(programs, scenario):
     done = programs.run("shim_test", scenario, sanitizer="thread")
     assert done.returncode == 0, done.stdout + done.stderr

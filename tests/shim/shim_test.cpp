@@ -249,6 +249,130 @@ void pieces() {
                      [&](const std::string& name) { return gradients(3, channels * each, channels, name); });
 }
 
+/// `n` images of `steps` pixels with `channels` last, of which `group` share a statistic, or batch norm where it is 0; with weights.
+/// Forward and backward against double, with bounds of float sums of so many terms.
+struct Images {
+  std::int64_t n, steps, channels, group;
+  bool batch() const { return group == 0; }
+  std::int64_t statistics() const { return batch() ? channels : n * (channels / group); }
+  std::int64_t members() const { return batch() ? n * steps : steps * group; }
+};
+
+std::vector<float> images(const Images& g, bool masked, bool in_place, const std::string& name) {
+  const std::int64_t size = g.n * g.steps * g.channels;
+  const auto statistics = static_cast<std::size_t>(g.statistics());
+  const std::vector<float> x = random_floats(size, 5), dy = random_floats(size, 6),
+                           weight = random_floats(g.channels, 8), bias = random_floats(g.channels, 9);
+  std::vector<std::uint8_t> where(x.size(), 1);
+  std::mt19937 random(4);
+  if (masked)
+    for (std::uint8_t& member : where) member = random() % 4 != 0;
+  std::vector<float> mean(statistics, NAN), rstd(mean), y(x.size(), NAN), dx(y), sum(x);
+  std::vector<float> dweight(weight.size(), NAN), dbias(dweight);
+  std::vector<double> m(statistics), s(statistics), count(statistics), grad(statistics), grad_x(statistics);
+  const auto statistic = [&](std::int64_t k) {
+    const std::int64_t c = k % g.channels, image = k / (g.channels * g.steps);
+    return static_cast<std::size_t>(g.batch() ? c : image * (g.channels / g.group) + c / g.group);
+  };
+  const auto at = [](std::int64_t k) { return static_cast<std::size_t>(k); };
+  const auto for_all = [&](const auto& f) {
+    for (std::int64_t k = 0; k < size; ++k) f(at(k), at(k % g.channels), statistic(k));
+  };
+  for_all([&](auto k, auto, auto r) { m[r] += where[k] * x[k], count[r] += where[k]; });
+  for (std::size_t r = 0; r < statistics; ++r) m[r] = count[r] > 0 ? m[r] / count[r] : 0;
+  for_all([&](auto k, auto, auto r) { s[r] += where[k] * (x[k] - m[r]) * (x[k] - m[r]); });
+  for (std::size_t r = 0; r < statistics; ++r) s[r] = count[r] > 0 ? 1 / std::sqrt(s[r] / count[r] + 1e-5) : 0;
+  std::vector<double> right_y(x.size()), right_dx(x.size()), right_dweight(weight.size()), right_dbias(weight.size());
+  for_all([&](auto k, auto c, auto r) {
+    const double x_hat = (x[k] - m[r]) * s[r];
+    right_y[k] = x_hat * weight[c] + bias[c];
+    right_dweight[c] += dy[k] * x_hat, right_dbias[c] += dy[k];
+    grad[r] += dy[k] * weight[c], grad_x[r] += dy[k] * weight[c] * x_hat;
+  });
+  for_all([&](auto k, auto c, auto r) {
+    const double x_hat = (x[k] - m[r]) * s[r], through = count[r] > 0 ? (grad[r] + x_hat * grad_x[r]) / count[r] : 0;
+    right_dx[k] = s[r] * (dy[k] * weight[c] - where[k] * through);
+  });
+  const std::int64_t groups = g.batch() ? 1 : g.channels / g.group;
+  const Shape shape{g.n, g.channels, g.steps}, of_weight{g.channels},
+      kept = g.batch() ? Shape{g.channels} : Shape{g.n, groups};
+  const auto last = [&](std::int64_t bytes) { return Shape{g.steps * g.channels * bytes, bytes, g.channels * bytes}; };
+  const Shape strides = last(4), bytes = last(1);
+  const auto like_x = [&](const std::vector<float>& v) {
+    return Array{
+        reinterpret_cast<std::byte*>(const_cast<float*>(v.data())), Dtype::float32, true, false, shape, strides, {}};
+  };
+  const auto array = [](const std::vector<float>& v, const Shape& extents) {
+    return Array::dense(v.data(), Dtype::float32, extents);
+  };
+  const normkit::Spec spec = g.batch()      ? normkit::batch_spec(3)
+                             : g.group == 1 ? normkit::instance_spec(3)
+                                            : normkit::group_spec(shape, groups);
+  const Array members{reinterpret_cast<std::byte*>(where.data()), Dtype::boolean, true, false, shape, bytes, {}};
+  normkit::ForwardArgs forward;
+  forward.x = like_x(in_place ? sum : x), forward.y = like_x(in_place ? sum : y), forward.y_is_apart = !in_place;
+  forward.weight = array(weight, of_weight), forward.bias = array(bias, of_weight);
+  forward.mean = array(mean, kept), forward.rstd = array(rstd, kept);
+  if (masked) forward.where = members;
+  normkit::forward(forward, spec);
+  if (in_place) y = sum;
+  normkit::BackwardArgs backward;
+  std::vector<float> gradient = dy;
+  backward.x = like_x(x), backward.dy = like_x(in_place ? gradient : dy);
+  backward.dx = like_x(in_place ? gradient : dx), backward.dx_is_apart = !in_place;
+  backward.mean = forward.mean, backward.rstd = forward.rstd, backward.weight = forward.weight;
+  backward.dweight = array(dweight, of_weight), backward.dbias = array(dbias, of_weight);
+  if (masked) backward.where = members;
+  normkit::backward(backward, spec);
+  if (in_place) dx = gradient;
+  const auto check = [&](const std::vector<float>& found, const std::vector<double>& right, double bound,
+                         const std::string& what) {
+    double worst = 0;
+    for (std::size_t k = 0; k < found.size(); ++k) {
+      const double error = std::fabs(found[k] - right[k]);
+      worst = error <= worst ? worst : error;  // NaN stays
+    }
+    expect(worst <= bound, name + ": error of " + what + " " + std::to_string(worst));
+  };
+  // Terms are below 100, and their factors below 10. Strands sum 16 of them in float, all else is double.
+  const double unit = 1.0 / (1 << 24), terms = static_cast<double>(g.n * g.steps);
+  check(y, right_y, 10 * 16 * unit * 10, "y");
+  check(dx, right_dx, 100 * 32 * unit * 10, "dx");
+  check(dweight, right_dweight, 100 * 20 * unit * std::sqrt(terms), "dweight");
+  check(dbias, right_dbias, 100 * 20 * unit * std::sqrt(terms), "dbias");
+  std::vector<float> all = y;
+  for (const auto* v : {&mean, &rstd, &dx, &dweight, &dbias}) all.insert(all.end(), v->begin(), v->end());
+  return all;
+}
+
+/// Channels last: a part of a strand, a tile, several tiles; parts of vectors, slabs of whole groups; images that share a block.
+void slabs() {
+  for (const Images g : {Images{1, 40000, 4, 1},
+                         {3, 2100, 20, 1},
+                         {2, 700, 70, 1},
+                         {40, 49, 24, 1},
+                         {300, 9, 3, 1},
+                         {1, 5000, 60, 10},
+                         {2, 1030, 36, 3},
+                         {7, 300, 24, 8},
+                         {5, 60, 40, 20},
+                         {1, 257, 45, 15},
+                         {5, 500, 12, 0},
+                         {60, 10, 10, 0}})
+    expect_same_bits(std::to_string(g.n) + " images of " + std::to_string(g.steps) + " pixels and " +
+                         std::to_string(g.channels) + " channels, " + std::to_string(g.group) + " to a group",
+                     [&](const std::string& name) { return images(g, false, false, name); });
+}
+
+/// The same in place, and with members that a mask chooses.
+void slabs_in_place() {
+  for (const Images g : {Images{2, 700, 20, 1}, {1, 2000, 30, 10}, {4, 200, 9, 0}, {30, 20, 8, 4}})
+    for (const bool masked : {false, true})
+      expect_same_bits(
+          std::to_string(g.n) + " images in place of " + std::to_string(g.steps) + (masked ? " with a mask" : ""),
+          [&](const std::string& name) { return images(g, masked, true, name); });
+}
+
 // ---- arithmetic that nobody can run ------------------------------------------------------------------------------
 
 using normkit::ceil_div;
@@ -409,41 +533,52 @@ void policy() {
   std::mt19937_64 random(12);
   for_policies([&](const View& view, const cuda::Policy& p, cuda::Room room, const std::string& name) {
     if (p.collects) return check_grid(view, p, cuda::Stage::all, room, name), check_rows_of(view, p, name);
+    if (p.team.exists()) check_grid(view, p, cuda::Stage::all, room, name);
+    if (p.team.exists() && view.traversal == Traversal::lanes) return;
     check_grid(view, p, cuda::Stage::sums, room, name);
     check_grid(view, p, cuda::Stage::rest, room, name);
-    if (p.team.exists()) check_grid(view, p, cuda::Stage::all, room, name);
     if (view.traversal == Traversal::runs && p.element_bytes == 4) check_tiles(view, p, random, name);
   });
 }
 
-/// The columns of tiles, at random places: there is one slot of one block that has each, and its strands have each of the tile's
-/// steps once. A team has all columns of its statistics.
+/// The columns of tiles, at random places: there is one slot of one block in one round that has each, and its strands have each of the
+/// tile's steps once. A team has all columns of its statistics, solves each once, and its threads know where it is told.
 void lanes() {
   std::mt19937_64 random(13);
   const auto below = [&](std::int64_t n) {
     return static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(n));
   };
-  cuda::shim::cluster.threads = cuda::kBlockThreads, cuda::shim::cluster.shared.resize(1);
+  cuda::shim::cluster.shared.resize(1);
   for_policies([&](const View& view, const cuda::Policy& p, cuda::Room, const std::string& name) {
     if (view.traversal != Traversal::lanes || p.element_bytes != 4) return;
     const Geometry& g = view.geometry;
     cuda::Work work;
     work.task.geometry = g, work.policy = p;
-    const cuda::LanesTiling& tiling = p.lanes;
-    const std::int64_t blocks = p.grid(g, cuda::Stage::sums).blocks;
-    expect(tiling.slots * tiling.abreast() == cuda::kSlots && tiling.slabs * tiling.columns >= g.columns(),
+    work.stage = p.team.exists() ? cuda::Stage::all : cuda::Stage::sums;
+    const cuda::LanesTiling& t = p.lanes;
+    const std::int64_t blocks = p.grid(g, work.stage).blocks;
+    const int of_team = p.team.exists() ? p.team.blocks : 1;
+    cuda::shim::cluster.threads = t.threads();
+    expect(t.slots >= 1 && t.slots <= t.width && t.slabs * t.columns >= g.columns() &&
+               (t.slabs - 1) * t.columns < g.columns(),
            name + ": slots");
+    expect((t.width & (t.width - 1)) == 0 && t.width <= cuda::kSlots && t.threads() >= 2 * cuda::kWarp,
+           name + ": whole warps");
     for (int k = 0; k < 4; ++k) {
-      const std::int64_t o = below(g.outer), tile = below(tiling.tiles), column = below(g.columns()),
-                         row = o * tiling.tiles + tile;
-      const std::int64_t block = row / tiling.abreast() * tiling.slabs + column / tiling.columns;
+      const std::int64_t o = below(g.outer), tile = below(t.tiles), column = below(g.columns()),
+                         row = o * t.tiles + tile;
+      const std::int64_t within = row % t.rows, of_block = within % t.own_rows();
+      const std::int64_t block =
+          (row / t.rows * t.slabs + column / t.columns) * of_team + (p.team.exists() ? within / t.own_rows() : 0);
+      const auto round = static_cast<int>(of_block / t.abreast);
       std::int64_t steps = 0;
-      bool right = block < blocks;
-      for (int thread = 0; thread < cuda::kBlockThreads; ++thread) {
+      bool right = block < blocks && round < t.rounds;
+      const cuda::Slab slab = cuda::slab_of<float>(work, block);
+      for (int thread = 0; thread < t.threads(); ++thread) {
         cuda::shim::cluster.running = thread;
-        const cuda::Strand s = cuda::strand_of<float>(work, block, thread % cuda::kSlots);
+        const cuda::Strand s = cuda::strand_of<float>(work, slab, round, thread % t.width);
         if (s.at.o != o || s.tile != tile || column < s.at.i || column >= s.at.i + s.n) continue;
-        right = right && s.at.i + s.n <= g.columns() && s.n <= 4 && (s.n < 4 || s.at.i % 4 == 0);
+        right = right && s.at.i + s.n <= g.columns() && s.n <= 4 && (s.n < 4 || s.at.i % 4 == 0) && s.steps <= t.steps;
         right = right &&
                 (s.steps == 0 || s.at.step + s[s.steps - 1].row < std::min(g.steps, (tile + 1) * cuda::kTileSteps));
         steps += s.steps;
@@ -452,25 +587,36 @@ void lanes() {
       expect(right, name + ": column " + std::to_string(column) + " of tile " + std::to_string(row));
     }
     if (!p.team.exists()) return;
-    const std::int64_t block = below(blocks);
-    std::map<std::int64_t, int> threads, places;  // of each statistic
-    for (int thread = 0; thread < cuda::kBlockThreads; ++thread) {
-      cuda::shim::cluster.running = thread;
-      cuda::for_statistics<float>(work, block,
-                                  [&](std::int64_t r, int column, cuda::Group) { ++threads[r], places[r] = column; });
-    }
-    for (int slot = 0; slot < cuda::kSlots; ++slot) {
-      cuda::shim::cluster.running = slot;
-      const cuda::Strand s = cuda::strand_of<float>(work, block, slot);
-      for (int e = 0; e < s.n; ++e) {
-        const std::int64_t r = s.at.o * g.lanes + (s.at.i + e) / g.run;
-        expect(threads[r] == p.meeting, name + ": each column's statistic is one of the block's");
-        expect(cuda::place_in_block<float>(s, slot) + e - places[r] == (s.at.i + e) % g.run,
-               name + ": and has its place");
+    const std::int64_t team = below(blocks / of_team);
+    struct Solved { int threads = 0, place = 0; };
+    std::map<std::int64_t, Solved> solved;  // each statistic
+    for (int rank = 0; rank < of_team; ++rank)
+      for (int thread = 0; thread < t.threads(); ++thread) {
+        cuda::shim::cluster.running = thread;
+        const cuda::Slab slab = cuda::slab_of<float>(work, team * of_team + rank);
+        expect(slab.rank == rank, name + ": blocks of a team follow each other");
+        cuda::for_statistics(work, slab, [&](int place, std::int64_t o, std::int64_t lane, cuda::Group) {
+          Solved& one = solved[o * g.lanes + lane];
+          ++one.threads, one.place = place;
+          expect(o < g.outer && lane < g.lanes && place < (t.rows + t.tiles - 1) / t.tiles * (t.columns / g.run),
+                 name + ": there is a place for what is known");
+        });
       }
-    }
-    for (const auto& [r, n] : threads)
-      expect(r >= 0 && r < g.statistics() && n == p.meeting, name + ": statistics once");
+    for (const auto& [r, one] : solved) expect(one.threads == p.meeting, name + ": each statistic is solved once");
+    for (int rank = 0; rank < of_team; ++rank)
+      for (int round = 0; round < t.rounds; ++round)
+        for (int slot = 0; slot < t.width; ++slot) {
+          cuda::shim::cluster.running = slot;
+          const cuda::Slab slab = cuda::slab_of<float>(work, team * of_team + rank);
+          const cuda::Strand s = cuda::strand_of<float>(work, slab, round, slot);
+          if (s.n == 0) continue;
+          cuda::Cycle columns = cuda::columns_in_team<float>(work, slab, s);
+          for (int e = 0; e < s.n; ++e, columns.next()) {
+            const auto found = solved.find(s.at.o * g.lanes + (s.at.i + e) / g.run);
+            expect(found != solved.end() && found->second.place == columns.index,
+                   name + ": each column's statistic is one of the team's");
+          }
+        }
   });
 }
 
@@ -504,9 +650,13 @@ void workspace() {
 }
 
 const std::map<std::string, std::function<void()>> kScenarios = {
-    {"tails", tails},   {"misaligned", misaligned}, {"blocks", blocks},     {"columns", columns},
-    {"teams", teams},   {"crowds", crowds},         {"weighted", weighted}, {"pieces", pieces},
-    {"far", far_apart}, {"policy", policy},         {"lanes", lanes},       {"workspace", workspace}};
+    {"tails", tails},       {"misaligned", misaligned},
+    {"blocks", blocks},     {"columns", columns},
+    {"teams", teams},       {"crowds", crowds},
+    {"weighted", weighted}, {"pieces", pieces},
+    {"slabs", slabs},       {"slabs_in_place", slabs_in_place},
+    {"far", far_apart},     {"policy", policy},
+    {"lanes", lanes},       {"workspace", workspace}};
 
 }  // namespace
 
