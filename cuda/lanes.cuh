@@ -442,12 +442,12 @@ template <class X, Special kSpecial> struct LanesForward {
 template <class X, Special kSpecial> struct LanesBackward {
   static constexpr const char* kName = "LanesBackward";
   static constexpr int kBlocks = kSpecial == Special::none ? 2 : 1;
-  Work given_work;
+  Work given;
 
   NORMKIT_DEVICE void operator()() const {
     using S = ComputeOf<X>;
     constexpr int N = kVector<X>;
-    const Work work = known_as<kSpecial>(given_work);
+    const Work work = known_as<kSpecial>(given);
     const Task& t = work.task;
     if (holds(work))
       fetch_all<X>(work, [&](int round, const Strand& s, int j) {

@@ -293,7 +293,7 @@ struct Policy {
 
   /// Bytes of x and dy that a block has on their way at once.
   constexpr int in_flight_bytes(Stage stage) const {
-    if (traversal == Traversal::lanes) return kStreamBytes;
+    if (traversal == Traversal::lanes) return shared_bytes(stage) - lanes.held_at;
     return held_tiles(stage) * tile_bytes(stage) * depth * arrays();
   }
 

@@ -484,7 +484,7 @@ template <class X, Special kSpecial> struct RunsBackward {
     const Turn first = own_turn(work, group);
     if (first.count == 0 && !shares && !collects) return;
     if (collects) RowSums<X>(work).clear();
-    if (blocks > 1) arrive_at_cluster();  // as in forward
+    if (blocks > 1) arrive_at_cluster(), wait_for_cluster();  // all blocks run
     const int rows = collects ? policy.rows.turns : 1, depth = collects ? policy.depth : 1;
     NORMKIT_ROLL
     for (int j = 1 - depth; j < rows; ++j) {
@@ -492,9 +492,7 @@ template <class X, Special kSpecial> struct RunsBackward {
       if (j > 0 && !(reads_whole(work) && work.writes_whole)) group.sync();
       const int ahead = j + depth - 1;
       fetch(work, group, first, ahead, ahead < rows ? ahead % depth : -1);
-      if (j < 0) continue;
-      if (j == 0 && blocks > 1) wait_for_cluster();
-      solve_row(work, group, first.after(work, j), j, depth, blocks);
+      if (j >= 0) solve_row(work, group, first.after(work, j), j, depth, blocks);
     }
     if (collects) RowSums<X>(work).leave(work, group, first);
   }
