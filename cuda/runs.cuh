@@ -199,7 +199,7 @@ template <class X> struct Held {
 /// Waits until all but the last n tiles that a group has fetched are there: each thread for its own, or, where others have brought
 /// it, for them.
 NORMKIT_DEVICE void wait_for_tiles(Group group, int n, bool own) {
-  if (!NORMKIT_PLANTED(missing_wait)) wait_for_all_but(n);
+  if (!NORMKIT_PLANTED(missing_wait)) wait_for_all_but(n + (n > 0 && NORMKIT_PLANTED(early_tile)));
   if (!own && !NORMKIT_PLANTED(missing_group_barrier)) group.sync();
 }
 
@@ -526,7 +526,7 @@ template <class X, Special kSpecial> struct RunsBackward {
     const Policy& policy = work.policy;
     const bool shares = policy.shares(work.stage), collects = policy.collects;
     const bool gaps = has_gaps(t), by_elements = t.dx.data && !work.writes_whole;
-    const int board = collects ? j % 2 * static_cast<int>(policy.parts()) : 0;
+    const int board = collects && !NORMKIT_PLANTED(one_board) ? j % 2 * static_cast<int>(policy.parts()) : 0;
     const std::int64_t r = turn.statistic;
     const int rank = shares ? team_rank(work) : 0, peers = kHasClusters ? cluster_rank() - rank : 0;
     if (turn.count == 0) {

@@ -5,8 +5,10 @@ stream run in a build with NORMKIT_CUDA=shim as well, with fake_gpu.py in the pl
 """
 
 import os
+import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import bounds
 import normkit
@@ -16,7 +18,7 @@ from cases import bits, uniform
 from checks import statistics_of
 from fake_gpu import fake_cupy
 from mirrored import poisoned, to_device, to_host
-from normkit import _core
+from normkit import _core, _cuda
 from reference import OPERATIONS, REGISTRY
 
 SHAPE = (6, 8, 5, 7)
@@ -155,6 +157,47 @@ def test_more_rows_than_a_grid_has_in_y(rows, last, cupy, rng):
     assert bounds.excess(dx.reshape(b.dx.shape), b.dx, bounds.dx(b, x.dtype)) <= 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("tiles", [2, 3, 5, 6, 7, 8, 9, 11, 13, 15, 16, 24])
+def test_teams_of_any_size(tiles, dtype, cupy, rng):
+    """Few rows of so many tiles, of which 32 KB are one: clusters of odd numbers of blocks among them."""
+    op, shape = OPERATIONS["instance"], (2, 1, 32768 // np.dtype(dtype).itemsize * tiles - 5)
+    dy, x = uniform(rng, shape, dtype), uniform(rng, shape, dtype, offset=0.5)
+    y, mean, rstd, dx, *_ = on_host(cupy, call(op, *on_device(cupy, dy, x, None, None)))
+    f = op.reference(x)
+    assert bounds.excess(y.reshape(f.y.shape), f.y, bounds.y(f, x.dtype)) <= 1
+    b = op.reference_backward(dy, x, mean, rstd)
+    assert bounds.excess(dx.reshape(b.dx.shape), b.dx, bounds.dx(b, x.dtype)) <= 1
+
+
+@pytest.mark.parametrize("shape", [(1100, 1, 12225), (2200, 16384)], ids=str)
+def test_a_thousand_runs_of_blocks_alone(shape, cupy, rng):
+    """So many rows of two tiles that a block has all of one, and its threads tell each other."""
+    runs = 1000 if hasattr(cupy, "RawKernel") else 2
+    if runs == 2:
+        shape = (2, *shape[1:])
+    x = to_device(cupy, uniform(rng, shape))
+    out = [to_device(cupy, np.empty(shape, np.float32)) for _ in range(2)]
+    first = normkit.normalize(x, axis=-1, out=out[0])
+    for _ in range(runs):
+        again = normkit.normalize(x, axis=-1, out=out[1])
+        assert bits(to_host(cupy, again)) == bits(to_host(cupy, first)) if runs == 2 else bool((again == first).all())
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("steps", [2, 5, 49, 300])
+def test_workspace_is_a_fifth_of_x_at_most(steps, last, cupy, rng, monkeypatch):
+    """Of what is asked for, not of what a pool makes of it."""
+    sizes, workspace = [], _cuda._CuPy.workspace
+    monkeypatch.setattr(_cuda._CuPy, "workspace", lambda self, size: (sizes.append(size), workspace(self, size))[1])
+    values = uniform(rng, (steps, 60) if last else (60, steps), np.float16)
+    x = to_device(cupy, values)
+    axis = 0 if last else 1
+    _, mean, rstd = normkit.normalize(x, axis=axis, return_stats=True)
+    normkit.normalize_backward(x, x, mean, rstd, axis=axis, need=("dx",))
+    assert max(sizes, default=0) <= values.nbytes / 5
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4, 7, 8, 20, 31, 33])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_channels_last_of_odd_extents(channels, dtype, cupy, rng):
@@ -263,6 +306,81 @@ def test_a_graph_is_captured_and_replayed(op, gpu, rng):
             assert bits_of(gpu, found) == bits_of(gpu, call(op, *fresh))
 
 
+FIRST_CALL = """
+import sys
+import cupy, numpy as np
+from reference import OPERATIONS
+op, dtype = OPERATIONS[sys.argv[1]], np.dtype(sys.argv[2])
+shape = tuple(map(int, sys.argv[3].split(",")))
+rng = np.random.default_rng(0)
+x = cupy.asarray(rng.standard_normal(shape).astype(dtype))
+weight = cupy.asarray(rng.standard_normal(op.weight_shape(shape, "channel")).astype(np.float32))
+stream = cupy.cuda.Stream(non_blocking=True)
+
+def calls():
+    y, mean, rstd = op.statistics(x, weight=weight)
+    return [a for a in (y, mean, rstd, *op.backward(x, x, mean, rstd, weight)) if a is not None]
+
+with stream:
+    cupy.empty(8 * x.nbytes + (1 << 24), np.uint8)  # what the pool may give meanwhile: the driver gives nothing
+    stream.begin_capture(mode=cupy.cuda.runtime.streamCaptureModeGlobal)
+    captured = calls()  # the first of this process
+    graph = stream.end_capture()
+    for _ in range(2):
+        for a in captured:
+            a.fill(np.nan)
+        graph.launch(stream)
+    stream.synchronize()
+    found, wanted = ([cupy.asnumpy(a).tobytes() for a in arrays] for arrays in (captured, calls()))
+assert found == wanted
+print("captured")
+"""
+
+
+@pytest.mark.parametrize("loading", ["LAZY", "EAGER"])
+@pytest.mark.parametrize(
+    ("op", "dtype", "shape"),
+    [
+        ("instance", "float32", "6,8,5,7"),
+        ("instance", "float16", "2,3,256,260"),  # a cluster, which is asked for first
+        ("instance-last", "float32", "3,400,5"),  # three launches
+        ("layer", "float32", "300,1000"),
+        ("group", "float16", "3,8,9,9"),
+        ("batch", "float64", "6,8,5,7"),
+    ],
+)
+def test_a_graph_of_the_first_call_of_a_process(op, dtype, shape, loading, gpu):
+    """Its kernels are loaded while the stream is captured."""
+    environment = {**os.environ, "CUDA_MODULE_LOADING": loading}
+    command = [sys.executable, "-c", FIRST_CALL, op, dtype, shape]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert "captured" in done.stdout, done.stderr
+
+
+HOST_FUNCTION = """
+import time
+import cupy, normkit
+x = cupy.ones((4, 3, 50), cupy.float32)
+out = cupy.empty_like(x)
+normkit.instance_norm(x, out=out)
+stream = cupy.cuda.Stream(non_blocking=True)
+with stream:
+    stream.launch_host_func(lambda _: time.sleep(0.5), None)
+    for _ in range(5000):  # more than a queue holds
+        normkit.instance_norm(x, out=out)
+stream.synchronize()
+print("came back")
+"""
+
+
+def test_a_full_queue_waits_for_a_host_function_of_python(gpu):
+    """The function wants the interpreter lock, and who launches waits for the function."""
+    done = subprocess.run([sys.executable, "-c", HOST_FUNCTION], capture_output=True, text=True, timeout=100)
+    assert "came back" in done.stdout, done.stderr
+
+
 def test_a_graph_of_torch(rng):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     if not (torch.cuda.is_available() and normkit.cuda_available()):
@@ -334,6 +452,11 @@ def test_arrays_of_a_device_that_is_not_current(op, gpu, rng):
         assert gpu.cuda.runtime.getDevice() == 0
         assert {a.device.id for a in found if a is not None} == {1}
     with gpu.cuda.Device(1):
+        assert bits_of(gpu, found) == wanted
+        # CuPy made it current with a runtime of its own: ours has to know.
+        found = call(op, *arrays)
+        assert gpu.cuda.runtime.getDevice() == 1
+        assert {a.device.id for a in found if a is not None} == {1}
         assert bits_of(gpu, found) == wanted
 
 
