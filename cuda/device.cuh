@@ -185,35 +185,45 @@ template <class Kernel> void launch(const Kernel& kernel, Grid grid, Stream stre
   check(cudaLaunchKernelExC(Launch(grid, stream).config(), symbol<Kernel>(), arguments), Kernel::kName, grid);
 }
 
-/// What a device gives a kernel beyond what all do: kMostSharedBytes of shared memory to a block, then clusters of
-/// kClusterBlocks such blocks, as far as there is code for them: code for older GPUs that was translated for a newer one has
-/// none.
-enum class Extent : signed char { unknown, plain, large, clusters };
-
-template <class Kernel> Extent ask_extent() {
+/// What the current device gives a kernel that asks for it. There are clusters as far as there is code for them: code for older
+/// GPUs that was translated for a newer one has none. Those of more blocks than every GPU takes are taken where three quarters of
+/// the multiprocessors can be in one at once.
+template <class Kernel> Room ask_room(int device) {
   const void* const kernel = symbol<Kernel>();
   const auto succeeds = [](cudaError_t status) {
     if (status != cudaSuccess) static_cast<void>(cudaGetLastError());  // an answer, and no error of the next call
     return status == cudaSuccess;
   };
-  if (!succeeds(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostSharedBytes)))
-    return Extent::plain;
+  Room room = kPlainRoom;
+  int bytes = 0, processors = 0, clusters = 0;
+  if (succeeds(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)))
+    room.processors = static_cast<std::int16_t>(processors);
+  if (!succeeds(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) ||
+      !succeeds(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)))
+    return room;
+  room.shared_bytes = bytes;
   cudaFuncAttributes attributes{};
-  if (!succeeds(cudaFuncGetAttributes(&attributes, kernel)) || attributes.ptxVersion < 90) return Extent::large;
-  int clusters = 0;
-  const Launch largest({kClusterBlocks, kBlockThreads, kMostSharedBytes, kClusterBlocks}, nullptr);
-  if (!succeeds(cudaOccupancyMaxActiveClusters(&clusters, kernel, largest.config())) || clusters < 1)
-    return Extent::large;
-  return Extent::clusters;
+  if (!succeeds(cudaFuncGetAttributes(&attributes, kernel)) || attributes.ptxVersion < 90) return room;
+  const auto has = [&](int blocks, int at_least) {
+    const Launch largest({blocks, kBlockThreads, bytes, blocks}, nullptr);
+    return succeeds(cudaOccupancyMaxActiveClusters(&clusters, kernel, largest.config())) &&
+           clusters * blocks >= at_least;
+  };
+  if (has(kPortableCluster, 1)) room.cluster = kPortableCluster;
+  if (succeeds(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) &&
+      has(kMostClusterBlocks, processors * 3 / 4))
+    room.cluster = kMostClusterBlocks;
+  return room;
 }
 
-/// That of the current device, which is `device`: asked once for each kernel and device.
-template <class Kernel> Extent extent_of(int device) {
-  static std::atomic<Extent> known[64];
-  if (device >= 64) return ask_extent<Kernel>();
-  Extent extent = known[device].load(std::memory_order_relaxed);
-  if (extent == Extent::unknown) known[device].store(extent = ask_extent<Kernel>(), std::memory_order_relaxed);
-  return extent;
+/// The same, asked once for each kernel and device, which is the current one.
+template <class Kernel> Room room_of(int device) {
+  static std::atomic<Room> known[64];  // of no bytes: nothing is known yet
+  static_assert(std::atomic<Room>::is_always_lock_free);
+  if (device >= 64) return ask_room<Kernel>(device);
+  Room room = known[device].load(std::memory_order_relaxed);
+  if (room.shared_bytes == 0) known[device].store(room = ask_room<Kernel>(device), std::memory_order_relaxed);
+  return room;
 }
 
 }  // namespace normkit::cuda

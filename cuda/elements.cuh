@@ -142,6 +142,20 @@ template <int kSlots, class Fetch, class F> NORMKIT_DEVICE void streamed(int cou
   }
 }
 
+/// Waits for all but the last n batches, or for more.
+NORMKIT_DEVICE void wait_for_all_but(int n) {
+  switch (n) {
+    case 0: return wait_for_batches<0>();
+    case 1: return wait_for_batches<1>();
+    case 2: return wait_for_batches<2>();
+    case 3: return wait_for_batches<3>();
+    case 4: return wait_for_batches<4>();
+    case 5: return wait_for_batches<5>();
+    case 6: return wait_for_batches<6>();
+    default: return wait_for_batches<7>();
+  }
+}
+
 /// The first n elements from p on; zeros follow. `whole`: it is known to be a whole vector.
 template <class X> NORMKIT_DEVICE Vector<X> load(const X* p, int n, bool whole = false) {
   if (whole || (n == kVector<X> && is_wide(p))) return *reinterpret_cast<const Vector<X>*>(p);
@@ -219,6 +233,10 @@ NORMKIT_DEVICE void put_elements(const ParamGradient& out, std::int64_t index, c
   });
 }
 
+/// a / b of numbers that are not negative.
+NORMKIT_CALLED int divided(int a, int b) {
+  return static_cast<int>(static_cast<unsigned>(a) / static_cast<unsigned>(b));
+}
 /// a / b and a % b of numbers that are not negative, in 32 bits where these hold both; mostly there is nothing to divide.
 NORMKIT_CALLED std::int64_t quotient(std::int64_t a, std::int64_t b) {
   if (b == 1) return a;

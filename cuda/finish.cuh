@@ -22,44 +22,49 @@ NORMKIT_DEVICE std::int64_t partial_of(const Work& work, std::int64_t r, std::in
 
 // ---- statistics --------------------------------------------------------------------------------------------------
 
-/// A statistic from the moments of its tiles, to those who asked for it and to `solved`.
-template <class S> NORMKIT_DEVICE void finish_forward(const Work& work, std::int64_t r, Group meeting) {
+/// A statistic from the moments of its tiles, moments_of(unit, tile), to those who asked for it. All threads that meet come, and
+/// know its mean and rstd then.
+template <class S, int kAhead = 1, class F>
+NORMKIT_DEVICE Solved finish_forward(const Work& work, std::int64_t r, Group meeting, F moments_of) {
   const Task& t = work.task;
   const std::int64_t tiles = work.policy.tiles();
-  const auto moments_of = [&](std::int64_t k) {
+  const Moments m = joined<Moments, kAhead>(meeting, work.policy.units * tiles, [&](std::int64_t k) {
     const std::int64_t unit = quotient(k, tiles);
-    return moments_at(work.partials + 3 * partial_of(work, r, unit, k - unit * tiles));
-  };
-  const Moments m =
-      joined<Moments>(meeting, work.policy.units * tiles, moments_of, [](Moments a, Moments b) { return merge(a, b); });
-  if (meeting.rank != 0) return;
+    return moments_of(unit, k - unit * tiles);
+  }, [](Moments a, Moments b) { return merge(a, b); });
   const double rstd = rstd_of(m, t.eps);
-  publish<S>(t, r, m, rstd);
-  work.solved[r] = m.mean, work.solved[t.geometry.statistics() + r] = rstd;
+  if (meeting.rank == 0) publish<S>(t, r, m, rstd);
+  return {m.mean, rstd, 0, 0};
 }
 
 /// A statistic's gradient from what its tiles found, sums_of(unit, tile), and the gradients of its units' parameters. `s`: as it
-/// was given; weight_of(unit): what all of a unit share. All threads that meet come; the one that leads writes.
-template <class S, class Weight, class F>
+/// was given; weight_of(unit): what all of a unit share. Policy::sharing threads put a unit together, units next to each other. All
+/// threads that meet come; where they lead, they write.
+template <class S, int kAhead = 1, class Weight, class F>
 NORMKIT_DEVICE Solved solve(const Work& work, std::int64_t r, Statistic<S> s, Group meeting, bool leads,
                             Weight weight_of, F sums_of) {
   const Task& t = work.task;
   const std::int64_t units = work.policy.units;
-  const bool collects = t.dparams && t.kind != ParamKind::row;
+  const Group sharing{meeting.rank & (work.policy.sharing - 1), work.policy.sharing};
+  const int abreast = divided(meeting.size, sharing.size), first = divided(meeting.rank, sharing.size);
+  const bool collects = t.dparams && t.kind != ParamKind::row && leads && sharing.rank == 0;
   Reduced total;
   NORMKIT_ROLL
-  for (std::int64_t unit = 0; unit < (work.summed ? units : 0); ++unit) {
-    const Reduced part = joined<Reduced>(meeting, work.policy.tiles(), [&](std::int64_t tile) {
+  for (std::int64_t unit = first; unit < (work.summed ? units : 0); unit += abreast) {
+    const Reduced part = joined<Reduced, kAhead>(sharing, work.policy.tiles(), [&](std::int64_t tile) {
       return sums_of(unit, tile);
     }, [](Reduced a, Reduced b) { return a + b; });
     const double weight = weight_of(unit);
-    total = total + Reduced{{weight * part.sums.g, weight * part.sums.gx, part.sums.d}, part.n};
-    if (!collects || !leads) continue;
+    if (sharing.rank == 0 || abreast == 1)
+      total = total + Reduced{{weight * part.sums.g, weight * part.sums.gx, part.sums.d}, part.n};
+    if (!collects) continue;
     double* const pair = t.dparams + 2 * (r * units + unit);
     pair[0] = part.sums.gx, pair[1] = part.sums.g;
   }
+  if (abreast > 1) total = all_sum(meeting, total);
+  const bool writes = leads && meeting.rank == 0;
   if (t.phase == Phase::reduce) {
-    if (leads) t.sums[3 * r] = total.sums.g, t.sums[3 * r + 1] = total.sums.gx, t.sums[3 * r + 2] = total.sums.d;
+    if (writes) t.sums[3 * r] = total.sums.g, t.sums[3 * r + 1] = total.sums.gx, t.sums[3 * r + 2] = total.sums.d;
     return {};
   }
   if (t.phase == Phase::apply) total = {{t.sums[3 * r], t.sums[3 * r + 1], t.sums[3 * r + 2]}, t.counts[r]};
@@ -71,29 +76,37 @@ NORMKIT_DEVICE Solved solve(const Work& work, std::int64_t r, Statistic<S> s, Gr
   const Sums<double> sums = recenter(total.sums, shift);
   const Gradient<S> gradient = t.frozen ? Gradient<S>{0, 0, 0} : gradient_of(s, sums, total.n, t.centered);
   const Solved solved{mean, s.rstd, static_cast<double>(gradient.b), static_cast<double>(gradient.c)};
-  if (!leads) return solved;
-  if (work.solved) {
+  if (writes && work.solved) {
     const std::int64_t all = t.geometry.statistics();
     work.solved[r] = solved.mean, work.solved[all + r] = solved.rstd;
     work.solved[2 * all + r] = solved.b, work.solved[3 * all + r] = solved.c;
   }
   NORMKIT_ROLL
-  for (std::int64_t unit = 0; unit < (collects ? units : 0); ++unit) {
+  for (std::int64_t unit = first; unit < (collects ? units : 0); unit += abreast) {
     double* const pair = t.dparams + 2 * (r * units + unit);
     pair[0] = s.rstd * mul_add(-shift, pair[1], pair[0]);
   }
   return solved;
 }
 
-/// The same from the partial results of its tiles.
-template <class S> NORMKIT_DEVICE void finish_backward(const Work& work, std::int64_t r, Group meeting) {
+/// solve() with what is in memory: the statistic as it was given, and the weights of its units.
+template <class S, int kAhead = 1, class F>
+NORMKIT_DEVICE Solved finish_backward(const Work& work, std::int64_t r, Group meeting, F sums_of) {
   const std::int64_t o = quotient(r, work.task.geometry.lanes), lane = r - o * work.task.geometry.lanes;
   const auto weight_of = [&](std::int64_t unit) { return UnitParameters::of(work, o, lane, unit).weight; };
   const Statistic<S> s = given_statistic<S>(work.task, r);
-  solve<S>(work, r, s, meeting, meeting.rank == 0, weight_of, [&](std::int64_t unit, std::int64_t tile) {
-    return reduced_at(work.partials + 4 * partial_of(work, r, unit, tile));
-  });
+  return solve<S, kAhead>(work, r, s, meeting, true, weight_of, sums_of);
 }
+
+/// Threads that meet, for each statistic.
+inline Grid grid_for_statistics(const Work& work) {
+  Grid grid = grid_for_items(work.task.geometry.statistics(), work.policy.meeting);
+  grid.shared_bytes = kGroupBytes;
+  return grid;
+}
+
+/// Partial results that a thread has on their way from memory.
+inline constexpr int kFinishAhead = 4;
 
 template <class S> struct ForwardFinish {
   static constexpr const char* kName = "ForwardFinish";
@@ -103,7 +116,12 @@ template <class S> struct ForwardFinish {
   NORMKIT_DEVICE void operator()() const {
     const Group meeting = Group::of(work.policy.meeting);
     const std::int64_t r = own_item(meeting.size);
-    if (r < work.task.geometry.statistics()) finish_forward<S>(work, r, meeting);
+    if (r >= work.task.geometry.statistics()) return;
+    const Solved solved = finish_forward<S, kFinishAhead>(work, r, meeting, [&](std::int64_t unit, std::int64_t tile) {
+      return moments_at(work.partials + 3 * partial_of(work, r, unit, tile));
+    });
+    if (meeting.rank != 0) return;
+    work.solved[r] = solved.mean, work.solved[work.task.geometry.statistics() + r] = solved.rstd;
   }
 };
 
@@ -115,7 +133,10 @@ template <class S> struct BackwardFinish {
   NORMKIT_DEVICE void operator()() const {
     const Group meeting = Group::of(work.policy.meeting);
     const std::int64_t r = own_item(meeting.size);
-    if (r < work.task.geometry.statistics()) finish_backward<S>(work, r, meeting);
+    if (r >= work.task.geometry.statistics()) return;
+    finish_backward<S, kFinishAhead>(work, r, meeting, [&](std::int64_t unit, std::int64_t tile) {
+      return reduced_at(work.partials + 4 * partial_of(work, r, unit, tile));
+    });
   }
 };
 
@@ -150,6 +171,50 @@ struct Totals {
     const double dw[1] = {sums.gx}, db[1] = {sums.g};
     if (dweight.data) put_elements(dweight, p, dw, 1);
     if (dbias.data) put_elements(dbias, p, db, 1);
+  }
+};
+
+/// The same where rows share them, from what row groups left for each element of a run, as sums of `blocks` blocks one after another:
+/// a warp has neighbors, and its groups one by one, then warps meet.
+template <class S> struct RowTotals {
+  static constexpr const char* kName = "RowTotals";
+  static constexpr int kBlocks = 2;
+  static constexpr int kStrands = kBlockThreads / kWarp;
+  const S* sums;
+  std::int64_t groups, run, parameters;  // groups that share a run of parameters
+  int blocks;
+  ParamGradient dweight, dbias;
+
+  Grid grid() const { return {ceil_div(parameters, kWarp), kBlockThreads, kBlockThreads * 2 * int{sizeof(double)}, 1}; }
+
+  NORMKIT_DEVICE void operator()() const {
+    double (*const meeting)[2] = reinterpret_cast<double (*)[2]>(shared_memory());
+    const int lane = thread_index() % kWarp, strand = thread_index() / kWarp;
+    const std::int64_t p = block_index() * kWarp + lane, o = quotient(p, run), i = p - o * run;
+    double total[2] = {0, 0};
+    NORMKIT_ROLL
+    for (std::int64_t group = p < parameters ? strand : groups; group < groups; group += kStrands) {
+      const S* const own = sums + ((o * groups + group) * blocks * 2) * run + i;
+      NORMKIT_UNROLL
+      for (int which = 0; which < 2; ++which) {
+        S all = own[which * run];
+        NORMKIT_ROLL
+        for (int b = 1; b < blocks; ++b) all += own[(2 * b + which) * run];
+        total[which] += static_cast<double>(all);
+      }
+    }
+    NORMKIT_UNROLL
+    for (int which = 0; which < 2; ++which) meeting[thread_index()][which] = total[which];
+    sync_block();
+    if (strand > 0 || p >= parameters) return;
+    NORMKIT_UNROLL
+    for (int which = 0; which < 2; ++which) {
+      double all[1] = {total[which]};
+      NORMKIT_ROLL
+      for (int k = 1; k < kStrands; ++k) all[0] += meeting[k * kWarp + lane][which];
+      const ParamGradient out = which == 0 ? dweight : dbias;
+      if (out.data) put_elements(out, p, all, 1);
+    }
   }
 };
 

@@ -39,14 +39,19 @@ NORMKIT_DEVICE void meet_team(int blocks) {
 /// What the tiles of a team found, in the shared memory of each of its blocks: nobody reads another block's copy, so that
 /// blocks may leave when they have read their own.
 template <class T> struct Board {
+  static_assert(sizeof(T) <= kPostBytes);
+
   NORMKIT_DEVICE static T* of(std::byte* shared) { return reinterpret_cast<T*>(shared + kGroupBytes); }
-  /// Tells all blocks of the team, each of which must be known to run. All threads of the group know `v`.
-  NORMKIT_DEVICE static void post(Group group, int blocks, int tile, T v) {
-    if (group.rank < blocks) of(peer_memory(group.rank))[tile] = v;
+  /// Tells all blocks of the team, which are those of the cluster from rank `first` on and must be known to run. All threads of the
+  /// group know `v`.
+  NORMKIT_DEVICE static void post(Group group, int first, int blocks, int place, T v) {
+    NORMKIT_ROLL
+    for (int k = group.rank; k < blocks; k += group.size)
+      of(blocks == 1 ? shared_memory() : peer_memory(first + k))[place] = v;
   }
-  NORMKIT_DEVICE static T read(int tile) {
-    if (NORMKIT_PLANTED(read_of_peer)) return of(peer_memory((cluster_rank() + 1) % 2))[tile];
-    return of(shared_memory())[tile];
+  NORMKIT_DEVICE static T read(int place) {
+    if (NORMKIT_PLANTED(read_of_peer)) return of(peer_memory((cluster_rank() + 1) % 2))[place];
+    return of(shared_memory())[place];
   }
 };
 
@@ -76,12 +81,20 @@ template <class T> NORMKIT_DEVICE T all_sum(Group group, T v) {
 }
 
 /// at(0), at(1), .. at(count - 1) as one: threads take them in turn, then meet as a tree. Wherever tiles meet they meet here, in
-/// a group of Policy::meeting threads, so that no schedule shows in the bits.
-template <class T, class At, class Join>
+/// a group of Policy::meeting threads, so that no schedule shows in the bits. kAhead of them are read before they are joined.
+template <class T, int kAhead = 1, class At, class Join>
 NORMKIT_DEVICE T joined(Group meeting, std::int64_t count, At at, Join join) {
   T all{};
   NORMKIT_ROLL
-  for (std::int64_t k = meeting.rank; k < count; k += meeting.size) all = join(all, at(k));
+  for (std::int64_t k = meeting.rank; k < count; k += kAhead * meeting.size) {
+    T next[kAhead];
+    NORMKIT_UNROLL
+    for (int j = 0; j < kAhead; ++j)
+      if (k + j * meeting.size < count) next[j] = at(k + j * meeting.size);
+    NORMKIT_UNROLL
+    for (int j = 0; j < kAhead; ++j)
+      if (k + j * meeting.size < count) all = join(all, next[j]);
+  }
   return all_join(meeting, all, join);
 }
 

@@ -35,19 +35,14 @@ template <class X> void run(const Work& work, Stream stream) {
 }
 
 template <class X> void row_gradients(const Work& work, Stream stream) {
-  launch(RowGradients<X>{work}, RowGradients<X>::grid(work.task.geometry), stream);
+  launch(RowGradients<X>{work}, RowGradients<X>::grid(work), stream);
 }
 
-template <class X> bool has_team(const Work& work, int device) {
-  const Grid grid = work.policy.grid(work.task.geometry, Stage::all);
-  const Extent wanted = grid.cluster > 1                       ? Extent::clusters
-                        : grid.shared_bytes > kFreeSharedBytes ? Extent::large
-                                                               : Extent::plain;
-  if (wanted == Extent::plain) return true;
-  return with_kernel<X>(work, [&](auto type) { return extent_of<typename decltype(type)::type>(device) >= wanted; });
+template <class X> Room room(const Work& work, int device) {
+  return with_kernel<X>(work, [&](auto type) { return room_of<typename decltype(type)::type>(device); });
 }
 
-template <class X> constexpr Kernels kTable{run<X>, row_gradients<X>, has_team<X>};
+template <class X> constexpr Kernels kTable{run<X>, row_gradients<X>, room<X>};
 
 }  // namespace
 

@@ -34,14 +34,23 @@ template <class X> NORMKIT_DEVICE Strand strand_of(const Work& work, std::int64_
   const std::int64_t index = row * tiling.abreast() + slot / tiling.slots;
   Strand s;
   s.at.o = quotient(index, tiling.tiles), s.tile = index - s.at.o * tiling.tiles;
-  s.at.i = (slab * tiling.slots + slot % tiling.slots) * kVector<X>;
+  const std::int64_t first = slab * tiling.columns, before = first % kVector<X>,
+                     begin = first - before + slot % tiling.slots * kVector<X>;
+  s.at.i = begin < first ? first : begin;
   s.at.step = s.tile * kTileSteps, s.strand = thread_index() / kSlots;
-  const std::int64_t left = g.columns() - s.at.i, below = g.steps - s.at.step - s.strand;
-  s.n = s.at.o >= g.outer || left <= 0 ? 0 : left < kVector<X> ? static_cast<int>(left) : kVector<X>;
+  std::int64_t end = first + tiling.columns < g.columns() ? first + tiling.columns : g.columns();
+  if (end > begin + kVector<X>) end = begin + kVector<X>;
+  const std::int64_t below = g.steps - s.at.step - s.strand;
+  s.n = s.at.o >= g.outer || end <= s.at.i ? 0 : static_cast<int>(end - s.at.i);
   s.steps = s.n == 0 || below <= 0          ? 0
             : below > kTileSteps - kStrands ? kStrandSteps
                                             : static_cast<int>((below + kStrands - 1) / kStrands);
   return s;
+}
+
+/// The place of the first column of a strand among those of its block, slot by slot.
+template <class X> NORMKIT_DEVICE int place_in_block(const Strand& s, int slot) {
+  return slot * kVector<X> + static_cast<int>(s.at.i) % kVector<X>;
 }
 
 /// What is left when statistics are known goes backwards, since what was summed last is still in the cache.
@@ -49,46 +58,76 @@ NORMKIT_DEVICE std::int64_t own_block(const Work& work) {
   return work.stage == Stage::rest ? block_count() - 1 - block_index() : block_index();
 }
 
-/// Calls f(statistic, group) for the statistics of a block which has all of each, Policy::meeting threads to each.
+/// What a block that has all of its statistics keeps in shared memory, where nobody streams meanwhile: what each of its columns
+/// found, then statistics, each in the place of its first column.
+template <class T> NORMKIT_DEVICE T* found_in_block() { return reinterpret_cast<T*>(shared_memory()); }
+template <class X> NORMKIT_DEVICE Solved* solved_in_block() {
+  static_assert(sizeof(Moments) <= sizeof(Reduced) &&
+                kSlots * kVector<X> * int{sizeof(Reduced) + sizeof(Solved)} <= kStreamBytes);
+  return reinterpret_cast<Solved*>(shared_memory() + kSlots * kVector<X> * sizeof(Reduced));
+}
+
+/// Calls f(statistic, the place of its first column, group) for the statistics of a block which has all of each,
+/// Policy::meeting threads to each.
 template <class X, class F> NORMKIT_DEVICE void for_statistics(const Work& work, std::int64_t block, F f) {
   const Geometry& g = work.task.geometry;
   const LanesTiling& tiling = work.policy.lanes;
-  const int size = work.policy.meeting, slab_columns = tiling.slots * kVector<X>;
-  const std::int64_t row = quotient(block, tiling.slabs), first = (block - row * tiling.slabs) * slab_columns;
+  const int size = work.policy.meeting;
+  const std::int64_t row = quotient(block, tiling.slabs), first = (block - row * tiling.slabs) * tiling.columns;
   const std::int64_t left = g.columns() - first, o = row * tiling.abreast();
-  const std::int64_t lanes = quotient(left < slab_columns ? left : slab_columns, g.run);
+  const std::int64_t lanes = quotient(left < tiling.columns ? left : tiling.columns, g.run);
   const std::int64_t outers = g.outer - o < tiling.abreast() ? g.outer - o : tiling.abreast();
   for (std::int64_t k = thread_index() / size; k < outers * lanes; k += block_threads() / size) {
     const std::int64_t down = quotient(k, lanes);
-    f((o + down) * g.lanes + quotient(first, g.run) + (k - down * lanes), Group::of(size));
+    const std::int64_t lane = k - down * lanes;
+    const std::int64_t place = down * tiling.slots * kVector<X> + first % kVector<X> + lane * g.run;
+    f((o + down) * g.lanes + quotient(first, g.run) + lane, static_cast<int>(place), Group::of(size));
   }
 }
+
+/// The statistics of the columns of a thread's strand, one column after the other, in a block that has solved them.
+template <class X> struct OwnSolved {
+  int place, within, run;  // of the statistic; column of it; columns that it has
+
+  NORMKIT_DEVICE OwnSolved(const Work& work, const Strand& s) : run(static_cast<int>(work.task.geometry.run)) {
+    within = static_cast<int>(remainder(s.at.i, run));
+    place = place_in_block<X>(s, thread_index() % kSlots) - within;
+  }
+  NORMKIT_DEVICE const Solved& operator*() const { return solved_in_block<X>()[place]; }
+  NORMKIT_DEVICE void next() {
+    if (++within < run) return;
+    place += run, within = 0;
+  }
+};
 
 inline constexpr int kPairs = kStrands / 2;
 
 /// Joins what the strands of a block found, strand by strand: own() is what this thread has of its first column, then of its
-/// second, and so on. Calls put(strand of the column's slot, column within it, value). All threads of the block come here, and
-/// what was put is there for all of them afterwards.
+/// second, and so on. Calls put(strand of the column's slot, column within it, value), or where the block has all of its statistics,
+/// keeps the value. All threads of the block come here, and what was put or kept is there for all of them afterwards.
 template <class X, class T, class Own, class Join, class Put>
-NORMKIT_DEVICE void join_strands(const Work& work, std::int64_t block, Own own, Join join, Put put) {
+NORMKIT_DEVICE void join_strands(const Work& work, std::int64_t block, const Strand& mine, Own own, Join join,
+                                 Put put) {
   constexpr int N = kVector<X>;
-  const int thread = thread_index(), lane = thread % kWarp;
-  T* const meeting = reinterpret_cast<T*>(shared_memory());
+  const int thread = thread_index(), lane = thread % kWarp, first = place_in_block<X>(mine, thread % kSlots);
+  T* const meeting = found_in_block<T>();
   sync_block();  // others may still read what they had fetched there
   NORMKIT_ROLL
   for (int e = 0; e < N; ++e) {
     const T v = own(), other = shuffle(v, lane ^ kSlots, ~0u);
-    if (lane < kSlots) meeting[(thread / kWarp * kSlots + lane) * N + e] = join(v, other);
+    if (lane < kSlots && e < mine.n) meeting[thread / kWarp * kSlots * N + first + e] = join(v, other);
   }
   sync_block();
   NORMKIT_ROLL
-  for (int column = thread; column < kSlots * N; column += block_threads()) {
-    const Strand s = strand_of<X>(work, block, column / N);
-    if (column % N >= s.n) continue;
-    T all = meeting[column];
+  for (int place = thread; place < kSlots * N; place += block_threads()) {
+    const Strand s = strand_of<X>(work, block, place / N);
+    const int e = place - place_in_block<X>(s, place / N);
+    if (e < 0 || e >= s.n) continue;
+    T all = meeting[place];
     NORMKIT_ROLL
-    for (int pair = 1; pair < kPairs; ++pair) all = join(all, meeting[pair * kSlots * N + column]);
-    put(s, column % N, all);
+    for (int pair = 1; pair < kPairs; ++pair) all = join(all, meeting[pair * kSlots * N + place]);
+    if (work.stage == Stage::all) meeting[place] = all;
+    else put(s, e, all);
   }
   sync_block();  // shared memory may be written again
 }
@@ -140,18 +179,23 @@ template <class S, int N> struct ColumnParameters {
   }
 };
 
-/// What the columns of a strand are made with.
+/// What the columns of a strand are made with: of statistics that are given, or that the block has found.
 template <class X>
-NORMKIT_DEVICE Factors<ComputeOf<X>, kVector<X>> given_factors(const Work& work, const Strand& s,
-                                                               ColumnParameters<ComputeOf<X>, kVector<X>>& own) {
+NORMKIT_DEVICE Factors<ComputeOf<X>, kVector<X>> factors_of(const Work& work, const Strand& s,
+                                                            ColumnParameters<ComputeOf<X>, kVector<X>>& own,
+                                                            bool found) {
+  using S = ComputeOf<X>;
   const Task& t = work.task;
   const Geometry& g = t.geometry;
   Cycle given(s.at.o * g.columns() + s.at.i, g.run * t.given.stride, t.given.count);
-  Factors<ComputeOf<X>, kVector<X>> factors;
+  OwnSolved<X> solved(work, s);
+  Factors<S, kVector<X>> factors;
   NORMKIT_ROLL
   for (int e = 0; e < kVector<X>; ++e) {
-    factors.append(given_at<ComputeOf<X>>(t, given.index), turn(own.weight), turn(own.bias));
-    if (e + 1 < s.n) given.next();
+    const Statistic<S> statistic =
+        found ? statistic_of<S>((*solved).mean, (*solved).rstd) : given_at<S>(t, given.index);
+    factors.append(statistic, turn(own.weight), turn(own.bias));
+    if (e + 1 < s.n) given.next(), solved.next();
   }
   return factors;
 }
@@ -160,7 +204,7 @@ NORMKIT_DEVICE Factors<ComputeOf<X>, kVector<X>> given_factors(const Work& work,
 /// given statistics. kSpecial: what special_of() says.
 template <class X, Special kSpecial> struct LanesForward {
   static constexpr const char* kName = "LanesForward";
-  static constexpr int kBlocks = 2;
+  static constexpr int kBlocks = kSpecial == Special::none && sizeof(X) == 4 ? 3 : 2;
   Work given;
 
   NORMKIT_DEVICE void operator()() const {
@@ -169,14 +213,24 @@ template <class X, Special kSpecial> struct LanesForward {
     const std::int64_t block = own_block(work);
     Strand s = strand_of<X>(work, block, thread_index() % kSlots);
     if (work.stage != Stage::rest) sum(work, block, s);
-    if (work.stage == Stage::all) {
-      for_statistics<X>(work, block, [&](std::int64_t r, Group meeting) { finish_forward<S>(work, r, meeting); });
+    const bool all = work.stage == Stage::all;
+    if (all) {
+      for_statistics<X>(work, block, [&](std::int64_t r, int place, Group meeting) {
+        const Solved solved = finish_forward<S>(
+            work, r, meeting, [&](std::int64_t unit, std::int64_t) { return found_in_block<Moments>()[place + unit]; });
+        if (meeting.rank == 0) solved_in_block<X>()[place] = solved;
+      });
       sync_block();
     }
-    if (work.stage == Stage::sums || work.task.phase == Phase::reduce || s.steps == 0) return;
-    if (!work.constant) s.at.phase = phase_of(work.task.geometry, s.at);
-    auto own = ColumnParameters<S, kVector<X>>::of(work, s);
-    const Factors<S, kVector<X>> factors = given_factors<X>(work, s, own);
+    if (work.stage == Stage::sums || work.task.phase == Phase::reduce) return;
+    Factors<S, kVector<X>> factors;
+    if (s.steps) {
+      if (!work.constant) s.at.phase = phase_of(work.task.geometry, s.at);
+      auto own = ColumnParameters<S, kVector<X>>::of(work, s);
+      factors = factors_of<X>(work, s, own, all);
+    }
+    if (all) sync_block();  // before anybody streams again
+    if (s.steps == 0) return;
     Piece<S> piece;
     for_x(work, s, work.stage == Stage::rest, [&](const Place& p, const Vector<X>& v) {
       S y[kVector<X>];
@@ -230,7 +284,7 @@ template <class X, Special kSpecial> struct LanesForward {
         return careful_strand<X>(t, s, e, first, count);
       return t.centered ? from_pivot(first, all, q, count) : Moments{0, q, count};
     };
-    join_strands<X, Moments>(work, block, own, [](Moments a, Moments b) {
+    join_strands<X, Moments>(work, block, s, own, [](Moments a, Moments b) {
       return merge(a, b);
     }, [&](const Strand& of, int e, Moments m) { put(m, work.partials + 3 * partial_index(work, of, e)); });
   }
@@ -255,15 +309,23 @@ template <class X, Special kSpecial> struct LanesBackward {
     if (!work.constant && s.steps) s.at.phase = phase_of(t.geometry, s.at);
     ColumnParameters<S, N> own;
     Factors<S, N> given;
-    if (s.steps) own = ColumnParameters<S, N>::of(work, s), given = given_factors<X>(work, s, own);
+    if (s.steps) own = ColumnParameters<S, N>::of(work, s), given = factors_of<X>(work, s, own, false);
     if (work.stage != Stage::rest) sum(work, block, s, given);
-    if (work.stage == Stage::all) {
-      for_statistics<X>(work, block, [&](std::int64_t r, Group meeting) { finish_backward<S>(work, r, meeting); });
+    const bool all = work.stage == Stage::all;
+    if (all) {
+      for_statistics<X>(work, block, [&](std::int64_t r, int place, Group meeting) {
+        const Solved solved = finish_backward<S>(
+            work, r, meeting, [&](std::int64_t unit, std::int64_t) { return found_in_block<Reduced>()[place + unit]; });
+        if (meeting.rank == 0) solved_in_block<X>()[place] = solved;
+      });
       sync_block();
     }
     const bool wanted = t.phase != Phase::reduce && (t.dx.data || work.elementwise);
-    if (work.stage == Stage::sums || !wanted || s.steps == 0) return;
-    const Known<S, N> known = known_of(work, s, own);
+    if (work.stage == Stage::sums || !wanted) return;
+    Known<S, N> known;
+    if (s.steps) known = known_of(work, s, own);
+    if (all) sync_block();  // before anybody streams again
+    if (s.steps == 0) return;
     for_pairs(work, s, [&](const Place& p, const Vector<X>& x, const Vector<X>& dy) {
       S dx[N];
       make_dx<X>(work, known, p, Incoming<S, N>(work, given, p, x, dy), dx);
@@ -284,11 +346,12 @@ template <class X, Special kSpecial> struct LanesBackward {
                                                                  ColumnParameters<ComputeOf<X>, kVector<X>>& own) {
     const Geometry& g = work.task.geometry;
     Cycle statistic(s.at.o * g.columns() + s.at.i, g.run, g.statistics());
+    OwnSolved<X> own_solved(work, s);
     Known<ComputeOf<X>, kVector<X>> known;
     NORMKIT_ROLL
     for (int e = 0; e < kVector<X>; ++e) {
-      known.append(solved_at(work, statistic.index), turn(own.weight));
-      if (e + 1 < s.n) statistic.next();
+      known.append(work.stage == Stage::all ? *own_solved : solved_at(work, statistic.index), turn(own.weight));
+      if (e + 1 < s.n) statistic.next(), own_solved.next();
     }
     return known;
   }
@@ -313,7 +376,7 @@ template <class X, Special kSpecial> struct LanesBackward {
         if (masked) n[e] += member ? S(1) : S(0);
       }
     });
-    join_strands<X, Reduced>(work, block, [&]() -> Reduced {
+    join_strands<X, Reduced>(work, block, s, [&]() -> Reduced {
       const double some = static_cast<double>(take(n));
       return reduced(take(sums), masked ? some : s.steps);
     }, [](Reduced a, Reduced b) { return a + b; }, [&](const Strand& of, int e, Reduced r) {

@@ -107,9 +107,7 @@ struct ForwardSpace {
 };
 
 /// True where tiles meet in the workspace, or may have to: whether the device has teams is not known yet.
-bool is_split(const Work& work) {
-  return !work.task.frozen && (work.task.traversal == Traversal::lanes || work.policy.runs.tiles > 1);
-}
+bool is_split(const Work& work) { return !work.task.frozen && !is_alone(work.policy, work.task.geometry); }
 
 bool is_dense(const Running& r) {
   return r.mean_stride == size_of(r.mean_dtype) && r.var_stride == size_of(r.var_dtype);
@@ -148,10 +146,11 @@ void run_forward(const Kernels& kernels, Work& work, int device, Stream stream) 
     return kernels.run(work, stream);
   }
   if (work.solved) t.given = given_by(work.solved, work.solved + statistics, 1, statistics, false);
-  if (work.policy.team.exists() && kernels.has_team(work, device)) return kernels.run(work, stream);
+  settle(work.policy, t.geometry, kernels.room(work, device), false);
+  if (work.policy.team.exists()) return kernels.run(work, stream);
   work.stage = Stage::sums;
   kernels.run(work, stream);
-  launch_for<ForwardFinish>(t, grid_for_items(statistics, work.policy.meeting), stream, work);
+  launch_for<ForwardFinish>(t, grid_for_statistics(work), stream, work);
   if (t.phase == Phase::reduce) return;
   work.stage = Stage::rest;
   t.residual = {}, work.forms_x = !is_floating(t.x.dtype);  // the sum lies in x by now
@@ -178,32 +177,38 @@ bool has_pieces(const Task& t) {
          g.run % g.params.stride == 0;
 }
 
+/// Doubles of what row groups leave, where nobody joins their blocks.
+std::int64_t row_doubles(const Work& work) {
+  const Task& t = work.task;
+  const std::int64_t sums = work.policy.row_blocks(t.geometry) * 2 * t.geometry.run;
+  return compute_dtype(t.x.dtype) == Dtype::float64 ? sums : ceil_div(sums, 2);
+}
+
 void carve(Carver& carver, Work& work) {
   Task& t = work.task;
   const std::int64_t statistics = t.geometry.statistics();
   work.summed = needs_sums(t);
-  if (work.summed) work.partials = carver.take(partial_doubles(work));
-  work.solved = carver.take(4 * statistics);
-  if (dparam_units(t.geometry, t.kind)) t.dparams = carver.take(2 * dparam_units(t.geometry, t.kind));
+  const bool kept = work.summed && is_alone(work.policy, t.geometry) && t.kind != ParamKind::row;
+  if (work.summed && !kept) work.partials = carver.take(partial_doubles(work));
+  if (!kept) work.solved = carver.take(4 * statistics);
+  if (t.kind == ParamKind::row) t.dparams = carver.take(row_doubles(work));
+  else if (dparam_units(t.geometry, t.kind)) t.dparams = carver.take(2 * dparam_units(t.geometry, t.kind));
 }
 
-/// Sums and dx in one launch by teams, else in three: sums of all tiles, statistics, dx. Gradients of ParamKind::row want
-/// solved statistics, and x and dy as they were: dx may lie over them.
+/// Sums, dx and the sums of rows that share parameters in one launch by teams, else in three or four: sums of all tiles, statistics,
+/// the sums of rows, for which x and dy must be as they were, then dx, which may lie over them.
 void run_backward(const Kernels& kernels, Work& work, int device, Stream stream) {
   const Task& t = work.task;
   const bool by_rows = t.kind == ParamKind::row && t.phase != Phase::reduce;
-  const bool in_place = t.dx.data && (t.dx.data == t.x.data || t.dx.data == t.dy.data);
   const bool solves_alone = t.traversal == Traversal::runs && !work.summed;
-  if (!(by_rows && in_place) && work.policy.team.exists() && work.summed && kernels.has_team(work, device)) {
-    if (!by_rows && t.traversal == Traversal::runs) work.solved = nullptr;  // nobody reads it
-    kernels.run(work, stream);
-    if (by_rows) kernels.row_gradients(work, stream);
-    return;
+  if (work.summed) settle(work.policy, t.geometry, kernels.room(work, device), by_rows);
+  if (work.policy.team.exists() && by_rows == work.policy.collects) {
+    if (t.traversal == Traversal::runs) work.solved = nullptr;  // nobody reads it
+    return kernels.run(work, stream);
   }
   work.stage = Stage::sums;
   if (work.summed) kernels.run(work, stream);
-  if (by_rows || !solves_alone)
-    launch_for<BackwardFinish>(t, grid_for_items(t.geometry.statistics(), work.policy.meeting), stream, work);
+  if (by_rows || !solves_alone) launch_for<BackwardFinish>(t, grid_for_statistics(work), stream, work);
   if (t.phase == Phase::reduce) return;
   if (by_rows) kernels.row_gradients(work, stream);
   work.stage = Stage::rest;
@@ -223,9 +228,21 @@ Share share_of(const Geometry& g, ParamKind kind, std::int64_t units) {
   return share;
 }
 
+/// dweight and dbias from the sums of rows.
+template <class S> void total_rows(const BackwardJob& job, const Work& work, Stream stream) {
+  const Geometry& g = work.task.geometry;
+  const RowGroups& rows = work.policy.rows;
+  const RowTotals<S> totals{reinterpret_cast<const S*>(work.task.dparams), rows.count,  g.run,    g.parameters(),
+                            work.policy.joins_rows ? 1 : rows.blocks,      job.dweight, job.dbias};
+  launch(totals, totals.grid(), stream);
+}
+
 void total_gradients(const BackwardJob& job, const Work& work, Stream stream) {
   const Task& t = work.task;
   const Geometry& g = t.geometry;
+  if (t.kind == ParamKind::row)
+    return compute_dtype(t.x.dtype) == Dtype::float64 ? total_rows<double>(job, work, stream)
+                                                      : total_rows<float>(job, work, stream);
   const std::int64_t units = dparam_units(g, t.kind) / (g.params.outer ? g.outer : 1);
   const Share share = share_of(g, t.kind, units);
   launch(Totals{t.dparams, share, g.parameters(), units, job.dweight, job.dbias}, grid_for_items(g.parameters(), kWarp),

@@ -88,8 +88,9 @@ inline constexpr int kStrands = 16, kSlots = 16, kStrandSteps = 16;
 inline constexpr int kTileSteps = kStrands * kStrandSteps;
 
 struct LanesTiling {
-  int slots = 1;  // vectors of columns side by side in a block
-  std::int64_t slabs = 1;  // of so many vectors, in a row
+  int slots = 1;  // vectors of columns side by side in a block, of which the first and the last may be parts
+  std::int64_t columns = 1;  // that they hold
+  std::int64_t slabs = 1;  // of so many columns, in a row
   std::int64_t tiles = 1;  // of kTileSteps
 
   /// Tiles side by side in a block.
@@ -97,11 +98,22 @@ struct LanesTiling {
   constexpr std::int64_t blocks(std::int64_t outer) const { return ceil_div(outer * tiles, abreast()) * slabs; }
 };
 
-constexpr LanesTiling lanes_tiling_for(std::int64_t steps, std::int64_t columns, int element_bytes) {
-  const std::int64_t vectors = ceil_div(columns, vector_for(element_bytes));
+/// Columns of a slab where there are many: the most whole runs that fill slots of whole vectors; or that fit them, wherever they
+/// begin; or all that there is room for.
+constexpr std::int64_t slab_columns_for(std::int64_t run, int vector) {
+  for (int slots = kSlots; slots > 0; --slots)
+    if (slots * vector % run == 0) return slots * vector;
+  const std::int64_t fitting = (kSlots - 1) * vector + 1;
+  return run <= fitting ? fitting / run * run : kSlots * vector;
+}
+
+constexpr LanesTiling lanes_tiling_for(std::int64_t steps, std::int64_t columns, std::int64_t run, int element_bytes) {
+  const int vector = vector_for(element_bytes);
+  const std::int64_t vectors = ceil_div(columns, vector);
   LanesTiling t;
   t.slots = vectors < kSlots ? power_of_two_from(vectors) : kSlots;
-  t.slabs = ceil_div(vectors, t.slots);
+  t.columns = vectors > kSlots && steps <= kTileSteps ? slab_columns_for(run, vector) : t.slots * vector;
+  t.slabs = ceil_div(columns, t.columns);
   t.tiles = ceil_div(steps, kTileSteps);
   return t;
 }
@@ -118,30 +130,53 @@ struct Team {
   constexpr bool exists() const { return blocks > 0; }
 };
 
-/// Blocks of a cluster that every GPU with clusters can have.
-inline constexpr int kClusterBlocks = 8;
-/// Tiles of 32 KB that a block holds: with three of them, two blocks share a multiprocessor of an H200.
-inline constexpr int kMostTiles = 3;
-inline constexpr int kMostTeamTiles = kClusterBlocks * kMostTiles;
-/// So many statistics keep all of an H200 busy with one block to each; where there are fewer, blocks share them.
-inline constexpr std::int64_t kManyStatistics = 2 * 132;
+/// What every GPU gives a block without being asked.
+inline constexpr int kFreeSharedBytes = 48 << 10;
+/// Blocks of a cluster that every GPU with clusters can have, and that some can.
+inline constexpr int kPortableCluster = 8, kMostClusterBlocks = 16;
 
-constexpr Team team_for(std::int64_t tiles, std::int64_t statistics) {
+/// What a device gives those who ask: shared memory of a block, and clusters of so many blocks that have as much; 1: none.
+struct Room {
+  std::int32_t shared_bytes = 0;
+  std::int16_t cluster = 0, processors = 0;
+};
+inline constexpr Room kPlainRoom{kFreeSharedBytes, 1, 132};
+
+/// Shared memory that a block keeps for what its warps tell each other: 8 values of up to 64 bytes; and for what each tile of a
+/// team found.
+inline constexpr int kGroupBytes = 512, kPostBytes = 32;
+/// Tiles of a team: each block of it knows what all of them found.
+inline constexpr int kMostTeamTiles = 256;
+constexpr int head_bytes(std::int64_t posts) { return kGroupBytes + static_cast<int>(posts) * kPostBytes; }
+
+/// The team of a statistic of so many tiles, of tile_bytes each, of which a block takes `abreast` side by side; it has `boards` of
+/// what they post. With 64 KB to a block three share a multiprocessor of an H200, with 96 KB two do, and each loads while another
+/// reduces; clusters of more than eight are harder to place. Few statistics are spread over more blocks, until there are eight to
+/// each multiprocessor.
+constexpr Team team_for(std::int64_t tiles, std::int64_t statistics, int tile_bytes, int abreast, Room room,
+                        int boards) {
   if (tiles > kMostTeamTiles) return {};
-  Team team{1, static_cast<int>(tiles)};
-  if (tiles > kMostTiles || (tiles > 1 && statistics < kManyStatistics)) {
-    team.tiles = static_cast<int>(ceil_div(tiles, kClusterBlocks));
-    team.blocks = static_cast<int>(ceil_div(tiles, team.tiles));
+  const int left = room.shared_bytes - head_bytes(boards * tiles);
+  struct Limit { int blocks, bytes; };
+  for (const Limit limit : {Limit{kPortableCluster, 64 << 10},
+                            {kPortableCluster, 96 << 10},
+                            {kMostClusterBlocks, 64 << 10},
+                            {kMostClusterBlocks, 96 << 10},
+                            {kPortableCluster, left},
+                            {kMostClusterBlocks, left}}) {
+    const int most = (limit.bytes < left ? limit.bytes : left) / tile_bytes / abreast * abreast;
+    if (most == 0 || ceil_div(tiles, most) > (limit.blocks < room.cluster ? limit.blocks : room.cluster)) continue;
+    Team team;
+    for (int blocks = 1; blocks <= limit.blocks && blocks <= room.cluster; ++blocks) {
+      const auto each = static_cast<int>(ceil_div(ceil_div(tiles, blocks), abreast)) * abreast;
+      if (each > most || ceil_div(tiles, each) < blocks) continue;  // too many, or no fewer than before
+      team = {blocks, each};
+      if (statistics * blocks >= 8 * room.processors) break;
+    }
+    return team;
   }
-  return team;
+  return {};
 }
-
-/// Shared memory that a block keeps for what its warps tell each other: 8 values of up to 64 bytes; and for what the tiles of a
-/// team found: up to 32 bytes each.
-inline constexpr int kGroupBytes = 512, kBoardBytes = kMostTeamTiles * 32;
-inline constexpr int kHeadBytes = kGroupBytes + kBoardBytes;
-/// What every GPU gives, and what all but compute capability 7.5 give those who ask: 99 KB at least.
-inline constexpr int kFreeSharedBytes = 48 << 10, kMostSharedBytes = 99 << 10;
 
 /// Blocks that a launch may have; one of more is refused. Each has 32 elements or more, so that an array must have 2^36 to come
 /// there, and mostly has a hundred times as many.
@@ -153,6 +188,27 @@ enum class Direction : std::uint8_t { forward, backward };
 /// known.
 enum class Stage : std::uint8_t { all, sums, rest };
 
+/// Rows whose gradients of parameters, one of each for every element of a run, become one pair for each: `blocks` blocks or teams
+/// take `turns` rows with each of their groups. All that is part of the tree.
+struct RowGroups {
+  std::int64_t rows = 1, count = 1;  // that share their parameters, and how many groups they are
+  int blocks = 1, turns = 1;
+};
+
+/// Row groups are many enough to keep an H200 busy, and have so many rows that what is written and read for a group is less than a
+/// twentieth of all bytes: 64 rows of halves, 32 of floats. No more than 64 rows are summed one after another.
+constexpr RowGroups row_groups_for(std::int64_t rows, std::int64_t tiles, int abreast, int element_bytes) {
+  const std::int64_t all = ceil_div(rows, abreast), blocks = tiles <= 2 ? 4 : tiles <= 4 ? 2 : 1;
+  const std::int64_t least = ceil_div(element_bytes == 2 ? 64 : 32, blocks * abreast), many = all * tiles / (4 * 132);
+  std::int64_t turns = many < 64 ? many : 64;
+  if (turns < least) turns = least < all ? least : all;
+  RowGroups r;
+  r.rows = rows, r.turns = static_cast<int>(turns);
+  r.blocks = static_cast<int>(ceil_div(all, turns) < blocks ? ceil_div(all, turns) : blocks);
+  r.count = ceil_div(all, r.blocks * turns);
+  return r;
+}
+
 /// How one task is gone about. A unit is what is summed for itself: a statistic, or where gradients of parameters are summed,
 /// what shares one of them: a piece of its run (runs) or a column (lanes; there always).
 struct Policy {
@@ -163,17 +219,41 @@ struct Policy {
   std::int64_t unit_run = 1;  // elements of a unit's run
   Tiling runs;
   LanesTiling lanes;
+  RowGroups rows;
+  int sharing = 1, meeting = 1;  // threads that put together what the tiles of a unit, and of a statistic, found
+
+  // The schedule.
   Team team;
-  int meeting = 1;  // threads that put together what the tiles of a statistic (forward) or of a unit (backward) found
+  bool collects = false;  // teams sum the gradients of parameters of their rows on the way
+  int depth = 1;  // rows of a group that are there or on their way at once
+  bool joins_rows = false;  // the blocks of a row group are a cluster, and leave one pair for all of them
 
   constexpr std::int64_t tiles() const { return traversal == Traversal::lanes ? lanes.tiles : runs.tiles; }
+  /// Tiles of a statistic.
+  constexpr std::int64_t parts() const { return units * tiles(); }
   /// What backward holds: x and dy.
   constexpr int arrays() const { return direction == Direction::backward ? 2 : 1; }
-  /// Tiles that the groups of a block take side by side.
-  constexpr int groups() const { return runs.group > kWarp ? 1 : kBlockThreads / runs.group; }
+  /// Threads of a block, and tiles that its groups take side by side: as many as there are, where a team has them.
+  constexpr int threads(Stage stage) const {
+    if (runs.group > kWarp) return runs.group;
+    if (!shares(stage) || parts() * runs.group >= kBlockThreads) return kBlockThreads;
+    return parts() * runs.group < kWarp ? kWarp : power_of_two_from(parts() * runs.group);
+  }
+  constexpr int groups(Stage stage) const { return threads(stage) >> runs.shift; }
+  /// Vectors of a tile that each thread has, and the bytes of one such tile for each group of a block.
+  constexpr int held() const { return runs.held(vector_for(element_bytes)); }
+  constexpr int tile_bytes(Stage stage) const { return held() * threads(stage) * kVectorBytes; }
 
   /// True where a team has several tiles.
-  constexpr bool shares(Stage stage) const { return stage == Stage::all && runs.tiles > 1; }
+  constexpr bool shares(Stage stage) const { return stage == Stage::all && parts() > 1; }
+  /// Tiles that each group of a block has of a statistic.
+  constexpr int held_tiles(Stage stage) const {
+    return shares(stage) ? static_cast<int>(ceil_div(team.tiles, groups(stage))) : 1;
+  }
+  /// Bytes before the tiles. Where rows follow each other, one posts while another is still read.
+  constexpr int head(Stage stage) const { return head_bytes(shares(stage) ? (collects ? 2 : 1) * parts() : 0); }
+  /// Vectors of sums for each vector of elements, where they are collected: of two floats or doubles for each element.
+  constexpr int sum_vectors() const { return !collects ? 0 : element_bytes == 2 ? 4 : 2; }
 
   constexpr int shared_bytes(Stage stage) const {
     const int vector = vector_for(element_bytes);
@@ -182,37 +262,93 @@ struct Policy {
       const int meeting_bytes = kStrands / 2 * kSlots * vector * (backward ? 32 : 24);
       return meeting_bytes > kStreamBytes ? meeting_bytes : kStreamBytes;
     }
-    const int tiles = stage == Stage::all ? team.tiles : 1;
-    return kHeadBytes + groups() * tiles * arrays() * runs.group * runs.held(vector) * kVectorBytes;
+    return head(stage) + held_tiles(stage) * tile_bytes(stage) * (depth * arrays() + sum_vectors());
+  }
+
+  /// Bytes of x and dy that a block has on their way at once.
+  constexpr int in_flight_bytes(Stage stage) const {
+    if (traversal == Traversal::lanes) return kStreamBytes;
+    return held_tiles(stage) * tile_bytes(stage) * depth * arrays();
+  }
+
+  /// Blocks or teams that have rows.
+  constexpr std::int64_t row_blocks(const Geometry& g) const {
+    return g.statistics() / rows.rows * rows.count * rows.blocks;
   }
 
   constexpr Grid grid(const Geometry& g, Stage stage) const {
     const int bytes = shared_bytes(stage);
     if (traversal == Traversal::lanes) return {lanes.blocks(g.outer), kBlockThreads, bytes, 1};
-    const int threads = runs.group > kWarp ? runs.group : kBlockThreads;
-    if (shares(stage)) return {g.statistics() * team.blocks, threads, bytes, team.blocks};
-    return {ceil_div(g.statistics() * units * runs.tiles, groups()), threads, bytes, 1};
+    if (collects)
+      return {row_blocks(g) * team.blocks, threads(stage), bytes, team.blocks * (joins_rows ? rows.blocks : 1)};
+    if (shares(stage)) return {g.statistics() * team.blocks, threads(stage), bytes, team.blocks};
+    return {ceil_div(g.statistics() * parts(), groups(stage)), threads(stage), bytes, 1};
   }
 };
 
-/// `pieces`: parameters change within a run, and each piece of it is a unit.
+/// The tree. `pieces`: parameters change within a run, and each piece of it is a unit.
 constexpr Policy policy_for(const Geometry& g, Traversal traversal, int element_bytes, Direction direction,
                             bool pieces) {
   Policy p;
   p.traversal = traversal, p.direction = direction, p.element_bytes = element_bytes;
   if (traversal == Traversal::lanes) {
     p.units = g.run;
-    p.lanes = lanes_tiling_for(g.steps, g.columns(), element_bytes);
-    const bool has_whole_lanes = p.lanes.slabs == 1 || p.lanes.slots * vector_for(element_bytes) % g.run == 0;
-    if (p.lanes.tiles == 1 && has_whole_lanes) p.team = {1, 1};
+    p.lanes = lanes_tiling_for(g.steps, g.columns(), g.run, element_bytes);
   } else {
     p.units = pieces ? g.run / g.params.stride : 1, p.unit_run = g.run / p.units;
     p.runs = tiling_for(g.steps, p.unit_run, element_bytes, p.arrays());
-    if (p.units == 1) p.team = team_for(p.runs.tiles, g.statistics());
+    p.rows =
+        row_groups_for(g.params.outer ? g.lanes : g.statistics(), p.runs.tiles, p.groups(Stage::sums), element_bytes);
   }
-  const std::int64_t parts = direction == Direction::forward ? p.units * p.tiles() : p.tiles();
-  p.meeting = parts < kWarp ? power_of_two_from(parts) : kWarp;
+  const auto threads_for = [](std::int64_t n) {
+    return n >= kBlockThreads ? kBlockThreads : n < kWarp ? power_of_two_from(n) : kWarp;
+  };
+  p.sharing = threads_for(p.tiles());
+  p.meeting = p.sharing == kBlockThreads ? kBlockThreads : threads_for(p.parts() < kWarp ? p.parts() : kWarp);
   return p;
+}
+
+/// True where a block, or fewer threads, have all of a statistic, on every GPU.
+constexpr bool is_alone(const Policy& p, const Geometry& g) {
+  if (p.traversal == Traversal::runs) return p.parts() == 1;
+  return p.lanes.tiles == 1 && (p.lanes.slabs == 1 || p.lanes.columns % g.run == 0);
+}
+
+/// Has teams collect, if there is room for sums beside the rows: two rows at once, then more, where blocks that share a
+/// multiprocessor leave room for them.
+constexpr bool settle_rows(Policy& p, const Geometry& g, Room room) {
+  p.collects = true;
+  const int bytes = p.tile_bytes(Stage::all);
+  for (p.depth = p.rows.turns > 1 ? 2 : 1; p.depth > 0; --p.depth) {
+    const int each = bytes * (p.depth * p.arrays() + p.sum_vectors());
+    if (p.parts() > 1) p.team = team_for(p.parts(), 1, each, 1, room, 2);
+    else if (head_bytes(0) + each <= room.shared_bytes) p.team = {1, 1};
+    if (p.team.exists()) break;
+  }
+  if (!p.team.exists() || p.row_blocks(g) * p.team.blocks > kMostBlocks) return p.collects = false, p.depth = 1, false;
+  p.joins_rows = p.rows.blocks > 1 && p.team.blocks * p.rows.blocks <= room.cluster &&
+                 p.team.blocks * p.rows.blocks <= kPortableCluster;
+  const std::int64_t most = 2 * kBlockThreads / p.threads(Stage::all),
+                     all = ceil_div(p.grid(g, Stage::all).blocks, room.processors);
+  const int budget = room.shared_bytes / static_cast<int>(all < most ? all : most);
+  while (p.depth < 8 && p.depth < p.rows.turns &&
+         p.shared_bytes(Stage::all) + p.held_tiles(Stage::all) * bytes * p.arrays() <= budget)
+    ++p.depth;
+  return true;
+}
+
+/// The schedule: who holds whole statistics, in the room that there is. `collects`: gradients of parameters are summed over rows.
+constexpr void settle(Policy& p, const Geometry& g, Room room, bool collects) {
+  p.team = {};
+  if (p.traversal == Traversal::lanes) {
+    if (is_alone(p, g)) p.team = {1, 1};
+    return;
+  }
+  if (collects && settle_rows(p, g, room)) return;
+  if (p.parts() == 1) p.team = {1, 1};
+  const int abreast = p.groups(Stage::all), bytes = p.arrays() * p.tile_bytes(Stage::all) / abreast;
+  if (p.parts() > 1) p.team = team_for(p.parts(), g.statistics(), bytes, abreast, room, 1);
+  if (p.team.blocks * g.statistics() > kMostBlocks) p.team = {};
 }
 
 // Rows: an instance of 49 floats, of one image of 56 x 56, of 16384 halfs, of a volume; a batch norm of small images.
@@ -222,9 +358,17 @@ static_assert(tiling_for(1, 16384, 2, 1).held(8) == 8 && tiling_for(1, 16384, 2,
 static_assert(tiling_for(1, 128 * 128 * 128, 4, 1).tiles == 256 && tiling_for(1, 128 * 128 * 128, 4, 1).width == 8192);
 static_assert(tiling_for(1, 128 * 128 * 128, 4, 2).tiles == 512 && tiling_for(256, 49, 4, 1).rows == 157);
 static_assert(tiling_for(1, std::int64_t{1} << 40, 2, 1).tiles == std::int64_t{1} << 26);
-// Teams: a block has up to three tiles where there are many statistics, else two blocks have as many; eight have 24.
-static_assert(team_for(3, 1000).blocks == 1 && team_for(3, 1000).tiles == 3 && team_for(2, 8).blocks == 2);
-static_assert(team_for(4, 1000).blocks == 4 && team_for(16, 1000).tiles == 2 && team_for(24, 8).blocks == 8);
-static_assert(team_for(17, 8).blocks == 6 && !team_for(25, 1000).exists());
+// Teams on an H200, tiles of 32 KB: a block has up to two where there are many statistics; few are spread over blocks; eight
+// blocks have three each, sixteen have two, then as many as there is room for. Without clusters a block is alone.
+constexpr Room kH200{227 << 10, kMostClusterBlocks, 132}, kAlone{99 << 10, 1, 84};
+constexpr bool is_team(Team team, int blocks, int tiles) { return team.blocks == blocks && team.tiles == tiles; }
+static_assert(is_team(team_for(2, 2000, 32 << 10, 1, kH200, 1), 1, 2));
+static_assert(is_team(team_for(2, 512, 32 << 10, 1, kH200, 1), 2, 1));
+static_assert(is_team(team_for(24, 8, 32 << 10, 1, kH200, 1), 8, 3));
+static_assert(is_team(team_for(32, 64, 32 << 10, 1, kH200, 1), 16, 2));
+static_assert(is_team(team_for(90, 1, 32 << 10, 1, kH200, 1), 15, 6) &&
+              !team_for(97, 1, 32 << 10, 1, kH200, 1).exists());
+static_assert(is_team(team_for(3, 8, 32 << 10, 1, kAlone, 1), 1, 3) &&
+              !team_for(4, 8, 32 << 10, 1, kAlone, 1).exists());
 
 }  // namespace normkit::cuda

@@ -16,10 +16,6 @@
 
 namespace normkit::cuda {
 
-NORMKIT_CALLED int divided(int a, int b) {
-  return static_cast<int>(static_cast<unsigned>(a) / static_cast<unsigned>(b));
-}
-
 /// Entries first, first + size, first + 2 size, ... of a table, row by row.
 struct Cursor {
   int row, column, columns, down, along;
@@ -35,43 +31,66 @@ struct Cursor {
   }
 };
 
-/// The tiles that fall to a group: `count` of one unit, from its tile `place` on.
+/// The tiles of a statistic that fall to a group: `count` of them, `apart` from each other, from tile `first` on.
 struct Turn {
-  std::int64_t statistic, unit;  // which of those that the statistic has
-  std::int64_t o, lane;
-  int place, count;
+  std::int64_t statistic, end, o, lane, first;  // no statistic from `end` on is a row of the group
+  int apart, count;
 
-  NORMKIT_DEVICE std::int64_t index(const Policy& p) const {  // of its first tile among all
-    return (statistic * p.units + unit) * p.runs.tiles + place;
+  NORMKIT_DEVICE std::int64_t index(const Policy& p) const { return statistic * p.parts() + first; }  // among all
+  NORMKIT_DEVICE void locate(const Geometry& g) {
+    o = g.outer == 1 ? 0 : quotient(statistic, g.lanes), lane = statistic - o * g.lanes;
+  }
+  /// The same of the row that the group takes `turns` later, where rows follow each other.
+  NORMKIT_DEVICE Turn after(const Work& work, int turns) const {
+    Turn turn = *this;
+    if (!work.policy.collects) return turn;
+    turn.statistic += std::int64_t{turns} * work.policy.groups(work.stage);
+    turn.locate(work.task.geometry);
+    if (turn.statistic >= end) turn.count = 0;
+    return turn;
   }
 };
 
-/// What is left when statistics are known goes backwards, since what was summed last is still in the cache.
+/// The rank of this block in its team.
+NORMKIT_DEVICE int team_rank(const Work& work) {
+  return kHasClusters && work.policy.team.blocks > 1 ? cluster_rank() % work.policy.team.blocks : 0;
+}
+
+/// What is left when statistics are known goes backwards, since what was summed last is still in the cache. Where rows follow each
+/// other, the first.
 NORMKIT_DEVICE Turn own_turn(const Work& work, Group group) {
   const Policy& policy = work.policy;
-  const std::int64_t lanes = work.task.geometry.lanes, tiles = policy.runs.tiles;
-  Turn turn;
-  turn.count = 1;
-  if (policy.shares(work.stage)) {
-    turn.statistic = quotient(block_index(), policy.team.blocks), turn.unit = 0;
-    turn.place = cluster_rank() * policy.team.tiles;
-    const int left = static_cast<int>(tiles) - turn.place;
-    turn.count = left < policy.team.tiles ? left : policy.team.tiles;
+  const std::int64_t parts = policy.parts();
+  const int own = thread_index() >> policy.runs.shift;  // among the groups of the block
+  Turn turn{0, 0, 0, 0, 0, 1, 1};
+  if (policy.collects) {
+    const RowGroups& rows = policy.rows;
+    const std::int64_t team = quotient(block_index(), policy.team.blocks),
+                       sharing = quotient(team, rows.count * rows.blocks);
+    turn.statistic = (team - sharing * rows.count * rows.blocks) * rows.turns * policy.groups(work.stage) + own;
+    turn.statistic += sharing * rows.rows, turn.end = (sharing + 1) * rows.rows;
+  } else if (policy.shares(work.stage)) {
+    turn.statistic = quotient(block_index(), policy.team.blocks);
   } else {
-    const std::int64_t all = work.task.geometry.statistics() * policy.units * tiles;
+    const std::int64_t all = work.task.geometry.statistics() * parts;
     std::int64_t k = own_item(group.size);
     if (k >= all) turn.count = 0;
     if (work.stage == Stage::rest) k = all - 1 - k;
-    const std::int64_t unit = quotient(k, tiles);
-    turn.place = static_cast<int>(k - unit * tiles);
-    turn.statistic = quotient(unit, policy.units), turn.unit = unit - turn.statistic * policy.units;
+    turn.statistic = quotient(k, parts), turn.first = k - turn.statistic * parts;
   }
-  turn.o = quotient(turn.statistic, lanes), turn.lane = turn.statistic - turn.o * lanes;
+  if (policy.shares(work.stage)) {
+    turn.first = team_rank(work) * policy.team.tiles + own, turn.apart = policy.groups(work.stage);
+    const int left = static_cast<int>(parts) - team_rank(work) * policy.team.tiles;
+    const int of_block = (left < policy.team.tiles ? left : policy.team.tiles) - own;
+    turn.count = of_block > 0 ? divided(of_block + turn.apart - 1, turn.apart) : 0;
+  }
+  turn.locate(work.task.geometry);
   return turn;
 }
 
 /// Rows of a unit, and `width` elements of each.
 struct Tile {
+  std::int64_t unit;
   Origin at;
   int rows, width;
   Cursor own;  // of the vectors that a thread takes
@@ -81,13 +100,15 @@ struct Tile {
 template <class X> NORMKIT_DEVICE Tile tile_of(const Work& work, Group group, const Turn& turn, int k) {
   const Policy& policy = work.policy;
   const Tiling& tiling = policy.runs;
-  const int place = turn.place + k,
+  const std::int64_t part = turn.first + k * turn.apart;
+  Tile t;
+  t.unit = policy.units == 1 ? 0 : quotient(part, tiling.tiles);
+  const int place = static_cast<int>(part - t.unit * tiling.tiles),
             row = tiling.per_run == 1 ? place : divided(place, static_cast<int>(tiling.per_run));
   const std::int64_t step = std::int64_t{row} * tiling.rows;
   const std::int64_t within = (place - row * tiling.per_run) * tiling.width;
   const std::int64_t below = work.task.geometry.steps - step, left = policy.unit_run - within;
-  Tile t;
-  t.at = {turn.o, step, turn.lane, turn.unit * policy.unit_run + within};
+  t.at = {turn.o, step, turn.lane, t.unit * policy.unit_run + within};
   if (!work.constant) t.at.phase = phase_of(work.task.geometry, t.at);
   t.rows = below < tiling.rows ? static_cast<int>(below) : tiling.rows;
   t.width = left < tiling.width ? static_cast<int>(left) : tiling.width;
@@ -123,7 +144,8 @@ template <class X> struct Held {
   int shift;  // 2^shift threads of the group
 
   NORMKIT_DEVICE Held(const Work& work, int place)
-      : slots(shared_memory() + kHeadBytes, place, work.policy.runs.held(kVector<X>)), shift(work.policy.runs.shift) {}
+      : slots(shared_memory() + work.policy.head(work.stage), place, work.policy.held()),
+        shift(work.policy.runs.shift) {}
   NORMKIT_DEVICE Vector<X>& operator[](int k) const { return slots[k]; }
 
   NORMKIT_DEVICE void fetch(const Work& work, const Tile& tile, Group group, const Operand& a) const {
@@ -174,10 +196,10 @@ template <class X> struct Held {
   }
 };
 
-/// Waits for what a group has had copied aside: each thread for its own, or, where others have brought it, for them.
-NORMKIT_DEVICE void wait_for_copies(Group group, bool own) {
-  end_batch();
-  if (!NORMKIT_PLANTED(missing_wait)) wait_for_batches<0>();
+/// Waits until all but the last n tiles that a group has fetched are there: each thread for its own, or, where others have brought
+/// it, for them.
+NORMKIT_DEVICE void wait_for_tiles(Group group, int n, bool own) {
+  if (!NORMKIT_PLANTED(missing_wait)) wait_for_all_but(n);
   if (!own && !NORMKIT_PLANTED(missing_group_barrier)) group.sync();
 }
 
@@ -280,39 +302,45 @@ template <class X> struct HeldTile {
 /// kSpecial: what special_of() says.
 template <class X, Special kSpecial> struct RunsForward {
   static constexpr const char* kName = "RunsForward";
-  static constexpr int kBlocks = kSpecial == Special::none ? 3 : 2;
+  static constexpr int kBlocks = kSpecial == Special::anything ? 2 : 3;
   Work given;
 
   NORMKIT_DEVICE void operator()() const {
     using S = ComputeOf<X>;
     Work work = known_as<kSpecial>(given);
-    work.policy.units = 1;  // as always in forward: the compiler may know
+    work.policy.units = 1, work.policy.collects = false, work.policy.depth = 1;  // always so: the compiler may know
     const Task& t = work.task;
     const bool shares = work.policy.shares(work.stage);
     const int blocks = kHasClusters && shares ? work.policy.team.blocks : 1;
     const Group group = Group::of(work.policy.runs.group);
     const Turn turn = own_turn(work, group);
-    if (turn.count == 0) return;
+    if (turn.count == 0 && !shares) return;
     if (blocks > 1) arrive_at_cluster();  // this block runs
-    S begin = 0;
     for_tiles<X>(work, group, turn, [&](const Tile& tile, int k) {
       const Held<X> held(work, k);
-      // From memory, where nobody has to wait for those that bring it. Whoever writes y has met all that read this.
-      if (k == 0 && !work.forms_x) begin = value_of(*at<X>(t.x, tile.at));
       if (work.forms_x) for_own<X>(work, tile, group, [&](int v, const Place& p) { held[v] = form_x<X>(t, p); });
       else held.fetch(work, tile, group, t.x);
+      end_batch();
     });
-    wait_for_copies(group, reads_whole(work) || work.forms_x);
+    // From memory, where nobody has to wait for those that bring it. Whoever writes y has met all that read this.
+    const auto begin_of = [&](int k) -> S {
+      if (work.forms_x || k >= turn.count) return 0;
+      return value_of(*at<X>(t.x, tile_of<X>(work, group, turn, k).at));
+    };
+    S begin = begin_of(0);
     if (NORMKIT_PLANTED(early_return) && group.rank >= group.size / 2) return;
+    if (blocks > 1 && !NORMKIT_PLANTED(early_post)) wait_for_cluster();
+    const bool own = reads_whole(work) || work.forms_x;
     Moments m;
     if (work.stage != Stage::rest)
       for_tiles<X>(work, group, turn, [&](const Tile& tile, int k) {
-        if (k > 0 && !work.forms_x) begin = value_of(*at<X>(t.x, tile.at));
+        const S next = begin_of(k + 1);
+        wait_for_tiles(group, turn.count - 1 - k, own);
         m = HeldTile<X>{work, tile, group, Held<X>(work, k)}.moments(begin);
-        if (!shares) return;
-        if (blocks > 1 && k == 0 && !NORMKIT_PLANTED(early_post)) wait_for_cluster();
-        Board<Moments>::post(group, blocks, turn.place + k, m);
+        begin = next;
+        if (shares) Board<Moments>::post(group, 0, blocks, static_cast<int>(turn.first) + k * turn.apart, m);
       });
+    else wait_for_tiles(group, 0, own);
     if (work.stage == Stage::sums) {
       if (group.rank == 0) put(m, work.partials + 3 * turn.index(work.policy));
       return;
@@ -323,7 +351,7 @@ template <class X, Special kSpecial> struct RunsForward {
     } else {
       if (shares) meet_team(blocks), m = moments_of_team(work);
       s = statistic_of<S>(m.mean, rstd_of(m, t.eps));
-      if (group.rank == 0 && turn.place == 0) publish<S>(t, turn.statistic, m, s.rstd);
+      if (group.rank == 0 && turn.first == 0) publish<S>(t, turn.statistic, m, s.rstd);
     }
     if (t.phase == Phase::reduce) return;
     const UnitParameters parameters = UnitParameters::of(work, turn.o, turn.lane, 0);
@@ -353,57 +381,192 @@ template <class X, Special kSpecial> struct RunsForward {
 
 // ---- backward ----------------------------------------------------------------------------------------------------
 
-/// Stage::all: sums about the given mean, without the weight where it is constant, then dx. Stage::sums: those of every tile.
-/// Stage::rest: dx, of statistics that are solved, or that need no sums.
-/// kSpecial: what special_of() says.
-template <class X, Special kSpecial> struct RunsBackward {
-  static constexpr const char* kName = "RunsBackward";
-  static constexpr int kBlocks = kSpecial == Special::anything ? 1 : 2;
-  Work given_work;
+/// Sums of dz * x_hat and of dz for each element of a run, over the rows that a group takes, beside the tiles in shared memory.
+template <class X> struct RowSums {
+  using S = ComputeOf<X>;
+  static constexpr int kEach = kVectorBytes / sizeof(S), kVectors = kVector<X> / kEach;  // of each of the two
+  Slots<S> slots;  // dweight, then dbias, of vector after vector
+  const Policy& policy;
 
-  NORMKIT_DEVICE void operator()() const {
-    using S = ComputeOf<X>;
-    constexpr int N = kVector<X>;
-    const Work work = known_as<kSpecial>(given_work);
-    const Task& t = work.task;
-    const bool shares = work.policy.shares(work.stage);
-    const int blocks = kHasClusters && shares ? work.policy.team.blocks : 1;
-    const Group group = Group::of(work.policy.runs.group);
-    const Turn turn = own_turn(work, group);
-    if (turn.count == 0) return;
-    if (blocks > 1) arrive_at_cluster();  // as in forward
+  NORMKIT_DEVICE RowSums(const Work& work)
+      : slots(shared_memory() + work.policy.head(work.stage),
+              work.policy.held_tiles(work.stage) * work.policy.depth * 2, work.policy.held()),
+        policy(work.policy) {}
+
+  NORMKIT_DEVICE void clear() const {
+    const int all = policy.held_tiles(Stage::all) * policy.held() * 2 * kVectors;
+    NORMKIT_ROLL
+    for (int k = 0; k < all; ++k) slots[k] = zeros<S>();
+  }
+  /// Adds those of vector v of tile k of a turn; x_hat_of(e): of its elements.
+  template <class F> NORMKIT_DEVICE void add(int k, int v, F x_hat_of, const S (&dz)[kVector<X>]) const {
+    const int first = (k * policy.held() + v) * 2 * kVectors;
+    NORMKIT_UNROLL
+    for (int part = 0; part < 2 * kVectors; ++part) {
+      S sum[kEach];
+      widened(slots[first + part], sum);
+      NORMKIT_UNROLL
+      for (int j = 0; j < kEach; ++j) {
+        const int e = part % kVectors * kEach + j;
+        sum[j] = part < kVectors ? mul_add(x_hat_of(e), dz[e], sum[j]) : sum[j] + dz[e];
+      }
+      slots[first + part] = narrowed<S>(sum);
+    }
+  }
+
+  /// Leaves one pair for each element of the tiles of a turn: group by group, and where the blocks of the row group are a cluster,
+  /// block by block. All threads of the block come here, and of such a cluster.
+  NORMKIT_DEVICE void leave(const Work& work, Group group, const Turn& turn) const {
+    const int teams = policy.joins_rows ? policy.rows.blocks : 1, blocks = policy.team.blocks;
+    const int team = policy.joins_rows ? divided(cluster_rank(), blocks) : 0, step = teams * block_threads();
+    meet_rows(teams);
+    const std::int64_t index = quotient(block_index(), blocks * teams), run = work.task.geometry.run;
+    S* const out = reinterpret_cast<S*>(work.task.dparams) + 2 * index * run;
     for_tiles<X>(work, group, turn, [&](const Tile& tile, int k) {
+      const int columns = (tile.width + kVector<X> - 1) / kVector<X> * kVectors;
       NORMKIT_ROLL
-      for (int array = 0; array < 2; ++array) {
-        Operand a = t.x;
-        if (array == 1) a = t.dy;
-        Held<X>(work, 2 * k + array).fetch(work, tile, group, a);
+      for (int item = team * block_threads() + thread_index(); item < 2 * columns; item += step) {
+        const int which = item >= columns, column = item - which * columns, v = column / kVectors;
+        const int first = column * kEach, n = tile.width - first < kEach ? tile.width - first : kEach;
+        if (n <= 0) continue;
+        const int slot =
+            (k * policy.held() + (v >> policy.runs.shift)) * 2 * kVectors + which * kVectors + column % kVectors;
+        S all[kEach];
+        NORMKIT_ROLL
+        for (int t = 0; t < teams; ++t) {
+          S of_block[kEach];
+          NORMKIT_ROLL
+          for (int g = 0; g < policy.groups(Stage::all); ++g) {
+            const int thread = (g << policy.runs.shift) + (v & (group.size - 1));
+            S own[kEach];
+            widened(theirs(teams > 1 ? t * blocks + cluster_rank() % blocks : -1, slot, thread), own);
+            NORMKIT_UNROLL
+            for (int e = 0; e < kEach; ++e) of_block[e] = g == 0 ? own[e] : of_block[e] + own[e];
+          }
+          NORMKIT_UNROLL
+          for (int e = 0; e < kEach; ++e) all[e] = t == 0 ? of_block[e] : all[e] + of_block[e];
+        }
+        store(out + which * run + tile.at.i + first, all, n);
       }
     });
+    meet_rows(teams);  // nobody leaves while its sums are read
+  }
+
+ private:
+  NORMKIT_DEVICE static void meet_rows(int teams) {
+    if (teams > 1) arrive_at_cluster(), wait_for_cluster();
+    else sync_block();
+  }
+  /// Slot `slot` of a thread, of the block with that rank in the cluster; -1: of this one.
+  NORMKIT_DEVICE Vector<S> theirs(int rank, int slot, int thread) const {
+    const std::int64_t own =
+        slots.first - shared_memory() + (slot * block_threads() + thread - thread_index()) * kVectorBytes;
+    return *reinterpret_cast<const Vector<S>*>((rank < 0 ? shared_memory() : peer_memory(rank)) + own);
+  }
+};
+
+/// Stage::all: sums about the given mean, without the weight where it is constant, then dx. Stage::sums: those of every tile.
+/// Stage::rest: dx, of statistics that are solved, or that need no sums. Where rows follow each other, all that for one after
+/// another, of which the next are on their way.
+/// kSpecial: what special_of() says.
+template <class X, Special kSpecial> struct RunsBackward {
+  using S = ComputeOf<X>;
+  static constexpr const char* kName = "RunsBackward";
+  static constexpr int kBlocks = kSpecial == Special::anything ? 1 : 2;
+  Work given;
+
+  NORMKIT_DEVICE void operator()() const {
+    const Work work = known_as<kSpecial>(given);
+    const Policy& policy = work.policy;
+    const bool shares = policy.shares(work.stage), collects = policy.collects;
+    const int blocks = kHasClusters && shares ? policy.team.blocks : 1;
+    const Group group = Group::of(policy.runs.group);
+    const Turn first = own_turn(work, group);
+    if (first.count == 0 && !shares && !collects) return;
+    if (collects) RowSums<X>(work).clear();
+    if (blocks > 1) arrive_at_cluster(), wait_for_cluster();  // all blocks run
+    const int rows = collects ? policy.rows.turns : 1, depth = collects ? policy.depth : 1;
+    NORMKIT_ROLL
+    for (int j = 1 - depth; j < rows; ++j) {
+      // Whoever brings a row has met all that read what was in its place.
+      if (j > 0 && !(reads_whole(work) && work.writes_whole)) group.sync();
+      const int ahead = j + depth - 1;
+      fetch(work, group, first, ahead, ahead < rows ? ahead % depth : -1);
+      if (j >= 0) solve_row(work, group, first.after(work, j), j, depth, blocks);
+    }
+    if (collects) RowSums<X>(work).leave(work, group, first);
+  }
+
+ private:
+  /// Where x of tile k of a row lies, and after it dy.
+  NORMKIT_DEVICE static int place_of_tile(const Policy& policy, Stage stage, int row, int k) {
+    return (row * policy.held_tiles(stage) + k) * 2;
+  }
+
+  /// Brings row j to place `row`; -1: there is no such row. Each of its tiles is a batch, if only an empty one.
+  NORMKIT_DEVICE static void fetch(const Work& work, Group group, const Turn& first, int j, int row) {
+    const int tiles = row < 0 ? 0 : first.after(work, j).count;
+    NORMKIT_ROLL
+    for (int k = 0; k < first.count; ++k, end_batch()) {
+      if (k >= tiles) continue;
+      const Tile tile = tile_of<X>(work, group, first.after(work, j), k);
+      NORMKIT_ROLL
+      for (int array = 0; array < 2; ++array) {
+        Operand a = work.task.x;
+        if (array == 1) a = work.task.dy;
+        Held<X>(work, place_of_tile(work.policy, work.stage, row, k) + array).fetch(work, tile, group, a);
+      }
+    }
+  }
+
+  /// Row j, which has been fetched, as have `depth` - 1 after it.
+  NORMKIT_DEVICE static void solve_row(const Work& work, Group group, const Turn& turn, int j, int depth, int blocks) {
+    constexpr int N = kVector<X>;
+    const Task& t = work.task;
+    const Policy& policy = work.policy;
+    const bool shares = policy.shares(work.stage), collects = policy.collects;
+    const bool gaps = has_gaps(t), by_elements = t.dx.data && !work.writes_whole;
+    const int board = collects ? j % 2 * static_cast<int>(policy.parts()) : 0;
     const std::int64_t r = turn.statistic;
-    const UnitParameters parameters = UnitParameters::of(work, turn.o, turn.lane, turn.unit);
+    const int rank = shares ? team_rank(work) : 0, peers = kHasClusters ? cluster_rank() - rank : 0;
+    if (turn.count == 0) {
+      if (shares && collects) return meet_team(blocks);  // there is no such row, but for others of the cluster
+      if (!shares) return;
+    }
+    const RowSums<X> row_sums(work);
     const Statistic<S> s = given_statistic<S>(t, r);
+    UnitParameters parameters = UnitParameters::of(work, turn.o, turn.lane, 0);
     Factors<S, 1> given;
     given.append(s, parameters.weight, parameters.bias);
-    wait_for_copies(group, reads_whole(work));
-    const bool gaps = has_gaps(t), by_elements = t.dx.data && !work.writes_whole;
     Reduced total;
+    Solved solved;
     Known<S, 1> known;
     NORMKIT_ROLL
     for (int pass = work.stage == Stage::rest ? 1 : 0; pass < 2; ++pass) {  // the sums, then dx
       if (pass == 1) {
+        if (work.stage == Stage::rest) wait_for_tiles(group, 0, reads_whole(work));
         if (shares) meet_team(blocks);
-        const bool leads = group.rank == 0 && turn.unit == 0 && turn.place == 0;
-        const Solved solved = work.stage == Stage::rest && work.summed
-                                  ? solved_at(work, r)
-                                  : solve<S>(work, r, s, Group::of(work.policy.meeting), leads, [&](std::int64_t) {
-          return parameters.weight;
-        }, [&](std::int64_t, std::int64_t k) { return shares ? Board<Reduced>::read(static_cast<int>(k)) : total; });
-        if (t.phase == Phase::reduce || (!t.dx.data && !work.elementwise)) return;
-        known.append(solved, parameters.weight);
+        const Group meeting = Group::of(policy.meeting);
+        const bool leads = shares ? rank == 0 && thread_index() < meeting.size : group.rank == 0 && turn.first == 0;
+        solved = work.stage == Stage::rest && work.summed
+                     ? solved_at(work, r)
+                     : solve<S>(work, r, s, meeting, leads, [&](std::int64_t unit) {
+          return policy.units == 1 ? parameters.weight : UnitParameters::of(work, turn.o, turn.lane, unit).weight;
+        }, [&](std::int64_t unit, std::int64_t k) {
+          return shares ? Board<Reduced>::read(board + static_cast<int>(unit * policy.runs.tiles + k)) : total;
+        });
+        if (t.phase == Phase::reduce || (!t.dx.data && !work.elementwise && !collects)) return;
+        if (policy.units == 1) known.append(solved, parameters.weight);
       }
       for_tiles<X>(work, group, turn, [&](const Tile& tile, int k) {
-        const Held<X> x(work, 2 * k), dy(work, 2 * k + 1);
+        const int place = place_of_tile(policy, work.stage, collects ? j % depth : 0, k);
+        const Held<X> x(work, place), dy(work, place + 1);
+        if (policy.units > 1) {
+          parameters = UnitParameters::of(work, turn.o, turn.lane, tile.unit);
+          given.append(s, parameters.weight, parameters.bias);
+          if (pass == 1) known.append(solved, parameters.weight);
+        }
+        if (pass == 0) wait_for_tiles(group, depth * turn.count - 1 - k, reads_whole(work));
         Sums<S> sums{0, 0, 0};
         int count = 0;
         for_own<X>(work, tile, group, [&](int v, const Place& p) {
@@ -416,6 +579,7 @@ template <class X, Special kSpecial> struct RunsBackward {
             });
             return;
           }
+          if (collects) row_sums.add(k, v, [&](int e) { return standardized(t, in.dz[e], in.x[e], known, 0); }, in.dz);
           S dx[N];
           make_dx<X>(work, known, p, in, dx);
           if (by_elements) x[v] = narrowed<X>(dx);
@@ -426,83 +590,85 @@ template <class X, Special kSpecial> struct RunsBackward {
           return;
         }
         total = all_sum(group, reduced(sums, count));
-        if (!shares) return;
-        if (blocks > 1 && k == 0) wait_for_cluster();
-        Board<Reduced>::post(group, blocks, turn.place + k, total);
+        if (shares)
+          Board<Reduced>::post(group, peers, blocks, board + static_cast<int>(turn.first) + k * turn.apart, total);
       });
       if (work.stage != Stage::sums) continue;
-      if (group.rank == 0) put(total, work.partials + 4 * turn.index(work.policy));
+      if (group.rank == 0) put(total, work.partials + 4 * turn.index(policy));
       return;
     }
   }
 };
 
-/// ParamKind::row: sums of dz * x_hat and of dz over 64 rows at a time, for each element of a run.
+/// ParamKind::row where teams do not collect: what they would, from memory, once statistics are solved.
 ///
-///     thread = one vector of elements of the runs of one group of rows, which it walks down
+///     thread = one vector of elements of the runs of the rows of one block, which it walks down group by group
 template <class X> struct RowGradients {
+  using S = ComputeOf<X>;
   static constexpr const char* kName = "RowGradients";
-  static constexpr int kBlocks = 2;
+  static constexpr int kBlocks = 1;
   Work work;
 
-  static Grid grid(const Geometry& g) {
-    Grid grid = grid_for_items(g.outer * row_groups(g) * ceil_div(g.run, kVector<X>), 1);
+  static Grid grid(const Work& work) {
+    const Geometry& g = work.task.geometry;
+    Grid grid = grid_for_items(work.policy.row_blocks(g) * ceil_div(g.run, kVector<X>), 1);
     grid.shared_bytes = kStreamBytes;
     return grid;
   }
 
   NORMKIT_DEVICE void operator()() const {
-    using S = ComputeOf<X>;
     constexpr int N = kVector<X>;
     const Task& t = work.task;
     const Geometry& g = t.geometry;
-    const std::int64_t vectors = ceil_div(g.run, N), groups = row_groups(g), items = g.outer * groups * vectors;
-    const std::int64_t k = own_item(1);
-    if (k >= items) return;
-    const std::int64_t group = quotient(k, vectors), i = (k - group * vectors) * N;
-    const std::int64_t o = quotient(group, groups), row = (group - o * groups) * kRowGroup;
-    const int n = g.run - i < N ? static_cast<int>(g.run - i) : N;
-    const int rows = g.lanes - row < kRowGroup ? static_cast<int>(g.lanes - row) : static_cast<int>(kRowGroup);
-    Place p{{o, 0, row, i}, 0, 0, n};
-    p.tile.phase = phase_of(g, p.tile);
-    const auto place_of_row = [&](int j) {
-      Place q = p;
-      return q.tile.lane += j, q;
+    const RowGroups& rows = work.policy.rows;
+    const std::int64_t vectors = ceil_div(g.run, N), blocks = rows.count * rows.blocks, k = own_item(1);
+    if (k >= work.policy.row_blocks(g) * vectors) return;
+    const std::int64_t block = quotient(k, vectors), i = (k - block * vectors) * N, sharing = quotient(block, blocks);
+    const int n = g.run - i < N ? static_cast<int>(g.run - i) : N, groups = work.policy.groups(Stage::sums);
+    const std::int64_t first = (block - sharing * blocks) * rows.turns * groups, left = rows.rows - first;
+    const auto place_of = [&](std::int64_t row) {
+      const std::int64_t r = sharing * rows.rows + row, o = g.outer == 1 ? 0 : quotient(r, g.lanes);
+      Place p{{o, 0, r - o * g.lanes, i}, 0, 0, n};
+      p.tile.phase = phase_of(g, p.tile);
+      return p;
     };
     const Slots<X> x(shared_memory(), 0, kPairSlots), dy(shared_memory(), 1, kPairSlots);
-    S dweight[N], dbias[N];
-    NORMKIT_UNROLL
-    for (int e = 0; e < N; ++e) dweight[e] = dbias[e] = 0;
-    streamed<kPairSlots>(rows, [&](int slot, int j) {
-      const Place q = place_of_row(j);
-      x.fetch(slot, at<X>(t.x, q), n), dy.fetch(slot, at<X>(t.dy, q), n);
-    }, [&](int slot, int j) { add_row(place_of_row(j), x[slot], dy[slot], dweight, dbias); });
-    double* const out = t.dparams + 2 * (group * g.run + i);
-    NORMKIT_UNROLL
-    for (int e = 0; e < N; ++e)
-      if (e < n) out[2 * e] = static_cast<double>(dweight[e]), out[2 * e + 1] = static_cast<double>(dbias[e]);
+    S* const out = reinterpret_cast<S*>(t.dparams) + 2 * block * g.run + i;
+    NORMKIT_ROLL
+    for (int group = 0; group < groups; ++group) {
+      const auto place_of_row = [&](int j) { return place_of(first + std::int64_t{j} * groups + group); };
+      S dweight[N], dbias[N];
+      NORMKIT_UNROLL
+      for (int e = 0; e < N; ++e) dweight[e] = dbias[e] = 0;
+      const std::int64_t below = left <= group ? 0 : ceil_div(left - group, groups);
+      streamed<kPairSlots>(below < rows.turns ? static_cast<int>(below) : rows.turns, [&](int slot, int j) {
+        const Place q = place_of_row(j);
+        x.fetch(slot, at<X>(t.x, q), n), dy.fetch(slot, at<X>(t.dy, q), n);
+      }, [&](int slot, int j) { add_row(place_of_row(j), x[slot], dy[slot], dweight, dbias); });
+      NORMKIT_UNROLL
+      for (int e = 0; e < N; ++e) {
+        if (e >= n) continue;
+        out[e] = group == 0 ? dweight[e] : out[e] + dweight[e];
+        out[g.run + e] = group == 0 ? dbias[e] : out[g.run + e] + dbias[e];
+      }
+    }
   }
 
  private:
-  template <class S, int N>
+  template <int N>
   NORMKIT_DEVICE void add_row(const Place& p, const Vector<X>& vx, const Vector<X>& vdy, S (&dweight)[N],
                               S (&dbias)[N]) const {
     const Task& t = work.task;
     const std::int64_t r = p.tile.o * t.geometry.lanes + p.tile.lane;
     Known<S, 1> known;
     known.append(solved_at(work, r), 1);
-    S x[N], dz[N], weight[N];
-    widened(vx, x);
-    widened(vdy, dz);
-    if (t.activation.kind != ActivationKind::none) {
-      Factors<S, 1> given;
-      given.append(given_statistic<S>(t, r), 1, 0);
-      incoming(work, given, p, x, dz, weight);
-    }
+    Factors<S, 1> given;
+    given.append(given_statistic<S>(t, r), 1, 0);
+    const Incoming<S, N> in(work, given, p, vx, vdy);
     NORMKIT_UNROLL
     for (int e = 0; e < N; ++e) {
-      const S x_hat = standardized(t, dz[e], x[e], known, 0);
-      dweight[e] = mul_add(x_hat, dz[e], dweight[e]), dbias[e] += dz[e];
+      const S x_hat = standardized(t, in.dz[e], in.x[e], known, 0);
+      dweight[e] = mul_add(x_hat, in.dz[e], dweight[e]), dbias[e] += in.dz[e];
     }
   }
 };

@@ -29,7 +29,7 @@ struct Work {
 /// What kernels are compiled for, of which those that know more have half the code and registers:
 enum class Special : std::uint8_t {
   anything,
-  along,  // weights that change from element to element of a run, nothing but whole vectors, and nothing else: layer norm
+  along,  // weights that change from element to element of the only run, nothing but whole vectors, and nothing else: layer norm
   none,  // constant parameters, every element a member, and no more arrays than x, dy and what is made of them
 };
 
@@ -38,16 +38,22 @@ constexpr Special special_of(const Work& w) {
   if (t.activation.kind != ActivationKind::none || t.where.data || t.residual.data || w.forms_x || w.elementwise)
     return Special::anything;
   if (w.constant) return Special::none;
-  return t.traversal == Traversal::runs && w.all_whole ? Special::along : Special::anything;
+  return t.traversal == Traversal::runs && t.geometry.steps == 1 && t.geometry.outer == 1 && w.all_whole
+             ? Special::along
+             : Special::anything;
 }
 
 /// The same work, where the compiler sees what it is.
 template <Special kSpecial> constexpr Work known_as(Work w) {
   if constexpr (kSpecial == Special::anything) return w;
   w.constant = kSpecial == Special::none;
-  if (kSpecial == Special::along)
-    w.task.geometry.params.stride = 1, w.reads_whole = w.writes_whole = w.all_whole = true;
-  else w.all_whole = false;
+  if (kSpecial == Special::along) {
+    w.task.geometry.params.stride = w.task.geometry.steps = w.task.geometry.outer = 1, w.policy.units = 1,
+    w.policy.runs.rows = 1;
+    w.reads_whole = w.writes_whole = w.all_whole = true;
+  } else {
+    w.all_whole = w.policy.collects = false;
+  }
   w.forms_x = w.elementwise = false, w.task.activation.kind = ActivationKind::none;
   w.task.where.data = w.task.residual.data = nullptr;
   return w;
@@ -57,8 +63,8 @@ struct Kernels {
   /// Enqueues the kernel of the direction and traversal, for the stage that the work is of.
   void (*run)(const Work&, Stream);
   void (*row_gradients)(const Work&, Stream);
-  /// True where the device has what the teams of the policy want: clusters, or more shared memory than every GPU gives.
-  bool (*has_team)(const Work&, int device);
+  /// What the device, which is the current one, gives the kernel of the direction and traversal.
+  Room (*room)(const Work&, int device);
 };
 
 }  // namespace normkit::cuda

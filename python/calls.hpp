@@ -19,6 +19,7 @@
 #include "library.hpp"
 #include "plan.hpp"
 #include "recent.hpp"
+#include "unlocked.hpp"
 
 namespace calls {
 
@@ -59,8 +60,7 @@ template <class Job> void run_job(Job& job) {
   if (const device::Call* call = device::call()) return device::run_job(*call, job);
   Workspace workspace(workspace_doubles(job));
   if (job.task.geometry.size() < kReleaseElements) return run(job, workspace.data());
-  const nb::gil_scoped_release unlocked;
-  run(job, workspace.data());
+  unlocked::run([&] { run(job, workspace.data()); });
 }
 
 /// The short way to a direction: it keeps the plans of the last calls.

@@ -22,7 +22,6 @@ INTEGERS = {name: np.dtype(name) for name in ("uint8", "int8", "uint16", "int16"
 SHAPES = {
     "one-element": (1, 1, 1, 1),
     "one-member": (3, 5, 1, 1),
-    "no-space": (4, 3),
     "tail": (2, 3, 7),
     "square-tail": (2, 3, 7, 7),
     "vector": (2, 3, 16),
@@ -35,10 +34,11 @@ SHAPES = {
     "three-chunks": (1, 2, 3, 4099),
     "two-spans": (1, 2, 70000),
     "volume": (2, 3, 4, 5, 6),
-    "rows": (37, 65),
+    "rows": (37, 1, 65),
     "wide-rows": (70, 2, 33),
     "long-batch": (300, 2, 19),
 }
+MATRIX = (37, 65)  # nothing for instance norm, which has no axis of space then
 CHANNELS_LAST = {
     "one-channel": (2, 1, 5, 5),
     "three-channels": (2, 3, 5, 5),

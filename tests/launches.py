@@ -31,6 +31,8 @@ class Launch:
     threads: int
     shared_bytes: int
     cluster: int
+    resident_blocks: int
+    in_flight_bytes: int
     arrays: Traffic
     workspace: Traffic
 

@@ -431,6 +431,7 @@ def per_instance(name: str, channel: int) -> Operation:
         options=lambda shape: {"channel_axis": channel},
         absent=lambda shape: ((shape[channel_axis(shape)],), aligned((shape[channel_axis(shape)],), shape)),
         reduced=lambda shape: tuple(a for a in range(1, len(shape)) if a != channel_axis(shape)),
+        least_ndim=3,
     )
 
 
@@ -451,6 +452,7 @@ def per_group(name: str, channel: int) -> Operation:
     return replace(
         instance,
         function="group_norm",
+        least_ndim=2,
         arguments=lambda shape: (groups_of(shape[channel]),),
         blocks=blocks,
         reduced=lambda shape: tuple(a for a in range(1, len(shape) + 1) if a != channel % len(shape)),
@@ -463,6 +465,7 @@ def per_channel(name: str, channel: int) -> Operation:
     return replace(
         instance,
         function="batch_norm",
+        least_ndim=2,
         weights=lambda shape: {"channel": (shape[channel],)},
         forward_options={"training": True},
         stats_option="training",

@@ -111,19 +111,19 @@ def test_the_core_test_of_the_cpu_passes(programs, sanitizer):
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("scenario", ["tails", "misaligned", "blocks", "teams", "far"])
+@pytest.mark.parametrize("scenario", ["tails", "misaligned", "blocks", "teams", "weighted", "pieces", "far"])
 def test_scenario(programs, scenario, seed):
     done = programs.run("shim_test", scenario, seed=seed)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "shim test passed" in done.stdout
 
 
-def test_scenario_of_many_rows(programs):
+def test_scenario_of_blocks_alone(programs):
     done = programs.run("shim_test", "crowds")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("scenario", ["tails", "blocks", "teams"])
+@pytest.mark.parametrize("scenario", ["tails", "blocks", "teams", "weighted", "pieces"])
 def test_scenario_without_races(programs, scenario):
     done = programs.run("shim_test", scenario, sanitizer="thread")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -148,6 +148,19 @@ ERRORS = {f"{name}-{what}": row for name, rows in PARAMETER.items() for what, ro
     "x-integer-backward": (backward, {"x": np.ones(X, np.uint8)}, TypeError, f"x has dtype uint8, expected {FLOATS}"),
     "x-one-axis": (instance, {"x": f32(3)}, ValueError, "x has 1 axis, expected at least 2: images and channels"),
     "x-no-axis": (instance, {"x": f32()}, ValueError, "x has 0 axes, expected at least 2: images and channels"),
+    **{
+        f"x-no-space{name}": (
+            call,
+            {"x": f32(4, 3), **rest},
+            ValueError,
+            "x has shape (4, 3), expected at least 3 axes: images, channels and space",
+        )
+        for name, call, rest in (
+            ("", instance, {}),
+            ("-last", instance, {"channel_axis": -1}),
+            ("-backward", backward, {"dy": f32(4, 3), "mean": f32(4, 3), "rstd": f32(4, 3)}),
+        )
+    },
     "eps-negative": (instance, {"eps": -1.0}, ValueError, "eps is -1.0, expected a finite number that is at least 0"),
     "eps-nan": (normalize, {"eps": np.nan}, ValueError, "eps is nan, expected a finite number that is at least 0"),
     "eps-inf": (normalize, {"eps": np.inf}, ValueError, "eps is inf, expected a finite number that is at least 0"),

@@ -4,7 +4,7 @@ import bounds
 import normkit
 import numpy as np
 import pytest
-from cases import CHANNELS_LAST, DTYPES, INTEGERS, SHAPES, few_bits, lay, uniform
+from cases import CHANNELS_LAST, DTYPES, INTEGERS, MATRIX, SHAPES, few_bits, lay, uniform
 from checks import check_backward, check_forward
 from reference import OPERATIONS, REGISTRY, applied, wide
 
@@ -52,6 +52,14 @@ def test_backward_channels_last(shape, dtype, isa, rng):
 def test_every_operation(op, shape, dtype, isa, rng):
     shape = SHAPES[shape]
     dy, x = uniform(rng, shape, dtype), uniform(rng, shape, dtype, offset=0.25)
+    check_forward(op, x)
+    check_backward(op, dy, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("op", [op for op in REGISTRY if op.least_ndim == 2], ids=repr)
+def test_matrices(op, dtype, isa, rng):
+    dy, x = uniform(rng, MATRIX, dtype), uniform(rng, MATRIX, dtype, offset=0.25)
     check_forward(op, x)
     check_backward(op, dy, x)
 

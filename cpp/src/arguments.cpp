@@ -244,7 +244,9 @@ int param_axis(const Spec& spec, AxisMask axes, int x_ndim, int ndim, int axis) 
 
 // ---- options and companions --------------------------------------------------------------------------------------
 
-void check_spec(const Spec& spec) {
+void check_spec(const Spec& spec, const Array& x) {
+  if (spec.reduce_axes == 0 && spec.num_groups == 0)
+    value_error("x has shape " + tuple(x.shape) + ", expected at least 3 axes: images, channels and space");
   if (!(spec.eps >= 0) || std::isinf(spec.eps))
     value_error("eps is " + number(spec.eps) + ", expected a finite number that is at least 0");
   if (!(spec.momentum >= 0 && spec.momentum <= 1))

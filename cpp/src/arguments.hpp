@@ -74,7 +74,7 @@ AxisMask match_params(const char* name, const Array& a, std::span<const std::int
 /// The axis of x that axis `axis` of a parameter array of `ndim` axes lies along.
 int param_axis(const Spec& spec, AxisMask axes, int x_ndim, int ndim, int axis);
 
-void check_spec(const Spec& spec);
+void check_spec(const Spec& spec, const Array& x);
 void check_where(const Array& where, const Array& x);
 /// A companion of x: the same shape and floating dtype.
 void check_like_x(const char* name, const Array& a, const Array& x);

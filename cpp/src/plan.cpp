@@ -371,7 +371,7 @@ ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec, Phase phase,
   Shapes& shapes = plan.shapes;
   const Array& x = args.x;
   check_data_dtype("x", x, true);
-  check_spec(spec);
+  check_spec(spec, x);
   const Params params = judge_params(x, args.weight, args.bias, spec);
   if (phase == Phase::both) check_running(args.running_mean, args.running_var, x, spec);
   check_residual(args);
@@ -430,7 +430,7 @@ BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardN
   shapes.x_dtype = x.dtype;
   shapes.param_dtype = args.weight.present ? args.weight.dtype : compute_dtype(x.dtype);
   check_data_dtype("x", x, false);
-  check_spec(spec);
+  check_spec(spec, x);
   check_same_dtype("dy", args.dy, x.dtype, ", the dtype of x");
   check_shape("dy", args.dy, x.shape, ", the shape of x");
   check_like_x("dresidual", args.dresidual, x);

@@ -38,7 +38,7 @@ bool is_global(const void* p) {
 /// Sectors that a launch has touched: by each block of the cluster that runs, with the number of the barrier after which it did so
 /// last; and by any.
 struct Touched {
-  std::unordered_map<std::uintptr_t, int> after[normkit::cuda::kClusterBlocks];
+  std::unordered_map<std::uintptr_t, int> after[normkit::cuda::kMostClusterBlocks];
   std::unordered_set<std::uintptr_t> all;
   std::int64_t launch = 0, cluster = -1;
 
@@ -86,6 +86,7 @@ std::ostream& operator<<(std::ostream& out, const shim::Traffic& t) {
 std::ostream& operator<<(std::ostream& out, const shim::Launched& l) {
   out << R"({"kernel": ")" << l.kernel << R"(", "blocks": )" << l.grid.blocks << R"(, "threads": )" << l.grid.threads;
   out << R"(, "shared_bytes": )" << l.grid.shared_bytes << R"(, "cluster": )" << l.grid.cluster;
+  out << R"(, "resident_blocks": )" << l.resident_blocks << R"(, "in_flight_bytes": )" << l.in_flight_bytes;
   return out << R"(, "arrays": )" << l.arrays << R"(, "workspace": )" << l.workspace << "}";
 }
 

@@ -195,7 +195,7 @@ inline void leave_scheduler(int) {}
 
 /// Places that threads meet at. What a thread did before it came to one is known to those that have left it.
 struct Meeting {
-  char launch, end, block[kClusterBlocks][2], warp[kClusterBlocks][kBlockThreads / kWarp][2], cluster[2];
+  char launch, end, block[kMostClusterBlocks][2], warp[kMostClusterBlocks][kBlockThreads / kWarp][2], cluster[2];
 };
 inline Meeting meeting;
 #if defined(NORMKIT_SHIM_FINDS_RACES)
@@ -226,12 +226,18 @@ struct Bytes { std::int64_t loaded = 0, stored = 0; };
 /// of them would.
 struct Traffic { Bytes asked, by_block, once; };
 
-/// A launch, and what it does to arrays and to the workspace, where count.cpp is linked.
+/// A launch: blocks of 256 threads that the registers of a multiprocessor have room for, at least; bytes of global memory that a
+/// block has on their way at once; and what it does to arrays and to the workspace, where count.cpp is linked.
 struct Launched {
   const char* kernel;
   Grid grid;
-  Traffic arrays, workspace;
+  int resident_blocks, in_flight_bytes;
+  Traffic arrays = {}, workspace = {};
 };
+template <class Kernel> int in_flight_bytes(const Kernel& kernel) {
+  if constexpr (requires { kernel.given.policy; }) return kernel.given.policy.in_flight_bytes(kernel.given.stage);
+  else return 0;
+}
 
 /// All launches from the moment that `records` is set.
 inline bool records = false;
@@ -435,12 +441,18 @@ inline std::byte* peer_memory(int rank) {
   return memory;
 }
 
-enum class Extent : signed char { unknown, plain, large, clusters };
-template <class Kernel> Extent extent_of(int) {
-  const char* const extent = std::getenv("NORMKIT_SHIM_EXTENT");
-  if (!extent || *extent == 'c') return Extent::clusters;
-  return *extent == 'l' ? Extent::large : Extent::plain;
+/// As NORMKIT_SHIM_EXTENT says: clusters (an H200), portable (the same, clusters of eight), large (no clusters), plain; the first
+/// two with NORMKIT_SHIM_PROCESSORS.
+inline Room room() {
+  const char *const extent = std::getenv("NORMKIT_SHIM_EXTENT"), *const processors =
+                                                                     std::getenv("NORMKIT_SHIM_PROCESSORS");
+  Room room{227 << 10, kMostClusterBlocks, 132};
+  if (processors) room.processors = static_cast<std::int16_t>(std::atoi(processors));
+  if (!extent || *extent == 'c') return room;
+  if (std::strcmp(extent, "portable") == 0) return room.cluster = kPortableCluster, room;
+  return *extent == 'l' ? Room{99 << 10, 1, 84} : kPlainRoom;
 }
+template <class Kernel> Room room_of(int) { return room(); }
 
 template <class T> T shuffle(T v, int lane, unsigned members) {
   const shim::Uncounted uncounted;
@@ -507,7 +519,7 @@ inline void run_grid(Grid grid) {
   cluster.first = 0, cluster.count = grid.blocks, cluster.threads = grid.threads, cluster.running = 0;
   cluster.shared_bytes = grid.shared_bytes;
   if (grid.blocks < 1 || grid.blocks > kMostBlocks || grid.threads < 1 || grid.threads > kBlockThreads ||
-      grid.shared_bytes > kMostSharedBytes || grid.cluster < 1 || grid.cluster > kClusterBlocks ||
+      grid.shared_bytes > room().shared_bytes || grid.cluster < 1 || grid.cluster > room().cluster ||
       grid.blocks % grid.cluster != 0)
     stop("a launch that a GPU would refuse");
   std::vector<std::int64_t> clusters(static_cast<std::size_t>(grid.blocks / grid.cluster));
@@ -530,16 +542,13 @@ inline void run_grid(Grid grid) {
 template <class Kernel> void launch(const Kernel& kernel, Grid grid, Stream) {
   static_assert(sizeof(Kernel) <= 4096, "the arguments of a kernel must fit 4 KB");
   static const bool idle = std::getenv("NORMKIT_SHIM_IDLE") != nullptr;
-  if (idle) return;  // for who measures what comes before a launch
   const std::lock_guard<std::mutex> lock(shim::one_at_a_time);
-  if (grid.shared_bytes > kFreeSharedBytes && extent_of<Kernel>(0) < Extent::large)
-    shim::stop("more shared memory than there is");
-  if (grid.cluster > 1 && extent_of<Kernel>(0) < Extent::clusters) shim::stop("a cluster where there are none");
+  if (shim::records) shim::launches.push_back({Kernel::kName, grid, Kernel::kBlocks, shim::in_flight_bytes(kernel)});
+  if (idle) return;  // for who measures what comes before a launch
   const shim::Unwatched unwatched;
   shim::cluster.kernel = Kernel::kName, shim::cluster.argument = &kernel, shim::cluster.argument_bytes = sizeof(Kernel);
   shim::cluster.body = [](const void* k) { (*static_cast<const Kernel*>(k))(); };
   ++shim::launch_number;
-  if (shim::records) shim::launches.push_back({Kernel::kName, grid, {}, {}});
   shim::run_grid(grid);
 }
 

@@ -395,13 +395,13 @@ void lanes_forward_span(const Task& t, std::int64_t o, std::int64_t span, Table<
     }
     Y* const y = at<Y>(t.y, o, step, 0) + k;
     Round round{table_period(g)};
-    auto constant = [=](auto place) mutable NORMKIT_INLINE_LAMBDA {
+    auto constant = [=] [[gnu::always_inline]] (auto place) mutable {
       prefetch_place(ahead, place);
       const auto column = round(place);
       return forward(place.load(x), column.load(mean), column.load(scale), column.load(shift));
     };
     if (by_column && !curved && !rectified) return map(y, n, streamer, Fetch{}, constant);
-    auto any = [=](auto place) mutable NORMKIT_INLINE_LAMBDA {
+    auto any = [=] [[gnu::always_inline]] (auto place) mutable {
       VectorOf<X> z = constant(place);
       if (!by_column) z = mul_add(z, place.load(weight), place.load(bias));
       return rectified ? relu(z) : z;

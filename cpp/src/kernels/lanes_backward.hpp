@@ -191,7 +191,7 @@ void lanes_backward_span(const Task& t, std::int64_t o, std::int64_t span, Table
       return through_statistics(x_v, column.load(table.mean + k), column.load(table.b + k), column.load(table.c + k));
     };
     if (plain) {
-      map(dx, n, streamer, Fetch{}, [=](auto place) mutable NORMKIT_INLINE_LAMBDA {
+      map(dx, n, streamer, Fetch{}, [=] [[gnu::always_inline]] (auto place) mutable {
         prefetch_place(x_ahead, place), prefetch_place(dy_ahead, place);
         const auto column = round(place);
         return backward(place.load(dy), column.load(table.a + k), through(column, place.load(x)));
@@ -215,11 +215,11 @@ void lanes_backward_span(const Task& t, std::int64_t o, std::int64_t span, Table
     if (curved) {
       map(reaching, n, kPlain<S>, Fetch{}, [=](auto place) NORMKIT_INLINE_LAMBDA { return place.load(dy); });
       map(z_value, n, kPlain<S>, Fetch{},
-          [=](auto place) mutable NORMKIT_INLINE_LAMBDA { return z_of(round(place)).at(place, place.load(x)); });
+          [=] [[gnu::always_inline]] (auto place) mutable { return z_of(round(place)).at(place, place.load(x)); });
       multiply_by_slopes(t.activation, z_value, reaching, n);
     }
     const S* const reached = reaching;
-    map_or_walk(dx, n, streamer, [=, &t](auto place) mutable NORMKIT_INLINE_LAMBDA {
+    map_or_walk(dx, n, streamer, [=, &t] [[gnu::always_inline]] (auto place) mutable {
       prefetch_place(x_ahead, place), prefetch_place(dy_ahead, place);
       const auto column = round(place);
       const V x_v = place.load(x);

@@ -1,0 +1,34 @@
+// Work without the interpreter lock.
+#pragma once
+
+#include <Python.h>
+
+#include <chrono>
+#include <thread>
+
+namespace unlocked {
+
+/// Takes the lock back. Where the interpreter has ended meanwhile, Python 3.11 to 3.13 end the thread instead, by an exception that
+/// runs through frames which may not throw, and past objects that want the lock. Such a thread waits for the process to end, as
+/// it does from Python 3.14 on.
+inline void take_lock(PyThreadState* state) {
+  try {
+    PyEval_RestoreThread(state);
+  } catch (...) {
+    for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+  }
+}
+
+/// Other Python threads get to run during work().
+template <class Work> void run(Work work) {
+  PyThreadState* const state = PyEval_SaveThread();
+  try {
+    work();
+  } catch (...) {
+    take_lock(state);
+    throw;
+  }
+  take_lock(state);
+}
+
+}  // namespace unlocked
