@@ -56,7 +56,9 @@ def judged():
     record, found = json.loads(gpu_check.RECORD.read_text()), []
     for call in gpu_check.calls():
         with recorded() as launches:
-            line = gpu_check.judged(call, record)
+            line = gpu_check.judged(call, None)
+        if call.is_exact and line["bits"] != record[str(call)]:
+            line["failed"] = "other bits"
         found.append((call, line, launches))
     return found
 
