@@ -60,6 +60,11 @@ void require_dlpack(const char* name, nb::handle array) {
 std::pair<int, std::int64_t> device_of(const char* name, nb::handle array, const Library& library) {
   if (library.kind == Library::Kind::cupy) return {kCuda, nb::cast<std::int64_t>(array.attr("device").attr("id"))};
   require_dlpack(name, array);
+  if (library.kind == Library::Kind::torch) {
+    if (nb::cast<bool>(array.attr("is_cuda"))) return {kCuda, nb::cast<std::int64_t>(array.attr("get_device")())};
+    for (const char* elsewhere : {"is_cpu", "is_meta"})  // meta tensors are refused when they are read
+      if (nb::getattr(array, elsewhere, nb::none()).is(nb::handle(Py_True))) return {kCpu, 0};
+  }
   const nb::object device = array.attr("__dlpack_device__")();
   return {nb::cast<int>(nb::int_(device[0])), nb::cast<std::int64_t>(nb::int_(device[1]))};
 }
@@ -182,7 +187,15 @@ nb::object made(OperandIndex k, const Plan& plan, const Memory& memory) {
   return array;
 }
 
-using Results = std::array<nb::object, normkit::kOperands>;
+/// Outputs, by operand: no input is behind kMean.
+class Results {
+ public:
+  nb::object& operator[](int operand) { return results_[static_cast<std::size_t>(operand - normkit::kMean)]; }
+  const nb::object& operator[](int operand) const { return const_cast<Results&>(*this)[operand]; }
+
+ private:
+  std::array<nb::object, normkit::kOperands - normkit::kMean> results_;
+};
 
 /// With other arrays in the place of those that kernels do not take as they lie.
 [[gnu::noinline, gnu::cold]] void run_packed(const Plan& plan, Addresses at, const Results& results,
@@ -207,8 +220,8 @@ using Results = std::array<nb::object, normkit::kOperands>;
   memory.run(job);
   for (std::size_t k = 0; k < temporaries.size(); ++k) {
     const Temporary& t = plan.temporaries[k];
+    if (!(plan.makes & operand_bit(t.operand)) || !results[t.operand].is_valid()) continue;
     const nb::object& result = results[t.operand];
-    if (!result.is_valid()) continue;
     const bool is_given = views[t.operand].array.present;
     nb::object into = is_given ? memory.of_view(views[t.operand]) : result;
     normkit::Extents shape;
@@ -247,7 +260,7 @@ nb::object returned(const Plan& plan, Results& results) {
   return tuple;
 }
 
-nb::object run(const Plan& plan, Addresses at, PyObject* const* values, const Memory& memory, const Views* views) {
+nb::object run(const Plan& plan, Addresses& at, PyObject* const* values, const Memory& memory, const Views* views) {
   Results results;
   OperandMask packed = 0;
   for (const Temporary& t : plan.temporaries) packed |= operand_bit(t.operand);

@@ -133,6 +133,7 @@ void Arguments::read_signature(nb::handle function, const std::function<int(cons
     if (k < positional_ && k >= positional_ - given) set(slot_[k], defaults[k - (positional_ - given)]);
     PyObject* const value = by_name.is_none() ? nullptr : PyDict_GetItem(by_name.ptr(), names_[k].ptr());
     if (k >= positional_ && value) set(slot_[k], value);
+    if (!value_[slot_[k]]) required_.push_back(slot_[k]);
   }
 }
 
@@ -151,7 +152,7 @@ bool Arguments::place(PyObject* const* args, Py_ssize_t count, PyObject* names, 
     if (at == most) return false;
     values[slot_[at]] = args[count + k];
   }
-  for (const int slot : slot_)
+  for (const int slot : required_)
     if (!values[slot]) return false;
   return true;
 }

@@ -36,7 +36,7 @@ class Arguments {
 
  private:
   std::vector<nb::object> names_;  // interned, so that a name in a call is as a rule the same object
-  std::vector<int> slot_;
+  std::vector<int> slot_, required_;
   int positional_ = 0, slots_;
   PyObject* value_[kMostSlots] = {};  // by slot; null: has to be passed
   nb::list held_;  // the values: a list counts its references as the interpreter does

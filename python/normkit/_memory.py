@@ -69,8 +69,8 @@ def _tensor(torch: Any, name: str, tensor: Any, is_written: bool) -> Any:
             tensor = tensor.resolve_neg().resolve_conj()
         elif key not in _PLAIN:
             raise TypeError(
-                f"{name} is a {type(tensor).__name__} of kind {key}, expected a plain dense tensor that holds its "
-                "elements: pass one, outside of torch.compile, torch.func and modes of dispatch"
+                f"{name} is a {type(tensor).__name__} of kind {key} on device {tensor.device}, expected a plain dense "
+                "tensor that holds its elements: pass one, outside of torch.compile, torch.func and modes of dispatch"
             )
     return tensor.detach() if tensor.requires_grad else tensor
 
