@@ -13,9 +13,7 @@ namespace {
 
 std::string build() { return ""; }
 bool available() { return false; }
-std::size_t workspace_bytes(const ForwardJob&) { refuse(); }
-std::size_t workspace_bytes(const BackwardJob&) { refuse(); }
-void run(const ForwardJob&, void*, void*, int) { refuse(); }
-void run(const BackwardJob&, void*, void*, int) { refuse(); }
+std::size_t workspace_bytes(const Job&) { refuse(); }
+void run(const Job&, void*, void*, int) { refuse(); }
 
 }  // namespace normkit::cuda

@@ -22,9 +22,7 @@ bool available();
 /// Bytes of workspace that a run wants, and the run: kernels are enqueued on `stream` (a cudaStream_t) of `device`, and nothing
 /// is waited for, allocated or copied. All memory of the job is of that device; `workspace` is aligned to 16 bytes, and in use
 /// until the stream has come to what is enqueued here.
-std::size_t workspace_bytes(const ForwardJob& job);
-std::size_t workspace_bytes(const BackwardJob& job);
-void run(const ForwardJob& job, void* workspace, void* stream, int device);
-void run(const BackwardJob& job, void* workspace, void* stream, int device);
+std::size_t workspace_bytes(const Job& job);
+void run(const Job& job, void* workspace, void* stream, int device);
 
 }  // namespace normkit::cuda

@@ -113,7 +113,7 @@ bool is_dense(const Running& r) {
   return r.mean_stride == size_of(r.mean_dtype) && r.var_stride == size_of(r.var_dtype);
 }
 
-ForwardSpace carve(Carver& carver, const ForwardJob& job, Work& work) {
+ForwardSpace carve_forward(Carver& carver, const Job& job, Work& work) {
   ForwardSpace space;
   const std::int64_t statistics = work.task.geometry.statistics();
   if (is_split(work)) {
@@ -184,7 +184,7 @@ std::int64_t row_doubles(const Work& work) {
   return compute_dtype(t.x.dtype) == Dtype::float64 ? sums : ceil_div(sums, 2);
 }
 
-void carve(Carver& carver, Work& work) {
+void carve_backward(Carver& carver, Work& work) {
   Task& t = work.task;
   const std::int64_t statistics = t.geometry.statistics();
   work.summed = needs_sums(t);
@@ -229,7 +229,7 @@ Share share_of(const Geometry& g, ParamKind kind, std::int64_t units) {
 }
 
 /// dweight and dbias from the sums of rows.
-template <class S> void total_rows(const BackwardJob& job, const Work& work, Stream stream) {
+template <class S> void total_rows(const Job& job, const Work& work, Stream stream) {
   const Geometry& g = work.task.geometry;
   const RowGroups& rows = work.policy.rows;
   const RowTotals<S> totals{reinterpret_cast<const S*>(work.task.dparams), rows.count,  g.run,    g.parameters(),
@@ -237,7 +237,7 @@ template <class S> void total_rows(const BackwardJob& job, const Work& work, Str
   launch(totals, totals.grid(), stream);
 }
 
-void total_gradients(const BackwardJob& job, const Work& work, Stream stream) {
+void total_gradients(const Job& job, const Work& work, Stream stream) {
   const Task& t = work.task;
   const Geometry& g = t.geometry;
   if (t.kind == ParamKind::row)
@@ -249,48 +249,43 @@ void total_gradients(const BackwardJob& job, const Work& work, Stream stream) {
          stream);
 }
 
+Work work_for(const Job& job) {
+  const Direction direction = job.is_backward ? Direction::backward : Direction::forward;
+  return work_for(job.task, direction, job.is_backward && has_pieces(job.task));
+}
+
 }  // namespace
 
-std::size_t workspace_bytes(const ForwardJob& job) {
-  Work work = work_for(job.task, Direction::forward, false);
+std::size_t workspace_bytes(const Job& job) {
+  Work work = work_for(job);
   Carver carver{nullptr};
-  carve(carver, job, work);
+  if (job.is_backward) carve_backward(carver, work);
+  else carve_forward(carver, job, work);
   return carver.used * sizeof(double);
 }
 
-std::size_t workspace_bytes(const BackwardJob& job) {
-  Work work = work_for(job.task, Direction::backward, has_pieces(job.task));
-  Carver carver{nullptr};
-  carve(carver, work);
-  return carver.used * sizeof(double);
-}
-
-void run(const ForwardJob& job, void* workspace, void* on, int device) {
+void run(const Job& job, void* workspace, void* on, int device) {
+  if (job.is_backward && job.task.phase == Phase::both && !job.task.dx.data && !job.dweight.data && !job.dbias.data)
+    return;
   const DeviceGuard guard(device);
   const Stream stream = static_cast<Stream>(on);
-  Work work = work_for(job.task, Direction::forward, false);
+  Work work = work_for(job);
   Task& t = work.task;
   Carver carver{static_cast<double*>(workspace)};
-  const ForwardSpace space = carve(carver, job, work);
+  if (job.is_backward) {
+    carve_backward(carver, work);
+    if (t.kind == ParamKind::element) work.dweight = job.dweight, work.dbias = job.dbias;
+    run_backward(kernels_for(t.x.dtype), work, device, stream);
+    if (t.phase != Phase::reduce && t.dparams) total_gradients(job, work, stream);
+    return;
+  }
+  const ForwardSpace space = carve_forward(carver, job, work);
   if (t.frozen && job.running.mean) use_running(t, job.running, space.running, stream);
   if (space.moments) t.moments = space.moments;
   run_forward(kernels_for(t.x.dtype), work, device, stream);
   if (job.running.mean && !t.frozen)
     launch(UpdateRunning{t.moments, t.geometry.statistics(), job.running}, grid_for_items(job.running.count, kWarp),
            stream);
-}
-
-void run(const BackwardJob& job, void* workspace, void* on, int device) {
-  if (job.task.phase == Phase::both && !job.task.dx.data && !job.dweight.data && !job.dbias.data) return;
-  const DeviceGuard guard(device);
-  const Stream stream = static_cast<Stream>(on);
-  Work work = work_for(job.task, Direction::backward, has_pieces(job.task));
-  const Task& t = work.task;
-  Carver carver{static_cast<double*>(workspace)};
-  carve(carver, work);
-  if (t.kind == ParamKind::element) work.dweight = job.dweight, work.dbias = job.dbias;
-  run_backward(kernels_for(t.x.dtype), work, device, stream);
-  if (t.phase != Phase::reduce && t.dparams) total_gradients(job, work, stream);
 }
 
 }  // namespace normkit::cuda

@@ -1,15 +1,24 @@
 #include "arrays.hpp"
 
+#include <memory>
 #include <utility>
+#include <vector>
 
-#include "device.hpp"
 #include "output_cache.hpp"
 
 namespace arrays {
 
-using normkit::Shapes;
+using normkit::Error;
+using normkit::type_error;
+using normkit::value_error;
 
 namespace {
+
+nb::object python_module(const char* name) { return nb::module_::import_(name); }
+
+// ---- dtypes ------------------------------------------------------------------------------------------------------
+
+constexpr const char* kBits = "[('bfloat16', '<u2')]";
 
 Dtype dtype_of(PyArray_Descr* descr, std::string& name) {
   switch (descr->type_num) {
@@ -26,20 +35,25 @@ Dtype dtype_of(PyArray_Descr* descr, std::string& name) {
   static int bfloat16 = -1;  // ml_dtypes registers its type anew in each process
   if (descr->type_num == bfloat16) return Dtype::bfloat16;
   name = nb::str(nb::handle(reinterpret_cast<PyObject*>(descr))).c_str();
-  // The second is from_capsule()'s: two bytes that NumPy moves and never looks into.
   if (name == "bfloat16") bfloat16 = descr->type_num;
-  return name == "bfloat16" || name == "[('bfloat16', '<u2')]" ? Dtype::bfloat16 : Dtype::other;
+  return name == "bfloat16" || name == kBits ? Dtype::bfloat16 : Dtype::other;
+}
+
+/// By its name; what the core does not know keeps it.
+Dtype dtype_named(std::string name, std::string& other) {
+  for (int k = 0; k < static_cast<int>(Dtype::other); ++k)
+    if (name == normkit::name_of(static_cast<Dtype>(k))) return static_cast<Dtype>(k);
+  other = std::move(name);
+  return Dtype::other;
+}
+
+int type_number(Dtype dtype) {
+  constexpr int kNumbers[] = {NPY_FLOAT, NPY_DOUBLE, NPY_HALF,  -1,      NPY_UBYTE,
+                              NPY_BYTE,  NPY_USHORT, NPY_SHORT, NPY_BOOL};
+  return kNumbers[static_cast<int>(dtype)];
 }
 
 const std::int64_t* extents(const npy_intp* p) { return reinterpret_cast<const std::int64_t*>(p); }
-
-int type_number(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::float64: return NPY_DOUBLE;
-    case Dtype::float16: return NPY_HALF;
-    default: return NPY_FLOAT;
-  }
-}
 
 /// While it lives, NumPy takes the memory of large arrays from the cache of outputs.
 class CachedMemory {
@@ -60,89 +74,62 @@ class CachedMemory {
   PyObject* before_ = nullptr;
 };
 
-nb::object tuple_of(const npy_intp* numbers, int count) {
-  const nb::object tuple = nb::steal(PyTuple_New(count));
-  for (int k = 0; k < count; ++k) PyTuple_SetItem(tuple.ptr(), k, PyLong_FromLongLong(numbers[k]));
-  return tuple;
+void check_axes(const char* name, std::int64_t ndim) {
+  if (ndim < 0 || ndim > normkit::kMaxAxes)
+    value_error(std::string(name) + " has " + std::to_string(ndim) + " axes, expected at most " +
+                std::to_string(normkit::kMaxAxes));
 }
 
-/// Takes the reference to `descr`.
-[[gnu::noinline, gnu::cold]] nb::object allocate_on(const device::Call& call, PyArray_Descr* descr, int ndim,
-                                                    const npy_intp* shape, const npy_intp* strides) {
-  const nb::object type = nb::steal(reinterpret_cast<PyObject*>(descr));
-  const char* const name = call.direct ? "allocate" : "empty";
-  return call.arrays.attr(name)(tuple_of(shape, ndim), type, tuple_of(strides, ndim));
-}
-
-/// Where nothing stands for arrays: their libraries have dtypes of their own.
-PyArray_Descr* descr_on(const device::Call& call, Dtype dtype) {
-  if (dtype != Dtype::bfloat16) return PyArray_DescrFromType(type_number(dtype));
-  return reinterpret_cast<PyArray_Descr*>(call.arrays.attr("dtype_named")("bfloat16").release().ptr());
-}
-
-/// A new array, dense with these strides; of the type of `like`, where given, which has this dtype.
-nb::object allocate(Dtype dtype, nb::handle like, int ndim, const std::int64_t* shape, const std::int64_t* strides) {
-  PyArray_Descr* descr;
-  const device::Call* const call = device::call();
-  if (call && call->direct) {
-    descr = descr_on(*call, dtype);
-  } else if (like.is_valid()) {
-    descr = PyArray_DESCR(as_array(like));
-    Py_INCREF(reinterpret_cast<PyObject*>(descr));
-  } else {
-    descr = PyArray_DescrFromType(type_number(dtype));
+/// Extents and bytes that memory can have. `v.array` has the other half.
+void check_reach(const char* name, const View& v) {
+  std::int64_t reach = 0;
+  for (int axis = 0; axis < v.array.ndim(); ++axis) {
+    const std::int64_t extent = v.array.shape[axis];
+    std::int64_t far = 0;
+    const std::int64_t stride = v.array.stride(axis);
+    const bool fits = extent >= 0 && stride != INT64_MIN &&
+                      !__builtin_mul_overflow(stride < 0 ? -stride : stride, extent < 2 ? 0 : extent - 1, &far) &&
+                      !__builtin_add_overflow(reach, far, &reach) && reach < INT64_MAX / 16;
+    if (!fits)
+      value_error(std::string(name) + " has shape " + normkit::tuple(v.array.shape) +
+                  ", expected extents and strides that memory can have");
   }
-  npy_intp dims[NPY_MAXDIMS], bytes[NPY_MAXDIMS];
-  bool c_order = true;
-  npy_intp dense = normkit::size_of(dtype);
-  for (int axis = ndim - 1; axis >= 0; --axis) {
-    dims[axis] = static_cast<npy_intp>(shape[axis]);
-    bytes[axis] = static_cast<npy_intp>(strides[axis]) * normkit::size_of(dtype);
-    if (dims[axis] != 1) c_order = c_order && bytes[axis] == dense;
-    dense *= dims[axis];
-  }
-  if (call) return allocate_on(*call, descr, ndim, dims, bytes);
-  PyObject* out = nullptr;
-  {
-    const CachedMemory cached(dense);
-    out = PyArray_NewFromDescr(&PyArray_Type, descr, ndim, dims, c_order || dense == 0 ? nullptr : bytes, nullptr, 0,
-                               nullptr);
-  }
-  if (!out) throw nb::python_error();
-  return nb::steal(out);
-}
-
-nb::object filled(nb::object array, const Shapes& shapes) {
-  if (!shapes.empty) return array;
-  if (const device::Call* call = device::call()) call->arrays.attr("put")(array, 0);
-  else array.attr("fill")(0);
-  return array;
-}
-
-/// The extents and strides of three numbers for each statistic.
-struct Triples {
-  normkit::Extents shape, strides;
-  int ndim;
-  explicit Triples(const Shapes& s) : ndim(s.stat_ndim + 1) {
-    for (int axis = 0; axis < s.stat_ndim; ++axis)
-      shape[axis] = s.stat_shape[axis], strides[axis] = 3 * s.stat_strides[axis];
-    shape[s.stat_ndim] = 3, strides[s.stat_ndim] = 1;
-  }
-};
-
-void replace(View& v, nb::object copy) {
-  View fresh;
-  view(copy, fresh);
-  fresh.copy = std::move(copy);
-  v = std::move(fresh);
-  v.array.other_dtype = v.other_dtype;
 }
 
 }  // namespace
 
-bool view(nb::handle h, View& v) {
-  if (h.is_none()) return true;
-  if (!PyArray_CheckExact(h.ptr())) return false;
+nb::object numpy_dtype(Dtype dtype) {
+  if (dtype != Dtype::bfloat16)
+    return nb::steal(reinterpret_cast<PyObject*>(PyArray_DescrFromType(type_number(dtype))));
+  static PyObject* const bfloat16 = python_module("normkit._memory").attr("bfloat16_dtype")().release().ptr();
+  return nb::borrow(bfloat16);
+}
+
+// ---- libraries ---------------------------------------------------------------------------------------------------
+
+const Library& library_of_type(nb::handle type) {
+  struct Known {
+    nb::object type;  // alive, else another could come to have its address
+    Library library;
+  };
+  static std::vector<std::unique_ptr<Known>>& known = *new std::vector<std::unique_ptr<Known>>;
+  for (const std::unique_ptr<Known>& k : known)
+    if (k->type.is(type)) return k->library;
+  const nb::tuple found = nb::cast<nb::tuple>(python_module("normkit._memory").attr("library_of_type")(type));
+  Library library{nb::cast<nb::str>(found[0]).c_str(), Library::Kind::other, nb::cast<bool>(found[1])};
+  for (const auto& [name, kind] : {std::pair{"numpy", Library::Kind::numpy}, std::pair{"cupy", Library::Kind::cupy},
+                                   std::pair{"torch", Library::Kind::torch}})
+    if (library.name == name) library.kind = kind;
+  constexpr std::size_t kMost = 64;
+  if (known.size() == kMost) known.erase(known.begin());
+  known.push_back(std::make_unique<Known>(Known{nb::borrow(type), std::move(library)}));
+  return known.back()->library;
+}
+
+// ---- NumPy -------------------------------------------------------------------------------------------------------
+
+bool view_numpy(nb::handle h, View& v) {
+  if (!PyArray_Check(h.ptr())) return false;
   PyArrayObject* a = as_array(h);
   const std::size_t ndim = static_cast<std::size_t>(PyArray_NDIM(a));
   v.object = h;
@@ -155,68 +142,217 @@ bool view(nb::handle h, View& v) {
              {}};
   if (!PyArray_ISNOTSWAPPED(a)) {
     v.array.dtype = Dtype::other;
-    v.other_dtype = nb::str(nb::handle(descr_of(h))).c_str();
+    v.other_dtype = nb::str(nb::handle(reinterpret_cast<PyObject*>(PyArray_DESCR(a)))).c_str();
   }
   v.array.other_dtype = v.other_dtype;
   return true;
 }
 
-nb::object new_like_x(Dtype dtype, nb::handle x, const Shapes& shapes) {
-  if (const device::Call* call = device::call(); call && call->direct) {
-    const nb::object extents = x.attr("shape");
-    normkit::Extents shape;
-    for (Py_ssize_t axis = 0; axis < PyTuple_Size(extents.ptr()); ++axis)
-      shape[axis] = nb::cast<std::int64_t>(extents[axis]);
-    return allocate(dtype, {}, static_cast<int>(PyTuple_Size(extents.ptr())), shape.data(), shapes.out_strides.data());
+nb::object new_numpy(Dtype dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides) {
+  PyArray_Descr* const descr = reinterpret_cast<PyArray_Descr*>(numpy_dtype(dtype).release().ptr());
+  npy_intp dims[NPY_MAXDIMS], bytes[NPY_MAXDIMS];
+  bool c_order = true;
+  npy_intp dense = normkit::size_of(dtype);
+  for (int axis = ndim - 1; axis >= 0; --axis) {
+    dims[axis] = static_cast<npy_intp>(shape[axis]);
+    bytes[axis] = static_cast<npy_intp>(strides[axis]) * normkit::size_of(dtype);
+    if (dims[axis] != 1) c_order = c_order && bytes[axis] == dense;
+    dense *= dims[axis];
   }
-  PyArrayObject* a = as_array(x);
-  return allocate(dtype, dtype == shapes.x_dtype ? x : nb::handle(), PyArray_NDIM(a), extents(PyArray_DIMS(a)),
-                  shapes.out_strides.data());
-}
-
-nb::object new_statistic(Dtype dtype, const Shapes& s) {
-  return filled(allocate(dtype, {}, s.stat_ndim, s.stat_shape.data(), s.stat_strides.data()), s);
-}
-
-nb::object new_triples(const Shapes& shapes) {
-  const Triples t(shapes);
-  return filled(allocate(Dtype::float64, {}, t.ndim, t.shape.data(), t.strides.data()), shapes);
-}
-
-nb::object new_gradient(nb::handle weight, const Shapes& s) {
-  return filled(allocate(s.param_dtype, weight, s.param_ndim, s.param_shape.data(), s.param_strides.data()), s);
-}
-
-void repack(View& v, const std::int64_t* strides) {
-  if (!v.array.present) return;
-  nb::object copy = allocate(v.array.dtype, v.object, v.array.ndim(), v.array.shape.data(), strides);
-  if (const device::Call* call = device::call()) call->arrays.attr("copy")(copy, v.object);
-  else if (PyArray_CopyInto(as_array(copy), as_array(v.object)) < 0) throw nb::python_error();
-  replace(v, std::move(copy));
-}
-
-void repack_triples(View& v, const Shapes& shapes) { repack(v, Triples(shapes).strides.data()); }
-
-void widen(View& v) {
-  if (!v.array.present || v.array.dtype == Dtype::float64) return;
-  const int type = PyArray_TYPE(as_array(v.object));
-  if (!PyTypeNum_ISINTEGER(type) && !PyTypeNum_ISFLOAT(type)) return;
-  if (const device::Call* call = device::call()) {
-    std::int64_t strides[NPY_MAXDIMS], dense = 1;
-    for (int axis = v.array.ndim() - 1; axis >= 0; --axis) strides[axis] = dense, dense *= v.array.shape[axis];
-    nb::object wide = allocate(Dtype::float64, {}, v.array.ndim(), v.array.shape.data(), strides);
-    call->arrays.attr("copy")(wide, v.object);
-    return replace(v, std::move(wide));
+  PyObject* out = nullptr;
+  {
+    const CachedMemory cached(dense);
+    out = PyArray_NewFromDescr(&PyArray_Type, descr, ndim, dims, c_order || dense == 0 ? nullptr : bytes, nullptr, 0,
+                               nullptr);
   }
-  PyObject* cast = PyArray_CastToType(as_array(v.object), PyArray_DescrFromType(NPY_DOUBLE), 0);
-  if (!cast) throw nb::python_error();
-  replace(v, nb::steal(cast));
+  if (!out) throw nb::python_error();
+  return nb::steal(out);
 }
 
-bool known_apart(const View& out, const View& other) {
-  if (!out.array.present || out.array.dtype == Dtype::other || other.array.dtype == Dtype::other) return false;
-  if (!normkit::may_overlap(out.array, other.array)) return false;
-  return !nb::cast<bool>(nb::module_::import_("normkit._arrays").attr("share_memory")(out.object, other.object));
+nb::object numpy_over(void* data, nb::handle dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides,
+                      bool writable, nb::handle base) {
+  npy_intp dims[NPY_MAXDIMS], steps[NPY_MAXDIMS];
+  for (int axis = 0; axis < ndim; ++axis) dims[axis] = shape[axis], steps[axis] = strides[axis];
+  if (!data) data = dims;  // of an empty array; for none at all NumPy would allocate
+  PyObject* array = PyArray_NewFromDescr(&PyArray_Type, reinterpret_cast<PyArray_Descr*>(Py_NewRef(dtype.ptr())), ndim,
+                                         dims, steps, data, writable ? NPY_ARRAY_WRITEABLE : 0, nullptr);
+  if (!array) throw nb::python_error();
+  nb::object result = nb::steal(array);
+  if (base.is_valid() && PyArray_SetBaseObject(as_array(result), Py_NewRef(base.ptr())) < 0) throw nb::python_error();
+  return result;
+}
+
+nb::object as_numpy(const View& v) {
+  if (PyArray_CheckExact(v.object.ptr())) return nb::borrow(v.object);
+  nb::object base = nb::borrow(v.object);
+  if (v.imported.is_valid()) {
+    using Held = nb::ndarray<nb::ro>;
+    base = nb::capsule(new Held(v.imported), [](void* held) noexcept { delete static_cast<Held*>(held); });
+  }
+  const nb::object dtype = PyArray_Check(v.object.ptr())
+                               ? nb::borrow(reinterpret_cast<PyObject*>(PyArray_DESCR(as_array(v.object))))
+                           : v.array.dtype == Dtype::other ? python_module("numpy").attr("dtype")(v.other_dtype.c_str())
+                                                           : numpy_dtype(v.array.dtype);
+  return numpy_over(v.array.data, dtype, v.array.ndim(), v.array.shape.data(), v.array.strides.data(),
+                    !v.array.read_only, base);
+}
+
+nb::object to_dlpack(nb::handle array) {
+  View v;
+  view_numpy(array, v);
+  std::size_t shape[NPY_MAXDIMS];
+  std::int64_t strides[NPY_MAXDIMS];
+  for (int axis = 0; axis < v.array.ndim(); ++axis) {
+    shape[axis] = static_cast<std::size_t>(v.array.shape[axis]);
+    strides[axis] = v.array.stride(axis) / normkit::size_of(v.array.dtype);
+  }
+  const bool bfloat = v.array.dtype == Dtype::bfloat16;
+  const nb::dlpack::dtype dtype{static_cast<std::uint8_t>(bfloat ? 4 : 2),
+                                static_cast<std::uint8_t>(8 * normkit::size_of(v.array.dtype)), 1};
+  return nb::cast(nb::ndarray<nb::array_api>(v.array.data, static_cast<std::size_t>(v.array.ndim()), shape,
+                                             nb::borrow(array), strides, dtype, nb::device::cpu::value));
+}
+
+// ---- DLPack ------------------------------------------------------------------------------------------------------
+
+namespace {
+
+/// How DLPack 1 begins what a versioned capsule holds: all that nanobind does not tell of it.
+struct Versioned {
+  std::uint32_t major, minor;
+  void *manager, *deleter;
+  std::uint64_t flags;
+};
+
+nb::object capsule_of(nb::handle array, nb::handle stream) {
+  const nb::object method = array.attr("__dlpack__");
+  nb::dict options;
+  if (stream.is_valid()) options["stream"] = stream;
+  nb::dict versioned = nb::cast<nb::dict>(options.attr("copy")());
+  versioned["max_version"] = nb::make_tuple(1, 1);
+  try {
+    return method(**versioned);
+  } catch (nb::python_error& e) {
+    if (!e.matches(PyExc_TypeError)) throw;
+  }
+  return method(**options);  // a producer older than DLPack 1
+}
+
+}  // namespace
+
+void import_dlpack(const char* name, nb::handle array, nb::handle stream, View& v) {
+  const std::string named(name);
+  const nb::object capsule = capsule_of(array, stream);
+  const char* const versioned = "dltensor_versioned";
+  const Versioned* const head = PyCapsule_IsValid(capsule.ptr(), versioned)
+                                    ? static_cast<const Versioned*>(PyCapsule_GetPointer(capsule.ptr(), versioned))
+                                    : nullptr;
+  if (head && head->major > 1)
+    type_error(named + " speaks DLPack " + std::to_string(head->major) + ", expected DLPack 1");
+  const bool read_only = head && head->flags & 1;
+  if (!nb::try_cast(capsule, v.imported))
+    value_error(named + " exports what cannot be read, expected a new capsule of DLPack with at most " +
+                std::to_string(normkit::kMaxAxes) + " axes");
+  const nb::ndarray<nb::ro>& a = v.imported;
+  const std::size_t ndim = a.ndim();
+  check_axes(name, static_cast<std::int64_t>(ndim));
+  const nb::dlpack::dtype type = a.dtype();
+  const std::int64_t bytes = type.bits / 8;
+  static const char* const kinds[] = {"int", "uint", "float", "", "bfloat", "complex", "bool"};  // by type code
+  const bool known = type.code < std::size(kinds) && *kinds[type.code] && bytes * 8 == type.bits && type.lanes == 1 &&
+                     (type.code != 4 || bytes == 2);
+  if (!known)
+    type_error(named + " has a DLPack type with code " + std::to_string(type.code) + " and " +
+               std::to_string(type.bits) + " bits, expected float32, float64, float16 or bfloat16");
+  v.object = array;
+  bool empty = false;
+  for (std::size_t axis = 0; axis < ndim; ++axis) {
+    v.shape[axis] = static_cast<std::int64_t>(a.shape(axis));
+    empty = empty || v.shape[axis] == 0;
+    if (__builtin_mul_overflow(a.stride(axis), bytes, &v.strides[axis])) v.strides[axis] = INT64_MIN;
+  }
+  const std::string word = kinds[type.code] + (type.code == 6 ? "" : std::to_string(type.bits));
+  const Dtype dtype = dtype_named(word, v.other_dtype);
+  std::byte* const data = static_cast<std::byte*>(const_cast<void*>(static_cast<const void*>(a.data())));
+  v.array = {data, dtype, true, read_only, {v.shape.data(), ndim}, {v.strides.data(), ndim}, v.other_dtype};
+  check_reach(name, v);
+  if (!data && !empty) value_error(named + " has no memory, expected an array that holds its elements");
+}
+
+// ---- GPUs --------------------------------------------------------------------------------------------------------
+
+namespace {
+
+/// A string that lookups of attributes take as it is.
+class Name {
+ public:
+  explicit Name(const char* name) : name_(PyUnicode_InternFromString(name)) {}
+  nb::object of(nb::handle object) const {
+    PyObject* const found = PyObject_GetAttr(object.ptr(), name_);
+    if (!found) throw nb::python_error();
+    return nb::steal(found);
+  }
+  nb::object call(nb::handle object) const { return of(object)(); }
+
+ private:
+  PyObject* name_;
+};
+
+std::int64_t number(nb::handle h) {
+  const long long value = PyLong_AsLongLong(h.ptr());
+  if (value == -1 && PyErr_Occurred()) throw nb::python_error();
+  return value;
+}
+
+}  // namespace
+
+std::byte* device_data(nb::handle array, const Library& library) {
+  static const Name data("data"), pointer("ptr"), data_ptr("data_ptr");
+  const nb::object at = library.kind == Library::Kind::cupy ? pointer.of(data.of(array)) : data_ptr.call(array);
+  return reinterpret_cast<std::byte*>(static_cast<std::uintptr_t>(number(at)));
+}
+
+void read_device(nb::handle array, const Library& library, OnDevice& into) {
+  static const Name data("data"), device_id("device_id"), strides("strides"), get_device("get_device"),
+      stride("stride"), shape("shape"), dtype("dtype");
+  const bool cupy = library.kind == Library::Kind::cupy;
+  into.data = device_data(array, library);
+  into.device = number(cupy ? device_id.of(data.of(array)) : get_device.call(array));
+  into.dtype = dtype.of(array), into.shape = shape.of(array);
+  into.strides = cupy ? strides.of(array) : stride.call(array);
+}
+
+bool read_if_plain(nb::handle array, const Library& library, OnDevice& into) {
+  if (library.kind == Library::Kind::torch) {
+    static const Name is_cuda("is_cuda"), requires_grad("requires_grad"), is_neg("is_neg");
+    const nb::handle yes(Py_True), no(Py_False);
+    if (!is_cuda.of(array).is(yes) || !requires_grad.of(array).is(no) || !is_neg.call(array).is(no)) return false;
+  } else if (library.kind != Library::Kind::cupy) {
+    return false;
+  }
+  read_device(array, library, into);
+  return true;
+}
+
+void view_device(const char* name, nb::handle array, const Library& library, View& v) {
+  OnDevice found;
+  read_device(array, library, found);
+  const bool cupy = library.kind == Library::Kind::cupy;
+  Dtype dtype;
+  if (cupy) {
+    dtype = dtype_of(reinterpret_cast<PyArray_Descr*>(found.dtype.ptr()), v.other_dtype);
+  } else {
+    const std::string word = nb::str(found.dtype).c_str();
+    dtype = dtype_named(word.substr(word.rfind('.') + 1), v.other_dtype);
+  }
+  const std::int64_t unit = cupy || dtype == Dtype::other ? 1 : normkit::size_of(dtype);
+  const std::int64_t ndim = static_cast<std::int64_t>(nb::len(found.shape));
+  check_axes(name, ndim);
+  for (int axis = 0; axis < ndim; ++axis)
+    v.shape[axis] = number(found.shape[axis]), v.strides[axis] = number(found.strides[axis]) * unit;
+  const std::size_t axes = static_cast<std::size_t>(ndim);
+  v.object = array;
+  v.array = {found.data, dtype, true, false, {v.shape.data(), axes}, {v.strides.data(), axes}, v.other_dtype};
 }
 
 }  // namespace arrays

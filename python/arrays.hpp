@@ -1,7 +1,8 @@
-// NumPy arrays as the core sees them, and new ones.
+// Arrays as their libraries show them, and as the core sees them: of NumPy, of whatever speaks DLPack, and of a GPU.
 #pragma once
 
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 
 #define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
 #define NPY_TARGET_VERSION NPY_2_0_API_VERSION
@@ -24,40 +25,69 @@ using normkit::Array;
 using normkit::Dtype;
 
 inline PyArrayObject* as_array(nb::handle h) { return reinterpret_cast<PyArrayObject*>(h.ptr()); }
-inline PyObject* descr_of(nb::handle array) { return reinterpret_cast<PyObject*>(PyArray_DESCR(as_array(array))); }
-inline std::byte* data_of(nb::handle array) {
-  return array.is_valid() ? static_cast<std::byte*>(PyArray_DATA(as_array(array))) : nullptr;
+inline std::byte* data_of(nb::handle array) { return static_cast<std::byte*>(PyArray_DATA(as_array(array))); }
+
+/// A library, known by the types of its arrays.
+struct Library {
+  enum class Kind { numpy, cupy, torch, other };
+  std::string name;
+  Kind kind;
+  bool frozen;  // its arrays never change
+};
+
+/// That of the base class which speaks DLPack: subclasses belong to the library of their base.
+const Library& library_of_type(nb::handle type);
+inline const Library& library_of(nb::handle array) {
+  return library_of_type(reinterpret_cast<PyObject*>(Py_TYPE(array.ptr())));
 }
 
-/// A view of an array that somebody else keeps alive, or of `copy`.
+/// An array of a call, which somebody else keeps alive. Stays where it is: `array` looks into it.
 struct View {
   Array array;
   nb::handle object;
-  nb::object copy;
+  nb::object held;  // what came of the object where its memory is not its value
+  nb::ndarray<nb::ro> imported;
   std::string other_dtype;
+  normkit::Extents shape, strides;
+
+  View() = default;
+  View(const View&) = delete;
+  View& operator=(const View&) = delete;
 };
 
-/// True where `h` is None or exactly a NumPy array; subclasses and other libraries take the slow path.
-bool view(nb::handle h, View& v);
+/// An array of NumPy, but for masked ones. False for anything else.
+bool view_numpy(nb::handle array, View& v);
 
-/// One like x, of this dtype.
-nb::object new_like_x(Dtype dtype, nb::handle x, const normkit::Shapes& shapes);
-/// One with an element for each statistic, or three of float64. Filled with zeros where x is empty and no kernel will.
-nb::object new_statistic(Dtype dtype, const normkit::Shapes& shapes);
-nb::object new_triples(const normkit::Shapes& shapes);
-/// One like weight, or like the weight that is not there.
-nb::object new_gradient(nb::handle weight, const normkit::Shapes& shapes);
+/// What an array exports by DLPack. `stream`, if any, is the one that will work on it: the producer sees to it that what is still
+/// to be written comes first.
+void import_dlpack(const char* name, nb::handle array, nb::handle stream, View& v);
 
-/// Replaces an array, where there is one, by a copy with these strides.
-void repack(View& v, const std::int64_t* strides);
+/// What CuPy and PyTorch tell of an array on a GPU.
+struct OnDevice {
+  std::int64_t device;
+  std::byte* data;
+  nb::object dtype, shape, strides;  // strides in bytes, but in elements for PyTorch
+};
+void read_device(nb::handle array, const Library& library, OnDevice& into);
+/// False for anything else, and for what these two hand to nobody as it is: a tensor that requires grad, say.
+bool read_if_plain(nb::handle array, const Library& library, OnDevice& into);
+void view_device(const char* name, nb::handle array, const Library& library, View& v);
+std::byte* device_data(nb::handle array, const Library& library);
 
-/// The same of triples.
-void repack_triples(View& v, const normkit::Shapes& shapes);
+/// A new array of NumPy, dense with these strides in elements.
+nb::object new_numpy(Dtype dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides);
 
-/// Replaces an array of any real dtype by one of float64; others stay, to be refused.
-void widen(View& v);
+/// A NumPy array over somebody's memory, which `base` keeps alive. Strides in bytes.
+nb::object numpy_over(void* data, nb::handle dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides,
+                      bool writable, nb::handle base);
 
-/// Where memory of `out` and of an input interleaves, NumPy can tell whether they share an element.
-bool known_apart(const View& out, const View& other);
+/// The same memory as an array of NumPy.
+nb::object as_numpy(const View& v);
+
+/// The dtype of NumPy; for bfloat16 that of ml_dtypes, or where there is none two bytes that NumPy moves and never looks into.
+nb::object numpy_dtype(Dtype dtype);
+
+/// A NumPy array as something that other libraries import, whatever its dtype.
+nb::object to_dlpack(nb::handle array);
 
 }  // namespace arrays

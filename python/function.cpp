@@ -3,9 +3,7 @@
 #include <structmember.h>
 
 #include <cstddef>
-#include <cstring>
 #include <new>
-#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -14,81 +12,58 @@
 namespace function {
 namespace {
 
-/// How the arguments of a function are laid out.
-struct Arguments {
-  nb::object name[kMaxSlots];  // interned, so that a name in a call is as a rule the same object
-  int slot[kMaxSlots];
-  int count = 0, positional = 0;
-  PyObject* value[kMaxSlots] = {};  // by slot; null: has to be passed
-  int slots = 0;
-  nb::list held;  // the values: a list counts its references as the interpreter does
-};
-
 using Call = PyObject* (*)(PyObject* self, PyObject* const* args, std::size_t flagged_count, PyObject* names);
 
 struct Function {
   PyObject ob_base;
   Call call;
-  PyObject *function, *dict, *weak_references;
+  PyObject *python, *dict, *weak_references;
   Arguments* arguments;
-  ShortWay* way;
+  Body* body;
 };
 
 Function* as_function(PyObject* self) { return reinterpret_cast<Function*>(self); }
 
-/// Puts the arguments of a call into slots; false where that is not so simple, which includes all that is wrong.
-bool place(const Arguments& a, PyObject* const* args, Py_ssize_t count, PyObject* names, PyObject** values) {
-  if (count > a.positional) return false;
-  for (int slot = 0; slot < a.slots; ++slot) values[slot] = a.value[slot];
-  for (Py_ssize_t k = 0; k < count; ++k) values[a.slot[k]] = args[k];
-  const Py_ssize_t named = names ? PyTuple_Size(names) : 0;
-  for (Py_ssize_t k = 0; k < named; ++k) {
-    PyObject* const name = PyTuple_GetItem(names, k);
-    Py_ssize_t at = count;
-    while (at < a.count && a.name[at].ptr() != name) ++at;
-    if (at == a.count) return false;
-    values[a.slot[at]] = args[count + k];
-  }
-  for (int slot = 0; slot < a.slots; ++slot)
-    if (!values[slot]) return false;
-  return true;
-}
-
-/// The long way.
-PyObject* call_itself(PyObject* function, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+/// Python finds out what is wrong with the arguments.
+PyObject* refuse(PyObject* python, PyObject* const* args, Py_ssize_t count, PyObject* names) {
   const nb::object positional = nb::steal(PyTuple_New(count)), by_name = nb::steal(PyDict_New());
   if (!positional.is_valid() || !by_name.is_valid()) return nullptr;
   for (Py_ssize_t k = 0; k < count; ++k) PyTuple_SetItem(positional.ptr(), k, Py_NewRef(args[k]));
   const Py_ssize_t named = names ? PyTuple_Size(names) : 0;
   for (Py_ssize_t k = 0; k < named; ++k)
     if (PyDict_SetItem(by_name.ptr(), PyTuple_GetItem(names, k), args[count + k]) < 0) return nullptr;
-  return PyObject_Call(function, positional.ptr(), by_name.ptr());
+  const nb::object nothing = nb::steal(PyObject_Call(python, positional.ptr(), by_name.ptr()));
+  if (nothing.is_valid()) PyErr_SetString(PyExc_TypeError, "the arguments are not those of the signature");
+  return nullptr;
 }
 
 PyObject* call(PyObject* self, PyObject* const* args, std::size_t flagged_count, PyObject* names) {
   Function* f = as_function(self);
-  PyObject* values[kMaxSlots];
+  const Py_ssize_t count = NB_VECTORCALL_NARGS(flagged_count);
+  PyObject* values[Arguments::kMostSlots];
   try {
-    if (place(*f->arguments, args, NB_VECTORCALL_NARGS(flagged_count), names, values)) {
-      nb::object result = f->way->call(values);
-      if (result.ptr() != Py_NotImplemented) return result.release().ptr();
-    }
+    if (f->arguments->place(args, count, names, values)) return f->body->call(values).release().ptr();
   } catch (...) {
     set_error();
     return nullptr;
   }
-  return call_itself(f->function, args, NB_VECTORCALL_NARGS(flagged_count), names);
+  return refuse(f->python, args, count, names);
 }
 
 // ---- the type ----------------------------------------------------------------------------------------------------
 
-PyObject* call_by_dict(PyObject* self, PyObject* args, PyObject* names) {
-  return PyObject_Call(as_function(self)->function, args, names);
+PyObject* call_by_dict(PyObject* self, PyObject* args, PyObject* options) {
+  std::vector<PyObject*> all;
+  for (Py_ssize_t k = 0; k < PyTuple_Size(args); ++k) all.push_back(PyTuple_GetItem(args, k));
+  const nb::object names = options ? nb::steal(PySequence_Tuple(options)) : nb::object();
+  for (Py_ssize_t k = 0; names.is_valid() && k < PyTuple_Size(names.ptr()); ++k)
+    all.push_back(PyDict_GetItem(options, PyTuple_GetItem(names.ptr(), k)));
+  return call(self, all.data(), static_cast<std::size_t>(PyTuple_Size(args)), names.ptr());
 }
 
 int traverse(PyObject* self, visitproc visit, void* arg) {
   Py_VISIT(Py_TYPE(self));
-  Py_VISIT(as_function(self)->function);
+  Py_VISIT(as_function(self)->python);
   Py_VISIT(as_function(self)->dict);
   return 0;
 }
@@ -103,9 +78,9 @@ void destroy(PyObject* self) {
   Function* f = as_function(self);
   if (f->weak_references) PyObject_ClearWeakRefs(self);
   Py_CLEAR(f->dict);
-  Py_CLEAR(f->function);
+  Py_CLEAR(f->python);
   delete f->arguments;
-  delete f->way;
+  delete f->body;
   PyTypeObject* type = Py_TYPE(self);
   PyObject_GC_Del(self);
   Py_DECREF(type);
@@ -119,7 +94,7 @@ PyObject* bind(PyObject* self, PyObject* instance, PyObject*) {
   return PyObject_CallMethod(types.ptr(), "MethodType", "OO", self, instance);
 }
 
-PyObject* represent(PyObject* self) { return PyObject_Repr(as_function(self)->function); }
+PyObject* represent(PyObject* self) { return PyObject_Repr(as_function(self)->python); }
 
 /// Pickled as what it is called where it is defined.
 PyObject* reduce(PyObject* self, PyObject*) { return PyObject_GetAttrString(self, "__qualname__"); }
@@ -136,37 +111,53 @@ PyGetSetDef attributes[] = {{"__dict__", PyObject_GenericGetDict, PyObject_Gener
 /// Py_TPFLAGS_HAVE_VECTORCALL, which the limited API of Python 3.11 has but does not name.
 constexpr unsigned long kHasVectorcall = 1UL << 11;
 
-// ---- what a function takes ---------------------------------------------------------------------------------------
+}  // namespace
 
-void read_signature(nb::handle function, std::span<const Parameter> parameters, Arguments& a) {
+// ---- arguments ---------------------------------------------------------------------------------------------------
+
+void Arguments::set(int slot, nb::handle value) {
+  if (PyList_Append(held_.ptr(), value.ptr()) < 0) throw nb::python_error();
+  value_[slot] = value.ptr();
+}
+
+void Arguments::read_signature(nb::handle function, const std::function<int(const char*)>& slot_of) {
   const nb::object code = function.attr("__code__"), names = code.attr("co_varnames");
   const nb::object defaults = function.attr("__defaults__"), by_name = function.attr("__kwdefaults__");
-  a.positional = nb::cast<int>(code.attr("co_argcount"));
-  a.count = a.positional + nb::cast<int>(code.attr("co_kwonlyargcount"));
-  const auto put = [&](int slot, nb::handle value) {
-    if (PyList_Append(a.held.ptr(), value.ptr()) < 0) throw nb::python_error();
-    a.value[slot] = value.ptr();
-  };
-  for (const Parameter& p : parameters) {
-    if (p.slot >= a.slots) a.slots = p.slot + 1;
-    if (!a.value[p.slot] && p.value) put(p.slot, p.value);
-  }
+  positional_ = nb::cast<int>(code.attr("co_argcount"));
+  const int count = positional_ + nb::cast<int>(code.attr("co_kwonlyargcount"));
   const int given = defaults.is_none() ? 0 : static_cast<int>(nb::len(defaults));
-  for (int k = 0; k < a.count; ++k) {
-    a.name[k] = names[k];
-    const char* name = nb::borrow<nb::str>(a.name[k]).c_str();
-    std::size_t at = 0;
-    while (at < parameters.size() && std::strcmp(parameters[at].name, name) != 0) ++at;
-    if (at == parameters.size()) throw std::invalid_argument(std::string("no slot for the parameter ") + name);
-    a.slot[k] = parameters[at].slot;
-    a.value[a.slot[k]] = nullptr;
-    if (k < a.positional && k >= a.positional - given) put(a.slot[k], defaults[k - (a.positional - given)]);
-    PyObject* const value = by_name.is_none() ? nullptr : PyDict_GetItem(by_name.ptr(), a.name[k].ptr());
-    if (k >= a.positional && value) put(a.slot[k], value);
+  for (int k = 0; k < count; ++k) {
+    names_.push_back(names[k]);
+    slot_.push_back(slot_of(nb::borrow<nb::str>(names_[k]).c_str()));
+    value_[slot_[k]] = nullptr;
+    if (k < positional_ && k >= positional_ - given) set(slot_[k], defaults[k - (positional_ - given)]);
+    PyObject* const value = by_name.is_none() ? nullptr : PyDict_GetItem(by_name.ptr(), names_[k].ptr());
+    if (k >= positional_ && value) set(slot_[k], value);
+    if (!value_[slot_[k]]) required_.push_back(slot_[k]);
   }
 }
 
-}  // namespace
+bool Arguments::place(PyObject* const* args, Py_ssize_t count, PyObject* names, PyObject** values) const {
+  if (count > positional_) return false;
+  for (int slot = 0; slot < slots_; ++slot) values[slot] = value_[slot];
+  for (Py_ssize_t k = 0; k < count; ++k) values[slot_[k]] = args[k];
+  const Py_ssize_t named = names ? PyTuple_Size(names) : 0;
+  const std::size_t most = names_.size();
+  for (Py_ssize_t k = 0; k < named; ++k) {
+    PyObject* const name = PyTuple_GetItem(names, k);
+    std::size_t at = static_cast<std::size_t>(count);
+    while (at < most && names_[at].ptr() != name) ++at;
+    if (at == most)  // equal, but not interned
+      for (at = count; at < most && PyUnicode_Compare(names_[at].ptr(), name) != 0;) ++at;
+    if (at == most) return false;
+    values[slot_[at]] = args[count + k];
+  }
+  for (const int slot : required_)
+    if (!values[slot]) return false;
+  return true;
+}
+
+// ---- functions ---------------------------------------------------------------------------------------------------
 
 nb::object new_type() {
   PyType_Slot slots[] = {{Py_tp_call, reinterpret_cast<void*>(call_by_dict)},
@@ -186,19 +177,16 @@ nb::object new_type() {
   return nb::steal(type);
 }
 
-nb::object with_short_way(nb::handle type, nb::handle function, std::span<const Parameter> parameters,
-                          std::unique_ptr<ShortWay> way) {
-  auto arguments = std::make_unique<Arguments>();
-  read_signature(function, parameters, *arguments);
+nb::object make(nb::handle type, nb::handle python, Arguments arguments, std::unique_ptr<Body> body) {
   PyObject* self = PyType_GenericAlloc(reinterpret_cast<PyTypeObject*>(type.ptr()), 0);
   if (!self) throw nb::python_error();
+  const nb::object made = nb::steal(self);
   Function* f = as_function(self);
   f->call = call;
-  f->function = Py_NewRef(function.ptr());
-  f->arguments = arguments.release();
-  f->way = way.release();
-  const nb::object made = nb::steal(self);
-  return nb::module_::import_("functools").attr("update_wrapper")(made, function);
+  f->python = Py_NewRef(python.ptr());
+  f->arguments = new Arguments(std::move(arguments));
+  f->body = body.release();
+  return nb::module_::import_("functools").attr("update_wrapper")(made, python);
 }
 
 void set_error() {

@@ -1,41 +1,51 @@
-// A function of Python that C++ answers where it can.
+// A function whose signature and docstring are Python's, and whose body is C++.
 //
 // Calling a function that is written in Python costs as much as normalizing a thousand elements, most of it for finding the
-// defaults of what was not passed. A short way takes the arguments as they come, reads names and defaults from the
-// function itself, and leaves to it whatever is out of the ordinary.
+// defaults of what was not passed. Here arguments are taken as they come; names and defaults are those of the function in
+// Python, which is called only to say what is wrong with the arguments.
 #pragma once
 
 #include <nanobind/nanobind.h>
 
+#include <functional>
 #include <memory>
-#include <span>
+#include <vector>
 
 namespace function {
 
 namespace nb = nanobind;
 
-/// A parameter that the short way knows: several names may mean the same one. Functions that do not have it give it `value`.
-struct Parameter {
-  const char* name;
-  int slot;
-  PyObject* value;
-};
-
-/// What is called with one value for each slot. Answers NotImplemented where the function itself is to be called; throws.
-class ShortWay {
+/// What is called with one value for each slot, which it may change. Throws.
+class Body {
  public:
-  virtual ~ShortWay() = default;
-  virtual nb::object call(PyObject* const* values) = 0;
+  virtual ~Body() = default;
+  virtual nb::object call(PyObject** values) = 0;
 };
 
-inline constexpr int kMaxSlots = 24;
+/// How the arguments of a function are laid out in slots, and the values of those that are not passed.
+class Arguments {
+ public:
+  static constexpr int kMostSlots = 36;
 
-/// The type of functions with a short way: one for each interpreter.
+  explicit Arguments(int slots) : slots_(slots) {}
+  void set(int slot, nb::handle value);
+  /// Of the parameters of `function`, for each of which `slot_of` has a slot.
+  void read_signature(nb::handle function, const std::function<int(const char*)>& slot_of);
+  /// Puts the arguments of a call into slots; false where they are wrong.
+  bool place(PyObject* const* args, Py_ssize_t count, PyObject* names, PyObject** values) const;
+
+ private:
+  std::vector<nb::object> names_;  // interned, so that a name in a call is as a rule the same object
+  std::vector<int> slot_, required_;
+  int positional_ = 0, slots_;
+  PyObject* value_[kMostSlots] = {};  // by slot; null: has to be passed
+  nb::list held_;  // the values: a list counts its references as the interpreter does
+};
+
+/// The type of such functions: one for each interpreter.
 nb::object new_type();
 
-/// `function`, whose parameters are among `parameters`, with a short way.
-nb::object with_short_way(nb::handle type, nb::handle function, std::span<const Parameter> parameters,
-                          std::unique_ptr<ShortWay> way);
+nb::object make(nb::handle type, nb::handle python, Arguments arguments, std::unique_ptr<Body> body);
 
 /// Sets the error of Python that an exception of C++ stands for; within a catch clause.
 void set_error();

@@ -81,39 +81,77 @@ double number(const char* name, nb::handle h, const char* expected) {
   return value;
 }
 
-Spec spec_of(int kind, nb::handle axes, nb::handle num_groups, const normkit::Array& x) {
-  const int ndim = x.ndim();
-  switch (kind) {
-    case kInstance: return normkit::instance_spec(ndim, integer("channel_axis", axes));
-    case kBatch: return normkit::batch_spec(ndim, integer("channel_axis", axes));
-    case kGroup: return normkit::group_spec(x.shape, integer("num_groups", num_groups), integer("channel_axis", axes));
-    case kLayer:
-    case kLayerRms: return normkit::layer_spec(ndim, integers("axis", axes), is_centered(kind));
-    default: return normkit::normalize_spec(ndim, integers("axis", axes), is_centered(kind));
-  }
-}
+namespace {
 
-Spec spec_of(int kind, nb::handle axes, const normkit::Array& x) {
-  return kind == kGroup ? spec_of(kind, axes[0], axes[1], x) : spec_of(kind, axes, {}, x);
-}
-
-double eps_of(nb::handle eps, int kind, Dtype x) {
-  if (eps.is_none() && kind == kLayerRms)
+double eps_of(nb::handle eps, Kind kind, bool centered, Dtype x) {
+  if (eps.is_none() && kind == kLayer && !centered)  // the distance from 1 to the next number of the compute type
     return x == Dtype::float64 ? std::numeric_limits<double>::epsilon()
                                : static_cast<double>(std::numeric_limits<float>::epsilon());
   return number("eps", eps, "a number that is at least 0");
 }
 
-void put_epilogue(Spec& spec, nb::handle activation, nb::handle weight_offset) {
-  spec.activation = activation_of(activation);
-  spec.weight_offset = number("weight_offset", weight_offset, "a finite number");
+Spec spec_of_axes(Kind kind, PyObject* const* values, const normkit::Array& x, bool centered) {
+  const nb::handle axes = values[kAxes];
+  switch (kind) {
+    case kInstance: return normkit::instance_spec(x.ndim(), integer("channel_axis", axes));
+    case kBatch: return normkit::batch_spec(x.ndim(), integer("channel_axis", axes));
+    case kGroup:
+      return normkit::group_spec(x.shape, integer("num_groups", values[kNumGroups]), integer("channel_axis", axes));
+    case kLayer: return normkit::layer_spec(x.ndim(), integers("axis", axes), centered);
+    default: return normkit::normalize_spec(x.ndim(), integers("axis", axes), centered);
+  }
 }
 
-bool names_dtype(nb::handle h) { return h.is_none() || PyUnicode_Check(h.ptr()); }
+}  // namespace
+
+Spec spec_of(Kind kind, normkit::Op op, PyObject* const* values, const normkit::Array& x) {
+  const bool centered = values[kCenter] == Py_True;
+  Spec spec = spec_of_axes(kind, values, x, centered);
+  spec.use_input_stats = values[kUseInputStats] == Py_True;
+  if (op == normkit::Op::forward) {
+    spec.eps = eps_of(values[kEps], kind, centered, x.dtype);
+    if (values[kMomentum] == Py_None)
+      throw Error(Error::Kind::value, "momentum is None, expected a number from 0 to 1: keep the count yourself");
+    spec.momentum = number("momentum", values[kMomentum], "a number from 0 to 1");
+  }
+  spec.activation = activation_of(values[kActivation]);
+  spec.weight_offset = number("weight_offset", values[kWeightOffset], "a finite number");
+  return spec;
+}
+
+normkit::OperandMask wanted_of(normkit::Op op, PyObject* const* values) {
+  using namespace normkit;
+  const auto bit = [](bool wanted, OperandIndex k) { return wanted ? operand_bit(k) : 0; };
+  const bool stats = values[kReturnStats] == Py_True, residual = values[kReturnResidual] == Py_True;
+  switch (op) {
+    case Op::forward:
+      if (residual && values[kResidual] == Py_None)
+        throw Error(Error::Kind::value, "residual is None, expected an array like x: return_residual is True");
+      return operand_bit(kOut) | bit(stats && values[kCenter] == Py_True, kMean) | bit(stats, kRstd) |
+             bit(residual, kSum);
+    case Op::moments: return operand_bit(kMoments);
+    case Op::backward_sums: return operand_bit(kSums);
+    case Op::backward: break;
+    default: return operand_bit(kOut);
+  }
+  OperandMask wanted = 0;
+  for (nb::handle item : nb::borrow<nb::iterable>(values[kNeed])) {
+    const std::string name = PyUnicode_Check(item.ptr()) ? nb::str(item).c_str() : "";
+    const OperandMask named = bit(name == "dx", kOut) | bit(name == "dweight", kDweight) | bit(name == "dbias", kDbias);
+    if (!named)
+      throw Error(Error::Kind::value, std::string("need has ") + nb::repr(item).c_str() +
+                                          ", expected names from ('dx', 'dweight', 'dbias')");
+    wanted |= named;
+  }
+  return wanted;
+}
 
 Dtype dtype_named(nb::handle h) {
   if (h.is_none()) return Dtype::other;
-  const std::string name = nb::str(h).c_str();
+  nb::object named = PyUnicode_Check(h.ptr()) ? nb::borrow(h) : nb::object(nb::getattr(h, "name", nb::handle()));
+  if (!named.is_valid() || !PyUnicode_Check(named.ptr())) named = nb::getattr(h, "__name__", nb::str(h));
+  std::string name = nb::str(named).c_str();
+  if (!PyUnicode_Check(h.ptr())) name = name.substr(name.rfind('.') + 1);
   for (const Dtype dtype : {Dtype::float32, Dtype::float64, Dtype::float16, Dtype::bfloat16})
     if (name == normkit::name_of(dtype)) return dtype;
   throw Error(Error::Kind::type, "out_dtype is " + name + ", expected float32, float64, float16 or bfloat16");

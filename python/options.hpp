@@ -1,38 +1,63 @@
-// What the options of functional.py mean.
+// What calls of functional.py and phases.py take beside arrays, as a table, and what it means.
 #pragma once
 
 #include <nanobind/nanobind.h>
 
-#include "normkit/normkit.hpp"
+#include "operands.hpp"
 
 namespace options {
 
 namespace nb = nanobind;
 using normkit::Dtype;
 
+/// The values of a call by slot: first its arrays, see operands.hpp, then these.
+enum Slot {
+  // clang-format off
+  kEps = normkit::kOperands, kMomentum, kWeightOffset, kAxes, kNumGroups, kActivation, kOutDtype, kNeed,
+  kUseInputStats, kReturnStats, kReturnResidual, kCenter, kSlots
+  // clang-format on
+};
+
+/// How calls are told apart by a value: by the number that it is, as an object, or as True or False.
+enum class Type { number, object, flag };
+
+struct Row {
+  const char* name;
+  Slot slot;
+  Type type;
+};
+
+inline constexpr Row kTable[] = {
+    {"eps", kEps, Type::number},
+    {"momentum", kMomentum, Type::number},
+    {"weight_offset", kWeightOffset, Type::number},
+    {"axis", kAxes, Type::number},
+    {"channel_axis", kAxes, Type::number},
+    {"num_groups", kNumGroups, Type::number},
+    {"activation", kActivation, Type::object},
+    {"out_dtype", kOutDtype, Type::object},
+    {"need", kNeed, Type::object},
+    {"use_input_stats", kUseInputStats, Type::flag},
+    {"training", kUseInputStats, Type::flag},
+    {"return_stats", kReturnStats, Type::flag},
+    {"return_residual", kReturnResidual, Type::flag},
+    {"center", kCenter, Type::flag},
+};
+
 /// What is normalized. functional.py has the same names.
-enum Kind { kNormalize, kNormalizeRms, kInstance, kGroup, kBatch, kLayer, kLayerRms };
-inline constexpr const char* kKindNames[] = {"NORMALIZE", "NORMALIZE_RMS", "INSTANCE", "GROUP",
-                                             "BATCH",     "LAYER",         "LAYER_RMS"};
+enum Kind { kNormalize, kInstance, kGroup, kBatch, kLayer };
+inline constexpr const char* kKindNames[] = {"normalize", "instance", "group", "batch", "layer"};
 
-inline bool is_centered(int kind) { return kind != kNormalizeRms && kind != kLayerRms; }
+/// All that `values` say of a call on x.
+normkit::Spec spec_of(Kind kind, normkit::Op op, PyObject* const* values, const normkit::Array& x);
 
-/// `axes` are the axes or the channel axis; only groups have a number.
-normkit::Spec spec_of(int kind, nb::handle axes, nb::handle num_groups, const normkit::Array& x);
-/// `axes` are (channel axis, number of groups) where there are groups.
-normkit::Spec spec_of(int kind, nb::handle axes, const normkit::Array& x);
+/// What a call writes, of what the caller can ask for.
+normkit::OperandMask wanted_of(normkit::Op op, PyObject* const* values);
 
 /// `expected` says in messages what `h` should have been.
 double number(const char* name, nb::handle h, const char* expected);
 
-/// The eps of RMS norm, where the caller leaves it open, is the distance from 1 to the next number of the compute type.
-double eps_of(nb::handle eps, int kind, Dtype x);
-
-/// The options that every function but moments() has.
-void put_epilogue(normkit::Spec& spec, nb::handle activation, nb::handle weight_offset);
-
-/// None is Dtype::other. What is neither that nor a string is for _arrays.py to name.
-bool names_dtype(nb::handle h);
+/// A name, a dtype of any library, or None: Dtype::other.
 Dtype dtype_named(nb::handle h);
 
 }  // namespace options

@@ -18,7 +18,7 @@ namespace nb = nanobind;
 /// All that a plan depends on but for addresses, as words: two calls with the same words have the same plan.
 class Key {
  public:
-  static constexpr int kMostArrays = 10, kMostOptions = 20;  // a number counts as two
+  static constexpr int kMostArrays = 12, kMostOptions = 24;  // a number counts as two
   static constexpr int kMostAxes = 8;
 
   void put(std::int64_t word) { words_[count_++] = word; }
@@ -35,6 +35,16 @@ class Key {
     put(2 * ndim + (PyArray_ISWRITEABLE(a) ? 1 : 0));
     const npy_intp *dims = PyArray_DIMS(a), *strides = PyArray_STRIDES(a);
     for (int axis = 0; axis < ndim; ++axis) put(dims[axis]), put(strides[axis]);
+    return true;
+  }
+  /// Extents, then strides, in whatever units. False where there is too much to tell.
+  bool add_layout(nb::handle shape, nb::handle strides) {
+    const Py_ssize_t ndim = PyTuple_Size(shape.ptr());
+    if (ndim < 0 || PyTuple_Size(strides.ptr()) != ndim) throw nb::python_error();
+    if (ndim > kMostAxes) return false;
+    put(ndim);
+    for (nb::handle tuple : {shape, strides})
+      for (Py_ssize_t axis = 0; axis < ndim; ++axis) put(PyLong_AsLongLong(PyTuple_GetItem(tuple.ptr(), axis)));
     return true;
   }
   /// A number by its value, anything else by what it is.

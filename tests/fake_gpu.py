@@ -150,7 +150,7 @@ def _operator(name: str) -> Callable[..., Any]:
 
 
 ARITHMETIC = ["add", "radd", "iadd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "neg", "eq", "gt", "or"]
-for name in [*(f"__{word}__" for word in ARITHMETIC), "__getitem__", "reshape", "sum"]:
+for name in [*(f"__{word}__" for word in ARITHMETIC), "__getitem__", "reshape", "sum", "transpose"]:
     setattr(Array, name, _operator(name))
 
 
@@ -211,6 +211,8 @@ class Library(ModuleType):
 
 class ndarray(Array):  # noqa: N801
     """As cupy.ndarray."""
+
+    __module__ = "cupy"
 
     def __new__(cls, *arguments: Any) -> Any:
         return super().__new__(cls)
@@ -293,6 +295,8 @@ def fake_cupy() -> FakeCupy:
 class Tensor(Array):
     """As torch.Tensor."""
 
+    __module__ = "torch"
+
     requires_grad = negated = False
     is_cuda = True
 
@@ -303,6 +307,15 @@ class Tensor(Array):
 
     def is_neg(self) -> bool:
         return self.negated
+
+    def resolve_neg(self) -> Any:
+        return -self if self.negated else self
+
+    def resolve_conj(self) -> Any:
+        return self
+
+    def permute(self, order: Any) -> Any:
+        return self.transpose(order)
 
     def get_device(self) -> int:
         return self._device
@@ -375,6 +388,8 @@ class FakeTorch(Library):
 
 class Exporter(Array):
     """An array that says nothing but DLPack."""
+
+    __module__ = "other"
 
     def __init__(self, values: np.ndarray, device: int = 0) -> None:
         super().__init__(values, device)

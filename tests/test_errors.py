@@ -342,6 +342,13 @@ ERRORS = {f"{name}-{what}": row for name, rows in PARAMETER.items() for what, ro
         ValueError,
         "weight has shape (4,), expected a shape that broadcasts against x: (2, 3, 8, 8)",
     ),
+    "flag": (instance, {"return_stats": "no"}, TypeError, "return_stats is 'no', expected True or False"),
+    "flag-backward": (
+        backward,
+        {"use_input_stats": None},
+        TypeError,
+        "use_input_stats is None, expected True or False",
+    ),
     "threads": (lambda: nk.set_num_threads(0), {}, ValueError, "n is 0, expected at least 1"),
 }
 

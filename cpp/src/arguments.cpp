@@ -1,16 +1,15 @@
 #include "arguments.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <sstream>
-#include <utility>
 #include <vector>
 
 namespace normkit {
 
-void fail(Error::Kind kind, const std::string& message) { throw Error(kind, message); }
-void type_error(const std::string& message) { fail(Error::Kind::type, message); }
-void value_error(const std::string& message) { fail(Error::Kind::value, message); }
+void type_error(const std::string& message) { throw Error(Error::Kind::type, message); }
+void value_error(const std::string& message) { throw Error(Error::Kind::value, message); }
 
 // ---- words -------------------------------------------------------------------------------------------------------
 
@@ -47,82 +46,49 @@ std::vector<std::int64_t> extents_of(std::span<const std::int64_t> shape, AxisMa
   return extents;
 }
 
-}  // namespace
-
-// ---- one array ---------------------------------------------------------------------------------------------------
-
-namespace {
-
-std::string dtype_name(const Array& a) {
-  return a.dtype == Dtype::other ? std::string(a.other_dtype) : name_of(a.dtype);
-}
-
-[[noreturn]] void bad_dtype(const char* name, const Array& a, const std::string& expected) {
-  const std::string given = dtype_name(a);
-  const bool swapped = !given.empty() && (given[0] == '>' || given[0] == '<');
-  type_error(std::string(name) + " has dtype " + given + ", expected " + (swapped ? "native byte order" : expected));
-}
-
-}  // namespace
-
-void check_data_dtype(const char* name, const Array& a, bool integers) {
-  if (a.dtype >= Dtype::boolean || !(integers || is_floating(a.dtype)))
-    bad_dtype(name, a,
-              integers ? "float32, float64, float16, bfloat16, uint8, int8, uint16 or int16"
-                       : "float32, float64, float16 or bfloat16");
-}
-
-void check_same_dtype(const char* name, const Array& a, Dtype expected, const char* because) {
-  if (a.dtype != expected) bad_dtype(name, a, std::string(name_of(expected)) + because);
-}
-
-void check_wide_dtype(const char* name, const Array& a) {
-  if (a.dtype != Dtype::float32 && a.dtype != Dtype::float64) bad_dtype(name, a, "float32 or float64");
-}
-
-void check_param_dtype(const char* name, const Array& a, Dtype x) {
-  const bool narrow = x == Dtype::float16 || x == Dtype::bfloat16;
-  if (a.dtype == Dtype::float32 || a.dtype == Dtype::float64 || (narrow && a.dtype == x)) return;
-  bad_dtype(name, a,
-            narrow ? std::string("float32, float64 or ") + name_of(x) + ", the dtype of x" : "float32 or float64");
-}
-
-namespace {
-
 bool equal(std::span<const std::int64_t> a, std::span<const std::int64_t> b) {
   return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
 }
 
-}  // namespace
+// ---- one array ---------------------------------------------------------------------------------------------------
 
-void check_shape(const char* name, const Array& a, std::span<const std::int64_t> expected, const char* because) {
-  if (!equal(a.shape, expected))
-    value_error(std::string(name) + " has shape " + tuple(a.shape) + ", expected " + tuple(expected) + because);
+[[noreturn]] void bad_dtype(const std::string& name, const Array& a, const std::string& expected) {
+  const std::string given = a.dtype == Dtype::other ? std::string(a.other_dtype) : name_of(a.dtype);
+  const bool swapped = !given.empty() && (given[0] == '>' || given[0] == '<');
+  type_error(name + " has dtype " + given + ", expected " + (swapped ? "native byte order" : expected));
 }
 
-void check_writable(const char* name, const Array& a) {
-  if (a.read_only) value_error(std::string(name) + " is read-only, expected a writable array");
-  for (const std::int64_t extent : a.shape)
-    if (extent == 0) return;
+/// True of floating types and integers, of those too that kernels do not read.
+bool is_real(const Array& a) {
+  const std::string_view name = a.dtype == Dtype::other ? a.other_dtype : name_of(a.dtype);
+  const bool swapped = name.starts_with('>') && name.find_first_of("fiu") == 1;
+  return swapped || name.starts_with("float") || name.starts_with("int") || name.starts_with("uint");
+}
+
+void check_dtype(const std::string& name, const Array& a, Dtype expected, const char* because) {
+  if (a.dtype != expected) bad_dtype(name, a, std::string(name_of(expected)) + because);
+}
+
+/// float32 or float64, or a half type where `narrow` is one.
+void check_wide_dtype(const std::string& name, const Array& a, Dtype narrow = Dtype::other) {
+  const bool has_narrow = narrow == Dtype::float16 || narrow == Dtype::bfloat16;
+  if (a.dtype == Dtype::float32 || a.dtype == Dtype::float64 || (has_narrow && a.dtype == narrow)) return;
+  bad_dtype(
+      name, a,
+      has_narrow ? std::string("float32, float64 or ") + name_of(narrow) + ", the dtype of x" : "float32 or float64");
+}
+
+void check_shape(const std::string& name, const Array& a, std::span<const std::int64_t> expected, const char* because) {
+  if (!equal(a.shape, expected))
+    value_error(name + " has shape " + tuple(a.shape) + ", expected " + tuple(expected) + because);
+}
+
+void check_writable(const std::string& name, const Array& a) {
+  if (a.read_only) value_error(name + " is read-only, expected a writable array");
+  if (std::find(a.shape.begin(), a.shape.end(), 0) != a.shape.end()) return;
   for (int axis = 0; axis < a.ndim(); ++axis)
     if (a.shape[axis] > 1 && a.stride(axis) == 0)
-      value_error(std::string(name) + " has elements that share memory, expected distinct ones");
-}
-
-namespace {
-
-Reach reach_of(const Array& a) {
-  Reach r{0, size_of(a.dtype), size_of(a.dtype)};
-  for (int axis = 0; axis < a.ndim(); ++axis) {
-    if (a.shape[axis] == 0) return {0, 0, r.element};
-    const std::int64_t reach = a.stride(axis) * (a.shape[axis] - 1);
-    (reach < 0 ? r.first : r.last) += reach;
-  }
-  return r;
-}
-
-bool overlap(const std::byte* a, const Reach& p, const std::byte* b, const Reach& q) {
-  return a + p.first < b + q.last && b + q.first < a + p.last;
+      value_error(name + " has elements that share memory, expected distinct ones");
 }
 
 }  // namespace
@@ -131,27 +97,6 @@ bool same_strides(const Array& a, const Array& b) {
   for (int axis = 0; axis < a.ndim(); ++axis)
     if (a.shape[axis] > 1 && a.stride(axis) != b.stride(axis)) return false;
   return true;
-}
-
-namespace {
-
-bool same_view(const Array& a, const Array& b) {
-  return a.data == b.data && a.dtype == b.dtype && equal(a.shape, b.shape) && same_strides(a, b);
-}
-
-bool bounds_overlap(const Array& a, const Array& b) {
-  const Reach p = reach_of(a), q = reach_of(b);
-  return p.first != p.last && q.first != q.last && overlap(a.data, p, b.data, q);
-}
-
-}  // namespace
-
-void check_apart(const char* name, const Array& out, const char* other_name, const Array& other, bool may_be_same,
-                 bool known_apart) {
-  if (!other.present || other.dtype == Dtype::other || known_apart || !bounds_overlap(out, other)) return;
-  if (may_be_same && same_view(out, other)) return;
-  value_error(std::string(name) + " overlaps " + other_name + ", expected " +
-              (may_be_same ? std::string(other_name) + " itself or memory apart" : "memory apart"));
 }
 
 bool on_elements(const Array& a) {
@@ -171,41 +116,86 @@ bool has_strides(const Array& a, const Extents& strides) {
   return reinterpret_cast<std::uintptr_t>(a.data) % static_cast<std::uintptr_t>(size_of(a.dtype)) == 0;
 }
 
-Placement::Placement(std::span<const Array> arrays, int out, std::uint32_t same)
-    : count_(static_cast<int>(arrays.size())), out_(out) {
-  const Array& y = arrays[out];
-  for (int k = 0; k < count_; ++k) {
-    reach_[k] = reach_of(arrays[k]);
-    const bool alike = y.present && y.dtype == arrays[k].dtype && equal(y.shape, arrays[k].shape);
-    if (alike && same_strides(y, arrays[k])) same_ |= same & (1U << k);
+// ---- where arrays lie --------------------------------------------------------------------------------------------
+
+namespace {
+
+Reach reach_of(const Array& a) {
+  Reach r{0, size_of(a.dtype), size_of(a.dtype)};
+  for (int axis = 0; axis < a.ndim(); ++axis) {
+    if (a.shape[axis] == 0) return {0, 0, r.element};
+    const std::int64_t reach = a.stride(axis) * (a.shape[axis] - 1);
+    (reach < 0 ? r.first : r.last) += reach;
+  }
+  return r;
+}
+
+bool overlap(const std::byte* a, const Reach& p, const std::byte* b, const Reach& q) {
+  return a + p.first < b + q.last && b + q.first < a + p.last;
+}
+
+bool lie_alike(const Array& a, const Array& b) {
+  return a.dtype == b.dtype && equal(a.shape, b.shape) && same_strides(a, b);
+}
+
+/// True where a call that writes `written` must not find it over `other`. Running statistics are written when all else has been
+/// read.
+bool must_lie_apart(int written, int other, Op op) {
+  const OperandRow &w = kOperandTable[written], &o = kOperandTable[other];
+  if (other == written || !contains(w.writes, op)) return false;
+  if (contains(o.writes, op)) return other < written;  // each pair once
+  return contains(o.reads, op) && w.role != Role::running;
+}
+
+void check_apart(const Args& args, Op op, int written, int other) {
+  const OperandRow &w = kOperandTable[written], &o = kOperandTable[other];
+  const Array &a = args.*w.array, &b = args.*o.array;
+  if (!must_lie_apart(written, other, op) || !b.present || a.dtype == Dtype::other || b.dtype == Dtype::other) return;
+  const Reach p = reach_of(a), q = reach_of(b);
+  if (p.first == p.last || q.first == q.last || !overlap(a.data, p, b.data, q)) return;
+  const bool may_be = w.may_be & operand_bit(other);
+  if ((may_be && a.data == b.data && lie_alike(a, b)) || (args.share_elements && !args.share_elements(a, b))) return;
+  value_error(std::string(w.name) + " overlaps " + o.name + ", expected " +
+              (may_be ? std::string(o.name) + " itself or memory apart" : "memory apart"));
+}
+
+}  // namespace
+
+Placement::Placement(const Args& args, Op op) {
+  for (int k = 0; k < kOperands; ++k) {
+    const Array& a = args.*kOperandTable[k].array;
+    if (!a.present) continue;
+    present_ |= operand_bit(k), reach_[k] = reach_of(a), same_[k] = 0;
+    if (!contains(kOperandTable[k].writes, op)) continue;
+    written_ |= operand_bit(k);
+    for (int other = 0; other < kOperands; ++other) {
+      const Array& b = args.*kOperandTable[other].array;
+      const bool may_be = kOperandTable[k].may_be & operand_bit(other);
+      if (!must_lie_apart(k, other, op) || (may_be && b.present && lie_alike(a, b))) same_[k] |= operand_bit(other);
+    }
   }
 }
 
-bool Placement::allows(const std::byte* const* data) const {
-  for (int k = 0; k < count_; ++k) {
-    if (!data[k]) continue;
-    if (reinterpret_cast<std::uintptr_t>(data[k]) & static_cast<std::uintptr_t>(reach_[k].element - 1)) return false;
-    if (!data[out_] || k == out_ || !overlap(data[out_], reach_[out_], data[k], reach_[k])) continue;
-    if (!(same_ >> k & 1) || data[k] != data[out_]) return false;
+bool Placement::allows(const Addresses& at) const {
+  for (OperandMask left = present_; left; left &= left - 1) {
+    const int k = std::countr_zero(left);
+    if (reinterpret_cast<std::uintptr_t>(at[k]) & static_cast<std::uintptr_t>(reach_[k].element - 1)) return false;
+  }
+  for (OperandMask written = written_; written; written &= written - 1) {
+    const int k = std::countr_zero(written);
+    for (OperandMask left = present_ & ~operand_bit(k); left; left &= left - 1) {
+      const int other = std::countr_zero(left);
+      if (!overlap(at[k], reach_[k], at[other], reach_[other])) continue;
+      if (!(same_[k] & operand_bit(other)) || (kOperandTable[k].may_be & operand_bit(other) && at[k] != at[other]))
+        return false;
+    }
   }
   return true;
 }
 
-bool may_overlap(const Array& a, const Array& b) { return !same_view(a, b) && bounds_overlap(a, b); }
-
 // ---- parameters --------------------------------------------------------------------------------------------------
 
 namespace {
-
-bool has_extents(std::span<const std::int64_t> shape, std::span<const std::int64_t> x, AxisMask axes) {
-  std::size_t seen = 0;
-  for (std::size_t a = 0; a < x.size(); ++a)
-    if (axes & axis_bit(static_cast<int>(a))) {
-      if (seen == shape.size() || shape[seen] != x[a]) return false;
-      ++seen;
-    }
-  return seen == shape.size();
-}
 
 /// The axes of x that an array varies along which broadcasts against it.
 AxisMask broadcast_axes(const char* name, const Array& a, std::span<const std::int64_t> x) {
@@ -220,31 +210,129 @@ AxisMask broadcast_axes(const char* name, const Array& a, std::span<const std::i
   return axes;
 }
 
-}  // namespace
-
+/// The axes of x that weight or bias varies along.
 AxisMask match_params(const char* name, const Array& a, std::span<const std::int64_t> x, const Spec& spec) {
   if (spec.param_forms == 0) return broadcast_axes(name, a, x);
-  for (int form = 0; form < spec.param_forms; ++form)
-    if (has_extents(a.shape, x, spec.param_axes[form])) return spec.param_axes[form];
   std::vector<std::string> expected;
   for (int form = 0; form < spec.param_forms; ++form) {
-    const std::string text = tuple(extents_of(x, spec.param_axes[form]));
-    if (expected.empty() || expected.back() != text) expected.push_back(text);
+    const std::vector<std::int64_t> extents = extents_of(x, spec.param_axes[form]);
+    if (equal(a.shape, extents)) return spec.param_axes[form];
+    if (expected.empty() || expected.back() != tuple(extents)) expected.push_back(tuple(extents));
   }
   value_error(std::string(name) + " has shape " + tuple(a.shape) + ", expected " + alternatives(expected) + ": " +
               spec.param_meaning);
 }
 
-int param_axis(const Spec& spec, AxisMask axes, int x_ndim, int ndim, int axis) {
-  if (spec.param_forms == 0) return x_ndim - ndim + axis;
+Params judge_params(const Args& args, const Spec& spec, Op op) {
+  const Array& x = args.x;
+  Params params;
+  for (const int k : {kWeight, kBias}) {
+    const OperandRow& row = kOperandTable[k];
+    const Array& a = args.*row.array;
+    if (!a.present) continue;
+    check_wide_dtype(row.name, a, x.dtype);
+    (k == kWeight ? params.axes : params.bias_axes) = match_params(row.name, a, x.shape, spec);
+  }
+  AxisMask ones = 0;  // axes where it does not matter
+  for (int a = 0; a < x.ndim(); ++a)
+    if (x.shape[a] == 1) ones |= axis_bit(a);
+  const bool counts = args.bias.present && (!is_backward(op) || spec.activation.kind != ActivationKind::none);
+  if (args.weight.present) params.expand = counts && (params.axes ^ params.bias_axes) & ~ones;
+  else params.axes = params.bias_axes;
+  return params;
+}
+
+}  // namespace
+
+AxisMask axes_of_absent(const Spec& spec) { return spec.param_forms ? spec.param_axes[0] : spec.reduce_axes; }
+
+int param_axis(bool broadcasts, AxisMask axes, int x_ndim, int ndim, int axis) {
+  if (broadcasts) return x_ndim - ndim + axis;
   for (int a = 0, seen = 0; a < x_ndim; ++a)
     if ((axes & axis_bit(a)) && seen++ == axis) return a;
   return 0;
 }
 
-// ---- options and companions --------------------------------------------------------------------------------------
+// ---- the whole call ----------------------------------------------------------------------------------------------
 
-void check_spec(const Spec& spec, const Array& x) {
+namespace {
+
+[[noreturn]] void is_missing(const OperandRow& row) {
+  value_error(std::string(row.name) + " is None, expected an array: " +
+              (row.role == Role::triples ? "three numbers per statistic" : "one element per statistic"));
+}
+
+void check_running(const Args& args, const Spec& spec) {
+  const Array &mean = args.running_mean, &var = args.running_var, &x = args.x;
+  if (mean.present != var.present)
+    value_error(mean.present ? "running_var is None, expected an array like running_mean"
+                             : "running_mean is None, expected an array like running_var");
+  if (!mean.present && !spec.use_input_stats)
+    value_error(std::string(spec.frozen_by) + " is False, expected running_mean and running_var to normalize with");
+  if (!mean.present) return;
+  const std::int64_t channels[] = {x.shape[spec.channel_axis]};
+  for (const int k : {kRunningMean, kRunningVar}) {
+    const OperandRow& row = kOperandTable[k];
+    check_wide_dtype(row.name, args.*row.array);
+    check_shape(row.name, args.*row.array, channels, ": one element per channel of x");
+    if (spec.use_input_stats) check_writable(row.name, args.*row.array);
+  }
+  std::int64_t members = 1;
+  for (int axis = 0; axis < x.ndim(); ++axis)
+    if (spec.reduce_axes & axis_bit(axis)) members *= x.shape[axis];
+  if (spec.use_input_stats && members == 1)
+    value_error("x has 1 member per statistic, expected at least 2: running_var takes an unbiased variance");
+}
+
+/// Of one that is there, for its role.
+void check(const OperandRow& row, const Args& args, const Spec& spec, Op op, Dtype out_dtype,
+           std::span<const std::int64_t> statistics) {
+  const Array &a = args.*row.array, &x = args.x;
+  const bool written = contains(row.writes, op);
+  switch (row.role) {
+    case Role::like_x:
+      check_shape(row.name, a, x.shape, ", the shape of x");
+      if (row.array == &Args::out) check_dtype(row.name, a, out_dtype, "");
+      else check_dtype(row.name, a, x.dtype, ", the dtype of x");
+      break;
+    case Role::mask:
+      if (a.dtype != Dtype::boolean) bad_dtype(row.name, a, "bool");
+      broadcast_axes(row.name, a, x.shape);
+      break;
+    case Role::statistic:
+      if (written) check_dtype(row.name, a, compute_dtype(x.dtype), "");
+      else check_wide_dtype(row.name, a);
+      check_shape(row.name, a, statistics, ": one element per statistic");
+      break;
+    case Role::count:
+      if (!is_real(a)) bad_dtype(row.name, a, "float64");
+      if (a.ndim() > 0) check_shape(row.name, a, statistics, ": one element per statistic");
+      break;
+    case Role::triples: {
+      check_dtype(row.name, a, Dtype::float64, "");
+      std::vector<std::int64_t> expected(statistics.begin(), statistics.end());
+      expected.push_back(3);
+      check_shape(row.name, a, expected, ": three numbers per statistic");
+      break;
+    }
+    case Role::param: {
+      if (!written) break;  // judged with the axes that they vary along
+      if (!is_floating(a.dtype)) bad_dtype(row.name, a, "float32, float64, float16 or bfloat16");
+      const std::vector<std::int64_t> absent = extents_of(x.shape, axes_of_absent(spec));
+      check_shape(row.name, a, args.weight.present ? args.weight.shape : absent, ", the shape of weight");
+      break;
+    }
+    default: break;
+  }
+}
+
+}  // namespace
+
+void judge_x(const Array& x, const Spec& spec, Op op) {
+  if (x.dtype >= Dtype::boolean || (is_backward(op) && !is_floating(x.dtype)))
+    bad_dtype("x", x,
+              is_backward(op) ? "float32, float64, float16 or bfloat16"
+                              : "float32, float64, float16, bfloat16, uint8, int8, uint16 or int16");
   if (spec.reduce_axes == 0 && spec.num_groups == 0)
     value_error("x has shape " + tuple(x.shape) + ", expected at least 3 axes: images, channels and space");
   if (!(spec.eps >= 0) || std::isinf(spec.eps))
@@ -257,59 +345,26 @@ void check_spec(const Spec& spec, const Array& x) {
     value_error("activation has parameter " + number(spec.activation.parameter) + ", expected a finite number");
 }
 
-void check_where(const Array& where, const Array& x) {
-  if (!where.present) return;
-  if (where.dtype != Dtype::boolean) bad_dtype("where", where, "bool");
-  broadcast_axes("where", where, x.shape);
-}
-
-void check_like_x(const char* name, const Array& a, const Array& x) {
-  if (!a.present) return;
-  check_shape(name, a, x.shape, ", the shape of x");
-  check_same_dtype(name, a, x.dtype, ", the dtype of x");
-}
-
-void check_residual(const ForwardArgs& args) {
-  if (!args.residual.present) return;
-  if (!is_floating(args.x.dtype))
+Params judge(const Args& args, const Spec& spec, Op op, Dtype out_dtype, std::span<const std::int64_t> statistics) {
+  const Params params = judge_params(args, spec, op);
+  if (op == Op::forward) check_running(args, spec);
+  if (args.residual.present && !is_floating(args.x.dtype))
     bad_dtype("x", args.x, "float32, float64, float16 or bfloat16 with a residual to add");
-  check_like_x("residual", args.residual, args.x);
-}
-
-void check_counts(const Array& a, std::span<const std::int64_t> statistics) {
-  if (!a.present) value_error("count is None, expected an array: one element per statistic");
-  check_same_dtype("count", a, Dtype::float64, "");
-  check_shape("count", a, statistics, ": one element per statistic");
-}
-
-void check_triples(const char* name, const Array& a, std::span<const std::int64_t> statistics) {
-  if (!a.present) value_error(std::string(name) + " is None, expected an array: three numbers per statistic");
-  check_same_dtype(name, a, Dtype::float64, "");
-  std::vector<std::int64_t> expected(statistics.begin(), statistics.end());
-  expected.push_back(3);
-  check_shape(name, a, expected, ": three numbers per statistic");
-}
-
-void check_running(const Array& mean, const Array& var, const Array& x, const Spec& spec) {
-  if (mean.present != var.present)
-    value_error(mean.present ? "running_var is None, expected an array like running_mean"
-                             : "running_mean is None, expected an array like running_var");
-  if (!mean.present) {
-    if (!spec.use_input_stats)
-      value_error(std::string(spec.frozen_by) + " is False, expected running_mean and running_var to normalize with");
-    return;
+  for (const OperandRow& row : kOperandTable) {
+    const bool read = contains(row.reads, op), is_mean = row.array == &Args::mean;
+    const bool needed = row.role == Role::statistic || row.role == Role::triples || row.role == Role::count;
+    if (!(args.*row.array).present && read && needed && (spec.centered || !is_mean)) is_missing(row);
+    if (!(args.*row.array).present || !(read || contains(row.writes, op))) continue;
+    if (!is_mean || spec.centered || !read) check(row, args, spec, op, out_dtype, statistics);
   }
-  const std::int64_t channels[] = {x.shape[spec.channel_axis]};
-  for (const auto& [name, a] : {std::pair{"running_mean", &mean}, std::pair{"running_var", &var}}) {
-    check_wide_dtype(name, *a);
-    check_shape(name, *a, channels, ": one element per channel of x");
-    if (spec.use_input_stats) check_writable(name, *a);
+  for (int k = 0; k < kOperands; ++k) {
+    const OperandRow& row = kOperandTable[k];
+    if (!(args.*row.array).present || !contains(row.writes, op)) continue;
+    if (row.role == Role::running && !spec.use_input_stats) continue;
+    if (row.role != Role::running) check_writable(row.name, args.*row.array);
+    for (int other = 0; other < kOperands; ++other) check_apart(args, op, k, other);
   }
-  std::int64_t members = 1;
-  for (int axis = 0; axis < x.ndim(); ++axis)
-    if (spec.reduce_axes & axis_bit(axis)) members *= x.shape[axis];
-  if (spec.use_input_stats && members == 1)
-    value_error("x has 1 member per statistic, expected at least 2: running_var takes an unbiased variance");
+  return params;
 }
 
 }  // namespace normkit

@@ -8,27 +8,17 @@
 #include <string>
 
 #include "normkit/normkit.hpp"
+#include "operands.hpp"
 
 namespace normkit {
 
 using Extents = std::array<std::int64_t, kMaxAxes>;
 
-[[noreturn]] void fail(Error::Kind kind, const std::string& message);
 [[noreturn]] void type_error(const std::string& message);
 [[noreturn]] void value_error(const std::string& message);
 
 /// "(2, 3)", as Python writes a shape.
 std::string tuple(std::span<const std::int64_t> values);
-
-// ---- one array ---------------------------------------------------------------------------------------------------
-
-/// `integers`: those are data too.
-void check_data_dtype(const char* name, const Array& a, bool integers);
-void check_same_dtype(const char* name, const Array& a, Dtype expected, const char* because);
-void check_wide_dtype(const char* name, const Array& a);
-void check_param_dtype(const char* name, const Array& a, Dtype x);
-void check_shape(const char* name, const Array& a, std::span<const std::int64_t> expected, const char* because);
-void check_writable(const char* name, const Array& a);
 
 /// Strides in elements.
 void element_strides(const Array& a, Extents& out);
@@ -38,14 +28,10 @@ bool has_strides(const Array& a, const Extents& strides);
 /// True where every element lies where one of its size may.
 bool on_elements(const Array& a);
 
-// ---- several arrays ----------------------------------------------------------------------------------------------
+// ---- where arrays lie --------------------------------------------------------------------------------------------
 
-/// True where the memory between the first and the last byte of both overlaps, and they are not one and the same view.
-bool may_overlap(const Array& a, const Array& b);
-
-/// An output may be `other` itself, where that is elementwise safe, or lie apart from it.
-void check_apart(const char* name, const Array& out, const char* other_name, const Array& other, bool may_be_same,
-                 bool known_apart);
+/// The addresses of a call's arrays; null where there is none.
+using Addresses = std::array<std::byte*, kOperands>;
 
 /// The bytes that an array reaches over, seen from its address, and those of an element.
 struct Reach { std::int64_t first = 0, last = 0, element = 1; };
@@ -54,34 +40,35 @@ struct Reach { std::int64_t first = 0, last = 0, element = 1; };
 class Placement {
  public:
   Placement() = default;
-  /// arrays[out] is written, and may be one of those whose bits are set in `same` itself.
-  Placement(std::span<const Array> arrays, int out, std::uint32_t same);
-  /// True where all arrays that there are lie on their elements, and the output apart from the others or on such a one.
-  /// Where it is false, they have to be judged.
-  bool allows(const std::byte* const* data) const;
+  Placement(const Args& args, Op op);
+  /// True where all arrays that there are lie on their elements, and those that are written apart from the others or on one that
+  /// they may be. Where it is false, they have to be judged.
+  bool allows(const Addresses& at) const;
 
  private:
-  static constexpr int kMostArrays = 12;
-  std::array<Reach, kMostArrays> reach_;
-  int count_ = 0, out_ = 0;
-  std::uint32_t same_ = 0;
+  std::array<Reach, kOperands> reach_;
+  std::array<OperandMask, kOperands> same_;  // for each that is written: those that it may be itself, lying alike
+  OperandMask present_ = 0, written_ = 0;
 };
 
-// ---- arrays beside x ---------------------------------------------------------------------------------------------
+// ---- the whole call ----------------------------------------------------------------------------------------------
 
-/// The axes of x that weight or bias varies along; its shape is judged.
-AxisMask match_params(const char* name, const Array& a, std::span<const std::int64_t> x, const Spec& spec);
-/// The axis of x that axis `axis` of a parameter array of `ndim` axes lies along.
-int param_axis(const Spec& spec, AxisMask axes, int x_ndim, int ndim, int axis);
+/// The axes of x that weight and bias vary along.
+struct Params {
+  AxisMask axes = 0, bias_axes = 0;
+  bool expand = false;  // they vary along different ones, or along none that a gradient could have
+};
 
-void check_spec(const Spec& spec, const Array& x);
-void check_where(const Array& where, const Array& x);
-/// A companion of x: the same shape and floating dtype.
-void check_like_x(const char* name, const Array& a, const Array& x);
-void check_residual(const ForwardArgs& args);
-/// `statistics` are the extents of the statistics: an element of float64 for each, or three.
-void check_counts(const Array& a, std::span<const std::int64_t> statistics);
-void check_triples(const char* name, const Array& a, std::span<const std::int64_t> statistics);
-void check_running(const Array& mean, const Array& var, const Array& x, const Spec& spec);
+/// The axis of x that axis `axis` of a parameter array of `ndim` axes lies along, which varies along `axes` or broadcasts.
+int param_axis(bool broadcasts, AxisMask axes, int x_ndim, int ndim, int axis);
+
+/// The axes of a weight that is not there: the first form, or the normalized ones.
+AxisMask axes_of_absent(const Spec& spec);
+
+/// Judges all arrays and options, and throws for what is wrong. `statistics` are the extents of the statistics.
+Params judge(const Args& args, const Spec& spec, Op op, Dtype out_dtype, std::span<const std::int64_t> statistics);
+
+/// Of x and the spec alone: what has to be right before the statistics have a shape.
+void judge_x(const Array& x, const Spec& spec, Op op);
 
 }  // namespace normkit

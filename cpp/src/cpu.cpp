@@ -114,7 +114,7 @@ struct ForwardSpace {
   double* moments;  // of each statistic, for the update of running statistics
 };
 
-ForwardSpace carve(Carver& carver, ForwardJob& job, const Policy& p) {
+ForwardSpace carve_forward(Carver& carver, Job& job, const Policy& p) {
   ForwardSpace space{carve(carver, job.task, p, false), nullptr, nullptr, nullptr};
   space.rows = carver.take(p.sum_row * p.threads);
   if (!job.running.mean) return space;
@@ -152,7 +152,7 @@ void copy_given(const Task& t, std::int64_t statistics) {
 
 /// Given statistics need no walk over all members of one before the next: the steps join the outer indices, so that memory is
 /// walked in its order. Evaluation of batch norm, (32, 256, 14, 14): 2.1 of a copy before, 1.3 after.
-void unfold_steps(ForwardJob& job) {
+void unfold_steps(Job& job) {
   Task& t = job.task;
   Geometry& g = t.geometry;
   if (!t.frozen || t.traversal != Traversal::runs || g.params.outer != 0) return;
@@ -191,7 +191,7 @@ struct BackwardSpace {
   double* elements[2]; // ParamKind::element: dweight and dbias, where their dtype is not the compute type
 };
 
-BackwardSpace carve(Carver& carver, BackwardJob& job, const Policy& p) {
+BackwardSpace carve_backward(Carver& carver, Job& job, const Policy& p) {
   Task& t = job.task;
   BackwardSpace space{carve(carver, t, p, true), nullptr, {nullptr, nullptr}};
   if (t.kind == ParamKind::none) return space;
@@ -243,63 +243,14 @@ void store_gradient(const ParamGradient& out, std::int64_t p, double v) {
   else store_scalar(at, out.dtype, v);
 }
 
-}  // namespace
-
-std::string isa() { return chosen_isa().load()->name; }
-
-std::vector<std::string> isas() {
-  std::vector<std::string> names;
-  for (const Candidate& c : candidates())
-    if (c.runs_here) names.emplace_back(c.isa->name);
-  return names;
-}
-
-bool use_isa(const std::string& name) {
-  const Isa* found = find_isa(name.c_str());
-  if (found) chosen_isa().store(found);
-  return found != nullptr;
-}
-
-int num_threads() {
-  static const bool configured = [] {
-    const char* wanted = std::getenv("NORMKIT_NUM_THREADS");
-    if (wanted && std::atoi(wanted) > 0) set_max_threads(std::atoi(wanted));
-    return true;
-  }();
-  static_cast<void>(configured);
-  return max_threads();
-}
-
-void set_num_threads(int n) {
-  num_threads();
-  set_max_threads(n);
-}
-
-void merge_moments(double* into, const double* from, std::int64_t n) { current_isa().merge(into, from, n); }
-
-std::size_t workspace_doubles(const ForwardJob& job) {
-  ForwardJob copy = job;
-  unfold_steps(copy);
-  Carver carver{nullptr};
-  carve(carver, copy, policy_for(copy.task, copy.threads, current_isa()));
-  return carver.used;
-}
-
-std::size_t workspace_doubles(const BackwardJob& job) {
-  BackwardJob copy = job;
-  Carver carver{nullptr};
-  carve(carver, copy, policy_for(copy.task, copy.threads, current_isa()));
-  return carver.used;
-}
-
-void run(ForwardJob& job, double* workspace) {
+void run_forward(Job& job, double* workspace) {
   Task& t = job.task;
   const Isa& isa = current_isa();
   const std::int64_t statistics = t.geometry.statistics();
   unfold_steps(job);
   const Policy p = policy_for(t, job.threads, isa);
   Carver carver{workspace};
-  const ForwardSpace space = carve(carver, job, p);
+  const ForwardSpace space = carve_forward(carver, job, p);
   if (space.moments) t.moments = space.moments;
   t.walk = p.walk;
   if (t.frozen && job.running.mean) read_running(t, job.running, space.given), copy_given(t, statistics);
@@ -326,13 +277,13 @@ void run(ForwardJob& job, double* workspace) {
   if (job.running.mean && !t.frozen) update_running(t, job.running);
 }
 
-void run(BackwardJob& job, double* workspace) {
+void run_backward(Job& job, double* workspace) {
   Task& t = job.task;
   if (t.phase == Phase::both && !t.dx.data && !job.dweight.data && !job.dbias.data) return;
   const Isa& isa = current_isa();
   const Policy p = policy_for(t, job.threads, isa);
   Carver carver{workspace};
-  const BackwardSpace space = carve(carver, job, p);
+  const BackwardSpace space = carve_backward(carver, job, p);
   if (t.dparams)
     std::memset(t.dparams, 0, static_cast<std::size_t>(2 * dparam_units(t.geometry, t.kind)) * sizeof(double));
   t.walk = p.walk;
@@ -368,5 +319,51 @@ void run(BackwardJob& job, double* workspace) {
       }
   }
 }
+
+}  // namespace
+
+std::string isa() { return chosen_isa().load()->name; }
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Candidate& c : candidates())
+    if (c.runs_here) names.emplace_back(c.isa->name);
+  return names;
+}
+
+bool use_isa(const std::string& name) {
+  const Isa* found = find_isa(name.c_str());
+  if (found) chosen_isa().store(found);
+  return found != nullptr;
+}
+
+int num_threads() {
+  static const bool configured = [] {
+    const char* wanted = std::getenv("NORMKIT_NUM_THREADS");
+    if (wanted && std::atoi(wanted) > 0) set_max_threads(std::atoi(wanted));
+    return true;
+  }();
+  static_cast<void>(configured);
+  return max_threads();
+}
+
+void set_num_threads(int n) {
+  num_threads();
+  set_max_threads(n);
+}
+
+void merge_moments(double* into, const double* from, std::int64_t n) { current_isa().merge(into, from, n); }
+
+std::size_t workspace_doubles(const Job& job) {
+  Job copy = job;
+  if (!job.is_backward) unfold_steps(copy);
+  Carver carver{nullptr};
+  const Policy p = policy_for(copy.task, copy.threads, current_isa());
+  if (job.is_backward) carve_backward(carver, copy, p);
+  else carve_forward(carver, copy, p);
+  return carver.used;
+}
+
+void run(Job& job, double* workspace) { job.is_backward ? run_backward(job, workspace) : run_forward(job, workspace); }
 
 }  // namespace normkit

@@ -25,22 +25,16 @@ struct Running {
 };
 
 /// A validated call. `threads` is fixed when it is planned, so that workspace and run agree on it.
-struct ForwardJob {
+struct Job {
   Task task;
+  bool is_backward = false;
   int threads = 1;
   Running running;
-};
-
-struct BackwardJob {
-  Task task;
-  int threads = 1;
   ParamGradient dweight, dbias;
 };
 
 /// Doubles of workspace that a run wants, and the run. `workspace` is aligned to 64 bytes.
-std::size_t workspace_doubles(const ForwardJob& job);
-std::size_t workspace_doubles(const BackwardJob& job);
-void run(ForwardJob& job, double* workspace);
-void run(BackwardJob& job, double* workspace);
+std::size_t workspace_doubles(const Job& job);
+void run(Job& job, double* workspace);
 
 }  // namespace normkit

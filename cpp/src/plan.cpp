@@ -1,14 +1,15 @@
 #include "plan.hpp"
 
 #include <algorithm>
-#include <string>
+#include <deque>
+#include <optional>
+#include <tuple>
 #include <utility>
-#include <vector>
-
-#include "arguments.hpp"
 
 namespace normkit {
 namespace {
+
+// ---- how arrays lie ----------------------------------------------------------------------------------------------
 
 /// Dense strides over the axes in `axes`, in the order of `order`.
 Extents dense_strides(std::span<const std::int64_t> shape, AxisMask axes, const AxisOrder& order) {
@@ -19,60 +20,6 @@ Extents dense_strides(std::span<const std::int64_t> shape, AxisMask axes, const 
     if (axes & axis_bit(order.axis[at])) strides[order.axis[at]] = next, next *= shape[order.axis[at]];
   return strides;
 }
-
-/// What weight, bias and their gradients share: the axes that they vary along.
-struct Params {
-  AxisMask axes = 0, bias_axes = 0;  // they differ in axes of extent 1 at most, else `expand`
-  bool expand = false;  // weight and bias vary along different axes
-};
-
-Params judge_params(const Array& x, const Array& weight, const Array& bias, const Spec& spec) {
-  Params params;
-  if (weight.present) {
-    check_param_dtype("weight", weight, x.dtype);
-    params.axes = match_params("weight", weight, x.shape, spec);
-  }
-  if (bias.present) {
-    check_param_dtype("bias", bias, x.dtype);
-    params.bias_axes = match_params("bias", bias, x.shape, spec);
-    if (!weight.present) params.axes = params.bias_axes;
-    AxisMask differ = params.bias_axes ^ params.axes;
-    for (int a = 0; a < x.ndim(); ++a)
-      if (x.shape[a] == 1) differ &= ~axis_bit(a);
-    params.expand = differ != 0;
-  }
-  return params;
-}
-
-bool params_in_order(const Array& weight, const Array& bias, const Shapes& shapes) {
-  return (!weight.present || has_strides(weight, shapes.param_strides)) &&
-         (!bias.present || has_strides(bias, shapes.bias_strides));
-}
-
-/// The strides of a parameter array that lies as the kernels count.
-void put_param_strides(const Array& x, const Array& a, const Spec& spec, AxisMask axes, const AxisOrder& order,
-                       Extents& out) {
-  const Extents strides = dense_strides(x.shape, axes, order);
-  for (int axis = 0; axis < a.ndim(); ++axis)
-    out[axis] = a.shape[axis] == 1 ? 1 : strides[param_axis(spec, axes, x.ndim(), a.ndim(), axis)];
-}
-
-void describe_params(const Array& x, const Array& like, const Spec& spec, AxisMask axes, const AxisOrder& order,
-                     Shapes& shapes) {
-  if (like.present) {
-    shapes.param_ndim = like.ndim();
-    std::copy(like.shape.begin(), like.shape.end(), shapes.param_shape.begin());
-    return put_param_strides(x, like, spec, axes, order, shapes.param_strides);
-  }
-  const Extents strides = dense_strides(x.shape, axes, order);
-  for (int axis = 0; axis < x.ndim(); ++axis)
-    if (axes & axis_bit(axis)) {
-      shapes.param_shape[shapes.param_ndim] = x.shape[axis];
-      shapes.param_strides[shapes.param_ndim++] = x.shape[axis] == 1 ? 1 : strides[axis];
-    }
-}
-
-// ---- the whole call ----------------------------------------------------------------------------------------------
 
 /// x as statistics see it: where channels form groups, their axis is two, groups and channels of a group.
 struct Blocks {
@@ -112,12 +59,14 @@ struct Blocks {
 AxisOrder describe(const Array& x, const Blocks& blocks, Shapes& shapes) {
   Extents strides;
   element_strides(x, strides);
-  for (int axis = 0; axis < x.ndim(); ++axis) shapes.empty = shapes.empty || x.shape[axis] == 0;
   const AxisOrder order = memory_order(x.shape, std::span(strides.data(), x.shape.size()));
-  const AxisMask all = ~AxisMask{0};
-  shapes.out_strides = dense_strides(x.shape, all, order);
-  for (int axis = 0; axis < x.ndim(); ++axis)
+  shapes.out_strides = dense_strides(x.shape, ~AxisMask{0}, order);
+  shapes.ndim = x.ndim(), shapes.empty = false;
+  for (int axis = 0; axis < x.ndim(); ++axis) {
+    shapes.empty = shapes.empty || x.shape[axis] == 0;
+    shapes.x_shape[axis] = x.shape[axis];
     if (x.shape[axis] == 1) shapes.out_strides[axis] = 1;
+  }
   Extents block_strides;
   blocks.split(strides, block_strides);
   const AxisOrder block_order =
@@ -125,6 +74,7 @@ AxisOrder describe(const Array& x, const Blocks& blocks, Shapes& shapes) {
           ? order
           : memory_order(blocks.extents(), std::span(block_strides.data(), static_cast<std::size_t>(blocks.ndim)));
   const Extents kept = dense_strides(blocks.extents(), ~blocks.reduce_axes, block_order);
+  shapes.stat_ndim = 0;
   for (int axis = 0; axis < blocks.ndim; ++axis) {
     if (blocks.reduce_axes & axis_bit(axis)) continue;
     shapes.stat_shape[shapes.stat_ndim] = blocks.shape[axis];
@@ -133,15 +83,36 @@ AxisOrder describe(const Array& x, const Blocks& blocks, Shapes& shapes) {
   return order;
 }
 
-void check_statistic(const char* name, const Array& a, Shapes& shapes, bool wanted) {
-  if (!wanted) return;
-  if (!a.present) value_error(std::string(name) + " is None, expected an array: one element per statistic");
-  check_wide_dtype(name, a);
-  check_shape(name, a, shapes.statistics(), ": one element per statistic");
-  shapes.repack_stats = shapes.repack_stats || !has_strides(a, shapes.stat_strides);
+/// The strides of a parameter array that lies as the kernels count.
+void put_param_strides(const Array& x, const Array& a, const Spec& spec, AxisMask axes, const AxisOrder& order,
+                       Extents& out) {
+  const Extents strides = dense_strides(x.shape, axes, order);
+  for (int axis = 0; axis < a.ndim(); ++axis)
+    out[axis] = a.shape[axis] == 1 ? 1 : strides[param_axis(spec.param_forms == 0, axes, x.ndim(), a.ndim(), axis)];
 }
 
-Operand operand_of(const Array& a, const Strides& strides) { return {a.data, a.dtype, strides}; }
+/// Gradients of the parameters: like weight, or like the one that is not there.
+void describe_params(const Array& x, const Array& weight, const Spec& spec, AxisMask axes, const AxisOrder& order,
+                     Shapes& shapes) {
+  shapes.param_dtype = weight.present ? weight.dtype : compute_dtype(x.dtype);
+  if (weight.present) {
+    shapes.param_ndim = weight.ndim();
+    std::copy(weight.shape.begin(), weight.shape.end(), shapes.param_shape.begin());
+    return put_param_strides(x, weight, spec, axes, order, shapes.param_strides);
+  }
+  const Extents strides = dense_strides(x.shape, axes, order);
+  shapes.param_ndim = 0;
+  for (int axis = 0; axis < x.ndim(); ++axis)
+    if (axes & axis_bit(axis)) {
+      shapes.param_shape[shapes.param_ndim] = x.shape[axis];
+      shapes.param_strides[shapes.param_ndim++] = x.shape[axis] == 1 ? 1 : strides[axis];
+    }
+}
+
+/// The dtypes that kernels write y in.
+bool fits(Dtype out, Dtype x) { return out == compute_dtype(x) || (out == x && is_floating(x)); }
+
+// ---- what kernels are told ---------------------------------------------------------------------------------------
 
 bool narrow_pieces(const Geometry& g) { return g.params.stride > 1 && g.params.stride < 8 && g.run > g.params.stride; }
 
@@ -152,14 +123,14 @@ bool mask_fits_columns(Strides& s, const Geometry& g) {
 }
 
 /// Chooses the traversal; false where neither serves these parameters.
-bool choose_traversal(Task& t, int operands, const Layout& layout) {
+bool choose_traversal(Task& t, int operands, const Layout& layout, bool masked) {
   const Geometry& g = t.geometry;
   // Short runs leave vectors half empty: reduce across steps instead, where neighbouring columns are contiguous.
   constexpr std::int64_t kShortRun = 64;
   bool lanes = g.steps > 1 && g.run < kShortRun && g.lanes > 1;
   for (int k = 0; k < operands; ++k) lanes = lanes && layout.strides[k].lane == g.run;
   t.traversal = lanes ? Traversal::lanes : Traversal::runs;
-  if (lanes && t.where.data && !mask_fits_columns(t.where.strides, g)) return false;
+  if (lanes && masked && !mask_fits_columns(t.where.strides, g)) return false;
   if (lanes) return constant_in_column(g) || (g.params.stride == 1 && g.params.count % g.columns() == 0);
   return !narrow_pieces(g);
 }
@@ -215,75 +186,126 @@ struct Operands {
   }
 };
 
-/// The strides of a mask among those of a layout.
-Operand mask_of(const Array& where, const Operands& operands, const Layout& layout) {
-  return operands.mask < 0 ? Operand{} : operand_of(where, layout.strides[static_cast<std::size_t>(operands.mask)]);
-}
+/// A call as the kernels are to see it: what the caller passed, or other arrays in the place of some.
+struct Seen {
+  Args args;
+  Spec spec;
+  Params params;
+  std::vector<Temporary> temporaries = {};
+  std::deque<Extents> kept = {};  // strides in bytes of what is put in the place of others: `args` looks into it
 
-/// The whole call of forward but for the geometry: what the arrays are and how they may lie over each other.
-void check_forward(const ForwardArgs& args, Phase phase, bool keep_sum, Shapes& shapes) {
-  const Array &x = args.x, &y = args.y;
-  const Dtype like_x = is_floating(x.dtype) ? x.dtype : Dtype::float32;
-  shapes.x_dtype = x.dtype;
-  shapes.out_dtype = args.y_dtype == Dtype::other ? like_x : args.y_dtype;
-  shapes.fits = (shapes.out_dtype == like_x || shapes.out_dtype == compute_dtype(x.dtype));
-  shapes.wants_sum = args.residual.present && (keep_sum || shapes.out_dtype != x.dtype || phase == Phase::reduce);
-  for (const auto& [name, a] : {std::pair{"mean", &args.mean}, std::pair{"rstd", &args.rstd}})
-    if (a->present) check_shape(name, *a, shapes.statistics(), ": one element per statistic");
-  if (phase == Phase::reduce && args.moments.present) check_triples("moments", args.moments, shapes.statistics());
-  if (args.sum.present) check_like_x("sum", args.sum, x);
-  if (!y.present) return;
-  check_shape("out", y, x.shape, ", the shape of x");
-  check_same_dtype("out", y, shapes.out_dtype, "");
-  check_writable("out", y);
-  check_apart("out", y, "x", x, true, args.y_is_apart);
-  const std::pair<const char*, const Array*> others[] = {
-      {"weight", &args.weight},           {"bias", &args.bias},   {"running_mean", &args.running_mean},
-      {"running_var", &args.running_var}, {"where", &args.where}, {"residual", &args.residual}};
-  for (const auto& [name, a] : others) check_apart("out", y, name, *a, false, false);
-  if (phase != Phase::apply) return;
-  check_apart("out", y, "mean", args.mean, false, false);
-  check_apart("out", y, "rstd", args.rstd, false, false);
-}
-
-/// The same of backward.
-void check_backward(const BackwardArgs& args, const Spec& spec, Phase phase, Shapes& shapes) {
-  check_statistic("mean", args.mean, shapes, spec.centered);
-  check_statistic("rstd", args.rstd, shapes, true);
-  if (phase == Phase::apply) {
-    check_triples("sums", args.sums, shapes.statistics());
-    check_counts(args.count, shapes.statistics());
+  /// An operand, which is seen with strides `seen` in bytes, lies with `strides` instead. Where it does already, it stays.
+  void put(OperandIndex k, Dtype dtype, std::span<const std::int64_t> shape, const Extents& strides,
+           const Extents& seen) {
+    Array& a = args.*kOperandTable[k].array;
+    if (a.present && a.dtype == dtype && a.shape.size() == shape.size() && has_strides(a, strides) &&
+        std::equal(shape.begin(), shape.end(), a.shape.begin()))
+      return;
+    Temporary& t = temporaries.emplace_back(Temporary{k, dtype, static_cast<int>(shape.size()), {}, strides, seen});
+    std::copy(shape.begin(), shape.end(), t.shape.begin());
+    Extents& bytes = kept.emplace_back();
+    for (std::size_t axis = 0; axis < shape.size(); ++axis) bytes[axis] = strides[axis] * size_of(dtype);
+    a = {nullptr, dtype, true, false, shape, {bytes.data(), shape.size()}, {}};
   }
-  if (!args.dx.present) return;
-  check_shape("out", args.dx, args.x.shape, ", the shape of x");
-  check_same_dtype("out", args.dx, args.x.dtype, "");
-  check_writable("out", args.dx);
-  const std::pair<const char*, const Array*> others[] = {
-      {"x", &args.x},       {"dy", &args.dy},      {"weight", &args.weight}, {"bias", &args.bias},
-      {"mean", &args.mean}, {"rstd", &args.rstd},  {"where", &args.where},   {"dresidual", &args.dresidual},
-      {"sums", &args.sums}, {"count", &args.count}};
-  for (int k = 0; k < 10; ++k)
-    check_apart("out", args.dx, others[k].first, *others[k].second, k < 2, k < 2 && args.dx_is_apart);
+  void put_like_x(OperandIndex k, Dtype dtype, const Extents& strides, const Extents& otherwise) {
+    const Array& a = args.*kOperandTable[k].array;
+    Extents seen;
+    for (int axis = 0; axis < args.x.ndim(); ++axis)
+      seen[axis] = a.present ? a.stride(axis) : otherwise[axis] * size_of(dtype);
+    put(k, dtype, args.x.shape, strides, seen);
+  }
+  /// One that repeats itself along axes of x. `of` maps its own axes to those.
+  template <class AxisOf>
+  void put_repeated(OperandIndex k, Dtype dtype, const Extents& strides, std::span<const std::int64_t> shape,
+                    const Extents& bytes, AxisOf of) {
+    Extents seen;
+    for (int axis = 0; axis < args.x.ndim(); ++axis) seen[axis] = 0;
+    for (std::size_t axis = 0; axis < shape.size(); ++axis)
+      if (shape[axis] != 1) seen[of(static_cast<int>(axis))] = bytes[axis];
+    put(k, dtype, args.x.shape, strides, seen);
+  }
+};
+
+bool bias_counts(const Seen& s, Op op) {
+  return s.args.bias.present && (!is_backward(op) || s.spec.activation.kind != ActivationKind::none);
 }
 
-/// What both directions hand on from the spec.
-void put_spec(Task& t, const Spec& spec, Phase phase) {
-  t.phase = phase, t.centered = spec.centered, t.eps = spec.eps, t.activation = spec.activation;
-  t.frozen = !spec.use_input_stats;
+/// The arrays that have the shape of x, the leading one first; what is absent there will have the memory order of x.
+constexpr OperandIndex kForwardArrays[] = {kX, kOut, kResidual, kSum}, kBackwardArrays[] = {kX, kDy, kOut, kDresidual};
+std::span<const OperandIndex, 4> arrays_like_x(Op op) { return is_backward(op) ? kBackwardArrays : kForwardArrays; }
+
+/// Puts the arrays into one geometry; false where none holds them.
+bool place(Plan& p, const Seen& seen, AxisMask param_axes, const Blocks& blocks) {
+  const Args& args = seen.args;
+  const Shapes& shapes = p.shapes;
+  Task& t = p.job.task;
+  Operands operands(blocks);
+  std::array<std::size_t, kOperands> at;
+  for (const OperandIndex k : arrays_like_x(p.op)) {
+    const Array& a = args.*kOperandTable[k].array;
+    if (a.present && !on_elements(a)) return false;
+    if (a.present || k == kOut || (k == kSum && p.writes(kSum))) at[k] = operands.add(a, shapes.out_strides);
+  }
+  const int dense = static_cast<int>(operands.count);
+  if (!t.frozen) operands.add_mask(args.where, args.x);
+  const std::optional<Layout> layout = operands.canonicalised(param_axes);
+  // A residual that lies otherwise would change the geometry, and with it the order in which the sum is summed.
+  if (!layout || (args.residual.present && !same_strides(args.residual, args.x))) return false;
+
+  const auto operand = [&](OperandIndex k, Dtype dtype) { return Operand{nullptr, dtype, layout->strides[at[k]]}; };
+  const Dtype dtype = args.x.dtype;
+  t.geometry = layout->geometry;
+  t.x = operand(kX, dtype);
+  if (is_backward(p.op)) {
+    t.dy = operand(kDy, dtype), t.dx = operand(kOut, dtype);
+    if (args.dresidual.present) t.residual = operand(kDresidual, dtype);
+  } else {
+    t.y = operand(kOut, args.out.present ? args.out.dtype : shapes.out_dtype);
+    if (args.residual.present) {  // x is then what becomes of the two, see point()
+      t.source = t.x, t.residual = operand(kResidual, dtype);
+      t.x = operand(p.writes(kSum) ? kSum : kOut, dtype);
+    }
+  }
+  if (operands.mask >= 0) t.where = {nullptr, Dtype::boolean, layout->strides[static_cast<std::size_t>(operands.mask)]};
+  return choose_traversal(t, dense, *layout, operands.mask >= 0);
 }
 
-Param param_of(const Array& a, double offset) { return {a.data, a.dtype, offset}; }
-
-Given given_of(const Array& mean, const Array& rstd, const Geometry& g) {
-  return {mean.data, rstd.data, mean.dtype, rstd.dtype, 1, g.statistics(), false};
+/// What is dense in an order of its own, statistics and parameters, in that order.
+void put_in_order(Seen& seen, Op op, const AxisOrder& order, const Shapes& shapes) {
+  const Args& args = seen.args;
+  for (int k = 0; k < kOperands; ++k) {
+    const OperandRow& row = kOperandTable[k];
+    const Array& a = args.*row.array;
+    if (!a.present || !(contains(row.reads, op) || contains(row.writes, op))) continue;
+    Extents strides;
+    if (row.role == Role::param) {
+      if (k == kBias && !bias_counts(seen, op)) continue;
+      const AxisMask axes = k == kBias ? seen.params.bias_axes : seen.params.axes;
+      put_param_strides(args.x, a, seen.spec, axes, order, strides);
+    } else if (row.role == Role::triples) {
+      for (int axis = 0; axis < shapes.stat_ndim; ++axis) strides[axis] = 3 * shapes.stat_strides[axis];
+      strides[shapes.stat_ndim] = 1;
+    } else if (row.role == Role::statistic || row.role == Role::count) {
+      if (k == kMean && !seen.spec.centered) continue;
+      strides = shapes.stat_strides;
+    } else {
+      continue;
+    }
+    Extents bytes;
+    for (int axis = 0; axis < shapes.stat_ndim; ++axis) bytes[axis] = 0;  // a number
+    for (int axis = 0; axis < a.ndim(); ++axis) bytes[axis] = a.stride(axis);
+    const bool is_count = row.role == Role::count;
+    seen.put(static_cast<OperandIndex>(k), is_count ? Dtype::float64 : a.dtype,
+             is_count ? shapes.statistics() : a.shape, strides, bytes);
+  }
 }
 
-Running running_of(const ForwardArgs& args, const Spec& spec, const AxisOrder& order) {
+Running running_of(const Args& args, const Spec& spec, const AxisOrder& order) {
   const Array &mean = args.running_mean, &var = args.running_var;
   const std::int64_t count = args.x.shape[spec.channel_axis];
   const Extents kept = dense_strides(args.x.shape, ~spec.reduce_axes, order);
-  return {mean.data,
-          var.data,
+  return {nullptr,
+          nullptr,
           mean.dtype,
           var.dtype,
           mean.stride(0),
@@ -293,190 +315,198 @@ Running running_of(const ForwardArgs& args, const Spec& spec, const AxisOrder& o
           spec.momentum};
 }
 
-bool statistics_in_order(const Array& mean, const Array& rstd, const Shapes& shapes) {
-  return (!mean.present || has_strides(mean, shapes.stat_strides)) &&
-         (!rstd.present || has_strides(rstd, shapes.stat_strides));
+/// The job that does the call on the arrays as they are seen; false where kernels cannot.
+bool schedule(Plan& p, Seen& seen) {
+  const Args& args = seen.args;
+  const Spec& spec = seen.spec;
+  const bool backward = is_backward(p.op), wants_params = p.writes(kDweight) || p.writes(kDbias);
+  Shapes& shapes = p.shapes;
+  const Blocks blocks(args.x, spec);
+  const AxisOrder order = describe(args.x, blocks, shapes);
+  describe_params(args.x, args.weight, spec, seen.params.axes, order, shapes);
+  if (shapes.empty) return true;
+  if (seen.params.expand || !fits(args.out.present ? args.out.dtype : shapes.out_dtype, shapes.x_dtype)) return false;
+
+  p.job = Job{};
+  Task& t = p.job.task;
+  p.job.is_backward = backward;
+  t.phase = phase_of(p.op), t.centered = spec.centered, t.eps = spec.eps, t.activation = spec.activation;
+  t.frozen = !spec.use_input_stats || p.op == Op::apply;
+  const bool has_params = !backward || wants_params || args.weight.present || bias_counts(seen, p.op);
+  if (!place(p, seen, has_params ? seen.params.axes : 0, blocks)) return false;
+  if (wants_params && !choose_kind(t)) return false;
+  t.weight.dtype = args.weight.dtype, t.weight.offset = spec.weight_offset, t.bias.dtype = args.bias.dtype;
+  if (backward || p.op == Op::apply)
+    t.given = {nullptr, nullptr, args.mean.dtype, args.rstd.dtype, 1, t.geometry.statistics(), false};
+  if (p.op == Op::forward && args.running_mean.present) p.job.running = running_of(args, spec, order);
+  p.job.dweight.dtype = args.dweight.present ? args.dweight.dtype : shapes.param_dtype;
+  p.job.dbias.dtype = args.dbias.present ? args.dbias.dtype : shapes.param_dtype;
+  put_in_order(seen, p.op, order, shapes);
+  return true;
 }
 
-/// Puts the arrays of forward into one geometry; false where none holds them.
-bool place_forward(Task& t, const ForwardArgs& args, AxisMask param_axes, const Blocks& blocks, const Shapes& shapes) {
-  const Array& x = args.x;
-  Operands operands(blocks);
-  operands.add(x, shapes.out_strides);
-  operands.add(args.y, shapes.out_strides);
-  const bool has_sum = args.residual.present && (args.sum.present || shapes.wants_sum);
-  const std::size_t residual = args.residual.present ? operands.add(args.residual, shapes.out_strides) : 0;
-  const std::size_t sum = has_sum ? operands.add(args.sum, shapes.out_strides) : 0;
-  const int dense = static_cast<int>(operands.count);
-  if (!t.frozen) operands.add_mask(args.where, x);
-  const std::optional<Layout> layout = operands.canonicalised(param_axes);
-  // A residual that lies otherwise would change the geometry, and with it the order in which the sum is summed.
-  if (!layout || (residual && !same_strides(args.residual, x))) return false;
+// ---- what kernels cannot take as it lies -------------------------------------------------------------------------
 
-  t.geometry = layout->geometry;
-  t.x = operand_of(x, layout->strides[0]);
-  t.y = operand_of(args.y, layout->strides[1]);
-  t.y.dtype = shapes.out_dtype;
-  t.where = mask_of(args.where, operands, *layout);
-  if (residual) {  // x is then what becomes of the two, see point()
-    t.source = t.x;
-    t.residual = operand_of(args.residual, layout->strides[residual]);
-    t.x = sum ? operand_of(args.sum, layout->strides[sum]) : t.y;
-    t.x.dtype = x.dtype;
+/// The kept axes are the slowest, the normalized ones the fastest. Such arrays always fit, whatever the parameters, once those are
+/// repeated for every element.
+Extents packed_strides(const Array& x, const Spec& spec) {
+  AxisOrder order;
+  const AxisMask channel = spec.num_groups > 0 ? axis_bit(spec.channel_axis) : 0;
+  for (const bool reduced : {false, true})
+    for (int axis = 0; axis < x.ndim(); ++axis)
+      if (static_cast<bool>(spec.reduce_axes & ~channel & axis_bit(axis)) == reduced && x.shape[axis] != 1)
+        order.axis[order.count++] = axis;
+  return dense_strides(x.shape, ~AxisMask{0}, order);
+}
+
+/// All that has the shape of x lies with `strides`.
+void pack(Seen& seen, const Plan& p, const Shapes& own, const Extents& strides) {
+  const Dtype x = seen.args.x.dtype;
+  for (const OperandIndex k : {kResidual, kDresidual, kDy})
+    if ((seen.args.*kOperandTable[k].array).present) seen.put_like_x(k, x, strides, own.out_strides);
+  const Dtype out = fits(own.out_dtype, x) ? own.out_dtype : compute_dtype(x);
+  const bool elsewhere = !std::equal(strides.begin(), strides.begin() + own.ndim, own.out_strides.begin());
+  if (seen.args.out.present || (p.writes(kOut) && (elsewhere || out != own.out_dtype)))
+    seen.put_like_x(kOut, out, strides, own.out_strides);
+  if (p.writes(kSum) && (elsewhere || seen.args.sum.present)) seen.put_like_x(kSum, x, strides, own.out_strides);
+  seen.put_like_x(kX, x, strides, own.out_strides);
+}
+
+void put_mask(Seen& seen, const Extents& strides) {
+  const Array where = seen.args.where;
+  Extents bytes;
+  for (int axis = 0; axis < where.ndim(); ++axis) bytes[axis] = where.stride(axis);
+  const int shift = seen.args.x.ndim() - where.ndim();
+  seen.put_repeated(kWhere, Dtype::boolean, strides, where.shape, bytes, [&](int axis) { return shift + axis; });
+}
+
+/// Strides in C order.
+Extents c_strides(std::span<const std::int64_t> shape) {
+  Extents strides;
+  std::int64_t next = 1;
+  for (std::size_t axis = shape.size(); axis-- > 0; next *= shape[axis]) strides[axis] = next;
+  return strides;
+}
+
+/// Weight, bias and their gradients have an element for each of x. A weight that is not there but has a gradient is 1.
+void repeat_params(Seen& seen, const Plan& p, const Shapes& own, const Extents& strides) {
+  const Args given = seen.args;
+  const Params params = seen.params;
+  const int ndim = given.x.ndim();
+  const auto put = [&](OperandIndex k, const Array& like, AxisMask axes, std::span<const std::int64_t> shape,
+                       const Extents& bytes) {
+    const Dtype dtype = like.present && like.dtype == Dtype::float64 ? like.dtype : compute_dtype(given.x.dtype);
+    const bool broadcasts = seen.spec.param_forms == 0 && like.present;
+    seen.put_repeated(k, dtype, strides, shape, bytes, [&](int axis) {
+      return param_axis(broadcasts, axes, ndim, static_cast<int>(shape.size()), axis);
+    });
+  };
+  for (const auto& [k, a, axes] :
+       {std::tuple{kWeight, &given.weight, params.axes}, std::tuple{kBias, &given.bias, params.bias_axes}}) {
+    Extents bytes;
+    for (int axis = 0; axis < a->ndim(); ++axis) bytes[axis] = a->stride(axis);
+    if (a->present || (k == kWeight && (p.writes(kDweight) || p.writes(kDbias)))) put(k, *a, axes, a->shape, bytes);
   }
-  return choose_traversal(t, dense, *layout);
+  if (!given.weight.present) seen.spec.weight_offset = 0;
+  const std::span<const std::int64_t> shape(own.param_shape.data(), static_cast<std::size_t>(own.param_ndim));
+  Extents bytes = c_strides(shape);
+  for (int axis = 0; axis < own.param_ndim; ++axis) bytes[axis] *= size_of(own.param_dtype);
+  if (p.writes(kDweight)) put(kDweight, given.weight, params.axes, shape, bytes);
+  if (p.writes(kDbias)) put(kDbias, given.weight, params.axes, shape, bytes);
+  seen.spec.param_forms = 0;
+  seen.params = {~AxisMask{0}, ~AxisMask{0}, false};
 }
 
-/// The same of backward.
-bool place_backward(Task& t, const BackwardArgs& args, AxisMask param_axes, const Blocks& blocks,
-                    const Shapes& shapes) {
-  Operands operands(blocks);
-  operands.add(args.x, shapes.out_strides);
-  operands.add(args.dy, shapes.out_strides);
-  operands.add(args.dx, shapes.out_strides);
-  const std::size_t residual = args.dresidual.present ? operands.add(args.dresidual, shapes.out_strides) : 0;
-  const int dense = static_cast<int>(operands.count);
-  if (!t.frozen) operands.add_mask(args.where, args.x);
-  const std::optional<Layout> layout = operands.canonicalised(param_axes);
-  if (!layout) return false;
-
-  t.geometry = layout->geometry;
-  t.x = operand_of(args.x, layout->strides[0]);
-  t.dy = operand_of(args.dy, layout->strides[1]);
-  t.dx = operand_of(args.dx, layout->strides[2]);
-  t.dx.dtype = args.x.dtype;
-  if (residual) t.residual = operand_of(args.dresidual, layout->strides[residual]);
-  t.where = mask_of(args.where, operands, *layout);
-  return choose_traversal(t, dense, *layout);
-}
-
-std::byte* data_of(const Array& a) { return a.present ? a.data : nullptr; }
-
-ForwardData data_of(const ForwardArgs& a) {
-  return {data_of(a.x),           data_of(a.y),        data_of(a.weight), data_of(a.bias),  data_of(a.running_mean),
-          data_of(a.running_var), data_of(a.residual), data_of(a.sum),    data_of(a.where), data_of(a.mean),
-          data_of(a.rstd),        data_of(a.moments)};
-}
-
-BackwardData data_of(const BackwardArgs& a) {
-  return {data_of(a.dy),     data_of(a.x),       data_of(a.dx),    data_of(a.mean),      data_of(a.rstd),
-          data_of(a.weight), data_of(a.bias),    data_of(a.where), data_of(a.dresidual), data_of(a.sums),
-          data_of(a.count),  data_of(a.dweight), data_of(a.dbias)};
+/// Gradients are handed out in C order.
+void put_gradients_in_order(Seen& seen, Plan& p, const Shapes& own) {
+  const Extents lying = p.shapes.param_strides;
+  const std::span<const std::int64_t> shape(own.param_shape.data(), static_cast<std::size_t>(own.param_ndim));
+  p.shapes.param_dtype = own.param_dtype, p.shapes.param_ndim = own.param_ndim;
+  p.shapes.param_shape = own.param_shape, p.shapes.param_strides = c_strides(shape);
+  bool lies = true;
+  Extents bytes;
+  for (int axis = 0; axis < own.param_ndim; ++axis) {
+    lies = lies && (shape[axis] == 1 || lying[axis] == p.shapes.param_strides[axis]);
+    bytes[axis] = p.shapes.param_strides[axis] * size_of(own.param_dtype);
+  }
+  for (const auto& [k, wanted] : {std::pair{kDweight, p.writes(kDweight)}, std::pair{kDbias, p.writes(kDbias)}})
+    if (wanted && !lies && !(seen.args.*kOperandTable[k].array).present)
+      seen.put(k, own.param_dtype, shape, lying, bytes);
 }
 
 }  // namespace
 
-ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec, Phase phase, bool keep_sum) {
-  ForwardPlan plan;
-  Shapes& shapes = plan.shapes;
+Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted) {
+  Plan p;
+  p.op = op, p.wanted = p.makes = wanted;
+  Shapes& shapes = p.shapes;
   const Array& x = args.x;
-  check_data_dtype("x", x, true);
-  check_spec(spec, x);
-  const Params params = judge_params(x, args.weight, args.bias, spec);
-  if (phase == Phase::both) check_running(args.running_mean, args.running_var, x, spec);
-  check_residual(args);
-  check_where(args.where, x);
-  const Blocks blocks(x, spec);
-  const AxisOrder order = describe(x, blocks, shapes);
-  if (phase == Phase::apply) {
-    check_statistic("mean", args.mean, shapes, spec.centered);
-    check_statistic("rstd", args.rstd, shapes, true);
-  }
-  check_forward(args, phase, keep_sum, shapes);
-  if (shapes.empty) {
-    shapes.fits = true;
-    return plan;
-  }
-  describe_params(x, args.weight, spec, params.axes, order, shapes);
-  if (args.bias.present) put_param_strides(x, args.bias, spec, params.bias_axes, order, shapes.bias_strides);
-  shapes.fits = shapes.fits && on_elements(x) && (!args.y.present || on_elements(args.y)) && !params.expand &&
-                (!args.residual.present || on_elements(args.residual)) && (!args.sum.present || on_elements(args.sum));
-  if (!shapes.fits) return plan;
-
-  Task& t = plan.job.task;
-  put_spec(t, spec, phase);
-  shapes.fits = place_forward(t, args, params.axes, blocks, shapes);
-  if (!shapes.fits) return plan;
-  shapes.repack_params = !params_in_order(args.weight, args.bias, shapes);
-  shapes.repack_stats = !statistics_in_order(args.mean, args.rstd, shapes);
-  t.weight = param_of(args.weight, spec.weight_offset), t.bias = param_of(args.bias, 0);
-  if (phase == Phase::apply) t.given = given_of(args.mean, args.rstd, t.geometry);
-  if (phase == Phase::both && args.running_mean.present) plan.job.running = running_of(args, spec, order);
-  point(plan.job, data_of(args));
-  return plan;
-}
-
-void point(ForwardJob& job, const ForwardData& data) {
-  Task& t = job.task;
-  t.x.data = data.x, t.y.data = data.y;
-  if (data.residual) {  // the sum is written where x will be read: into `sum`, or into y itself
-    t.source.data = data.x, t.residual.data = data.residual;
-    t.x.data = data.sum ? data.sum : data.y;
-  }
-  t.weight.data = data.weight, t.bias.data = data.bias;
-  t.where.data = t.frozen ? nullptr : data.where;
-  if (t.phase == Phase::both) job.running.mean = data.running_mean, job.running.var = data.running_var;
-  if (t.phase == Phase::apply) t.given.mean = t.centered ? data.mean : nullptr, t.given.scale = data.rstd;
-  else t.mean = data.mean, t.rstd = data.rstd;
-  if (t.phase == Phase::reduce) t.moments = reinterpret_cast<double*>(data.moments);
-  job.threads = num_threads();
-}
-
-BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardNeed need, Phase phase) {
-  BackwardPlan plan;
-  plan.need = need;
-  Shapes& shapes = plan.shapes;
-  const Array& x = args.x;
+  judge_x(x, spec, op);
+  const Dtype like_x = is_floating(x.dtype) ? x.dtype : Dtype::float32;
   shapes.x_dtype = x.dtype;
-  shapes.param_dtype = args.weight.present ? args.weight.dtype : compute_dtype(x.dtype);
-  check_data_dtype("x", x, false);
-  check_spec(spec, x);
-  check_same_dtype("dy", args.dy, x.dtype, ", the dtype of x");
-  check_shape("dy", args.dy, x.shape, ", the shape of x");
-  check_like_x("dresidual", args.dresidual, x);
-  check_where(args.where, x);
-  // Without an activation the bias has no part in the gradient.
-  const Array bias = spec.activation.kind == ActivationKind::none ? Array{} : args.bias;
-  Params params = judge_params(x, args.weight, args.bias, spec);
-  params.expand = params.expand && bias.present;
-  const Blocks blocks(x, spec);
-  const AxisOrder order = describe(x, blocks, shapes);
-  check_backward(args, spec, phase, shapes);
-  // Without weights, gradients belong to what weights would be: the first form, or the normalized axes.
-  const bool wants_params = need.dweight || need.dbias;
-  if (!args.weight.present && (wants_params || !bias.present)) {
-    params.axes = spec.param_forms ? spec.param_axes[0] : spec.reduce_axes;
-    params.expand = bias.present && params.bias_axes != params.axes;
+  shapes.out_dtype = is_backward(op) || args.out_dtype == Dtype::other ? like_x : args.out_dtype;
+  if (args.residual.present && (shapes.out_dtype != x.dtype || op == Op::moments)) p.makes |= operand_bit(kSum);
+  describe(x, Blocks(x, spec), shapes);
+  Params params = judge(args, spec, op, shapes.out_dtype, shapes.statistics());
+  Seen seen = Seen{args, spec, params};
+  const bool active = bias_counts(seen, op);
+  if (is_backward(op) && !args.weight.present && (p.writes(kDweight) || p.writes(kDbias) || !active)) {
+    params.axes = axes_of_absent(spec);
+    params.expand = active && params.bias_axes != params.axes;
+    seen.params = params;
   }
-  describe_params(x, args.weight, spec, params.axes, order, shapes);
-  if (args.bias.present) put_param_strides(x, args.bias, spec, params.bias_axes, order, shapes.bias_strides);
-  if (shapes.empty) return plan;
-
-  shapes.fits = on_elements(x) && on_elements(args.dy) && (!args.dx.present || on_elements(args.dx)) &&
-                (!args.dresidual.present || on_elements(args.dresidual)) && !params.expand;
-  if (!shapes.fits) return plan;
-  Task& t = plan.job.task;
-  put_spec(t, spec, phase);
-  const AxisMask param_axes = wants_params || args.weight.present || bias.present ? params.axes : 0;
-  shapes.fits = place_backward(t, args, param_axes, blocks, shapes) && (!wants_params || choose_kind(t));
-  if (!shapes.fits) return plan;
-  shapes.repack_params = !params_in_order(args.weight, bias, shapes);
-  t.weight = param_of(args.weight, spec.weight_offset), t.bias = param_of(bias, 0);
-  t.given = given_of(args.mean, args.rstd, t.geometry);
-  plan.job.dweight.dtype = args.dweight.present ? args.dweight.dtype : shapes.param_dtype;
-  plan.job.dbias.dtype = args.dbias.present ? args.dbias.dtype : shapes.param_dtype;
-  point(plan.job, data_of(args));
-  return plan;
+  if (!schedule(p, seen)) {
+    const Shapes own = shapes;
+    bool done = false;
+    if (args.residual.present && fits(own.out_dtype, x.dtype)) {
+      // In the order of x, so that its sum is summed as it would be without a residual.
+      seen = Seen{args, spec, params};
+      pack(seen, p, own, own.out_strides);
+      done = schedule(p, seen);
+    }
+    for (const bool repeated : {false, true}) {
+      if (done) break;
+      seen = Seen{args, spec, params};
+      const Extents strides = packed_strides(x, spec);
+      pack(seen, p, own, strides);
+      if (args.where.present && spec.use_input_stats) put_mask(seen, strides);
+      if (repeated) repeat_params(seen, p, own, strides);
+      done = schedule(p, seen);
+      if (done) put_gradients_in_order(seen, p, own);
+    }
+    shapes.out_strides = own.out_strides;
+  }
+  p.temporaries = std::move(seen.temporaries);
+  if (p.temporaries.empty() && !shapes.empty) {
+    Addresses at{};
+    for (int k = 0; k < kOperands; ++k)
+      if ((args.*kOperandTable[k].array).present) at[k] = (args.*kOperandTable[k].array).data;
+    point(p.job, op, at);
+  }
+  return p;
 }
 
-void point(BackwardJob& job, const BackwardData& data) {
+void point(Job& job, Op op, const Addresses& at) {
   Task& t = job.task;
-  t.x.data = data.x, t.dy.data = data.dy, t.dx.data = data.dx, t.residual.data = data.dresidual;
-  t.where.data = t.frozen ? nullptr : data.where;
-  t.weight.data = data.weight, t.bias.data = t.activation.kind == ActivationKind::none ? nullptr : data.bias;
-  t.given.mean = t.centered ? data.mean : nullptr, t.given.scale = data.rstd;
-  t.sums = reinterpret_cast<double*>(data.sums), t.counts = reinterpret_cast<const double*>(data.count);
-  job.dweight.data = data.dweight, job.dbias.data = data.dbias;
+  t.x.data = at[kX];
+  t.weight.data = at[kWeight];
+  t.where.data = t.frozen ? nullptr : at[kWhere];
+  if (is_backward(op)) {
+    t.dy.data = at[kDy], t.dx.data = at[kOut], t.residual.data = at[kDresidual];
+    t.bias.data = t.activation.kind == ActivationKind::none ? nullptr : at[kBias];
+    t.sums = reinterpret_cast<double*>(at[kSums]), t.counts = reinterpret_cast<const double*>(at[kCount]);
+    job.dweight.data = at[kDweight], job.dbias.data = at[kDbias];
+  } else {
+    t.y.data = at[kOut], t.bias.data = at[kBias];
+    if (at[kResidual]) {  // the sum is written where x will be read: into `sum`, or into y itself
+      t.source.data = at[kX], t.residual.data = at[kResidual];
+      t.x.data = at[kSum] ? at[kSum] : at[kOut];
+    }
+    if (op == Op::forward) job.running.mean = at[kRunningMean], job.running.var = at[kRunningVar];
+    if (op == Op::moments) t.moments = reinterpret_cast<double*>(at[kMoments]);
+  }
+  if (is_backward(op) || op == Op::apply) t.given.mean = t.centered ? at[kMean] : nullptr, t.given.scale = at[kRstd];
+  else t.mean = at[kMean], t.rstd = at[kRstd];
   job.threads = num_threads();
 }
 

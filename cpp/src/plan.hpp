@@ -4,62 +4,56 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "arguments.hpp"
 #include "cpu.hpp"
 #include "normkit/normkit.hpp"
+#include "operands.hpp"
 
 namespace normkit {
 
-/// How the arrays of a call must lie in memory. Strides in elements, dense.
+/// How the arrays that a call makes lie in memory. Strides in elements, dense.
 struct Shapes {
   Dtype x_dtype = Dtype::float32, out_dtype = Dtype::float32, param_dtype = Dtype::float32;
-  Extents out_strides;    // y or dx, where the caller did not pass one: the memory order of x
+  Extents x_shape, out_strides;  // y or dx, and x + residual: the memory order of x
+  int ndim = 0;
   Extents stat_shape, stat_strides;
   int stat_ndim = 0;
-  Extents param_shape, param_strides;  // dweight, dbias; weight where `repack_params`
-  Extents bias_strides;                // bias where `repack_params`: it may have more axes, of extent 1
+  Extents param_shape, param_strides;  // dweight, dbias
   int param_ndim = 0;
-  bool empty = false;          // x has no elements: nothing to run
-  bool repack_params = false;  // weight or bias must be copied into param_strides first
-  bool repack_stats = false;   // mean or rstd must be copied into stat_strides first
-  bool wants_sum = false;      // x + residual needs an array of its own
-  bool fits = true;            // false: the geometry cannot hold the arrays, pack x (and dy) and expand parameters
+  bool empty = false;      // x has no elements: nothing to run
 
   std::span<const std::int64_t> statistics() const { return {stat_shape.data(), static_cast<std::size_t>(stat_ndim)}; }
 };
 
-/// Where the arrays of a call of forward are.
-struct ForwardData {
-  std::byte *x = nullptr, *y = nullptr, *weight = nullptr, *bias = nullptr, *running_mean = nullptr,
-            *running_var = nullptr, *residual = nullptr, *sum = nullptr, *where = nullptr, *mean = nullptr,
-            *rstd = nullptr, *moments = nullptr;
+/// An array that the kernels work on in the place of an operand which does not lie as they want it. Its elements are copied from
+/// the operand before, or into it afterwards, each rounded once; along axes where the operand repeats itself they are added up.
+struct Temporary {
+  OperandIndex operand;
+  Dtype dtype;
+  int ndim;
+  Extents shape, strides;  // dense, in elements
+  Extents
+      seen_strides;  // of the operand as it is seen in this shape, in elements, 0 where it repeats; of one to be made too
 };
 
-/// Arrays of `args` that are absent but wanted are described by `shapes`; point() puts them into the job. All but the
-/// addresses in the job is a function of what the arrays are, and the same wherever they are.
-struct ForwardPlan {
-  ForwardJob job;
+/// Arrays that are absent but wanted are described by `shapes`; point() puts all into the job. All but the addresses in the job is
+/// a function of what the arrays are, and the same wherever they are.
+struct Plan {
+  Op op = Op::forward;
+  Job job;
   Shapes shapes;
+  OperandMask wanted = 0;  // of what it can write
+  OperandMask makes = 0;  // that, and where it needs one an array of its own for x + residual
+  std::vector<Temporary> temporaries;
+
+  bool writes(OperandIndex k) const { return makes & operand_bit(k); }
 };
 
-/// The same of backward.
-struct BackwardData {
-  std::byte *dy = nullptr, *x = nullptr, *dx = nullptr, *mean = nullptr, *rstd = nullptr, *weight = nullptr,
-            *bias = nullptr, *where = nullptr, *dresidual = nullptr, *sums = nullptr, *count = nullptr,
-            *dweight = nullptr, *dbias = nullptr;
-};
-struct BackwardNeed { bool dx = true, dweight = true, dbias = true; };
-struct BackwardPlan {
-  BackwardJob job;
-  Shapes shapes;
-  BackwardNeed need;
-};
-
-/// `keep_sum`: x + residual gets an array of its own.
-ForwardPlan plan_forward(const ForwardArgs& args, const Spec& spec, Phase phase = Phase::both, bool keep_sum = false);
-void point(ForwardJob& job, const ForwardData& data);
-BackwardPlan plan_backward(const BackwardArgs& args, const Spec& spec, BackwardNeed need, Phase phase = Phase::both);
-void point(BackwardJob& job, const BackwardData& data);
+/// Judges a call, and says how it is done: always, whatever the layout. Throws Error for what is wrong with it. `wanted`: of what
+/// it can write.
+Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted);
+void point(Job& job, Op op, const Addresses& at);
 
 }  // namespace normkit

@@ -9,9 +9,9 @@ namespace {
 
 int checked_axis(const char* name, std::int64_t axis, int ndim) {
   if (axis < -ndim || axis >= ndim)
-    fail(Error::Kind::axis, std::string(name) + " is " + std::to_string(axis) + ", expected " + std::to_string(-ndim) +
-                                " to " + std::to_string(ndim - 1) + ": x has " + std::to_string(ndim) +
-                                (ndim == 1 ? " axis" : " axes"));
+    throw Error(Error::Kind::axis, std::string(name) + " is " + std::to_string(axis) + ", expected " +
+                                       std::to_string(-ndim) + " to " + std::to_string(ndim - 1) + ": x has " +
+                                       std::to_string(ndim) + (ndim == 1 ? " axis" : " axes"));
   return static_cast<int>(axis < 0 ? axis + ndim : axis);
 }
 

@@ -17,9 +17,9 @@ int main() {
   for (std::size_t i = 0; i < x.size(); ++i) x[i] = 100 + 10 * std::sin(0.37f * static_cast<float>(i));
 
   using normkit::Array, normkit::Dtype;
-  normkit::ForwardArgs args;
+  normkit::Args args;
   args.x = Array::dense(x.data(), Dtype::float32, shape);
-  args.y = Array::dense(y.data(), Dtype::float32, shape);
+  args.out = Array::dense(y.data(), Dtype::float32, shape);
   args.weight = Array::dense(weight, Dtype::float32, per_channel);
   args.bias = Array::dense(bias, Dtype::float32, per_channel);
   args.mean = Array::dense(mean.data(), Dtype::float32, per_image);

@@ -1,4 +1,4 @@
-"""Arrays of a GPU: how the compiled core sees them, and what their library does for it.
+"""Arrays of a GPU: what their library does for calls.
 
 Kernels go to the stream that is current in the library of the arrays, on their device; outputs and workspace come from
 its allocator. Nothing is waited for, and nothing copied but what the geometry cannot hold as it lies. Libraries are
@@ -10,28 +10,11 @@ Who passes an `out` there has to see to it that its library waits for CuPy's str
 import importlib
 import math
 import sys
-from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from . import _core as _typed_core
-from ._memory import BFLOAT16_BITS, Memory, NDArray, imported, library_of, namespace_of, refuse_gradients
-
-_core: Any = _typed_core
-
-_CUDA, _MANAGED = 2, 13  # DLPack device types
-_LEGACY = 1  # what DLPack calls the stream whose handle is 0
-
-
-class _Root(NamedTuple):
-    """Whose memory a view shows a part of: what is at the end of its bases."""
-
-    owner: Any
-    pointer: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
+from ._memory import Memory, dtype_name, dtype_named, library_of, namespace_of
 
 
 def _dense_strides(shape: tuple[int, ...], itemsize: int, order: Any = None) -> tuple[int, ...]:
@@ -42,8 +25,8 @@ def _dense_strides(shape: tuple[int, ...], itemsize: int, order: Any = None) -> 
     return tuple(strides)
 
 
-class _Device(Memory):
-    """That of a GPU. The core calls empty(), copy(), put() and workspace()."""
+class Device(Memory):
+    """That of a GPU."""
 
     block = 1 << 22  # the fewer, the fewer launches
 
@@ -51,51 +34,15 @@ class _Device(Memory):
         super().__init__()
         self.xp, self.device, self.stream = xp, device, stream
 
-    # What a library has for it.
+    def empty_like(self, x: Any) -> Any:
+        steps = self.strides(x)
+        order = sorted(range(len(steps)), key=lambda axis: -abs(steps[axis]))
+        name = dtype_name(x.dtype)
+        shape = tuple(x.shape)
+        return self.empty(shape, name, _dense_strides(shape, dtype_named(name).itemsize, order))
 
-    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any], strides: tuple[int, ...]) -> Any:
-        raise NotImplementedError
-
-    def part(self, owner: Any, offset: int, view: NDArray) -> Any:
-        """An array of the memory of `owner` that lies as `view`, `offset` bytes from the first element."""
-        raise NotImplementedError
-
-    # The rest follows.
-
-    def run(self, core: Callable[..., Any], *arguments: Any) -> Any:
-        return _core.on_device(self, self.device, self.stream, core, arguments)
-
-    def stand_in(
-        self, owner: Any, pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any],
-        frozen: bool = False,
-    ) -> NDArray:  # fmt: skip
-        root = _Root(owner, pointer, shape, strides)
-        view: NDArray = _core.stand_in(root, pointer, shape, strides, dtype, not frozen)
-        return view
-
-    def array_of(self, view: NDArray) -> Any:
-        root: Any = view
-        while isinstance(root, np.ndarray):
-            root = root.base
-        offset = view.__array_interface__["data"][0] - root.pointer if view.size else 0
-        if offset == 0 and (view.shape, view.strides) == (root.shape, root.strides):
-            return root.owner
-        return self.part(root.owner, offset, view)
-
-    def empty(self, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None) -> NDArray:
-        dtype = np.dtype(dtype)
-        return self.view_of(self.allocate(shape, dtype, strides or _dense_strides(shape, dtype.itemsize)))
-
-    def empty_like(self, x: NDArray, dtype: Any = None) -> NDArray:
-        dtype = np.dtype(dtype or x.dtype)
-        order = sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
-        return self.empty(x.shape, dtype, _dense_strides(x.shape, dtype.itemsize, order))
-
-    def copy(self, target: NDArray, source: NDArray) -> None:
-        self.put(target, self.array_of(source))
-
-    def put(self, target: NDArray, values: Any) -> None:
-        self.array_of(target)[...] = values
+    def copy(self, into: Any, values: Any, axes: tuple[int, ...] | None = None) -> None:
+        into[...] = values if axes is None else self.wide(values, "float64").sum(axis=axes, keepdims=True)
 
     def merged(self, a: Any, b: Any) -> Any:
         """As merge() of formula.hpp, rounded once more where it fuses."""
@@ -111,10 +58,11 @@ class _Device(Memory):
         return xp.where((n == 0) | (sums == 0), 0.0, 1 / xp.sqrt(sums)) if inverse else xp.sqrt(sums)
 
 
-class _CuPy(_Device):
+class CuPy(Device):
     def __init__(self, device: int) -> None:
         cupy = sys.modules["cupy"]
         super().__init__(cupy, device, cupy.cuda.get_current_stream(device).ptr)
+        self.maker = cupy.ndarray
         self._current = cupy.cuda.Device(device)
 
     def __enter__(self) -> Memory:
@@ -124,18 +72,13 @@ class _CuPy(_Device):
     def __exit__(self, *error: Any) -> None:
         self._current.__exit__(*error)
 
-    def view_of(self, array: Any, name: str = "x") -> NDArray:
-        return self.stand_in(array, array.data.ptr, array.shape, tuple(array.strides), array.dtype)
+    def empty(self, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...] | None = None) -> Any:
+        kind = dtype_named(dtype)
+        memory = self.xp.cuda.alloc(max(math.prod(shape), 1) * kind.itemsize)
+        return self.xp.ndarray(shape, kind, memory, strides or _dense_strides(shape, kind.itemsize))
 
-    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any], strides: tuple[int, ...]) -> Any:
-        memory = self.xp.cuda.alloc(max(math.prod(shape), 1) * dtype.itemsize)
-        return self.xp.ndarray(shape, dtype, memory, strides)
-
-    def part(self, owner: Any, offset: int, view: NDArray) -> Any:
-        return self.xp.ndarray(view.shape, view.dtype, owner.data + offset, view.strides)
-
-    def wide(self, view: NDArray, dtype: Any) -> Any:
-        return self.array_of(view).astype(dtype, order="C")
+    def seen(self, array: Any, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...]) -> Any:
+        return self.xp.ndarray(shape, dtype_named(dtype), array.data, strides)
 
     def workspace(self, size: int) -> int:
         """The pool takes it back after the call, and gives it anew only to what comes later on the same stream."""
@@ -143,7 +86,7 @@ class _CuPy(_Device):
         return int(self._workspace.ptr)
 
 
-class _ThroughCuPy(_CuPy):
+class ThroughCuPy(CuPy):
     """That of any library that speaks DLPack."""
 
     def __init__(self, first: Any, device: int) -> None:
@@ -154,59 +97,42 @@ class _ThroughCuPy(_CuPy):
                 f"arrays of {library_of(first)} on a GPU want CuPy, which makes their outputs: install cupy-cuda13x"
             ) from None
         super().__init__(device)
-        self._namespace = namespace_of(first)
-        if hasattr(self._namespace, "from_dlpack"):
-            self.hand_over = self._namespace.from_dlpack
+        namespace = namespace_of(first)
+        if hasattr(namespace, "from_dlpack"):
+            self.hand_over = namespace.from_dlpack
 
-    def view_of(self, array: Any, name: str = "x") -> NDArray:
-        if is_cupy(array):
-            return super().view_of(array)
-        found = imported(name, array, stream=self.stream or _LEGACY)
-        low, high = np.lib.array_utils.byte_bounds(found)
-        cuda, pointer = self.xp.cuda, found.__array_interface__["data"][0]
-        memory = cuda.MemoryPointer(cuda.UnownedMemory(low, high - low, found, self.device), pointer - low)
-        dtype = self.dtype_named("bfloat16") if found.dtype == BFLOAT16_BITS else found.dtype
-        owner = self.xp.ndarray(found.shape, dtype, memory, found.strides)
-        frozen = library_of(array) == "jax" or not found.flags.writeable  # arrays of JAX never change
-        return self.stand_in(owner, pointer, found.shape, found.strides, dtype, frozen)
+    def over(self, owner: Any, pointer: int, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...]) -> Any:
+        """An array of CuPy over memory that `owner` keeps alive."""
+        reach = [(extent - 1) * step for extent, step in zip(shape, strides, strict=True)]
+        kind, below = dtype_named(dtype), -sum(r for r in reach if r < 0)
+        size, cuda = sum(map(abs, reach)) + kind.itemsize, self.xp.cuda
+        memory = cuda.MemoryPointer(cuda.UnownedMemory(pointer - below, size, owner, self.device), below)
+        return self.xp.ndarray(shape, kind, memory, strides)
 
 
-@cache
-def _name_of(dtype: Any) -> str:
-    return "bfloat16" if dtype == BFLOAT16_BITS else np.dtype(dtype).name
-
-
-class _Torch(_Device):
+class Torch(Device):
     def __init__(self, first: Any, device: int) -> None:
         torch = sys.modules["torch"]
         super().__init__(torch, device, torch.cuda.current_stream(device).cuda_stream)
-        self.shows_bits, self._place = True, first.device
+        self._place = first.device
 
-    def view_of(self, array: Any, name: str = "x") -> NDArray:
-        refuse_gradients(name, array)
-        if array.is_neg():  # its memory holds other numbers
-            raise TypeError(f"{name} is negated lazily, expected a tensor that is not: pass {name}.resolve_neg()")
-        word = str(array.dtype).rpartition(".")[2]
-        try:
-            dtype = self.dtype_named(word)
-        except TypeError:  # one that NumPy does not know
-            dtype = np.dtype([(word, f"V{array.element_size()}")])
-        strides = tuple(step * dtype.itemsize for step in array.stride())
-        return self.stand_in(array, array.data_ptr(), tuple(array.shape), strides, dtype)
+    def empty(self, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...] | None = None) -> Any:
+        size = dtype_named(dtype).itemsize
+        steps = [stride // size for stride in strides or _dense_strides(shape, size)]
+        return self.xp.empty_strided(shape, steps, dtype=getattr(self.xp, dtype), device=self._place)
 
-    def _dtype(self, dtype: Any) -> Any:
-        return getattr(self.xp, _name_of(dtype))
+    def seen(self, array: Any, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...]) -> Any:
+        size = dtype_named(dtype).itemsize
+        return array.as_strided(shape, [stride // size for stride in strides], array.storage_offset())
 
-    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any], strides: tuple[int, ...]) -> Any:
-        steps = [stride // dtype.itemsize for stride in strides]
-        return self.xp.empty_strided(shape, steps, dtype=self._dtype(dtype), device=self._place)
+    def strides(self, x: Any) -> tuple[int, ...]:
+        return tuple(step * x.element_size() for step in x.stride())
 
-    def part(self, owner: Any, offset: int, view: NDArray) -> Any:
-        steps = [stride // view.itemsize for stride in view.strides]
-        return owner.as_strided(view.shape, steps, owner.storage_offset() + offset // view.itemsize)
+    def transposed(self, x: Any, order: list[int]) -> Any:
+        return x.permute(order)
 
-    def wide(self, view: NDArray, dtype: Any) -> Any:
-        return self.array_of(view).to(self._dtype(dtype))
+    def wide(self, array: Any, dtype: str) -> Any:
+        return array.to(getattr(self.xp, dtype))
 
     def workspace(self, size: int) -> int:
         """As with CuPy's pool."""
@@ -214,31 +140,14 @@ class _Torch(_Device):
         return int(self._workspace.data_ptr())
 
 
-# ---- whose memory it is ------------------------------------------------------------------------------------------
-
-
-def is_cupy(array: Any) -> bool:
-    return library_of(array) == "cupy"
-
-
-def device_of(array: Any) -> int | None:
-    """The number of the GPU that an array is on; None for the CPU, and for what is no array."""
-    if is_cupy(array):
-        return int(array.device.id)
-    if isinstance(array, np.ndarray) or not hasattr(array, "__dlpack_device__"):
-        return None
-    kind, number = array.__dlpack_device__()
-    return int(number) if int(kind) in (_CUDA, _MANAGED) else None
-
-
 def entered(array: Any, device: int) -> Memory:
-    """What the core does by itself with arrays that it reads is between this and __exit__()."""
-    memory = memory_of(array, device)
-    memory.__enter__()
-    return memory
-
-
-def memory_of(array: Any, device: int) -> Memory:
-    if is_cupy(array):
-        return _CuPy(device)
-    return _Torch(array, device) if library_of(array) == "torch" else _ThroughCuPy(array, device)
+    """The memory of a call on arrays like this one, from here to its __exit__()."""
+    library = library_of(array)
+    memory = (
+        CuPy(device)
+        if library == "cupy"
+        else Torch(array, device)
+        if library == "torch"
+        else ThroughCuPy(array, device)
+    )
+    return memory.__enter__()

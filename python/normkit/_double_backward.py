@@ -4,30 +4,53 @@ Arrays are seen with their kept axes first and their normalized axes last, whate
 statistics at a time: its intermediate results are float64 and stay in cache, or take a bounded part of a GPU's memory.
 """
 
+import functools
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from . import _core as _typed_core
-from ._arrays import views_of
-from ._memory import BFLOAT16_BITS, Memory, NDArray
-
-_core: Any = _typed_core  # it takes and gives arrays of any library, which no stub can say
+from ._compiled import Array, compiled
+from ._memory import Memory, dtype_name, views_of
 
 _LINE = 64  # bytes
 Block: TypeAlias = tuple[slice, ...]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
+def double_backward(kind: str, backward: Callable[..., Any]) -> Callable[[_Function], _Function]:
+    """A function with the signature of the one that it decorates, for the gradient of `backward`."""
+
+    def decorated(function: _Function) -> _Function:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*args: Any, **options: Any) -> Any:
+            function(*args, **options)  # refuses what is no argument, as Python does
+            given = signature.bind(*args, **options)
+            given.apply_defaults()
+            return _double_backward(kind, backward, **given.arguments)
+
+        result: Any = call
+        return result  # type: ignore[no-any-return]
+
+    return decorated
+
+
+@compiled("moments", "normalize")
+def _moments(x: Array, *, axis: int) -> Any:
+    """Mean, m2 and count of each statistic, and their memory."""
+
+
+@compiled("backward", "normalize")
 def _backward(
-    memory: Memory, kind: int, axes: Any, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, use_input_stats: bool,
-    need: Any, weight_offset: float = 0.0,
+    dy: Array, x: Array, mean: Array, rstd: Array, weight: Array = None, *, axis: int, center: bool,
+    use_input_stats: bool, need: Any,
 ) -> Any:  # fmt: skip
-    """The one call of the core, without where, bias, activation and dresidual."""
-    options = None, None, None, weight_offset, None
-    return memory.run(_core.backward, kind, axes, dy, x, mean, rstd, weight, use_input_stats, need, None, *options)
+    """The gradient of rows."""
 
 
 # ---- views -------------------------------------------------------------------------------------------------------
@@ -36,48 +59,47 @@ def _backward(
 class _Frame:
     """Where the axes of x go: those that are kept first, those that are normalized last. All of it is views."""
 
-    def __init__(self, kind: int, axes: Any, x: NDArray) -> None:
-        self.shape, ndim = x.shape, x.ndim
+    def __init__(self, memory: Memory, kind: str, axes: Any, num_groups: int, x: Array) -> None:
+        self.memory, self.shape, ndim = memory, tuple(x.shape), x.ndim
         self.channels: list[int] = []  # the axes that (C,) and (N, C) lie along, where weights belong to channels
-        self.by_extents = kind in (_core.LAYER, _core.LAYER_RMS)  # weights have the normalized axes alone
+        self.by_extents = kind == "layer"  # weights have the normalized axes alone
         self.channel, self.groups = -1, 1  # the axis that is two to a statistic: groups, channels of a group
-        if kind in (_core.INSTANCE, _core.GROUP):
-            channel = axes[0] if kind == _core.GROUP else axes
-            kept = self.channels = [0, channel % ndim]
-        elif kind == _core.BATCH:
+        if kind in ("instance", "group"):
+            kept = self.channels = [0, axes % ndim]
+        elif kind == "batch":
             kept = self.channels = [axes % ndim]
         else:
             reduced = {axis % ndim for axis in (axes if isinstance(axes, tuple | list) else (axes,))}
             kept = [axis for axis in range(ndim) if axis not in reduced]
         self.reduced = [axis for axis in range(ndim) if axis not in kept]
-        if kind == _core.GROUP:
-            self.channel, self.groups = self.channels[1], axes[1]
+        if kind == "group":
+            self.channel, self.groups = self.channels[1], num_groups
             # The channels of a group stand behind the groups, and are normalized.
             moved = [axis + (axis > self.channel) for axis in range(ndim)]
             self.order = [moved[a] for a in kept] + sorted([*(moved[a] for a in self.reduced), self.channel + 1])
         else:
             self.order = kept + self.reduced
-        seen = self.data(x).shape
+        seen = tuple(self.data(x).shape)
         self.kept, self.members = seen[: len(kept)], math.prod(seen[len(kept) :])
         self.statistics_shape = self.kept + (1,) * (len(seen) - len(kept))
 
-    def data(self, array: NDArray) -> NDArray:
+    def data(self, array: Array) -> Array:
         """An array with the axes of x, some of them perhaps of extent 1."""
-        shape = array.shape
+        shape = tuple(array.shape)
         if self.channel >= 0:
             groups = self.groups if shape[self.channel] > 1 else 1
             split = groups, shape[self.channel] // groups
             array = array.reshape(*shape[: self.channel], *split, *shape[self.channel + 1 :])
-        return array.transpose(self.order)
+        return self.memory.transposed(array, self.order)
 
-    def statistics(self, array: NDArray) -> NDArray:
+    def statistics(self, array: Array) -> Array:
         return array[(..., *(None for _ in self.statistics_shape[len(self.kept) :]))]
 
     def absent(self) -> tuple[int, ...]:
         """The shape of the gradient of a weight that is not there."""
         return tuple(self.shape[axis] for axis in self.channels[-1:] or self.reduced)
 
-    def param(self, array: NDArray, *, like_absent: bool) -> NDArray:
+    def param(self, array: Array, *, like_absent: bool) -> Array:
         """A weight, or what has its shape; `like_absent`: there is no weight."""
         ndim, shape = len(self.shape), array.shape
         along: Sequence[int] = range(ndim - len(shape), ndim)  # as broadcasting has it
@@ -88,11 +110,11 @@ class _Frame:
         extents = dict(zip(along, shape, strict=True))
         return self.data(array.reshape([extents.get(axis, 1) for axis in range(ndim)]))
 
-    def blocks(self, x: NDArray, elements: int) -> Iterator[Block]:
+    def blocks(self, x: Array, elements: int) -> Iterator[Block]:
         """Blocks of whole statistics, of about so many elements."""
-        last = self.data(x).strides[: len(self.kept)][-1:]
         # Where neighbors in memory belong to different statistics, a block of few would read every line many times.
-        least = _LINE // x.itemsize if last == (x.itemsize,) else 1
+        last = self.memory.strides(self.data(x))[: len(self.kept)][-1:]
+        least = _LINE // last[0] if last and 0 < last[0] <= 8 else 1
         rows = max(least, elements // self.members)
         steps = []
         for extent in reversed(self.kept):
@@ -104,13 +126,13 @@ class _Frame:
             yield tuple(slice(start, start + step) for start, step in zip(at, reversed(steps), strict=True))
 
 
-def _part(array: NDArray, block: Block) -> NDArray:
+def _part(array: Array, block: Block) -> Array:
     """The part of a view that belongs to a block. What does not vary along an axis belongs to every part of it."""
     return array[tuple(slice(None) if extent == 1 else cut for cut, extent in zip(block, array.shape, strict=False))]
 
 
-def _load(memory: Memory, array: NDArray | None, block: Block) -> Any:
-    return None if array is None else memory.wide(_part(array, block), np.float64)
+def _load(memory: Memory, array: Array | None, block: Block) -> Any:
+    return None if array is None else memory.wide(_part(array, block), "float64")
 
 
 # ---- one block ---------------------------------------------------------------------------------------------------
@@ -132,13 +154,11 @@ def _of_block(
 
     def average(u: Any) -> Any:
         """By the core, whose sums do not depend on how many rows there are."""
-        u = memory.view_of(u.reshape(rows, members))
-        moments = memory.array_of(memory.run(_core.moments, _core.NORMALIZE, 1, u, None))
-        return moments[..., 0].reshape(rstd.shape)
+        return _moments(u.reshape(rows, members), axis=1)[0][..., 0].reshape(rstd.shape)
 
-    def constant(shape: tuple[int, ...], value: float) -> NDArray:
-        filled = memory.empty(shape, np.float64)
-        memory.put(filled, value)
+    def constant(shape: tuple[int, ...], value: float) -> Any:
+        filled = memory.empty(shape, "float64")
+        memory.copy(filled, value)
         return filled
 
     if mean is not None:
@@ -147,16 +167,19 @@ def _of_block(
             x = x - average(x)  # a mean is rounded: the rest of it is in the data
     x_hat = x * rstd
     # About zero from here on: a mean far from it would round once more.
-    kind = _core.NORMALIZE_RMS if mean is None else _core.NORMALIZE
     zero = None if mean is None else constant((rows,), 0.0)
-    seen, scale = memory.view_of(x.reshape(rows, members)), memory.view_of(rstd.reshape(rows))
-    data = seen, zero, scale, constant((rows, 1), 1.0), not frozen
+    data = x.reshape(rows, members), zero, rstd.reshape(rows), constant((rows, 1), 1.0)
+    options: dict[str, Any] = {
+        "axis": 1,
+        "center": mean is not None,
+        "use_input_stats": not frozen,
+        "need": ("dx", "dweight"),
+    }
 
     def projected(u: Any) -> tuple[Any, Any]:
         """rp(u) and the mean of u * x_hat."""
-        u = memory.view_of(u.reshape(rows, members))
-        rp, sums, _ = _backward(memory, kind, 1, u, *data, ("dx", "dweight"))
-        return memory.array_of(rp).reshape(x.shape), memory.array_of(sums).reshape(rstd.shape) / members
+        rp, sums, _ = _backward(u.reshape(rows, members), *data, **options)
+        return rp.reshape(x.shape), sums.reshape(rstd.shape) / members
 
     d_dy: Any = 0.0
     d_x: Any = 0.0
@@ -180,68 +203,70 @@ def _of_block(
 # ---- a call ------------------------------------------------------------------------------------------------------
 
 
-def _name(dtype: np.dtype[Any]) -> str:
-    return "bfloat16" if dtype == BFLOAT16_BITS else dtype.name
-
-
-def _check_dtype(name: str, array: NDArray, x: NDArray, *, wide: bool) -> None:
+def _check_dtype(name: str, array: Array, x: Array, *, wide: bool) -> None:
     """`wide`: float32 and float64 will do, whatever x is."""
-    if not array.dtype.isnative:
+    if not getattr(array.dtype, "isnative", True):
         raise TypeError(f"{name} has dtype {array.dtype.str}, expected native byte order")
-    dtypes = [np.dtype(np.float32), np.dtype(np.float64)] if wide else []
-    only_wide = x.dtype in dtypes
-    if array.dtype in dtypes or (array.dtype == x.dtype and not only_wide):
+    found, like = dtype_name(array.dtype), dtype_name(x.dtype)
+    dtypes = ["float32", "float64"] if wide else []
+    only_wide = like in dtypes
+    if found in dtypes or (found == like and not only_wide):
         return
-    expected = "float32 or float64" if only_wide else f"{'float32, float64 or ' * wide}{_name(x.dtype)}, the dtype of x"
-    raise TypeError(f"{name} has dtype {_name(array.dtype)}, expected {expected}")
+    expected = "float32 or float64" if only_wide else f"{'float32, float64 or ' * wide}{like}, the dtype of x"
+    raise TypeError(f"{name} has dtype {found}, expected {expected}")
 
 
-def _check_shape(name: str, array: NDArray, shape: tuple[int, ...], whose: str) -> None:
-    if array.shape != shape:
-        raise ValueError(f"{name} has shape {array.shape}, expected {shape}: the shape of {whose}")
+def _check_shape(name: str, array: Array, shape: tuple[int, ...], whose: str) -> None:
+    if tuple(array.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(array.shape)}, expected {shape}: the shape of {whose}")
 
 
-def double_backward(
-    kind: int, axes: Any, ddx: Any, ddweight: Any, ddbias: Any, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any,
-    use_input_stats: bool, weight_offset: float,
+def _double_backward(
+    kind: str, backward: Callable[..., Any], ddx: Any, ddweight: Any, ddbias: Any, dy: Any, x: Any, rstd: Any,
+    weight: Any, weight_offset: float, mean: Any = None, num_groups: int = 1, **options: Any,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
-    """(d_dy, d_x, d_weight) of any normalization, for any library and layout."""
+    """(d_dy, d_x, d_weight) of any normalization, for any library and layout. `options` are those of its backward."""
     if ddx is None and ddweight is None and ddbias is None:
         raise ValueError("ddx, ddweight and ddbias are None, expected an array for at least one of them")
     v, memory = views_of(x=x, dy=dy, mean=mean, rstd=rstd, weight=weight, ddx=ddx, ddweight=ddweight, ddbias=ddbias)
-    if kind in (_core.NORMALIZE_RMS, _core.LAYER_RMS):
+    given = {name: v[name] for name in ("dy", "x", "mean", "rstd", "weight")} | options
+    if kind == "group":
+        given["num_groups"] = num_groups
+    if "mean" not in inspect.signature(backward).parameters:
+        del given["mean"]
+    if not options.get("center", True):
         v["mean"] = None  # whatever was passed for it
     x, weight = v["x"], v["weight"]
     with memory:
-        # Nothing is needed of it but that it judges what a backward takes.
-        _backward(memory, kind, axes, v["dy"], x, v["mean"], v["rstd"], weight, use_input_stats, (), weight_offset)
-        frame = _Frame(kind, axes, x)
-        shape, whose = (frame.absent(), "dweight") if weight is None else (weight.shape, "weight")
-        for name, wanted, of in (("ddx", x.shape, "x"), ("ddweight", shape, whose), ("ddbias", shape, whose)):
+        backward(**given, need=(), weight_offset=weight_offset)  # judges what it takes
+        frame = _Frame(memory, kind, options.get("channel_axis", options.get("axis")), num_groups, x)
+        own = frame.absent() if weight is None else tuple(weight.shape)
+        whose = "dweight" if weight is None else "weight"
+        for name, wanted, of in (("ddx", frame.shape, "x"), ("ddweight", own, whose), ("ddbias", own, whose)):
             if v[name] is not None:
                 _check_dtype(name, v[name], x, wide=name != "ddx")
                 _check_shape(name, v[name], wanted, of)
 
-        d_dy, d_x, d_weight = memory.empty_like(x), memory.empty_like(x), None
-        total = None
+        d_dy, d_x, d_weight, total = memory.empty_like(x), memory.empty_like(x), None, None
         if weight is not None:
-            total, d_weight = memory.empty(weight.shape, np.float64), memory.empty(weight.shape, weight.dtype)
-            memory.put(total, 0.0)
+            total, d_weight = memory.empty(own, "float64"), memory.empty(own, dtype_name(weight.dtype))
+            memory.copy(total, 0.0)
         with np.errstate(all="ignore"):  # NaN, infinity and what overflows go where they belong, as in the backward
-            if x.size:
-                _over_blocks(memory, frame, v, float(weight_offset), not use_input_stats, (d_dy, d_x), total)
-            if total is not None and d_weight is not None:
-                memory.put(d_weight, memory.array_of(total))
+            if math.prod(frame.shape):
+                frozen = not options.get("use_input_stats", options.get("training", True))
+                _over_blocks(memory, frame, v, float(weight_offset), frozen, (d_dy, d_x), total)
+            if d_weight is not None:
+                memory.copy(d_weight, total)
         return memory.give_back(d_dy), memory.give_back(d_x), memory.give_back(d_weight)
 
 
 def _over_blocks(
     memory: Memory, frame: _Frame, v: dict[str, Any], weight_offset: float, frozen: bool,
-    outputs: tuple[NDArray, NDArray], total: NDArray | None,
+    outputs: tuple[Array, Array], total: Array | None,
 ) -> None:  # fmt: skip
     """Fills the outputs, and adds d_weight up in `total`."""
 
-    def see(name: str, view: Callable[..., NDArray], **options: bool) -> NDArray | None:
+    def see(name: str, view: Callable[..., Array], **options: bool) -> Array:
         return None if v[name] is None else view(v[name], **options)
 
     data = [see(name, frame.data) for name in ("x", "dy", "ddx")]
@@ -257,9 +282,8 @@ def _over_blocks(
         statistics = _load(memory, mean, block), _load(memory, rstd, block)
         *found, terms = _of_block(memory, x, *statistics, dy, w, ddx, ddweight, ddbias, frozen)
         for place, values in zip(places, found, strict=True):
-            memory.put(_part(place, block), values)
+            memory.copy(_part(place, block), values)
         if sums is not None and terms is not None:
             part = _part(sums, block)
             shared = tuple(axis for axis in range(part.ndim) if part.shape[axis] == 1)
-            so_far = memory.array_of(part)
-            so_far += terms.sum(axis=shared, keepdims=True) if shared else terms
+            part += terms.sum(axis=shared, keepdims=True) if shared else terms

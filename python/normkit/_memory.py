@@ -1,11 +1,12 @@
-"""What a call has done to memory: of the CPU by NumPy, which is here; of a GPU by its arrays' library, in _cuda.py.
+"""What calls have Python do to memory: of the CPU by NumPy, here; of a GPU by its arrays' library, in _cuda.py.
 
-The rest of the package sees arrays of any library as NumPy arrays, its views. Those of a GPU only tell where and how
-they lie. Shapes, strides and axes are NumPy's business there too; elements are not, and all that touches them is here.
+The core reads arrays of any library as they are. Python sees those of the CPU as NumPy arrays where it computes with
+them, and those of a GPU as their library's own.
 """
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,62 +20,106 @@ NDArray: TypeAlias = np.ndarray[Any, Any]
 
 # ---- libraries ---------------------------------------------------------------------------------------------------
 
+_FROZEN = ("jax", "tensorflow")  # libraries whose arrays never change
 
-_library_of: dict[type, str] = {}  # for calls on small arrays: finding it takes as long as all else about one
+
+def library_of_type(kind: type) -> tuple[str, bool]:
+    """The library that arrays of a type belong to, by the root of a module, and whether they never change.
+
+    Subclasses belong to the library of their base: the one which speaks DLPack.
+    """
+    base = next((c for c in reversed(kind.__mro__) if "__dlpack__" in vars(c)), kind)
+    root = base.__module__.partition(".")[0]
+    name = {"jaxlib": "jax"}.get(root, root)
+    return name, name in _FROZEN
 
 
 def library_of(array: Any) -> str:
-    """The library that an array belongs to, by the root of its type's module."""
-    kind = type(array)
-    if kind not in _library_of:
-        root = kind.__module__.partition(".")[0]
-        _library_of[kind] = {"jaxlib": "jax"}.get(root, root)
-    return _library_of[kind]
+    return library_of_type(type(array))[0]
 
 
-def namespace_of(array: Any) -> Any:
-    """Its functions, from_dlpack() among them; None where it has none."""
-    if hasattr(array, "__array_namespace__"):
-        return array.__array_namespace__()
-    return sys.modules.get(library_of(array))
+def readable(name: str, array: Any, is_written: bool) -> Any:
+    """The array, or one of the same values, whose memory is its value; else it is refused, with the way out."""
+    library = library_of(array)
+    torch = sys.modules.get("torch")
+    if library == "torch" and torch is not None:
+        return _tensor(torch, name, array, is_written)
+    jax = sys.modules.get("jax")
+    if library == "jax" and jax is not None and isinstance(array, jax.core.Tracer):
+        raise TypeError(
+            f"{name} is a {type(array).__name__} of JAX, expected an array that holds values: call normkit outside of "
+            "jit, grad and vmap, or through jax.pure_callback"
+        )
+    return array
 
 
-def refuse_gradients(name: str, array: Any) -> None:
-    if getattr(array, "requires_grad", False):
+_PLAIN = {"ADInplaceOrView", *(f"{kind}{place}" for kind in ("", "Autograd", "Autocast") for place in ("CPU", "CUDA"))}
+_LAZY = {"Negative": "negated", "Conjugate": "conjugated"}
+
+
+def _tensor(torch: Any, name: str, tensor: Any, is_written: bool) -> Any:
+    if tensor.requires_grad and getattr(torch, "is_grad_enabled", lambda: True)():
         raise TypeError(
             f"{name} requires grad, expected a tensor that does not: normkit records no gradients, pass {name}.detach()"
         )
+    for key in _keys(torch, tensor):
+        if key in _LAZY:
+            if is_written:
+                raise TypeError(f"{name} is {_LAZY[key]} lazily, expected a tensor whose memory is its value")
+            tensor = tensor.resolve_neg().resolve_conj()
+        elif key not in _PLAIN:
+            raise TypeError(
+                f"{name} is a {type(tensor).__name__} of kind {key} on device {tensor.device}, expected a plain dense "
+                "tensor that holds its elements: pass one, outside of torch.compile, torch.func and modes of dispatch"
+            )
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
-def imported(name: str, array: Any, **stream: int) -> NDArray:
-    """What an array exports by DLPack, as a NumPy array that keeps it alive. Where it is of a GPU, a stand-in.
-
-    `stream` is the one that will work on it: the producer sees to it that what is still to be written comes first.
-    """
+def _keys(torch: Any, tensor: Any) -> list[str]:
+    """What PyTorch dispatches its calls by: it says all of a tensor that is more than dense memory."""
     try:
-        capsule = array.__dlpack__(max_version=(1, 1), **stream)
-    except TypeError:  # a producer older than DLPack 1
-        capsule = array.__dlpack__(**stream)
-    view: NDArray = _core.from_capsule(name, capsule)
-    return view
+        keys = str(torch._C._dispatch_keys(tensor))
+    except AttributeError:  # a private function that is gone
+        return ["Negative"] * tensor.is_neg() + ["meta"] * getattr(tensor, "is_meta", False)
+    return [key.strip() for key in keys.partition("(")[2].rstrip(")").split(",") if key.strip()]
 
 
 # ---- dtypes that NumPy does not compute with ---------------------------------------------------------------------
 
-BFLOAT16_BITS = np.dtype([("bfloat16", "<u2")])  # how from_capsule() shows bfloat16
+BFLOAT16_BITS = np.dtype([("bfloat16", "<u2")])
 
 
-def _computable(array: NDArray) -> NDArray:
-    if array.dtype == BFLOAT16_BITS:
+@cache
+def bfloat16_dtype() -> np.dtype[Any]:
+    """That of ml_dtypes, or where there is none two bytes that NumPy moves and never looks into."""
+    try:
+        import ml_dtypes
+    except ImportError:
+        return BFLOAT16_BITS
+    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return dtype
+
+
+def dtype_named(name: str) -> np.dtype[Any]:
+    return bfloat16_dtype() if name == "bfloat16" else np.dtype(name)
+
+
+def dtype_name(dtype: Any) -> str:
+    """'float32' for np.float32, np.dtype('float32'), torch.float32 and the like."""
+    return "bfloat16" if dtype == BFLOAT16_BITS else str(getattr(dtype, "name", dtype)).rpartition(".")[2]
+
+
+def _computable(array: Any) -> Any:
+    if getattr(array, "dtype", None) == BFLOAT16_BITS:
         return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return array
 
 
-def _rounded(values: NDArray, dtype: np.dtype[Any]) -> NDArray:
+def _rounded(values: Any, dtype: np.dtype[Any]) -> Any:
     """float32 or float64 values in any floating dtype, rounded once."""
-    if dtype != BFLOAT16_BITS:
-        return values.astype(dtype, copy=False)
-    bits = values.astype(np.float32).view(np.uint32)
+    if dtype != BFLOAT16_BITS or getattr(values, "dtype", None) == dtype:
+        return values
+    bits = np.asarray(values).astype(np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     quiet = (bits >> 16) | 0x40
     return np.where(np.isnan(values), quiet, rounded).astype(np.uint16).view(BFLOAT16_BITS)
@@ -83,18 +128,26 @@ def _rounded(values: NDArray, dtype: np.dtype[Any]) -> NDArray:
 # ---- the CPU -----------------------------------------------------------------------------------------------------
 
 
-class Memory:
-    """That of the CPU. A call works between `with memory:` and the end of that block.
+def share_memory(a: NDArray, b: NDArray) -> bool:
+    """True unless it is certain that two interleaving views share no element."""
+    effort: Any = 100_000
+    try:
+        return np.shares_memory(a, b, max_work=effort)
+    except np.exceptions.TooHardError:
+        return True
 
-    `xp` computes on what array_of() and wide() give; `hand_over` makes of that what the caller gets. `shows_bits`: in
-    views bfloat16 is BFLOAT16_BITS, else the type of ml_dtypes.
+
+class Memory:
+    """That of the CPU. Python code works between `with memory:` and the end of that block.
+
+    `xp` computes on its arrays; `hand_over` makes of them what the caller gets.
     """
 
     xp: Any = np
     block = 1 << 14  # elements to compute with at a time: ten float64 arrays of that size fill a second-level cache
 
-    def __init__(self, hand_over: Callable[[Any], Any] = lambda array: array, *, shows_bits: bool = False) -> None:
-        self.hand_over, self.shows_bits = hand_over, shows_bits
+    def __init__(self, hand_over: Callable[[Any], Any] = lambda array: array) -> None:
+        self.hand_over = hand_over
 
     def __enter__(self) -> "Memory":
         return self
@@ -102,58 +155,37 @@ class Memory:
     def __exit__(self, *_: Any) -> None:
         pass
 
-    def run(self, core: Callable[..., Any], *arguments: Any) -> Any:
-        """core(*arguments), of views and with views as its result."""
-        return core(*arguments)
-
-    def array_of(self, view: NDArray) -> Any:
-        """The array of xp that a view shows, or the part of it."""
-        return view
-
-    def view_of(self, array: Any, name: str = "x") -> NDArray:
-        view: NDArray = array
-        return view
-
-    def give_back(self, view: NDArray | None) -> Any:
+    def give_back(self, array: Any) -> Any:
         """A result, as the caller's library has it."""
-        return None if view is None else self.hand_over(self.array_of(view))
-
-    def dtype_named(self, name: str) -> np.dtype[Any]:
-        if name != "bfloat16":
-            return np.dtype(name)
-        if self.shows_bits:
-            return BFLOAT16_BITS
-        import ml_dtypes
-
-        dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-        return dtype
+        return None if array is None else self.hand_over(array)
 
     # New memory holds anything.
 
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> NDArray:
-        return np.empty(shape, dtype)
+    def empty(self, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...] | None = None) -> Any:
+        return np.empty(shape, dtype_named(dtype))
 
-    def empty_like(self, x: NDArray, dtype: Any = None) -> NDArray:
+    def empty_like(self, x: Any) -> Any:
         """In the order of x, dense."""
-        return np.empty_like(x, dtype=dtype, order="K")
+        return np.empty_like(x, order="K")
 
-    def copy(self, target: NDArray, source: NDArray) -> None:
-        """Of one dtype, to the bit."""
-        target[...] = source
+    def strides(self, x: Any) -> tuple[int, ...]:
+        """In bytes."""
+        return tuple(x.strides)
 
-    def put(self, target: NDArray, values: Any) -> None:
-        """An array of xp, or a number, rounded once."""
-        target[...] = _rounded(np.asarray(values), target.dtype)
+    def transposed(self, x: Any, order: list[int]) -> Any:
+        return x.transpose(order)
 
-    def wide(self, view: NDArray, dtype: Any) -> Any:
-        """The same numbers in float32 or float64, as an array of xp."""
-        return _computable(view).astype(dtype, order="C")
+    def copy(self, into: Any, values: Any, axes: tuple[int, ...] | None = None) -> None:
+        """into[...] = values, each rounded once; along `axes` they are added up first."""
+        if axes is not None:
+            values = self.wide(values, "float64").sum(axis=axes, keepdims=True)
+        if getattr(values, "dtype", None) != into.dtype:
+            values = _rounded(_computable(values), into.dtype)
+        into[...] = values
 
-    def dense(self, view: NDArray) -> NDArray:
-        """A copy in C order."""
-        copied = self.empty(view.shape, view.dtype)
-        self.copy(copied, view)
-        return copied
+    def wide(self, array: Any, dtype: str) -> Any:
+        """The same numbers in float32 or float64, as an array of its own in C order."""
+        return _computable(array).astype(dtype, order="C")
 
     # Of moments: mean, m2 and count along the last axis.
 
@@ -163,3 +195,28 @@ class Memory:
     def deviation(self, triples: Any, eps: float, *, inverse: bool) -> Any:
         """1 / sqrt(var + eps), or sqrt(var + eps)."""
         return _core.deviation_of_moments(np.ascontiguousarray(triples), eps, inverse)
+
+
+NUMPY = Memory()
+
+
+def memory_of(first: Any) -> Memory:
+    """How results of NumPy become arrays of the library of `first`."""
+    namespace = namespace_of(first)
+    if not hasattr(namespace, "from_dlpack"):  # a producer that takes nothing back
+        return NUMPY
+    return Memory(lambda array: namespace.from_dlpack(_core.to_dlpack(array)))
+
+
+def namespace_of(array: Any) -> Any:
+    """Its functions, from_dlpack() among them; None where it has none."""
+    if hasattr(array, "__array_namespace__"):
+        return array.__array_namespace__()
+    return sys.modules.get(library_of(array))
+
+
+def views_of(**arrays: Any) -> tuple[dict[str, Any], Memory]:
+    """The arrays of a call as those that Python computes with, and their memory. The first one says which library and
+    device it is."""
+    views, memory = _core.views(**arrays)
+    return views, memory or NUMPY

@@ -1,16 +1,20 @@
-"""Every named normalization and its backward: signature, docstring, axes, one call.
+"""Every named normalization and its backward: signature and docstring. C++ is the body.
 
 Nothing below this file is named after a normalization: all of them are statistics over some axes, then a scale and a
 shift.
 """
 
-from collections.abc import Callable, Collection
-from typing import Any, TypeVar
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from . import _core
-from ._arrays import Activation, Array, backward_anywhere, called, forward_anywhere, hand_back, views_of
+import numpy as np
+
+from ._compiled import Activation, Array, compiled
 from ._double_backward import double_backward
-from .phases import Moments, apply_any
+from ._memory import Memory, views_of
+from .phases import Moments
 
 __all__ = [
     "adaptive_instance_norm",
@@ -35,36 +39,12 @@ __all__ = [
     "rms_norm_double_backward",
 ]
 
-_NORMALIZE, _NORMALIZE_RMS, _INSTANCE, _GROUP = _core.NORMALIZE, _core.NORMALIZE_RMS, _core.INSTANCE, _core.GROUP
-_BATCH, _LAYER, _LAYER_RMS = _core.BATCH, _core.LAYER, _core.LAYER_RMS
 _ALL = ("dx", "dweight", "dbias")
+# What gradients of content and of style are made of: always the same tuples, by which calls are known again.
+_WANTED = {(True, True): _ALL, (True, False): ("dx",), (False, True): ("dweight", "dbias"), (False, False): ()}
 
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _compiled(with_short_way: Callable[[int, Any], Any], kind: int) -> Callable[[_Function], _Function]:
-    """Lets C++ answer what it can: calls on NumPy arrays whose layout fits. The function itself is for the rest.
-
-    C++ goes by the names and defaults of the parameters.
-    """
-
-    def compiled(function: _Function) -> _Function:
-        result: _Function = with_short_way(kind, function)
-        return result
-
-    return compiled
-
-
-def _forward(kind: int) -> Callable[[_Function], _Function]:
-    return _compiled(_core.forward_function, kind)
-
-
-def _backward(kind: int) -> Callable[[_Function], _Function]:
-    return _compiled(_core.backward_function, kind)
-
-
-@_forward(_INSTANCE)
+@compiled("forward", "instance")
 def instance_norm(
     x: Array,
     weight: Array = None,
@@ -142,13 +122,9 @@ def instance_norm(
     >>> nk.instance_norm(x).round(3).tolist()
     [[[-1.342, -0.447, 0.447, 1.342], [-1.342, -0.447, 0.447, 1.342]]]
     """
-    return forward_anywhere(
-        _INSTANCE, channel_axis, x, weight, bias, eps, running_mean, running_var, use_input_stats, momentum,
-        out, out_dtype, return_stats, where, residual, return_residual, activation, weight_offset,
-    )  # fmt: skip
 
 
-@_backward(_INSTANCE)
+@compiled("backward", "instance")
 def instance_norm_backward(
     dy: Array,
     x: Array,
@@ -203,12 +179,9 @@ def instance_norm_backward(
     TypeError, ValueError, numpy.exceptions.AxisError
         Naming the argument, before anything is written.
     """
-    return backward_anywhere(
-        _INSTANCE, channel_axis, dy, x, mean, rstd, weight, use_input_stats, need, out,
-        where, bias, activation, weight_offset, dresidual,
-    )  # fmt: skip
 
 
+@double_backward("instance", instance_norm_backward)
 def instance_norm_double_backward(
     ddx: Array,
     ddweight: Array,
@@ -269,12 +242,9 @@ def instance_norm_double_backward(
     >>> d_dy.round(4).tolist()
     [[[0.1633, -0.2041, 0.0408]]]
     """
-    return double_backward(
-        _INSTANCE, channel_axis, ddx, ddweight, ddbias, dy, x, mean, rstd, weight, use_input_stats, weight_offset
-    )
 
 
-@_forward(_GROUP)
+@compiled("forward", "group")
 def group_norm(
     x: Array,
     num_groups: int,
@@ -318,14 +288,9 @@ def group_norm(
     TypeError, ValueError, numpy.exceptions.AxisError
         Naming the argument, before anything is written.
     """
-    axes = (channel_axis, num_groups)
-    return forward_anywhere(
-        _GROUP, axes, x, weight, bias, eps, None, None, True, 0.0, out, out_dtype, return_stats,
-        where, residual, return_residual, activation, weight_offset,
-    )  # fmt: skip
 
 
-@_backward(_GROUP)
+@compiled("backward", "group")
 def group_norm_backward(
     dy: Array,
     x: Array,
@@ -350,13 +315,9 @@ def group_norm_backward(
 
     Returns (dx, dweight, dbias). Without weight, dweight and dbias are (C,).
     """
-    axes = (channel_axis, num_groups)
-    return backward_anywhere(
-        _GROUP, axes, dy, x, mean, rstd, weight, use_input_stats, need, out,
-        where, bias, activation, weight_offset, dresidual,
-    )  # fmt: skip
 
 
+@double_backward("group", group_norm_backward)
 def group_norm_double_backward(
     ddx: Array,
     ddweight: Array,
@@ -380,13 +341,9 @@ def group_norm_double_backward(
 
     Returns (d_dy, d_x, d_weight). Without weight, ddweight and ddbias are (C,).
     """
-    axes = (channel_axis, num_groups)
-    return double_backward(
-        _GROUP, axes, ddx, ddweight, ddbias, dy, x, mean, rstd, weight, use_input_stats, weight_offset
-    )
 
 
-@_forward(_LAYER)
+@compiled("forward", "layer")
 def layer_norm(
     x: Array,
     weight: Array = None,
@@ -428,13 +385,9 @@ def layer_norm(
     TypeError, ValueError, numpy.exceptions.AxisError
         Naming the argument, before anything is written.
     """
-    return forward_anywhere(
-        _LAYER, axis, x, weight, bias, eps, None, None, True, 0.0, out, out_dtype, return_stats,
-        where, residual, return_residual, activation, weight_offset,
-    )  # fmt: skip
 
 
-@_backward(_LAYER)
+@compiled("backward", "layer")
 def layer_norm_backward(
     dy: Array,
     x: Array,
@@ -458,12 +411,9 @@ def layer_norm_backward(
 
     Returns (dx, dweight, dbias). dweight and dbias have the extents of the normalized axes.
     """
-    return backward_anywhere(
-        _LAYER, axis, dy, x, mean, rstd, weight, use_input_stats, need, out,
-        where, bias, activation, weight_offset, dresidual,
-    )  # fmt: skip
 
 
+@double_backward("layer", layer_norm_backward)
 def layer_norm_double_backward(
     ddx: Array,
     ddweight: Array,
@@ -487,12 +437,9 @@ def layer_norm_double_backward(
 
     Returns (d_dy, d_x, d_weight).
     """
-    return double_backward(
-        _LAYER, axis, ddx, ddweight, ddbias, dy, x, mean, rstd, weight, use_input_stats, weight_offset
-    )
 
 
-@_forward(_LAYER_RMS)
+@compiled("forward", "layer", center=False)
 def rms_norm(
     x: Array,
     weight: Array = None,
@@ -536,13 +483,9 @@ def rms_norm(
     TypeError, ValueError, numpy.exceptions.AxisError
         Naming the argument, before anything is written.
     """
-    return forward_anywhere(
-        _LAYER_RMS, axis, x, weight, bias, eps, None, None, True, 0.0, out, out_dtype, return_stats,
-        where, residual, return_residual, activation, weight_offset,
-    )  # fmt: skip
 
 
-@_backward(_LAYER_RMS)
+@compiled("backward", "layer", center=False)
 def rms_norm_backward(
     dy: Array,
     x: Array,
@@ -568,12 +511,9 @@ def rms_norm_backward(
 
     Returns (dx, dweight, dbias). dweight and dbias have the extents of the normalized axes.
     """
-    return backward_anywhere(
-        _LAYER_RMS, axis, dy, x, None, rstd, weight, use_input_stats, need, out,
-        where, bias, activation, weight_offset, dresidual,
-    )  # fmt: skip
 
 
+@double_backward("layer", rms_norm_backward)
 def rms_norm_double_backward(
     ddx: Array,
     ddweight: Array,
@@ -597,12 +537,9 @@ def rms_norm_double_backward(
 
     Returns (d_dy, d_x, d_weight).
     """
-    return double_backward(
-        _LAYER_RMS, axis, ddx, ddweight, ddbias, dy, x, None, rstd, weight, use_input_stats, weight_offset
-    )
 
 
-@_forward(_BATCH)
+@compiled("forward", "batch")
 def batch_norm(
     x: Array,
     weight: Array = None,
@@ -650,13 +587,9 @@ def batch_norm(
     TypeError, ValueError, numpy.exceptions.AxisError
         Naming the argument, before anything is written.
     """
-    return forward_anywhere(
-        _BATCH, channel_axis, x, weight, bias, eps, running_mean, running_var, training, momentum,
-        out, out_dtype, return_stats, where, residual, return_residual, activation, weight_offset,
-    )  # fmt: skip
 
 
-@_backward(_BATCH)
+@compiled("backward", "batch")
 def batch_norm_backward(
     dy: Array,
     x: Array,
@@ -680,12 +613,9 @@ def batch_norm_backward(
 
     Returns (dx, dweight, dbias). dweight and dbias are (C,).
     """
-    return backward_anywhere(
-        _BATCH, channel_axis, dy, x, mean, rstd, weight, training, need, out,
-        where, bias, activation, weight_offset, dresidual,
-    )  # fmt: skip
 
 
+@double_backward("batch", batch_norm_backward)
 def batch_norm_double_backward(
     ddx: Array,
     ddweight: Array,
@@ -708,9 +638,6 @@ def batch_norm_double_backward(
 
     Returns (d_dy, d_x, d_weight).
     """
-    return double_backward(
-        _BATCH, channel_axis, ddx, ddweight, ddbias, dy, x, mean, rstd, weight, training, weight_offset
-    )
 
 
 def adaptive_instance_norm(
@@ -755,14 +682,14 @@ def adaptive_instance_norm(
     """
     v, memory = views_of(content=content, style=style, out=out, where=where, residual=residual)
     with memory:
-        a = {name: None if view is None else memory.array_of(view) for name, view in v.items()}
-        of_style = _style_moments(a["content"], a["style"], channel_axis)
-        with called("content"):
-            result = forward_anywhere(
-                _INSTANCE, channel_axis, a["content"], of_style.std(eps), of_style.mean, eps, None, None, True, 0.0,
-                a["out"], out_dtype, return_stats, a["where"], a["residual"], return_residual, activation, 0.0,
+        of_style = _style_moments(v["content"], v["style"], channel_axis)
+        with _called("content"):
+            result = instance_norm(
+                v["content"], of_style.std(eps), of_style.mean, eps=eps, channel_axis=channel_axis, out=v["out"],
+                out_dtype=out_dtype, return_stats=return_stats, where=v["where"], activation=activation,
+                residual=v["residual"], return_residual=return_residual,
             )  # fmt: skip
-        return hand_back(result, memory.hand_over, out)
+        return _hand_back(result, memory, out)
 
 
 def adaptive_instance_norm_backward(
@@ -814,33 +741,43 @@ def adaptive_instance_norm_backward(
     v, memory = views_of(
         content=content, style=style, dy=dy, mean=mean, rstd=rstd, out=out, where=where, dresidual=dresidual
     )
-    if v["style"].dtype.kind in "iu":
-        raise TypeError(f"style has dtype {v['style'].dtype}, expected float32, float64, float16 or bfloat16")
-    wanted = ("dx",) if "dcontent" in need else ()
-    if "dstyle" in need:
-        wanted = (*wanted, "dweight", "dbias")
+    kind = str(v["style"].dtype).rpartition(".")[2]
+    if kind.startswith(("int", "uint")):
+        raise TypeError(f"style has dtype {kind}, expected float32, float64, float16 or bfloat16")
+    wanted = _WANTED["dcontent" in need, "dstyle" in need]
     with memory:
-        a = {name: None if view is None else memory.array_of(view) for name, view in v.items()}
-        of_style = _style_moments(a["content"], a["style"], channel_axis)
-        with called("content"):
-            dcontent, dweight, dbias = backward_anywhere(
-                _INSTANCE, channel_axis, a["dy"], a["content"], a["mean"], a["rstd"], of_style.std(eps), True, wanted,
-                a["out"], a["where"], of_style.mean, activation, 0.0, a["dresidual"],
+        of_style = _style_moments(v["content"], v["style"], channel_axis)
+        with _called("content"):
+            dcontent, dweight, dbias = instance_norm_backward(
+                v["dy"], v["content"], v["mean"], v["rstd"], of_style.std(eps), channel_axis=channel_axis, need=wanted,
+                out=v["out"], where=v["where"], bias=of_style.mean, activation=activation, dresidual=v["dresidual"],
             )  # fmt: skip
         dstyle = None
         if "dstyle" in need:  # sqrt(var + eps) and mean of style are weight and bias of content
             statistics, params = (of_style.mean, of_style.rstd(eps)), (g / of_style.count for g in (dweight, dbias))
-            with called("style"):
-                dstyle = apply_any(_INSTANCE, channel_axis, a["style"], *statistics, *params, None, None, None, 0.0)
-        gradients: tuple[Any, Any] = hand_back((dcontent, dstyle), memory.hand_over, out)
+            with _called("style"):
+                dstyle = _apply_channels(v["style"], *statistics, *params, channel_axis=channel_axis)
+        gradients: tuple[Any, Any] = _hand_back((dcontent, dstyle), memory, out)
         return gradients
+
+
+@compiled("moments", "instance")
+def _moments_of_channels(x: Array, *, channel_axis: int) -> Any:
+    """Mean, m2 and count of each, and their memory."""
+
+
+@compiled("apply", "instance")
+def _apply_channels(
+    x: Array, mean: Array, rstd: Array, weight: Array = None, bias: Array = None, *, channel_axis: int
+) -> Any:
+    """`apply` over the axes of instance norm."""
 
 
 def _style_moments(content: Array, style: Array, channel_axis: int) -> Moments:
     """The moments of style, whose images and channels must be those of content."""
-    with called("style"):
-        moments = Moments.of(_INSTANCE, channel_axis, style)
-    shape: tuple[int, ...] = tuple(getattr(content, "shape", ()))
+    with _called("style"):
+        moments = Moments(*_moments_of_channels(style, channel_axis=channel_axis))
+    shape: tuple[int, ...] = tuple(content.shape)
     if -len(shape) <= channel_axis < len(shape):  # else content is refused by its own call
         found, expected = tuple(moments.count.shape), (shape[0], shape[channel_axis])
         if found != expected:
@@ -848,7 +785,25 @@ def _style_moments(content: Array, style: Array, channel_axis: int) -> Moments:
     return moments
 
 
-@_forward(_NORMALIZE)
+@contextmanager
+def _called(name: str) -> Iterator[None]:
+    """Errors that name an argument x name it as the caller does."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if type(error) not in (TypeError, ValueError, np.exceptions.AxisError):  # not of this library
+            raise
+        raise type(error)(re.sub(r"\bx\b", name, str(error))) from None
+
+
+def _hand_back(result: Any, memory: Memory, out: Any) -> Any:
+    """The caller's library has results as its arrays; the first is `out`, where one was given."""
+    first, *others = result if isinstance(result, tuple) else (result,)
+    first = memory.give_back(first) if out is None or first is None else out
+    return (first, *map(memory.give_back, others)) if isinstance(result, tuple) else first
+
+
+@compiled("forward", "normalize")
 def normalize(
     x: Array,
     weight: Array = None,
@@ -901,14 +856,9 @@ def normalize(
     >>> nk.normalize(np.array([[3.0, 4.0], [6.0, 8.0]]), axis=1, center=False).round(3).tolist()
     [[0.849, 1.131], [0.849, 1.131]]
     """
-    kind = _NORMALIZE if center else _NORMALIZE_RMS
-    return forward_anywhere(
-        kind, axis, x, weight, bias, eps, None, None, True, 0.0, out, out_dtype, return_stats,
-        where, residual, return_residual, activation, weight_offset,
-    )  # fmt: skip
 
 
-@_backward(_NORMALIZE)
+@compiled("backward", "normalize")
 def normalize_backward(
     dy: Array,
     x: Array,
@@ -935,13 +885,9 @@ def normalize_backward(
 
     Returns (dx, dweight, dbias). dweight and dbias have the shape of weight; without one, that of the normalized axes.
     """
-    kind = _NORMALIZE if center else _NORMALIZE_RMS
-    return backward_anywhere(
-        kind, axis, dy, x, mean, rstd, weight, use_input_stats, need, out,
-        where, bias, activation, weight_offset, dresidual,
-    )  # fmt: skip
 
 
+@double_backward("normalize", normalize_backward)
 def normalize_double_backward(
     ddx: Array,
     ddweight: Array,
@@ -967,5 +913,3 @@ def normalize_double_backward(
 
     Returns (d_dy, d_x, d_weight).
     """
-    kind = _NORMALIZE if center else _NORMALIZE_RMS
-    return double_backward(kind, axis, ddx, ddweight, ddbias, dy, x, mean, rstd, weight, use_input_stats, weight_offset)

@@ -12,18 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from . import _core as _typed_core
-from ._arrays import (
-    Activation,
-    Array,
-    apply_anywhere,
-    apply_backward_anywhere,
-    backward_sums_anywhere,
-    moments_anywhere,
-)
-from ._memory import Memory, library_of
-
-_core: Any = _typed_core  # it takes and gives arrays of any library, which no stub can say
+from ._compiled import Activation, Array, compiled
+from ._memory import NUMPY, Memory, library_of
 
 
 class Moments:
@@ -35,21 +25,9 @@ class Moments:
 
     __slots__ = ("_centered", "_memory", "_triples")
 
-    def __init__(self, triples: Any, centered: bool, memory: Memory) -> None:
-        self._triples, self._centered, self._memory = (
-            triples,
-            centered,
-            memory,
-        )  # mean, m2, count: an array of memory.xp
-
-    @classmethod
-    def of(cls, kind: int, axes: Any, x: Array, where: Array = None) -> "Moments":
-        """Those of any normalization: what is given to the compiled core, and what comes back."""
-        memory = _NUMPY
-        triples = _core.moments(kind, axes, x, where)
-        if triples is NotImplemented:
-            triples, memory = moments_anywhere(kind, axes, x, where)
-        return cls(triples, kind not in (_core.NORMALIZE_RMS, _core.LAYER_RMS), memory)
+    def __init__(self, triples: Any, memory: Memory | None, centered: bool = True) -> None:
+        """`triples`: mean, m2 and count along the last axis, as an array that its memory computes with."""
+        self._triples, self._memory, self._centered = triples, memory or NUMPY, centered
 
     def __repr__(self) -> str:
         return f"Moments(count={self.count!r}, mean={self.mean!r}, m2={self.m2!r})"
@@ -82,7 +60,7 @@ class Moments:
         if other._centered != self._centered:
             raise ValueError("other is centered and this is not, or the other way round: expected both alike")
         with self._memory as memory:
-            return Moments(memory.merged(self._triples, other._triples), self._centered, memory)
+            return Moments(memory.merged(self._triples, other._triples), memory, self._centered)
 
     def var(self, correction: float = 0) -> Array:
         """m2 / (count - correction); 0 where there are no members, NaN where `correction` leaves none."""
@@ -104,9 +82,6 @@ class Moments:
             return memory.hand_over(memory.deviation(self._triples, eps, inverse=True))
 
 
-_NUMPY = Memory()
-
-
 def merge(moments: Iterable[Moments]) -> Moments:
     """The moments of all parts together, merged from the first to the last."""
     parts = list(moments)
@@ -121,9 +96,11 @@ def merge(moments: Iterable[Moments]) -> Moments:
     return whole
 
 
-def _kind(center: bool) -> int:
-    kind: int = _core.NORMALIZE if center else _core.NORMALIZE_RMS
-    return kind
+@compiled("moments", "normalize")
+def _moments(
+    x: Array, *, axis: int | tuple[int, ...], center: bool = True, where: Array = None
+) -> tuple[Any, Memory | None]:
+    """Mean, m2 and count of each statistic, and their memory."""
 
 
 def moments(x: Array, *, axis: int | tuple[int, ...], center: bool = True, where: Array = None) -> Moments:
@@ -156,9 +133,10 @@ def moments(x: Array, *, axis: int | tuple[int, ...], center: bool = True, where
     >>> float(m.count), float(m.mean), float(m.var())
     (4.0, 3.0, 3.5)
     """
-    return Moments.of(_kind(center), axis, x, where)
+    return Moments(*_moments(x, axis=axis, center=center, where=where), bool(center))
 
 
+@compiled("apply", "normalize", center=None)
 def apply(
     x: Array,
     mean: Array,
@@ -196,16 +174,9 @@ def apply(
     TypeError, ValueError, numpy.exceptions.AxisError
         Naming the argument, before anything is written.
     """
-    kind = _kind(mean is not None)
-    return apply_any(kind, axis, x, mean, rstd, weight, bias, out, out_dtype, activation, weight_offset)
 
 
-def apply_any(*call: Any) -> Array:
-    """`apply` for any normalization."""
-    y = _core.apply(*call)
-    return apply_anywhere(*call) if y is NotImplemented else y
-
-
+@compiled("backward_sums", "normalize", center=None)
 def backward_sums(
     dy: Array,
     x: Array,
@@ -242,13 +213,9 @@ def backward_sums(
     TypeError, ValueError, numpy.exceptions.AxisError
         Naming the argument.
     """
-    call = (
-        _kind(mean is not None), axis, dy, x, mean, rstd, weight, where, bias, activation, weight_offset,
-    )  # fmt: skip
-    sums = _core.backward_sums(*call)
-    return backward_sums_anywhere(*call) if sums is NotImplemented else sums
 
 
+@compiled("apply_backward", "normalize", center=None)
 def apply_backward(
     dy: Array,
     x: Array,
@@ -289,9 +256,3 @@ def apply_backward(
     TypeError, ValueError, numpy.exceptions.AxisError
         Naming the argument, before anything is written.
     """
-    call = (
-        _kind(mean is not None), axis, dy, x, mean, rstd, sums, count, weight, out, where, bias, activation,
-        weight_offset, dresidual,
-    )  # fmt: skip
-    dx = _core.apply_backward(*call)
-    return apply_backward_anywhere(*call) if dx is NotImplemented else dx

@@ -82,12 +82,12 @@ void run_case(const Case& c, const std::string& label) {
   for (std::int64_t k = 0; k < channels; ++k) weight.data()[k] = normal(random), bias.data()[k] = normal(random);
 
   const normkit::Spec spec = normkit::instance_spec(3);
-  normkit::ForwardArgs forward;
-  forward.x = x.view(), forward.y = y.view(), forward.weight = weight.view(), forward.bias = bias.view();
+  normkit::Args forward;
+  forward.x = x.view(), forward.out = y.view(), forward.weight = weight.view(), forward.bias = bias.view();
   forward.mean = mean.view(), forward.rstd = rstd.view();
   normkit::forward(forward, spec);
-  normkit::BackwardArgs backward;
-  backward.x = x.view(), backward.dy = dy.view(), backward.dx = dx.view(), backward.weight = weight.view();
+  normkit::Args backward;
+  backward.x = x.view(), backward.dy = dy.view(), backward.out = dx.view(), backward.weight = weight.view();
   backward.mean = mean.view(), backward.rstd = rstd.view();
   backward.dweight = dweight.view(), backward.dbias = dbias.view();
   normkit::backward(backward, spec);
@@ -183,14 +183,14 @@ struct OptionCall {
   }
 
   void whole() {
-    normkit::ForwardArgs forward;
-    forward.x = x.view(), forward.residual = residual.view(), forward.y = y.view(), forward.where = mask.view();
+    normkit::Args forward;
+    forward.x = x.view(), forward.residual = residual.view(), forward.out = y.view(), forward.where = mask.view();
     forward.weight = weight.view(), forward.bias = bias.view(), forward.mean = mean.view(), forward.rstd = rstd.view();
     if (c.own_sum) forward.sum = sum.view();
     normkit::forward(forward, spec);
     for (std::size_t k = 0; k < x.size() && !c.own_sum; ++k) sum.data()[k] = x.data()[k] + residual.data()[k];
-    normkit::BackwardArgs backward;
-    backward.x = sum.view(), backward.dy = dy.view(), backward.dx = dx.view(), backward.where = mask.view();
+    normkit::Args backward;
+    backward.x = sum.view(), backward.dy = dy.view(), backward.out = dx.view(), backward.where = mask.view();
     backward.mean = mean.view(), backward.rstd = rstd.view(), backward.dresidual = dresidual.view();
     backward.weight = weight.view(), backward.bias = bias.view();
     backward.dweight = dweight.view(), backward.dbias = dbias.view();
@@ -222,7 +222,7 @@ struct OptionCall {
     const Doubles none(triple, order);
     std::vector<Doubles> moments, sums;
     for_halves([&](const auto& cut) {
-      normkit::ForwardArgs args;
+      normkit::Args args;
       moments.push_back(none);
       args.x = cut(sum.view()), args.where = cut(mask.view()), args.moments = moments.back().view();
       normkit::moments(args, spec);
@@ -235,26 +235,26 @@ struct OptionCall {
       rstds.data()[r] = m[2] == 0 ? 0 : 1 / std::sqrt(m[1] / m[2] + spec.eps);
     }
     const auto backward_args = [&](const auto& cut) {
-      normkit::BackwardArgs args;
+      normkit::Args args;
       args.x = cut(sum.view()), args.dy = cut(dy.view()), args.where = cut(mask.view());
       args.mean = means.view(), args.rstd = rstds.view(), args.weight = weight.view(), args.bias = bias.view();
       return args;
     };
     for_halves([&](const auto& cut) {
-      normkit::ForwardArgs args;
-      args.x = cut(x.view()), args.residual = cut(residual.view()), args.y = cut(y_of_parts.view());
+      normkit::Args args;
+      args.x = cut(x.view()), args.residual = cut(residual.view()), args.out = cut(y_of_parts.view());
       args.mean = means.view(), args.rstd = rstds.view(), args.weight = weight.view(), args.bias = bias.view();
       normkit::apply(args, spec);
-      normkit::BackwardArgs backward = backward_args(cut);
+      normkit::Args backward = backward_args(cut);
       sums.push_back(none);
       backward.sums = sums.back().view();
       normkit::backward_sums(backward, spec);
     });
     for (std::size_t k = 0; k < none.size(); ++k) sums[0].data()[k] += sums[1].data()[k];
     for_halves([&](const auto& cut) {
-      normkit::BackwardArgs args = backward_args(cut);
+      normkit::Args args = backward_args(cut);
       args.sums = sums[0].view(), args.count = counts.view();
-      args.dresidual = cut(dresidual.view()), args.dx = cut(dx_of_parts.view());
+      args.dresidual = cut(dresidual.view()), args.out = cut(dx_of_parts.view());
       normkit::apply_backward(args, spec);
     });
   }
@@ -341,8 +341,8 @@ void run_together() {
   for (Buffer& y : results)
     threads.emplace_back([&x, &y] {
       for (int repeat = 0; repeat < 5; ++repeat) {
-        normkit::ForwardArgs args;
-        args.x = x.view(), args.y = y.view();
+        normkit::Args args;
+        args.x = x.view(), args.out = y.view();
         normkit::forward(args, normkit::instance_spec(3));
       }
     });
@@ -362,8 +362,8 @@ template <class F> std::string message_of(F call) {
 
 void run_errors() {
   Buffer x({2, 3, 4}, {0, 1, 2}), y({2, 3, 4}, {0, 1, 2}), weight({4}, {0});
-  normkit::ForwardArgs args;
-  args.x = x.view(), args.y = y.view(), args.weight = weight.view();
+  normkit::Args args;
+  args.x = x.view(), args.out = y.view(), args.weight = weight.view();
   const std::string message = message_of([&] { normkit::forward(args, normkit::instance_spec(3)); });
   expect(message == "weight has shape (4,), expected (3,), (2, 3) or (2, 3, 4): one element per channel of x",
          "message: " + message);
@@ -373,8 +373,8 @@ void run_errors() {
 /// Over no positions at all: statistics are 0, whatever was in memory.
 void run_empty() {
   Buffer x({2, 3, 0}, {0, 1, 2}), mean({2, 3}, {0, 1}), rstd(mean);
-  normkit::ForwardArgs args;
-  args.x = args.y = x.view(), args.mean = mean.view(), args.rstd = rstd.view();
+  normkit::Args args;
+  args.x = args.out = x.view(), args.mean = mean.view(), args.rstd = rstd.view();
   normkit::forward(args, normkit::instance_spec(3));
   for (Buffer* b : {&mean, &rstd})
     for (std::size_t k = 0; k < b->size(); ++k) expect(b->data()[k] == 0, "statistics of nothing");
@@ -388,23 +388,23 @@ void run_phase_errors() {
   Doubles triples({2, 3, 3}, {0, 1, 2}), turned({2, 3, 3}, {1, 0, 2}), pairs({2, 3, 2}, {0, 1, 2});
   Doubles statistic({2, 3}, {0, 1}), turned_statistic({2, 3}, {1, 0}), few({3}, {0});
   const std::string order = ", aligned: dense, its axes in the order in which they lie in x";
-  const auto forward = [&](void (*call)(const normkit::ForwardArgs&, const normkit::Spec&), auto change,
+  const auto forward = [&](void (*call)(const normkit::Args&, const normkit::Spec&), auto change,
                            const std::string& wanted) {
-    normkit::ForwardArgs args;
-    args.x = x.view(), args.y = y.view(), args.moments = triples.view();
+    normkit::Args args;
+    args.x = x.view(), args.out = y.view(), args.moments = triples.view();
     args.mean = args.rstd = call == &normkit::apply ? statistic.view() : Array{};
     change(args);
     const std::string message = message_of([&] { call(args, spec); });
-    expect(message == wanted, "message: " + message);
+    expect(message == wanted, "message: " + message + ", wanted: " + wanted);
   };
-  const auto backward = [&](void (*call)(const normkit::BackwardArgs&, const normkit::Spec&), auto change,
+  const auto backward = [&](void (*call)(const normkit::Args&, const normkit::Spec&), auto change,
                             const std::string& wanted) {
-    normkit::BackwardArgs args;
-    args.x = args.dy = x.view(), args.dx = y.view(), args.mean = args.rstd = statistic.view();
+    normkit::Args args;
+    args.x = args.dy = x.view(), args.out = y.view(), args.mean = args.rstd = statistic.view();
     args.sums = triples.view(), args.count = statistic.view();
     change(args);
     const std::string message = message_of([&] { call(args, spec); });
-    expect(message == wanted, "message: " + message);
+    expect(message == wanted, "message: " + message + ", wanted: " + wanted);
   };
   const std::string shape3 = ", expected (2, 3, 3): three numbers per statistic";
   const std::string strides3 = " has strides (24, 48, 8), expected (72, 24, 8)" + order;
@@ -430,7 +430,7 @@ void run_phase_errors() {
   backward(&normkit::backward_sums, [&](auto& a) { a.sums = pairs.view(); }, "sums has shape (2, 3, 2)" + shape3);
   backward(&normkit::backward_sums, [&](auto& a) { a.dweight = dweight.view(); },
            "dweight is given, expected None: phases have no such gradient");
-  backward(&normkit::apply_backward, [&](auto& a) { a.dx = {}; }, "out is None, expected an array like x");
+  backward(&normkit::apply_backward, [&](auto& a) { a.out = {}; }, "out is None, expected an array like x");
   backward(&normkit::apply_backward, [&](auto& a) { a.sums = turned.view(); }, "sums" + strides3);
   backward(&normkit::apply_backward, [&](auto& a) { a.count = {}; },
            "count is None, expected an array: one element per statistic");

@@ -9,24 +9,16 @@
 
 namespace normkit {
 
-std::size_t workspace_doubles(const ForwardJob& job) { return cuda::workspace_bytes(job) / sizeof(double); }
-std::size_t workspace_doubles(const BackwardJob& job) { return cuda::workspace_bytes(job) / sizeof(double); }
-
-namespace {
+std::size_t workspace_doubles(const Job& job) { return cuda::workspace_bytes(job) / sizeof(double); }
 
 /// The workspace of a GPU holds anything, here NaN.
-template <class Job> void run_poisoned(const Job& job, double* workspace) {
+void run(Job& job, double* workspace) {
   const std::size_t bytes = cuda::workspace_bytes(job);
   auto* const memory = reinterpret_cast<std::byte*>(workspace);
   std::memset(memory, 0xff, bytes);
   cuda::shim::workspace = {memory, memory + bytes};
   cuda::run(job, workspace, nullptr, 0);
 }
-
-}  // namespace
-
-void run(ForwardJob& job, double* workspace) { run_poisoned(job, workspace); }
-void run(BackwardJob& job, double* workspace) { run_poisoned(job, workspace); }
 
 std::string isa() { return "shim"; }
 std::vector<std::string> isas() { return {"shim"}; }

@@ -47,13 +47,14 @@ void check_rows(const float* x, float* y, float* dx, std::int64_t rows, std::int
     a.data = reinterpret_cast<std::byte*>(data);
     return a;
   };
-  normkit::ForwardArgs forward;
-  forward.x = view, forward.y = like(y), forward.y_is_apart = true;
+  const auto apart = [](const Array&, const Array&) { return false; };  // rows of each lie between those of the others
+  normkit::Args forward;
+  forward.x = view, forward.out = like(y), forward.share_elements = apart;
   forward.mean = Array::dense(mean.data(), Dtype::float32, kept);
   forward.rstd = Array::dense(rstd.data(), Dtype::float32, kept);
   normkit::forward(forward, normkit::instance_spec(3));
-  normkit::BackwardArgs backward;
-  backward.x = view, backward.dy = view, backward.dx = like(dx), backward.dx_is_apart = true;
+  normkit::Args backward;
+  backward.x = view, backward.dy = view, backward.out = like(dx), backward.share_elements = apart;
   backward.mean = forward.mean, backward.rstd = forward.rstd;
   normkit::backward(backward, normkit::instance_spec(3));
   double worst = 0;
@@ -206,8 +207,9 @@ std::vector<float> gradients(std::int64_t rows, std::int64_t n, std::int64_t pie
   const auto array = [&](const std::vector<float>& v, const Shape& extents) {
     return Array::dense(const_cast<float*>(v.data()), Dtype::float32, extents);
   };
-  normkit::BackwardArgs args;
-  args.x = array(x, shape), args.dy = array(dy, shape), args.dx = array(dx, shape), args.dx_is_apart = true;
+  normkit::Args args;
+  args.x = array(x, shape), args.dy = array(dy, shape), args.out = array(dx, shape);
+  args.share_elements = [](const Array&, const Array&) { return false; };
   args.mean = array(mean, kept), args.rstd = array(rstd, kept);
   args.weight = array(weight, of_weight), args.dweight = array(dweight, of_weight),
   args.dbias = array(dbias, of_weight);
@@ -639,11 +641,11 @@ void workspace() {
                    std::to_string(static_cast<double>(bytes) / static_cast<double>(x)) + " of x");
       };
       constexpr int kVectors = 4 * cuda::kVectorBytes;  // to which arrays are rounded up
-      normkit::ForwardJob forward{.task = task, .threads = 1, .running = {}};
+      normkit::Job forward{.task = task, .running = {}, .dweight = {}, .dbias = {}};
       check(static_cast<__int128>(cuda::workspace_bytes(forward)), x / 5 + kVectors, "forward");
       forward.task.frozen = true;
       check(static_cast<__int128>(cuda::workspace_bytes(forward)), 0, "frozen forward");
-      normkit::BackwardJob backward{.task = task, .threads = 1, .dweight = {}, .dbias = {}};
+      normkit::Job backward{.task = task, .is_backward = true, .running = {}, .dweight = {}, .dbias = {}};
       backward.task.dx.data = &byte, backward.task.geometry.params = {};
       check(static_cast<__int128>(cuda::workspace_bytes(backward)), x / 5 + kVectors, "backward");
     }

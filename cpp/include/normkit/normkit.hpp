@@ -3,9 +3,9 @@
 // Every normalization is one operation: statistics over some axes of x, then a scale and a shift.
 //
 //     const std::int64_t shape[] = {8, 3, 224, 224}, per_channel[] = {3};
-//     normkit::ForwardArgs args;
+//     normkit::Args args;
 //     args.x = normkit::Array::dense(x, normkit::Dtype::float32, shape);
-//     args.y = normkit::Array::dense(y, normkit::Dtype::float32, shape);
+//     args.out = normkit::Array::dense(y, normkit::Dtype::float32, shape);
 //     args.weight = normkit::Array::dense(weight, normkit::Dtype::float32, per_channel);
 //     normkit::forward(args, normkit::instance_spec(4));
 #pragma once
@@ -94,49 +94,51 @@ Spec layer_spec(int ndim, std::span<const std::int64_t> axes, bool centered = tr
 /// Any axes: each from -ndim to ndim - 1. Weights: any shape that broadcasts against x.
 Spec normalize_spec(int ndim, std::span<const std::int64_t> axes, bool centered = true);
 
-/// x                        any dtype, any strides that the geometry holds (see below)
-/// y                        like x in shape; of x's dtype or of compute_dtype(x); may be x itself, else memory apart
-/// weight, bias             float32, float64 or the dtype of x; absent means 1 and 0
-/// mean, rstd               absent, or arrays of compute_dtype(x) with one element per statistic, written; shape: the kept
-///                          axes of x. apply() reads them: float32 or float64, mean absent where spec.centered is false
-/// running_mean, running_var  absent, or (C,) of float32 or float64, read and updated (spec.use_input_stats), or only read
-/// residual                 absent, or like a floating x: x + residual is normalized
-/// sum                      absent, or like x, written: that sum; may be x or residual. moments() needs it, and so does
-///                          a y of another dtype
-/// where                    absent, or bool that broadcasts against x: the members of the statistics
-/// moments                  of moments(): float64, the kept axes of x and 3, written: mean, sum of squared deviations, count
-/// Statistics and parameters are dense, their axes in the order in which they lie in x.
-struct ForwardArgs {
-  Array x, y, weight, bias, mean, rstd, running_mean, running_var, residual, sum, where, moments;
-  Dtype y_dtype = Dtype::other;  // what y is to have; `other`: that of x, or float32 for an integer x
-  bool y_is_apart = false;  // the caller knows that y shares no element with x, though they interleave in memory
-};
-
-/// dy, x, dx                one floating dtype and shape; dx absent: not wanted; dx may be dy or x itself
-/// mean, rstd               what forward wrote, of float32 or float64; mean is absent where spec.centered is false
-/// weight, bias             as forward had them; bias counts only where there is an activation
-/// dweight, dbias           absent: not wanted; else of weight's shape and any floating dtype, written
-/// where                    as forward had it
-/// dresidual                absent, or like dx: added to it
-/// sums                     of backward_sums(), written, and apply_backward(), read: float64, the kept axes of x and 3
-/// count                    of apply_backward(): float64, one element per statistic: all members that `sums` are over
-/// Statistics, parameters and their gradients are dense, their axes in the order in which they lie in x.
-struct BackwardArgs {
-  Array dy, x, dx, mean, rstd, weight, dweight, dbias, bias, where, dresidual, sums, count;
-  bool dx_is_apart = false;  // as y_is_apart, of dx against dy and x
+/// The arrays of a call; what a call does not name here it leaves alone. f: forward(), m: moments(), a: apply(), b: backward(),
+/// s: backward_sums(), d: apply_backward(). Absent is what is not wanted, but where it says otherwise.
+///
+/// x                   all   any dtype (backward: floating), any strides that the geometry holds (see canonicalise())
+/// dy                  bsd   like x
+/// weight, bias        fabsd float32, float64 or the dtype of x; absent means 1 and 0. In backward bias counts only where there is
+///                           an activation
+/// mean, rstd          absd  float32 or float64, one element per statistic; shape: the kept axes of x. mean is absent where
+///                           spec.centered is false
+///                     fm    of compute_dtype(x), written
+/// running_mean, running_var  f  (C,) of float32 or float64, read and updated (spec.use_input_stats), or only read
+/// residual            fm    like a floating x: x + residual is normalized
+/// dresidual           bd    like x, added to dx
+/// where               all   bool that broadcasts against x: the members of the statistics
+/// sums                d     of backward_sums(): float64, the kept axes of x and 3
+///                     s     written
+/// count               d     float64, one element per statistic: all members that `sums` are over
+/// out                 fa    y: like x in shape, of x's dtype or of compute_dtype(x); never absent. May be x itself
+///                     bd    dx: like x. May be x or dy itself
+/// sum                 fm    like x, written: x + residual; may be x or residual itself. moments() needs it, and so does an out of
+///                           another dtype
+/// moments             m     float64, the kept axes of x and 3, written: mean, sum of squared deviations, count
+/// dweight, dbias      b     the shape of weight, any floating dtype, written
+///
+/// What is written lies apart from everything else. Statistics, parameters and their gradients are dense, their axes in the order
+/// in which they lie in x.
+struct Args {
+  Array x, dy, weight, bias, mean, rstd, running_mean, running_var, residual, dresidual, where, sums, count, out, sum, moments,
+      dweight, dbias;
+  Dtype out_dtype = Dtype::other;  // what y is to have; `other`: that of x, or float32 for an integer x
+  /// Asked where the memory of two arrays interleaves: true where they share an element. Null: they may.
+  bool (*share_elements)(const Array& a, const Array& b) = nullptr;
 };
 
 /// Normalizes x over `spec.reduce_axes`, then scales and shifts it.
 ///
 ///     y = activation((x - mean) / sqrt(var + eps) * weight + bias)        var divides by the number of members
 ///
-/// Shapes, dtypes and aliasing are those of ForwardArgs. A constant statistic gives exactly bias. NaN and Inf stay in their
+/// Shapes, dtypes and aliasing are those of Args. A constant statistic gives exactly bias. NaN and Inf stay in their
 /// own statistic. A mask says which elements are members; all are normalized. A statistic without members has mean 0 and
 /// rstd 0, so that y is bias. The bits of y do not depend on the number of threads, on what else is in the batch, or on
 /// alignment, and are the same on every instruction set that has a fused multiply-add.
 /// Allocates only scratch, on the heap. Throws Error, naming the argument, before any memory is written; also where
 /// the strides of the arrays do not fit the geometry (see canonicalise()): pack such arrays first.
-void forward(const ForwardArgs& args, const Spec& spec);
+void forward(const Args& args, const Spec& spec);
 
 /// The gradient of forward().
 ///
@@ -148,15 +150,15 @@ void forward(const ForwardArgs& args, const Spec& spec);
 /// rounded; it is corrected from the data, so that dx is as exact far from zero as it is near it; the slope of an activation
 /// is taken at the statistics as they are given. Deterministic: sums are taken in an order that depends on the shape alone.
 /// Aliasing, allocation and errors as for forward().
-void backward(const BackwardArgs& args, const Spec& spec);
+void backward(const Args& args, const Spec& spec);
 
 /// The two phases of forward(), for data in parts: moments() of each part, merge_moments() of them, apply() to each.
-void moments(const ForwardArgs& args, const Spec& spec);
-void apply(const ForwardArgs& args, const Spec& spec);
+void moments(const Args& args, const Spec& spec);
+void apply(const Args& args, const Spec& spec);
 
 /// The two phases of backward(): the sums of parts add. Neither writes dweight or dbias: given, they are refused.
-void backward_sums(const BackwardArgs& args, const Spec& spec);
-void apply_backward(const BackwardArgs& args, const Spec& spec);
+void backward_sums(const Args& args, const Spec& spec);
+void apply_backward(const Args& args, const Spec& spec);
 
 /// Merges n moments (mean, sum of squared deviations, count each) into as many others (Chan, Golub and LeVeque, 1979).
 void merge_moments(double* into, const double* from, std::int64_t n);

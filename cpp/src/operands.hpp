@@ -1,0 +1,82 @@
+// The arrays that calls work on, as one table. Checks, strides, addresses, plans and messages are loops over its rows; an array
+// option is a row here, the signatures that have it, and the kernels that use it.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "backend.hpp"
+#include "normkit/normkit.hpp"
+
+namespace normkit {
+
+/// What a call does: a direction, as a whole or one of its two phases.
+enum class Op : std::uint8_t { forward, moments, apply, backward, backward_sums, apply_backward };
+
+constexpr bool is_backward(Op op) { return op >= Op::backward; }
+constexpr Phase phase_of(Op op) { return static_cast<Phase>(static_cast<int>(op) % 3); }
+
+/// A set of them.
+using Ops = std::uint8_t;
+template <class... Op> constexpr Ops ops(Op... of) { return static_cast<Ops>((0 | ... | (1 << static_cast<int>(of)))); }
+constexpr bool contains(Ops set, Op op) { return set >> static_cast<int>(op) & 1; }
+
+inline constexpr Ops kForward = ops(Op::forward, Op::moments, Op::apply);
+inline constexpr Ops kBackward = ops(Op::backward, Op::backward_sums, Op::apply_backward);
+
+enum OperandIndex : std::uint8_t {
+  // clang-format off
+  kX, kDy, kWeight, kBias, kRunningMean, kRunningVar, kResidual, kDresidual, kWhere, kMean, kRstd, kSums, kCount,
+  kOut, kSum, kMoments, kDweight, kDbias, kOperands
+  // clang-format on
+};
+
+using OperandMask = std::uint32_t;
+constexpr OperandMask operand_bit(int operand) { return OperandMask{1} << operand; }
+
+/// What an operand is to x, from which follow its shape, its dtype and how it lies.
+enum class Role : std::uint8_t {
+  x,
+  like_x,  // the shape of x
+  param,  // weight, bias and their gradients
+  running,  // one element for each channel, read and written
+  mask,  // broadcasts against x
+  statistic,  // one element for each statistic
+  count,  // the same of float64
+  triples,  // three of float64
+};
+
+struct OperandRow {
+  const char* name;
+  Array Args::* array;
+  Role role;
+  Ops reads, writes;
+  OperandMask may_be = 0;  // written elementwise, it may be one of these itself; else it lies apart from all others
+};
+
+inline constexpr OperandRow kOperandTable[] = {
+    // clang-format off
+    {"x", &Args::x, Role::x, kForward | kBackward, 0},
+    {"dy", &Args::dy, Role::like_x, kBackward, 0},
+    {"weight", &Args::weight, Role::param, ops(Op::forward, Op::apply) | kBackward, 0},
+    {"bias", &Args::bias, Role::param, ops(Op::forward, Op::apply) | kBackward, 0},
+    {"running_mean", &Args::running_mean, Role::running, ops(Op::forward), ops(Op::forward)},
+    {"running_var", &Args::running_var, Role::running, ops(Op::forward), ops(Op::forward)},
+    {"residual", &Args::residual, Role::like_x, ops(Op::forward, Op::moments), 0},
+    {"dresidual", &Args::dresidual, Role::like_x, ops(Op::backward, Op::apply_backward), 0},
+    {"where", &Args::where, Role::mask, kForward | kBackward, 0},
+    {"mean", &Args::mean, Role::statistic, ops(Op::apply) | kBackward, ops(Op::forward, Op::moments)},
+    {"rstd", &Args::rstd, Role::statistic, ops(Op::apply) | kBackward, ops(Op::forward, Op::moments)},
+    {"sums", &Args::sums, Role::triples, ops(Op::apply_backward), ops(Op::backward_sums)},
+    {"count", &Args::count, Role::count, ops(Op::apply_backward), 0},
+    {"out", &Args::out, Role::like_x, 0, ops(Op::forward, Op::apply, Op::backward, Op::apply_backward),
+     operand_bit(kX) | operand_bit(kDy)},
+    {"sum", &Args::sum, Role::like_x, 0, ops(Op::forward, Op::moments), operand_bit(kX) | operand_bit(kResidual)},
+    {"moments", &Args::moments, Role::triples, 0, ops(Op::moments)},
+    {"dweight", &Args::dweight, Role::param, 0, ops(Op::backward)},
+    {"dbias", &Args::dbias, Role::param, 0, ops(Op::backward)},
+    // clang-format on
+};
+static_assert(std::size(kOperandTable) == kOperands);
+
+}  // namespace normkit

@@ -1,0 +1,497 @@
+#include "calls.hpp"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstring>
+#include <optional>
+#include <span>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "arrays.hpp"
+#include "memory.hpp"
+#include "options.hpp"
+#include "plan.hpp"
+#include "recent.hpp"
+
+namespace calls {
+namespace {
+
+using arrays::Library;
+using arrays::View;
+using memory::Memory;
+using normkit::Addresses;
+using normkit::Args;
+using normkit::Array;
+using normkit::contains;
+using normkit::kOperandTable;
+using normkit::Op;
+using normkit::operand_bit;
+using normkit::OperandIndex;
+using normkit::OperandMask;
+using normkit::OperandRow;
+using normkit::Plan;
+using normkit::Role;
+using normkit::Temporary;
+using normkit::type_error;
+
+nb::object python_module(const char* name) { return nb::module_::import_(name); }
+
+// ---- whose arrays they are ---------------------------------------------------------------------------------------
+
+[[noreturn]] void not_an_array(const char* name, nb::handle array) {
+  const std::string type =
+      nb::str(nb::handle(reinterpret_cast<PyObject*>(Py_TYPE(array.ptr()))).attr("__name__")).c_str();
+  const bool vowel = std::strchr("aeiou", type[0]) != nullptr;
+  type_error(std::string(name) + " is " + (vowel ? "an " : "a ") + type +
+             ", expected a NumPy array or an object with __dlpack__");
+}
+
+constexpr int kCuda = 2, kManaged = 13, kCpu = 1, kPinned = 3;  // DLPack device types
+
+void require_dlpack(const char* name, nb::handle array) {
+  if (!nb::hasattr(array, "__dlpack__") || !nb::hasattr(array, "__dlpack_device__")) not_an_array(name, array);
+}
+
+/// The kind of device by DLPack, and its number.
+std::pair<int, std::int64_t> device_of(const char* name, nb::handle array, const Library& library) {
+  if (library.kind == Library::Kind::cupy) return {kCuda, nb::cast<std::int64_t>(array.attr("device").attr("id"))};
+  require_dlpack(name, array);
+  if (library.kind == Library::Kind::torch) {
+    if (nb::cast<bool>(array.attr("is_cuda"))) return {kCuda, nb::cast<std::int64_t>(array.attr("get_device")())};
+    for (const char* elsewhere : {"is_cpu", "is_meta"})  // meta tensors are refused when they are read
+      if (nb::getattr(array, elsewhere, nb::none()).is(nb::handle(Py_True))) return {kCpu, 0};
+  }
+  const nb::object device = array.attr("__dlpack_device__")();
+  return {nb::cast<int>(nb::int_(device[0])), nb::cast<std::int64_t>(nb::int_(device[1]))};
+}
+
+bool is_cuda(int kind) { return kind == kCuda || kind == kManaged; }
+
+/// Whose arrays those of a call are, told by the first; and the arrays as it shows them.
+class Arrays {
+ public:
+  Arrays(const char* name, nb::handle first) : name_(name), first_(first), library_(arrays::library_of(first)) {
+    if (PyArray_Check(first.ptr())) return;
+    if (first.is_none()) not_an_array(name, first);
+    const auto [kind, number] = device_of(name, first, library_);
+    if (is_cuda(kind)) device_ = number;
+  }
+
+  /// To be done once all arrays of a call have been judged.
+  const Memory& open() {
+    if (device_ >= 0) return memory_.emplace<memory::Device>(first_, library_, device_);
+    if (library_.kind == Library::Kind::numpy) return memory::of_numpy();
+    return memory_.emplace<memory::Other>(first_);
+  }
+  /// The object of Python that stands for the memory; None for NumPy's.
+  nb::object python() const {
+    if (const auto* device = std::get_if<memory::Device>(&memory_)) return device->python();
+    const auto* other = std::get_if<memory::Other>(&memory_);
+    return other ? other->python() : nb::none();
+  }
+  bool is_on_device() const { return device_ >= 0; }
+
+  /// Throws for what is no array of this library and device.
+  void judge(const char* name, nb::handle array) const {
+    const Library& library = arrays::library_of(array);
+    const bool is_numpy = PyArray_Check(array.ptr());
+    if (is_numpy && device_ < 0) refuse_masked(name, array);
+    if (is_numpy && library_.kind == Library::Kind::numpy) return;
+    if (!is_numpy && library.kind != Library::Kind::cupy) require_dlpack(name, array);
+    if (device_ < 0) judge_on_cpu(name, array, library);
+    if (library.name != library_.name)
+      type_error(std::string(name) + " is a " + library.name + " array, expected " + library_.name +
+                 (device_ >= 0 ? std::string(", as ") + name_ + " is" : "") + ": all arrays of a call share a library");
+    if (device_ < 0) return;
+    const auto [kind, number] = device_of(name, array, library);
+    if (is_cuda(kind) && number == device_) return;
+    const std::string place = is_cuda(kind) ? "device " + std::to_string(number) : "the CPU";
+    type_error(std::string(name) + " is on " + place + ", expected device " + std::to_string(device_) + ", that of " +
+               name_ + ": all arrays of a call share a device");
+  }
+
+  void view(const char* name, nb::handle array, bool is_written, View& v) const {
+    if (arrays::view_numpy(array, v)) return;
+    if (library_.kind != Library::Kind::cupy) {
+      v.held = python_module("normkit._memory").attr("readable")(name, array, is_written);
+      array = v.held;
+    }
+    const bool tells = library_.kind == Library::Kind::cupy || library_.kind == Library::Kind::torch;
+    const auto* device = std::get_if<memory::Device>(&memory_);
+    if (device && tells) arrays::view_device(name, array, library_, v);
+    else arrays::import_dlpack(name, array, device ? device->dlpack_stream() : nb::object(), v);
+    if (library_.frozen) v.array.read_only = true;
+  }
+
+ private:
+  static void refuse_masked(const char* name, nb::handle array) {
+    if (PyArray_CheckExact(array.ptr())) return;
+    if (PyObject_IsInstance(array.ptr(), python_module("numpy.ma").attr("MaskedArray").ptr()) == 1)
+      type_error(std::string(name) + " is a masked array, expected a plain one: a mask would be ignored");
+  }
+  static void judge_on_cpu(const char* name, nb::handle array, const Library& library) {
+    if (PyArray_Check(array.ptr())) return;
+    if (library.kind == Library::Kind::cupy)
+      type_error(std::string(name) + " is a CuPy array, expected a NumPy array in this call: pass " + name + ".get()");
+    const auto [kind, number] = device_of(name, array, library);
+    if (kind != kCpu && kind != kPinned)
+      type_error(std::string(name) + " is on DLPack device type " + std::to_string(kind) +
+                 ", expected the CPU, or CUDA for all of a call");
+  }
+
+  const char* name_;
+  nb::handle first_;
+  const Library& library_;
+  std::int64_t device_ = -1;
+  std::variant<std::monostate, memory::Other, memory::Device> memory_;
+};
+
+/// Where memory of two arrays interleaves, NumPy can tell whether they share an element.
+bool share_elements(const Array& a, const Array& b) {
+  const auto seen = [](const Array& array) {
+    return arrays::numpy_over(array.data, arrays::numpy_dtype(array.dtype), array.ndim(), array.shape.data(),
+                              array.strides.data(), false, {});
+  };
+  return nb::cast<bool>(python_module("normkit._memory").attr("share_memory")(seen(a), seen(b)));
+}
+
+// ---- running a plan ----------------------------------------------------------------------------------------------
+
+using Views = std::array<View, normkit::kOperands>;
+
+/// An output that the caller has not passed.
+nb::object made(OperandIndex k, const Plan& plan, const Memory& memory) {
+  const normkit::Shapes& s = plan.shapes;
+  const normkit::Dtype compute = normkit::compute_dtype(s.x_dtype);
+  nb::object array;
+  switch (kOperandTable[k].role) {
+    case Role::statistic: array = memory.empty(compute, s.stat_ndim, s.stat_shape.data(), s.stat_strides.data()); break;
+    case Role::param:
+      array = memory.empty(s.param_dtype, s.param_ndim, s.param_shape.data(), s.param_strides.data());
+      break;
+    case Role::triples: {
+      normkit::Extents shape = s.stat_shape, strides;
+      for (int axis = 0; axis < s.stat_ndim; ++axis) strides[axis] = 3 * s.stat_strides[axis];
+      shape[s.stat_ndim] = 3, strides[s.stat_ndim] = 1;
+      array = memory.empty(normkit::Dtype::float64, s.stat_ndim + 1, shape.data(), strides.data());
+      break;
+    }
+    default:
+      return memory.empty(k == normkit::kOut ? s.out_dtype : s.x_dtype, s.ndim, s.x_shape.data(), s.out_strides.data());
+  }
+  if (s.empty) array[nb::ellipsis()] = 0;  // no kernel writes it
+  return array;
+}
+
+/// Outputs, by operand: no input is behind kMean.
+class Results {
+ public:
+  nb::object& operator[](int operand) { return results_[static_cast<std::size_t>(operand - normkit::kMean)]; }
+  const nb::object& operator[](int operand) const { return const_cast<Results&>(*this)[operand]; }
+
+ private:
+  std::array<nb::object, normkit::kOperands - normkit::kMean> results_;
+};
+
+/// With other arrays in the place of those that kernels do not take as they lie.
+[[gnu::noinline, gnu::cold]] void run_packed(const Plan& plan, Addresses at, const Results& results,
+                                             PyObject* const* values, const Memory& memory, const Views& views) {
+  std::vector<nb::object> temporaries;
+  for (const Temporary& t : plan.temporaries) {
+    const nb::object& array = temporaries.emplace_back(memory.empty(t.dtype, t.ndim, t.shape.data(), t.strides.data()));
+    at[t.operand] = memory.data_of(array);
+    if (!contains(kOperandTable[t.operand].reads, plan.op)) continue;
+    const View& v = views[t.operand];
+    nb::object from = nb::borrow(values[t.operand]);
+    if (from.is_none()) from = nb::int_(1);  // a weight that is not there
+    else if (v.array.present && v.array.ndim() > 0) from = memory.of_view(v);
+    const bool alike =
+        std::equal(v.array.shape.begin(), v.array.shape.end(), t.shape.begin(), t.shape.begin() + t.ndim);
+    if (v.array.present && v.object.is_valid() && !alike)
+      from = memory.seen(from, v.array.dtype, t.ndim, t.shape.data(), t.seen_strides.data());
+    memory.copy(array, from, nb::none());
+  }
+  normkit::Job job = plan.job;
+  normkit::point(job, plan.op, at);
+  memory.run(job);
+  for (std::size_t k = 0; k < temporaries.size(); ++k) {
+    const Temporary& t = plan.temporaries[k];
+    if (!(plan.makes & operand_bit(t.operand)) || !results[t.operand].is_valid()) continue;
+    const nb::object& result = results[t.operand];
+    const bool is_given = views[t.operand].array.present;
+    nb::object into = is_given ? memory.of_view(views[t.operand]) : result;
+    normkit::Extents shape;
+    nb::list axes;
+    for (int axis = 0; axis < t.ndim; ++axis) {
+      const bool repeats = t.shape[axis] > 1 && t.seen_strides[axis] == 0;
+      shape[axis] = repeats ? 1 : t.shape[axis];
+      if (repeats) axes.append(axis);
+    }
+    const bool is_param = kOperandTable[t.operand].role == Role::param;
+    if (is_param) into = memory.seen(into, plan.shapes.param_dtype, t.ndim, shape.data(), t.seen_strides.data());
+    memory.copy(into, temporaries[k], nb::len(axes) ? nb::object(nb::tuple(axes)) : nb::none());
+  }
+}
+
+/// What the caller gets: the outputs in this order.
+constexpr OperandIndex kForwardResults[] = {normkit::kOut, normkit::kMean, normkit::kRstd, normkit::kSum};
+constexpr OperandIndex kBackwardResults[] = {normkit::kOut, normkit::kDweight, normkit::kDbias};
+
+nb::object returned(const Plan& plan, Results& results) {
+  if (plan.op == Op::moments) return std::move(results[normkit::kMoments]);
+  if (plan.op == Op::backward_sums) return std::move(results[normkit::kSums]);
+  const bool all = plan.op == Op::backward;  // None for what is not wanted
+  const std::span<const OperandIndex> order =
+      all ? std::span<const OperandIndex>(kBackwardResults) : std::span<const OperandIndex>(kForwardResults);
+  Py_ssize_t count = 0;
+  for (const OperandIndex k : order) count += all || plan.wanted & operand_bit(k);
+  if (count == 1) return std::move(results[normkit::kOut]);
+  const nb::object tuple = nb::steal(PyTuple_New(count));
+  if (!tuple.is_valid()) throw nb::python_error();
+  Py_ssize_t next = 0;
+  for (const OperandIndex k : order) {
+    if (plan.wanted & operand_bit(k)) PyTuple_SetItem(tuple.ptr(), next++, results[k].release().ptr());
+    else if (all) PyTuple_SetItem(tuple.ptr(), next++, Py_NewRef(Py_None));
+  }
+  return tuple;
+}
+
+nb::object run(const Plan& plan, Addresses& at, PyObject* const* values, const Memory& memory, const Views* views) {
+  Results results;
+  OperandMask packed = 0;
+  for (const Temporary& t : plan.temporaries) packed |= operand_bit(t.operand);
+  for (OperandMask left = plan.wanted | (plan.makes & ~packed); left; left &= left - 1) {
+    const OperandIndex k = static_cast<OperandIndex>(std::countr_zero(left));
+    if (values[k] != Py_None) {
+      results[k] = nb::borrow(values[k]);
+      continue;
+    }
+    results[k] = made(k, plan, memory);
+    at[k] = memory.data_of(results[k]);
+  }
+  if (!plan.shapes.empty && !plan.temporaries.empty()) {
+    run_packed(plan, at, results, values, memory, *views);
+  } else if (!plan.shapes.empty) {
+    normkit::Job job = plan.job;  // its own: the plan serves other calls meanwhile
+    normkit::point(job, plan.op, at);
+    memory.run(job);
+  }
+  if (&memory != &memory::of_numpy() && plan.op != Op::moments)
+    for (OperandMask left = plan.wanted; left; left &= left - 1) {
+      const int k = std::countr_zero(left);
+      if (values[k] == Py_None) results[k] = memory.handed_over(std::move(results[k]));
+    }
+  return returned(plan, results);
+}
+
+// ---- a function --------------------------------------------------------------------------------------------------
+
+std::int64_t epoch = 0;
+
+/// One that keeps the plans of its last calls.
+class Function final : public function::Body {
+ public:
+  Function(Op op, options::Kind kind) : op_(op), kind_(kind) {}
+
+  /// The signature has such a parameter.
+  void take(int slot, options::Type type, const char* name) {
+    if (slot < normkit::kOperands) arrays_.push_back(static_cast<OperandIndex>(slot));
+    else if (type == options::Type::flag) flags_.emplace_back(slot, name);
+    else (type == options::Type::number ? numbers_ : objects_).push_back(slot);
+  }
+
+  nb::object call(PyObject** values) override {
+    for (const auto& [slot, name] : flags_)
+      if (!PyBool_Check(values[slot])) values[slot] = truth(name, values[slot]);
+    if (values[options::kCenter] == Py_None)
+      values[options::kCenter] = values[normkit::kMean] == Py_None ? Py_False : Py_True;
+    recent::Key key;
+    Addresses at{};
+    for (const OperandIndex k : arrays_) {
+      if (!key.add_array(values[k])) return call_elsewhere(values);
+      if (values[k] != Py_None) at[k] = arrays::data_of(values[k]);
+    }
+    add_options(key, values);
+    if (const std::shared_ptr<const Known> known = recent_.find(key))
+      if (known->placement.allows(at)) return run(known->plan, at, values, memory::of_numpy(), nullptr);
+    return plan_and_run(values, &key);
+  }
+
+ private:
+  static PyObject* truth(const std::string& name, nb::handle value) {
+    if (!PyLong_Check(value.ptr()) && !PyArray_IsScalar(value.ptr(), Bool))
+      type_error(name + " is " + nb::repr(value).c_str() + ", expected True or False");
+    return PyObject_IsTrue(value.ptr()) ? Py_True : Py_False;
+  }
+
+  struct Known {
+    Plan plan;
+    normkit::Placement placement;
+  };
+
+  void add_options(recent::Key& key, PyObject* const* values) const {
+    key.put(epoch);
+    for (const int slot : numbers_) key.add_number(values[slot]);
+    for (const int slot : objects_) key.add(values[slot]);
+    for (const auto& [slot, name] : flags_) key.add(values[slot]);
+    key.add(values[options::kCenter]);
+  }
+
+  /// With arrays of a GPU, as far as their library tells of them; else as if it were the first call.
+  [[gnu::noinline, gnu::cold]] nb::object call_elsewhere(PyObject* const* values) {
+    const Library* library = nullptr;
+    std::int64_t device = 0;
+    recent::Key key;
+    Addresses at{};
+    std::vector<nb::object> held;
+    for (const OperandIndex k : arrays_) {
+      const nb::handle array = values[k];
+      if (array.is_none()) {
+        key.put(0);
+        continue;
+      }
+      const Library& its = arrays::library_of(array);
+      arrays::OnDevice found;
+      if ((library && library != &its) || !arrays::read_if_plain(array, its, found))
+        return plan_and_run(values, nullptr);
+      if (library && found.device != device) return plan_and_run(values, nullptr);
+      library = &its, device = found.device, at[k] = found.data;
+      key.add(found.dtype);
+      if (!key.add_layout(found.shape, found.strides)) return plan_and_run(values, nullptr);
+      held.push_back(std::move(found.dtype));
+    }
+    if (!library || values[normkit::kX] == Py_None) return plan_and_run(values, nullptr);
+    key.add(reinterpret_cast<PyObject*>(const_cast<Library*>(library))), key.put(device);
+    add_options(key, values);
+    if (const std::shared_ptr<const Known> known = recent_.find(key))
+      if (known->placement.allows(at)) {
+        const memory::Device memory(values[normkit::kX], *library, device);
+        return run(known->plan, at, values, memory, nullptr);
+      }
+    return plan_and_run(values, &key, std::move(held));
+  }
+
+  /// `key`: of a call that can be known by it; `held` keeps alive what it names, beside options.
+  [[gnu::noinline]] nb::object plan_and_run(PyObject* const* values, const recent::Key* key,
+                                            std::vector<nb::object> held = {}) {
+    Arrays whose("x", values[normkit::kX]);
+    const auto is_number = [&](OperandIndex k) {
+      return k == normkit::kCount &&
+             (PyFloat_Check(values[k]) || PyLong_Check(values[k]) || PyArray_IsScalar(values[k], Number));
+    };
+    const auto is_there = [&](OperandIndex k) { return values[k] != Py_None || k == normkit::kX || k == normkit::kDy; };
+    for (const OperandIndex k : arrays_)
+      if (is_there(k) && !is_number(k)) whose.judge(kOperandTable[k].name, values[k]);
+    const Memory& memory = whose.open();
+    Views views;
+    Args args;
+    for (const OperandIndex k : arrays_) {
+      if (!is_there(k)) continue;
+      const OperandRow& row = kOperandTable[k];
+      if (is_number(k)) views[k].array = {nullptr, normkit::Dtype::other, true, false, {}, {}, "int"};
+      else whose.view(row.name, values[k], contains(row.writes, op_), views[k]);
+      args.*row.array = views[k].array;
+    }
+    const normkit::Spec spec = options::spec_of(kind_, op_, values, args.x);
+    const OperandMask wanted = options::wanted_of(op_, values);
+    args.out_dtype = options::dtype_named(values[options::kOutDtype]);
+    args.share_elements = share_elements;
+    if (!spec.centered) args.mean = {};
+    const Plan plan = normkit::plan(args, spec, op_, wanted);
+    if (key) keep(*key, values, plan, args, views, std::move(held));
+    Addresses at{};
+    for (const OperandIndex k : arrays_) at[k] = (args.*kOperandTable[k].array).data;
+    nb::object result = run(plan, at, values, memory, &views);
+    return op_ == Op::moments ? nb::object(nb::make_tuple(result, whose.python())) : result;
+  }
+
+  /// Not where anything has to be copied first, or could change unseen.
+  void keep(const recent::Key& key, PyObject* const* values, const Plan& plan, const Args& args, const Views& views,
+            std::vector<nb::object> held) {
+    if (plan.shapes.empty || !plan.temporaries.empty() || op_ == Op::moments) return;
+    for (const OperandIndex k : arrays_) {
+      if (views[k].held.is_valid() && !views[k].held.is(views[k].object)) return;
+      if (views[k].array.present && PyArray_Check(values[k]))
+        held.push_back(nb::borrow(reinterpret_cast<PyObject*>(PyArray_DESCR(arrays::as_array(values[k])))));
+    }
+    for (const std::vector<int>* slots : {&numbers_, &objects_})
+      for (const int slot : *slots) {
+        if (!recent::immutable(values[slot])) return;
+        if (!recent::is_single(values[slot])) held.push_back(nb::borrow(values[slot]));
+      }
+    recent_.keep(key, std::move(held), [&](Known& known) {
+      known.plan = plan;
+      known.placement = normkit::Placement(args, op_);
+    });
+  }
+
+  Op op_;
+  options::Kind kind_;
+  std::vector<OperandIndex> arrays_;
+  std::vector<int> numbers_, objects_;
+  std::vector<std::pair<int, std::string>> flags_;
+  recent::Recent<Known> recent_;
+};
+
+int index_of(const char* word, std::span<const char* const> names) {
+  for (std::size_t k = 0; k < names.size(); ++k)
+    if (std::strcmp(word, names[k]) == 0) return static_cast<int>(k);
+  throw std::invalid_argument(std::string("there is no ") + word);
+}
+
+}  // namespace
+
+nb::object function(nb::handle type, nb::handle python, const char* op, const char* kind, nb::dict fixed) {
+  constexpr const char* kOpNames[] = {"forward", "moments", "apply", "backward", "backward_sums", "apply_backward"};
+  auto body = std::make_unique<Function>(static_cast<Op>(index_of(op, kOpNames)),
+                                         static_cast<options::Kind>(index_of(kind, options::kKindNames)));
+  function::Arguments arguments(options::kSlots);
+  const nb::object none = nb::none(), zero = nb::float_(0.0), yes = nb::bool_(true), no = nb::bool_(false);
+  for (int slot = 0; slot < options::kSlots; ++slot) arguments.set(slot, none);
+  for (const int slot : {options::kMomentum, options::kWeightOffset}) arguments.set(slot, zero);
+  for (const int slot : {options::kReturnStats, options::kReturnResidual}) arguments.set(slot, no);
+  for (const int slot : {options::kUseInputStats, options::kCenter}) arguments.set(slot, yes);
+  const auto place_of = [&](const std::string& name) -> std::pair<int, options::Type> {
+    for (int k = 0; k < normkit::kOperands; ++k)
+      if (name == kOperandTable[k].name) return {k, options::Type::object};
+    for (const options::Row& row : options::kTable)
+      if (name == row.name) return {row.slot, row.type};
+    throw std::invalid_argument("no slot for the parameter " + name);
+  };
+  for (const auto& [name, value] : fixed) arguments.set(place_of(nb::str(name).c_str()).first, value);
+  arguments.read_signature(python, [&](const char* name) {
+    const auto [slot, slot_type] = place_of(name);
+    body->take(slot, slot_type, name);
+    return slot;
+  });
+  return function::make(type, python, std::move(arguments), std::move(body));
+}
+
+nb::object views(nb::kwargs arrays) {
+  std::optional<Arrays> whose;
+  std::string first;
+  nb::dict result;
+  for (const auto& [name, array] : arrays) {
+    const std::string named = nb::str(name).c_str();
+    const bool required = named == "x" || named == "dy" || named == "content" || named == "style";
+    if (!whose) first = named, whose.emplace(first.c_str(), array);
+    if (!array.is_none() || required) whose->judge(named.c_str(), array);
+  }
+  const Memory& memory = whose->open();
+  for (const auto& [name, array] : arrays) {
+    result[name] = nb::none();
+    if (array.is_none()) continue;
+    View v;
+    whose->view(nb::str(name).c_str(), array, nb::str(name).equal(nb::str("out")), v);
+    result[name] = memory.of_view(v);
+  }
+  return nb::make_tuple(result, whose->python());
+}
+
+void forget_plans() { ++epoch; }
+
+}  // namespace calls

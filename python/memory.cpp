@@ -1,0 +1,125 @@
+#include "memory.hpp"
+
+#include <memory>
+#include <new>
+
+#include "unlocked.hpp"
+
+namespace memory {
+namespace {
+
+/// Scratch of a call: on the stack where it is small, since most calls on small arrays want none or little.
+class Workspace {
+ public:
+  explicit Workspace(std::size_t doubles) {
+    if (doubles > kOnStack) heap_.reset(static_cast<double*>(::operator new[](doubles * sizeof(double), kLine)));
+  }
+  double* data() { return heap_ ? heap_.get() : stack_; }
+
+ private:
+  static constexpr std::size_t kOnStack = 512;
+  static constexpr std::align_val_t kLine{64};
+  struct Delete {
+    void operator()(double* p) const { ::operator delete[](p, kLine); }
+  };
+  alignas(64) double stack_[kOnStack];
+  std::unique_ptr<double[], Delete> heap_;
+};
+
+/// Elements from which other Python threads get to run meanwhile: letting go of the lock and taking it back costs as much as
+/// some thousands of elements.
+constexpr std::int64_t kReleaseElements = 16384;
+
+nb::object tuple_of(const std::int64_t* numbers, int count, std::int64_t unit = 1) {
+  const nb::object tuple = nb::steal(PyTuple_New(count));
+  for (int k = 0; k < count; ++k) PyTuple_SetItem(tuple.ptr(), k, PyLong_FromLongLong(numbers[k] * unit));
+  return tuple;
+}
+
+nb::object module(const char* name) { return nb::module_::import_(name); }
+
+}  // namespace
+
+const Memory& of_numpy() {
+  static const Memory numpy;
+  return numpy;
+}
+
+void Memory::run(Job& job) const {
+  Workspace workspace(workspace_doubles(job));
+  if (job.task.geometry.size() < kReleaseElements) return normkit::run(job, workspace.data());
+  unlocked::run([&] { normkit::run(job, workspace.data()); });
+}
+
+void Memory::copy(nb::handle into, nb::handle from, nb::handle axes) const {
+  module("normkit._memory").attr("NUMPY").attr("copy")(into, from, axes);
+}
+
+// ---- another library on the CPU ----------------------------------------------------------------------------------
+
+Other::Other(nb::handle first) : arrays_(module("normkit._memory").attr("memory_of")(first)) {}
+
+std::byte* Other::data_of(nb::handle array) const { return arrays::data_of(array); }
+
+// ---- a GPU -------------------------------------------------------------------------------------------------------
+
+Device::Device(nb::handle first, const Library& library, std::int64_t device)
+    : device_(static_cast<int>(device)),
+      arrays_(module("normkit._cuda").attr("entered")(first, device)),
+      stream_(nb::cast<std::uintptr_t>(arrays_.attr("stream"))),
+      maker_(library.kind == Library::Kind::other ? arrays::library_of_type(arrays_.attr("maker")) : library) {}
+
+Device::~Device() {
+  try {
+    arrays_.attr("__exit__")(nb::none(), nb::none(), nb::none());
+  } catch (nb::python_error& e) {
+    e.discard_as_unraisable("normkit: putting back the current device");
+  }
+}
+
+nb::object Device::empty(Dtype dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides) const {
+  const nb::object steps = tuple_of(strides, ndim, normkit::size_of(dtype));
+  return arrays_.attr("empty")(tuple_of(shape, ndim), normkit::name_of(dtype), steps);
+}
+
+nb::object Device::seen(nb::handle array, Dtype dtype, int ndim, const std::int64_t* shape,
+                        const std::int64_t* strides) const {
+  return arrays_.attr("seen")(array, tuple_of(shape, ndim), normkit::name_of(dtype), tuple_of(strides, ndim));
+}
+
+nb::object Device::of_view(const View& v) const {
+  if (!v.imported.is_valid()) return nb::borrow(v.held.is_valid() ? nb::handle(v.held) : v.object);
+  const int ndim = v.array.ndim();
+  const std::string dtype = v.array.dtype == Dtype::other ? v.other_dtype : normkit::name_of(v.array.dtype);
+  return arrays_.attr("over")(v.object, reinterpret_cast<std::uintptr_t>(v.array.data),
+                              tuple_of(v.array.shape.data(), ndim), dtype.c_str(),
+                              tuple_of(v.array.strides.data(), ndim));
+}
+
+void Device::copy(nb::handle into, nb::handle from, nb::handle axes) const { arrays_.attr("copy")(into, from, axes); }
+
+nb::object Device::handed_over(nb::object array) const {
+  return maker_.kind == Library::Kind::cupy ? arrays_.attr("hand_over")(array) : array;
+}
+
+nb::object Device::dlpack_stream() const {
+  return nb::int_(stream_ ? stream_ : 1);
+}  // DLPack's name for the default one
+
+void Device::run(Job& job) const {
+  namespace cuda = normkit::cuda;
+  std::uintptr_t workspace = 0;
+  if (const std::size_t bytes = cuda::workspace_bytes(job))
+    workspace = nb::cast<std::uintptr_t>(arrays_.attr("workspace")(bytes));
+  try {
+    // A launch may wait for a host function of the stream, and that for the lock.
+    unlocked::run(
+        [&] { cuda::run(job, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream_), device_); });
+  } catch (const cuda::DeviceError& e) {
+    if (cuda::available()) throw;
+    throw cuda::DeviceError("this build of normkit has " + cuda::build() +
+                            ", but there is no device, no driver or one that is older than that (" + e.what() + ")");
+  }
+}
+
+}  // namespace memory

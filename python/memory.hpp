@@ -1,0 +1,85 @@
+// What a call has done to memory: by NumPy, by NumPy for another library of the CPU, or by the library of arrays on a GPU.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "arrays.hpp"
+#include "cuda.hpp"
+
+namespace memory {
+
+namespace nb = nanobind;
+using arrays::Library;
+using arrays::View;
+using normkit::Dtype;
+using normkit::Job;
+
+/// That of NumPy.
+class Memory {
+ public:
+  virtual ~Memory() = default;
+  /// A new array, dense with these strides in elements.
+  virtual nb::object empty(Dtype dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides) const {
+    return arrays::new_numpy(dtype, ndim, shape, strides);
+  }
+  /// Of an array of empty(), or of an output that the caller passed.
+  virtual std::byte* data_of(nb::handle array) const { return arrays::data_of(array); }
+  /// The array in another shape and with other strides, in bytes.
+  virtual nb::object seen(nb::handle array, Dtype dtype, int ndim, const std::int64_t* shape,
+                          const std::int64_t* strides) const {
+    return arrays::numpy_over(arrays::data_of(array), arrays::numpy_dtype(dtype), ndim, shape, strides, true, array);
+  }
+  /// What seen() and copies take for an array of the call.
+  virtual nb::object of_view(const View& v) const { return arrays::as_numpy(v); }
+  virtual void run(Job& job) const;
+  /// An array of empty() as the caller gets it.
+  virtual nb::object handed_over(nb::object array) const { return array; }
+
+  /// into[...] = from, each element rounded once; `axes`: their elements are added up first.
+  virtual void copy(nb::handle into, nb::handle from, nb::handle axes) const;
+};
+
+const Memory& of_numpy();
+
+/// That of another library on the CPU.
+class Other final : public Memory {
+ public:
+  explicit Other(nb::handle first);
+  std::byte* data_of(nb::handle array) const override;
+  nb::object handed_over(nb::object array) const override { return arrays_.attr("hand_over")(array); }
+  nb::object python() const { return arrays_; }
+
+ private:
+  nb::object arrays_;
+};
+
+/// That of a GPU, whose library's objects _cuda.py has. The device is the current one as long as this lives.
+class Device final : public Memory {
+ public:
+  Device(nb::handle first, const Library& library, std::int64_t device);
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+  ~Device() override;
+  nb::object empty(Dtype dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides) const override;
+  std::byte* data_of(nb::handle array) const override { return arrays::device_data(array, maker_); }
+  nb::object seen(nb::handle array, Dtype dtype, int ndim, const std::int64_t* shape,
+                  const std::int64_t* strides) const override;
+  nb::object of_view(const View& v) const override;
+  void copy(nb::handle into, nb::handle from, nb::handle axes) const override;
+  void run(Job& job) const override;
+  nb::object handed_over(nb::object array) const override;
+  nb::object python() const { return arrays_; }
+  nb::object dlpack_stream() const;
+
+ private:
+  int device_;
+  nb::object arrays_;
+  std::uintptr_t stream_;
+  const Library& maker_;  // of outputs
+};
+
+}  // namespace memory

@@ -1,0 +1,313 @@
+"""What producers of DLPack may export, and what they must not: refused in words, never a crash, and nothing is kept.
+
+Each test is of a kind of fault that some library's users have met.
+"""
+
+import gc
+import sys
+import types
+
+import fuzz_producers
+import normkit
+import numpy as np
+import pytest
+from cases import bits, uniform
+from hostile import Producer, of_library
+
+SHAPE = (2, 3, 5)
+
+
+def x(dtype="float32"):
+    return np.arange(30, dtype=dtype).reshape(SHAPE)
+
+
+def given_back(producer):
+    gc.collect()
+    return producer.deleted == producer.exported
+
+
+RIGHT = {
+    "versioned": {},
+    "unversioned": {"versioned": False},
+    "no strides": {"strides": None},
+    "no strides, unversioned": {"strides": None, "versioned": False},
+    "read-only": {"flags": 1},
+    "a newer minor version": {"flags": 1 << 40},
+}
+
+
+@pytest.mark.parametrize("how", RIGHT)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "uint8", "int16"])
+def test_what_is_right_is_read(how, dtype):
+    producer = Producer(x(dtype), **RIGHT[how])
+    assert bits(normkit.instance_norm(producer)) == bits(normkit.instance_norm(x(dtype)))
+    assert given_back(producer)
+
+
+def test_an_offset_in_bytes():
+    values = np.concatenate([np.full(4, 99, np.float32), x().ravel()])
+    producer = Producer(values, shape=SHAPE, strides=(15, 5, 1), byte_offset=16)
+    assert bits(normkit.instance_norm(producer)) == bits(normkit.instance_norm(x()))
+
+
+def test_a_mask():
+    where = x() > 3
+    y = normkit.instance_norm(x(), where=where)
+    assert bits(normkit.instance_norm(Producer(x()), where=Producer(where))) == bits(y)
+
+
+FIELDS = "expected extents and strides that memory can have"
+WRONG = {
+    "65 axes": ({"shape": (1,) * 65, "strides": None}, ValueError, "x has 65 axes, expected at most 64"),
+    "1000 axes": ({"shape": (1,) * 1000, "strides": None}, ValueError, "x exports what cannot be read, expected a new"),
+    "axes less than none": ({"ndim": -1}, ValueError, "x exports what cannot be read, expected a new capsule"),
+    "no memory": ({"data": None}, ValueError, "x has no memory, expected an array that holds its elements"),
+    "an extent less than none": ({"shape": (2, -3, 5)}, ValueError, rf"x has shape \(2, -3, 5\), {FIELDS}"),
+    "a huge extent": ({"shape": (2, 3, 2**62)}, ValueError, FIELDS),
+    "a huge stride": ({"strides": (15, 2**61, 1)}, ValueError, FIELDS),
+    "the hugest stride": ({"strides": (15, -(2**63), 1)}, ValueError, FIELDS),
+    "lanes": ({"lanes": 4}, TypeError, "x has a DLPack type with code 2 and 32 bits"),
+    "128 bits": ({"bits": 128}, TypeError, "x has dtype float128, expected float32"),
+    "255 bits": ({"bits": 255}, TypeError, "x has a DLPack type with code 2 and 255 bits"),
+    "no bits": ({"bits": 0}, TypeError, "x has a DLPack type with code 2 and 0 bits|x has dtype float0"),
+    "float8": ({"code": 7, "bits": 8}, TypeError, "x has a DLPack type with code 7 and 8 bits"),
+    "an opaque handle": ({"code": 3}, TypeError, "x has a DLPack type with code 3"),
+    "complex": ({"code": 5}, TypeError, "x has dtype complex32"),
+    "DLPack 2": ({"major": 2}, TypeError, "x speaks DLPack 2, expected DLPack 1"),
+    "a capsule that is used": ({"name": b"used_dltensor_versioned"}, ValueError, "x exports what cannot be read"),
+    "a capsule of something else": ({"name": b"else"}, ValueError, "x exports what cannot be read"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_is_refused(what):
+    how, kind, message = WRONG[what]
+    with pytest.raises(kind, match=f"^{message}|{message}$"):
+        normkit.instance_norm(Producer(x(), **how))
+
+
+@pytest.mark.parametrize("export", [3, None, object()])
+def test_no_capsule(export):
+    class Odd(Producer):
+        def __dlpack__(self, **_):
+            return export
+
+    with pytest.raises(ValueError, match="x exports what cannot be read"):
+        normkit.instance_norm(Odd(x()))
+
+
+def test_an_output_that_is_read_only():
+    out = Producer(np.zeros_like(x()), flags=1)
+    with pytest.raises(ValueError, match="out is read-only, expected a writable array"):
+        normkit.instance_norm(Producer(x()), out=out)
+    assert not out.values.any()
+
+
+def test_an_output_is_written():
+    out = Producer(np.zeros_like(x()))
+    assert normkit.instance_norm(Producer(x()), out=out) is out
+    assert bits(out.values) == bits(normkit.instance_norm(x()))
+    assert given_back(out)
+
+
+@pytest.mark.parametrize("name", ["jax", "tensorflow"])
+def test_arrays_that_never_change_are_not_written(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules[name].core = types.SimpleNamespace(Tracer=int)
+
+    Frozen = of_library(name)  # noqa: N806
+
+    class Derived(Frozen):
+        pass
+
+    for kind in (Frozen, Derived):
+        out, mean, var = kind(np.zeros_like(x())), kind(np.zeros(3, np.float32)), kind(np.ones(3, np.float32))
+        with pytest.raises(ValueError, match="out is read-only"):
+            normkit.instance_norm(kind(x()), out=out)
+        with pytest.raises(ValueError, match="running_mean is read-only"):
+            normkit.instance_norm(kind(x()), running_mean=mean, running_var=var)
+        with pytest.raises(ValueError, match="out is read-only"):
+            normkit.adaptive_instance_norm(kind(x()), kind(x()), out=out)
+        assert not out.values.any()
+        assert not mean.values.any()
+        assert (var.values == 1).all()
+
+
+def test_a_tracer_of_jax(monkeypatch):
+    class Tracer:
+        __module__ = "jax"
+
+        def __dlpack__(self, **_):
+            raise AssertionError("not asked")
+
+        def __dlpack_device__(self):
+            return 1, 0
+
+    module = types.ModuleType("jax")
+    module.core = types.SimpleNamespace(Tracer=Tracer)
+    monkeypatch.setitem(sys.modules, "jax", module)
+
+    class DynamicJaxprTracer(Tracer):
+        pass
+
+    with pytest.raises(TypeError, match="x is a DynamicJaxprTracer of JAX, expected an array that holds values: call"):
+        normkit.instance_norm(DynamicJaxprTracer())
+
+
+# ---- subclasses --------------------------------------------------------------------------------------------------
+
+
+class Units(np.ndarray):
+    """An array of NumPy, with a module that is none of NumPy's."""
+
+    __module__ = "astropy"
+
+
+def test_a_subclass_of_an_array_of_numpy():
+    values = x().view(Units)
+    y, mean, rstd = normkit.instance_norm(values, np.ones(3, np.float32).view(Units), return_stats=True)
+    assert {type(a) for a in (y, mean, rstd)} == {np.ndarray}
+    assert bits(y) == bits(normkit.instance_norm(x(), np.ones(3, np.float32)))
+    out = np.zeros_like(x()).view(Units)
+    assert normkit.instance_norm(values, out=out) is out
+
+
+def test_a_subclass_belongs_to_the_library_of_its_base():
+    class Derived(Producer):
+        __module__ = "monai"
+
+    weight = np.ones(3, np.float32)
+    normkit.instance_norm(Derived(x()), Producer(weight))
+    normkit.instance_norm(Producer(x()), Derived(weight))
+
+
+# ---- outputs that share memory -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of", [lambda a: a, Producer], ids=["numpy", "producer"])
+def test_no_two_outputs_share_memory(of):
+    both = np.full(4, 9.0, np.float32)
+    for mean, var in ((both[:3], both[:3]), (both[:3], both[1:]), (both[2::-1], both[1:])):
+        with pytest.raises(ValueError, match=r"^running_var overlaps running_mean, expected memory apart$"):
+            normkit.instance_norm(of(x()), running_mean=of(mean), running_var=of(var))
+        with pytest.raises(ValueError, match=r"^running_var overlaps running_mean, expected memory apart$"):
+            normkit.batch_norm(of(x()), running_mean=of(mean), running_var=of(var), training=True)
+    assert (both == 9).all()
+    buffer = np.full(33, 9.0, np.float32)
+    with pytest.raises(ValueError, match=r"^out overlaps running_var, expected memory apart$"):
+        normkit.instance_norm(
+            of(x()), out=of(buffer[:30].reshape(SHAPE)), running_mean=of(both[:3]), running_var=of(buffer[29:32])
+        )
+    assert (buffer == 9).all()
+    pairs = np.array([[0, 1], [0, 1], [0, 1]], np.float32)  # one beside the other, but apart
+    y = normkit.instance_norm(of(x()), running_mean=of(pairs[:, 0]), running_var=of(pairs[:, 1]))
+    assert bits(y) == bits(normkit.instance_norm(x()))
+    assert (pairs != [0, 1]).all()
+    normkit.instance_norm(of(x()), running_mean=of(both[:3]), running_var=of(both[:3]), use_input_stats=False)
+
+
+# ---- weight_offset without a weight ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["C", "F"])
+@pytest.mark.parametrize("shape", ["channel", "conditional", "pixel"])
+def test_an_offset_of_a_weight_that_is_not_there(shape, layout, rng):
+    """It stays 1, in the backward as in the forward: nothing but the bias and the activation have a part in dx."""
+    values, dy = (np.asarray(uniform(rng, (2, 3, 5)), order=layout) for _ in range(2))
+    bias = uniform(rng, {"channel": (3,), "conditional": (2, 3), "pixel": (2, 3, 5)}[shape])
+    _, mean, rstd = normkit.instance_norm(values, return_stats=True)
+    options = {"bias": bias, "activation": "silu"}
+    plain = normkit.instance_norm_backward(dy, values, mean, rstd, **options)
+    moved = normkit.instance_norm_backward(dy, values, mean, rstd, weight_offset=1.0, **options)
+    ones = normkit.instance_norm_backward(dy, values, mean, rstd, np.zeros_like(bias), weight_offset=1.0, **options)
+    assert [bits(a) for a in moved] == [bits(a) for a in plain]
+    assert np.abs(moved[0] - ones[0]).max() <= 1e-5
+
+
+# ---- PyTorch -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch", reason="PyTorch is not installed")
+
+
+def test_axes_without_end(torch):
+    for ndim in (65, 80, 1000):
+        with pytest.raises((ValueError, RuntimeError)):
+            normkit.layer_norm(torch.empty([1] * ndim))
+    with pytest.raises(ValueError, match="x has 64 axes, expected at most 63"):
+        normkit.group_norm(torch.zeros([1] * 64), 1)
+    assert normkit.layer_norm(torch.zeros([1] * 64)).shape == (1,) * 64
+
+
+def test_lazy_bits_are_resolved(torch):
+    lazy = torch.fft.fft(torch.randn(1, 2, 64)).conj().imag
+    assert lazy.is_neg()
+    for _ in range(2):
+        assert torch.equal(normkit.instance_norm(lazy), normkit.instance_norm(lazy.clone().resolve_neg()))
+    with pytest.raises(TypeError, match=r"^out is negated lazily, expected a tensor whose memory is its value$"):
+        normkit.instance_norm(torch.zeros_like(lazy), out=lazy)
+
+
+def test_what_is_no_memory_is_refused(torch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    plain = torch.randn(2, 3, 5)
+
+    class Wrapper(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, function, types, arguments=(), options=None):
+            raise AssertionError("not asked")
+
+    with FakeTensorMode():
+        fake = torch.ones(2, 3, 5)
+    tensors = {
+        "fake": fake,
+        "meta": torch.ones(2, 3, 5, device="meta"),
+        "sparse": plain.to_sparse(),
+        "zero": torch._efficientzerotensor((2, 3, 5)),
+        "wrapper": torch.Tensor._make_subclass(Wrapper, plain),
+    }
+    for tensor in tensors.values():
+        with pytest.raises(TypeError, match=r"x is .*, expected"):
+            normkit.instance_norm(tensor)
+        with pytest.raises(TypeError, match=r"residual is .*, expected"):
+            normkit.instance_norm(plain, residual=tensor)
+    for transform in (torch.func.vmap, torch.func.functionalize, lambda f: torch.func.grad(lambda t: f(t).sum())):
+        with pytest.raises(TypeError, match=r"x .*, expected a (plain dense )?tensor"):
+            transform(normkit.instance_norm)(plain)
+
+
+def test_a_parameter_where_grad_mode_is_off(torch):
+    values, weight = torch.randn(2, 3, 5), torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(TypeError, match="weight requires grad"):
+        normkit.instance_norm(values, weight)
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            y = normkit.instance_norm(values, weight)
+        assert torch.equal(y, normkit.instance_norm(values, weight.detach()))
+
+
+def test_a_subclass_of_a_tensor(torch):
+    class MetaTensor(torch.Tensor):
+        __module__ = "monai"
+
+    for dtype in (torch.float32, torch.bfloat16):
+        values = torch.randn(2, 3, 5).to(dtype)
+        y = normkit.instance_norm(values.as_subclass(MetaTensor), torch.ones(3))
+        assert isinstance(y, torch.Tensor)
+        assert y.dtype == dtype
+        assert torch.equal(y, normkit.instance_norm(values, torch.ones(3)))
+        out = torch.zeros_like(values).as_subclass(MetaTensor)
+        assert normkit.instance_norm(values, out=out) is out
+        assert torch.equal(torch.Tensor(out.float()), y.float())
+
+
+# ---- at random ---------------------------------------------------------------------------------------------------
+
+
+def test_calls_at_random():
+    """A few seconds of fuzz_producers.py, which is to run for minutes with the address sanitizer."""
+    calls, taken = fuzz_producers.run(0, 2.0, least=500)
+    assert taken > calls / 10
