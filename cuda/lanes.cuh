@@ -370,10 +370,10 @@ template <class X, Special kSpecial> struct LanesForward {
         const MeanAndRstd known = known_in_team<MeanAndRstd>(work, k);
         return statistic_of<S>(known.mean, known.rstd);
       });
-      Piece<S> piece;
       for_x(work, s, round, work.stage == Stage::rest, [&](const Place& p, const Vector<X>& v) {
         S y[kVector<X>];
-        make_y<X>(work, factors, p, piece, v, y);
+        Piece<S> none;  // parameters that vary do so from column to column
+        make_y<X>(work, factors, p, none, v, y);
         store_y<X>(work, p, y);
       });
     }
@@ -469,10 +469,9 @@ template <class X, Special kSpecial> struct LanesBackward {
         if (!work.constant && s.steps) s.at.phase = phase_of(t.geometry, s.at);
         ColumnParameters<S, N> own;
         Factors<S, N> given;
-        if (s.steps) {
-          own = ColumnParameters<S, N>::of(work, s);
+        if (s.steps) own = ColumnParameters<S, N>::of(work, s);
+        if (s.steps && (pass == 0 || t.activation.kind != ActivationKind::none))
           given = factors_of<X>(s, given_columns(work, s), own, [&](std::int64_t k) { return given_at<S>(t, k); });
-        }
         if (pass == 0) sum(work, s, round, given);
         else if (s.steps) put_dx(work, s, round, given, own);
       }
@@ -496,7 +495,7 @@ template <class X, Special kSpecial> struct LanesBackward {
 
   NORMKIT_DEVICE static void put_dx(const Work& work, const Strand& s, int round,
                                     const Factors<ComputeOf<X>, kVector<X>>& given,
-                                    ColumnParameters<ComputeOf<X>, kVector<X>>& own) {
+                                    const ColumnParameters<ComputeOf<X>, kVector<X>>& own) {
     using S = ComputeOf<X>;
     constexpr int N = kVector<X>;
     const Known<S, N> known = known_of(work, s, own);
@@ -508,15 +507,18 @@ template <class X, Special kSpecial> struct LanesBackward {
   }
 
   NORMKIT_DEVICE static Known<ComputeOf<X>, kVector<X>> known_of(const Work& work, const Strand& s,
-                                                                 ColumnParameters<ComputeOf<X>, kVector<X>>& own) {
+                                                                 const ColumnParameters<ComputeOf<X>, kVector<X>>& own) {
     const Geometry& g = work.task.geometry;
     Cycle statistic = has_teams(work) ? columns_in_team<X>(work, own_slab<X>(work), s)
                                       : Cycle(s.at.o * g.columns() + s.at.i, g.run, g.statistics());
-    Known<ComputeOf<X>, kVector<X>> known;
+    Known<ComputeOf<X>, kVector<X>> known;  // a begins as the weight
+    NORMKIT_UNROLL
+    for (int e = 0; e < kVector<X>; ++e)
+      known.a[e] = own.weight[e], known.mean[e] = known.b[e] = known.c[e] = known.unit[e] = known.origin[e] = 0;
     NORMKIT_ROLL
     for (int e = 0; e < kVector<X>; ++e) {
       known.append(has_teams(work) ? known_in_team<Solved>(work, statistic.index) : solved_at(work, statistic.index),
-                   turn(own.weight));
+                   known.a[0]);
       if (e + 1 < s.n) statistic.next();
     }
     return known;
