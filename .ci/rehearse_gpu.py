@@ -74,12 +74,7 @@ PLANTS = {  # in a file, instead of some words, others
     "memory for JAX alone": (RUN, '"XLA_PYTHON_CLIENT_PREALLOCATE": "false"', '"XLA": ""'),
     "results at the end": ("benchmarks/gpu.py", "        if self.path:\n", "        if False:\n"),
     "results where nothing is kept": (RUN, 'os.environ.get("OUT") or ', ""),
-    "git must be there": (
-        RUN,
-        "    with suppress(OSError):\n        found = subprocess.run(command, cwd",
-        "    if True:\n        found = subprocess.run(command, cwd",
-    ),
-    "git must be there for times": ("benchmarks/gpu.py", "except OSError:", "except ZeroDivisionError:"),
+    "git must be there": ("benchmarks/gpu.py", "except OSError:", "except ZeroDivisionError:"),
     "all rivals are imported": ("benchmarks/gpu.py", "    status = 0\n", "    status = 0\n    import torch\n"),
     "plugins and warnings of others": (RUN, '"-W", "default", ', ""),
 }

@@ -333,7 +333,7 @@ struct MeanAndRstd { double mean, rstd; };
 /// kSpecial: what special_of() says.
 template <class X, Special kSpecial> struct LanesForward {
   static constexpr const char* kName = "LanesForward";
-  static constexpr int kBlocks = kSpecial == Special::none && sizeof(X) == 4 ? 3 : 2;
+  static constexpr int kBlocks = kSpecial != Special::none ? sizeof(X) == 2 ? 1 : 2 : sizeof(X) == 4 ? 3 : 2;
   Work given;
 
   NORMKIT_DEVICE void operator()() const {
@@ -506,8 +506,8 @@ template <class X, Special kSpecial> struct LanesBackward {
     });
   }
 
-  NORMKIT_DEVICE static Known<ComputeOf<X>, kVector<X>> known_of(const Work& work, const Strand& s,
-                                                                 const ColumnParameters<ComputeOf<X>, kVector<X>>& own) {
+  NORMKIT_DEVICE static Known<ComputeOf<X>, kVector<X>> known_of(
+      const Work& work, const Strand& s, const ColumnParameters<ComputeOf<X>, kVector<X>>& own) {
     const Geometry& g = work.task.geometry;
     Cycle statistic = has_teams(work) ? columns_in_team<X>(work, own_slab<X>(work), s)
                                       : Cycle(s.at.o * g.columns() + s.at.i, g.run, g.statistics());
