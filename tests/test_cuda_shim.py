@@ -115,7 +115,10 @@ def test_the_core_test_of_the_cpu_passes(programs, sanitizer):
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("scenario", ["tails", "misaligned", "blocks", "columns", "teams", "weighted", "pieces", "slabs", "slabs_in_place", "far"])
+@pytest.mark.parametrize(
+    "scenario",
+    ["tails", "misaligned", "blocks", "columns", "teams", "weighted", "pieces", "slabs", "slabs_in_place", "far"],
+)
 def test_scenario(programs, scenario, seed):
     done = programs.run("shim_test", scenario, seed=seed)
     assert done.returncode == 0, done.stdout + done.stderr

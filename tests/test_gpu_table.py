@@ -20,7 +20,9 @@ import pytest
 from launches import Launch, recorded
 from normkit import _core
 
-pytestmark = pytest.mark.skipif(_core.cuda != "shim", reason="only in a build with NORMKIT_CUDA=shim are launches recorded")
+pytestmark = pytest.mark.skipif(
+    _core.cuda != "shim", reason="only in a build with NORMKIT_CUDA=shim are launches recorded"
+)
 
 SHARED_BYTES = 228 << 10  # of a multiprocessor of compute capability 9.0, which keeps 1 KB of it for each block
 MOST_THREADS, MOST_BLOCKS = 2048, 32
@@ -32,7 +34,9 @@ GROUPS = 32
 class Case:
     operation: str
     shape: tuple[int, ...]  # channels first; rows and columns
-    fewer: tuple[int, ...]  # the same with fewer statistics, but so many that what is read once for all of them counts little
+    fewer: tuple[
+        int, ...
+    ]  # the same with fewer statistics, but so many that what is read once for all of them counts little
     dtype: str = "float32"
     last: bool = False
     fits: bool = True  # a statistic fits the blocks of one cluster
@@ -114,9 +118,7 @@ def launches_on(processors: int) -> list[list[Launch]]:
 def blocks_together(launch: Launch) -> int:
     """Blocks of a launch that a multiprocessor has at once: those that registers allow are what the kernel says."""
     by_registers = launch.resident_blocks * 256 // launch.threads
-    return min(
-        by_registers, SHARED_BYTES // (launch.shared_bytes + 1024), MOST_THREADS // launch.threads, MOST_BLOCKS
-    )
+    return min(by_registers, SHARED_BYTES // (launch.shared_bytes + 1024), MOST_THREADS // launch.threads, MOST_BLOCKS)
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,9 @@ def bytes_over_fewest(case: Case, rng: np.random.Generator) -> float:
     with recorded() as launches:
         fewest = call(case, case.fewer, make)
     moved = sum(
-        traffic.loaded + traffic.stored for launch in launches for traffic in (launch.arrays.once, launch.workspace.once)
+        traffic.loaded + traffic.stored
+        for launch in launches
+        for traffic in (launch.arrays.once, launch.workspace.once)
     )
     return moved / fewest
 
@@ -168,10 +172,9 @@ def test_gpu_is_full(case, processors):
     launches = launches_on(processors)[CASES.index(case)]
     for launch in launches:
         full = filling(launch, processors, int(size * (case.fewest - 1)))
-        print(
-            f"\n{case}, {processors}: {launch.kernel}, {launch.blocks} x {launch.threads}, {launch.shared_bytes / 1024:.1f}"
-            f" KB, clusters of {launch.cluster}: {full.waves:.2f} waves, {full.in_flight / 1024:.0f} KB in flight"
-        )
+        shape = f"{launch.blocks} x {launch.threads}, {launch.shared_bytes / 1024:.1f} KB, clusters of {launch.cluster}"
+        filled = f"{full.waves:.2f} waves, {full.in_flight / 1024:.0f} KB in flight"
+        print(f"\n{case}, {processors}: {launch.kernel}, {shape}: {filled}")
         if launch.in_flight_bytes and size * case.fewest >= LARGE:
             assert full.is_enough
     walks = [launch for launch in launches if launch.in_flight_bytes]
