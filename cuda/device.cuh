@@ -171,9 +171,15 @@ inline bool has_device() {
   return cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
 }
 
-/// Kernel::kBlocks blocks of 256 threads fit the registers of a multiprocessor; for one more, registers would spill.
+/// Kernel::kBlocks blocks of 256 threads fit the registers of a multiprocessor; for one more, registers would spill. Where nothing
+/// is copied aside, what is on its way takes registers too.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+template <class Kernel> inline constexpr int kResidentBlocks = Kernel::kBlocks > 1 ? Kernel::kBlocks - 1 : 1;
+#else
+template <class Kernel> inline constexpr int kResidentBlocks = Kernel::kBlocks;
+#endif
 template <class Kernel>
-__global__ void __launch_bounds__(256, Kernel::kBlocks) entry(const __grid_constant__ Kernel kernel) {
+__global__ void __launch_bounds__(256, kResidentBlocks<Kernel>) entry(const __grid_constant__ Kernel kernel) {
   kernel();
 }
 

@@ -62,17 +62,17 @@ namespace shim {
 constexpr std::size_t kStackBytes = std::size_t{256} << 10;
 
 // Their list makes the enumeration and their names.
-#define NORMKIT_MISTAKES(X)                                                                                    \
-  X(none)                                                                                                      \
-  X(missing_barrier)                                                                                           \
-  X(missing_second_barrier)                                                                                    \
-  X(missing_group_barrier)                                                                                     \
-  X(missing_cluster_barrier)                                                                                   \
-  X(missing_wait)                                                                                              \
-  X(short_wait)                                                                                                \
-  X(early_post)                                                                                                \
-  X(early_leave) X(early_tile) X(one_board) X(early_return) X(read_of_peer) X(misaligned_load) X(int_overflow) \
-      X(long_tail)
+#define NORMKIT_MISTAKES(X)  \
+  X(none)                    \
+  X(missing_barrier)         \
+  X(missing_second_barrier)  \
+  X(missing_group_barrier)   \
+  X(missing_cluster_barrier) \
+  X(missing_wait)            \
+  X(short_wait)              \
+  X(early_post)              \
+  X(early_leave)             \
+  X(early_tile) X(one_board) X(early_return) X(read_of_peer) X(misaligned_load) X(int_overflow) X(long_tail)
 enum class Mistake {
 #define NORMKIT_ENUMERATOR(name) name,
   NORMKIT_MISTAKES(NORMKIT_ENUMERATOR)

@@ -121,8 +121,8 @@ Spec normalize_spec(int ndim, std::span<const std::int64_t> axes, bool centered 
 /// What is written lies apart from everything else. Statistics, parameters and their gradients are dense, their axes in the order
 /// in which they lie in x.
 struct Args {
-  Array x, dy, weight, bias, mean, rstd, running_mean, running_var, residual, dresidual, where, sums, count, out, sum, moments,
-      dweight, dbias;
+  Array x, dy, weight, bias, mean, rstd, running_mean, running_var, residual, dresidual, where, sums, count, out, sum,
+      moments, dweight, dbias;
   Dtype out_dtype = Dtype::other;  // what y is to have; `other`: that of x, or float32 for an integer x
   /// Asked where the memory of two arrays interleaves: true where they share an element. Null: they may.
   bool (*share_elements)(const Array& a, const Array& b) = nullptr;
