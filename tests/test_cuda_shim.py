@@ -52,7 +52,7 @@ PLANTS = {
     "missing_group_barrier": ("misaligned", "thread", "data race"),  # of what others have brought
     "missing_wait": ("tails", "address", "copies of its are on their way"),
     "short_wait": ("columns", "address", "error nan"),  # what is read is still on its way
-    "early_tile": ("teams", "address", "error nan"),
+    "early_tile": ("crowds", "address", "error nan"),
     "one_board": ("weighted", "thread", "data race"),  # a block tells of the next row what another still reads of this
     "missing_cluster_barrier": ("teams", "address", "shared memory of a block that"),  # leaves, or has left
     "early_post": ("teams", "address", "shim: "),  # to a block that may not run yet
