@@ -171,15 +171,16 @@ inline bool has_device() {
   return cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
 }
 
-/// Kernel::kBlocks blocks of 256 threads fit the registers of a multiprocessor; for one more, registers would spill. Where nothing
-/// is copied aside, what is on its way takes registers too.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-template <class Kernel> inline constexpr int kResidentBlocks = Kernel::kBlocks > 1 ? Kernel::kBlocks - 1 : 1;
-#else
-template <class Kernel> inline constexpr int kResidentBlocks = Kernel::kBlocks;
+/// Kernel::kBlocks blocks of 256 threads fit the registers of a multiprocessor; for one more, registers would spill. Code for older
+/// GPUs takes more of them in places: kBlocksBefore90 is for these.
+template <class Kernel> constexpr int resident_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if constexpr (requires { Kernel::kBlocksBefore90; }) return Kernel::kBlocksBefore90;
 #endif
+  return Kernel::kBlocks;
+}
 template <class Kernel>
-__global__ void __launch_bounds__(256, kResidentBlocks<Kernel>) entry(const __grid_constant__ Kernel kernel) {
+__global__ void __launch_bounds__(256, resident_blocks<Kernel>()) entry(const __grid_constant__ Kernel kernel) {
   kernel();
 }
 

@@ -473,6 +473,7 @@ template <class X, Special kSpecial> struct RunsBackward {
   using S = ComputeOf<X>;
   static constexpr const char* kName = "RunsBackward";
   static constexpr int kBlocks = kSpecial == Special::anything ? 1 : 2;
+  static constexpr int kBlocksBefore90 = kSpecial == Special::along && sizeof(X) == 2 ? 1 : kBlocks;
   Work given;
 
   NORMKIT_DEVICE void operator()() const {
