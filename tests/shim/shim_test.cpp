@@ -171,6 +171,16 @@ void teams() {
     });
 }
 
+void expect_near(const std::vector<float>& found, const std::vector<double>& right, double bound,
+                 const std::string& what) {
+  double worst = 0;
+  for (std::size_t k = 0; k < found.size(); ++k) {
+    const double error = std::fabs(found[k] - right[k]);
+    worst = error <= worst ? worst : error;  // NaN stays
+  }
+  expect(worst <= bound, what + " " + std::to_string(worst));
+}
+
 /// Gradients of layer norm (one group) or group norm with weights, `rows` times `n` elements in `groups` pieces with a weight each,
 /// or a weight for each element: against double, with bounds of float sums of so many terms.
 std::vector<float> gradients(std::int64_t rows, std::int64_t n, std::int64_t pieces, const std::string& name) {
@@ -216,14 +226,7 @@ std::vector<float> gradients(std::int64_t rows, std::int64_t n, std::int64_t pie
   const std::int64_t axes[] = {1, 2};
   normkit::backward(args, by_element ? normkit::layer_spec(3, axes) : normkit::group_spec(shape, 1));
   const auto check = [&](const std::vector<float>& found, const std::vector<double>& right, double bound,
-                         const std::string& what) {
-    double worst = 0;
-    for (std::size_t k = 0; k < found.size(); ++k) {
-      const double error = std::fabs(found[k] - right[k]);
-      worst = error <= worst ? worst : error;  // NaN stays
-    }
-    expect(worst <= bound, name + ": error of " + what + " " + std::to_string(worst));
-  };
+                         const std::string& what) { expect_near(found, right, bound, name + ": error of " + what); };
   // Terms are below 100. No sum of floats has more than 64 + 256 + 4 terms one after another, nor, within a thread, more than 80.
   const double unit = 1.0 / (1 << 24), terms = static_cast<double>(rows * each);
   check(dx, right_dx, 400 * 100 * unit, "dx");
@@ -311,31 +314,24 @@ std::vector<float> images(const Images& g, bool masked, bool in_place, const std
                              : g.group == 1 ? normkit::instance_spec(3)
                                             : normkit::group_spec(shape, groups);
   const Array members{reinterpret_cast<std::byte*>(where.data()), Dtype::boolean, true, false, shape, bytes, {}};
-  normkit::ForwardArgs forward;
-  forward.x = like_x(in_place ? sum : x), forward.y = like_x(in_place ? sum : y), forward.y_is_apart = !in_place;
+  normkit::Args forward, backward;
+  if (!in_place) forward.share_elements = backward.share_elements = [](const Array&, const Array&) { return false; };
+  forward.x = like_x(in_place ? sum : x), forward.out = like_x(in_place ? sum : y);
   forward.weight = array(weight, of_weight), forward.bias = array(bias, of_weight);
   forward.mean = array(mean, kept), forward.rstd = array(rstd, kept);
   if (masked) forward.where = members;
   normkit::forward(forward, spec);
   if (in_place) y = sum;
-  normkit::BackwardArgs backward;
   std::vector<float> gradient = dy;
   backward.x = like_x(x), backward.dy = like_x(in_place ? gradient : dy);
-  backward.dx = like_x(in_place ? gradient : dx), backward.dx_is_apart = !in_place;
+  backward.out = like_x(in_place ? gradient : dx);
   backward.mean = forward.mean, backward.rstd = forward.rstd, backward.weight = forward.weight;
   backward.dweight = array(dweight, of_weight), backward.dbias = array(dbias, of_weight);
   if (masked) backward.where = members;
   normkit::backward(backward, spec);
   if (in_place) dx = gradient;
   const auto check = [&](const std::vector<float>& found, const std::vector<double>& right, double bound,
-                         const std::string& what) {
-    double worst = 0;
-    for (std::size_t k = 0; k < found.size(); ++k) {
-      const double error = std::fabs(found[k] - right[k]);
-      worst = error <= worst ? worst : error;  // NaN stays
-    }
-    expect(worst <= bound, name + ": error of " + what + " " + std::to_string(worst));
-  };
+                         const std::string& what) { expect_near(found, right, bound, name + ": error of " + what); };
   // Terms are below 100, and their factors below 10. Strands sum 16 of them in float, all else is double.
   const double unit = 1.0 / (1 << 24), terms = static_cast<double>(g.n * g.steps);
   check(y, right_y, 10 * 16 * unit * 10, "y");
