@@ -99,6 +99,7 @@ def calls() -> list[Call]:
     found = [Call(op.name, SMALL, dtype) for dtype in FLOATS for op in REGISTRY]
     found += [call for dtype in FLOATS for call in kernels(dtype)]
     found.append(Call("instance", (265, 1, 12_000), kind="many"))  # a block holds two tiles
+    found.append(Call("layer", (2, 210_000)))  # more weights than a team holds sums of
     for op in ("instance", "instance-last", "layer"):
         found += [Call(op, SMALL, options={"activation": a}) for a in ("relu", ("leaky_relu", 0.2), "silu", "gelu")]
         found += [Call(op, SMALL, options=o) for o in ({"where": "random"}, {"weight_offset": 1.0})]
