@@ -82,8 +82,9 @@ def kernels(dtype: str) -> Iterator[Call]:
     for size_bytes in (700, 9_000, TEAM, SPLIT):
         n = size_bytes // size // 16 * 16
         kind = "long" if size_bytes >= TEAM else "options"
-        yield Call("instance", (2, 1, n + 3), dtype, kind=kind)
-        if size_bytes < SPLIT or dtype == "float32":
+        several = size_bytes < SPLIT or dtype == "float32"
+        yield Call("instance", (2 if several else 1, 1, n + 3), dtype, kind=kind)
+        if several:
             yield Call("instance", (2, 1, n + 3), dtype, {"activation": "relu"}, kind)
             yield Call("layer", (2, n), dtype, kind=kind)
     yield Call("layer", (5, 301), dtype)
@@ -93,6 +94,7 @@ def kernels(dtype: str) -> Iterator[Call]:
         yield Call("instance-last", shape, dtype)
         yield Call("instance-last", shape, dtype, {"activation": "relu"})
     yield Call("group-last", (2, 700, 12), dtype)
+    yield Call("instance-last", (1, SPLIT // 48, 64 // size), dtype, kind="long")
 
 
 def calls() -> list[Call]:

@@ -249,12 +249,12 @@ inline int (*question)() = nullptr;
 inline std::int64_t launch_number = 0;
 inline std::vector<Launched> launches;
 
-/// Memory that the job's workspace is: [begin, end).
+/// Memory that is the workspace of the job that this thread launches: [begin, end).
 struct Range {
   const std::byte *begin = nullptr, *end = nullptr;
   bool holds(const void* p) const { return p >= begin && p < end; }
 };
-inline Range workspace;
+inline thread_local Range workspace;
 
 /// True while a thread is in the code of its kernel. The compiler does not know who reads it: calls of count.cpp come last.
 inline volatile bool counts = false;
