@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
 
 #include "normkit/formula.hpp"
 #include "normkit/normkit.hpp"
@@ -45,7 +46,9 @@ const Isa* find_isa(const char* name) {
 const Isa* first_isa() {
   const char* wanted = std::getenv("NORMKIT_ISA");
   const Isa* found = wanted && *wanted ? find_isa(wanted) : nullptr;
-  return found ? found : find_isa(nullptr);
+  if (!found) found = find_isa(nullptr);
+  if (!found) throw std::runtime_error("this processor has none of the instruction sets that normkit was built for");
+  return found;
 }
 
 std::atomic<const Isa*>& chosen_isa() {
@@ -145,7 +148,7 @@ void copy_given(const Task& t, std::int64_t statistics) {
     if (t.mean) store_scalar(t.mean + k * size_of(dtype), dtype, reinterpret_cast<const double*>(t.given.mean)[c]);
     if (t.rstd) {
       const double var = reinterpret_cast<const double*>(t.given.scale)[c];
-      store_scalar(t.rstd + k * size_of(dtype), dtype, rstd_of(var, t.eps));
+      store_scalar(t.rstd + k * size_of(dtype), dtype, rstd_of(var, t.denominator.eps));
     }
   }
 }
