@@ -38,7 +38,7 @@ BENCHMARKS, TESTS = ROOT / "benchmarks", ROOT / "tests"
 PYTHON = sys.executable
 LOST = 3  # exit status of a process that can no longer use the device: another may
 VALUES = """values layouts out where residual activation adaptive extremes edges family phases double_backward streamed
-    bits hypothesis onnx errors"""
+    bits hypothesis onnx errors l2_normalize"""
 SANITIZERS = {"memcheck": 30, "racecheck": 20, "synccheck": 10}  # seconds
 # What users of a GPU know best comes first. Inductor compiles each case for seconds.
 RIVALS = {"cupy": 30, "cupy-kernels": 30, "torch": 40, "inductor": 80, "cudnn": 40, "liger": 40, "quack": 40, "jax": 40}

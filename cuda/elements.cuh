@@ -277,7 +277,7 @@ struct Cycle {
 template <class S> NORMKIT_DEVICE Statistic<S> given_at(const Task& t, std::int64_t index) {
   const double scale = element(t.given.scale, t.given.scale_dtype, index);
   const double mean = t.given.mean ? element(t.given.mean, t.given.mean_dtype, index) : 0;
-  return statistic_of<S>(mean, t.given.is_variance ? rstd_of(scale, t.eps) : scale);
+  return statistic_of<S>(mean, t.given.is_variance ? rstd_of(scale, t.denominator.eps) : scale);
 }
 template <class S> NORMKIT_DEVICE Statistic<S> given_statistic(const Task& t, std::int64_t statistic) {
   return given_at<S>(t, remainder(quotient(statistic, t.given.stride), t.given.count));

@@ -32,7 +32,7 @@ NORMKIT_DEVICE Solved finish_forward(const Work& work, std::int64_t r, Group mee
     const std::int64_t unit = quotient(k, tiles);
     return moments_of(unit, k - unit * tiles);
   }, [](Moments a, Moments b) { return merge(a, b); });
-  const double rstd = rstd_of(m, t.eps);
+  const double rstd = rstd_of(m, t.denominator);
   if (meeting.rank == 0) publish<S>(t, r, m, rstd);
   return {m.mean, rstd, 0, 0};
 }
@@ -74,7 +74,8 @@ NORMKIT_DEVICE Solved solve(const Work& work, std::int64_t r, Statistic<S> s, Gr
   if (t.centered && total.n > 0) shift = t.frozen ? static_cast<double>(s.mean_low) : total.sums.d / total.n;
   if (t.centered && !t.frozen) mean = static_cast<double>(s.mean) + shift, s = statistic_of<S>(mean, s.rstd);
   const Sums<double> sums = recenter(total.sums, shift);
-  const Gradient<S> gradient = t.frozen ? Gradient<S>{0, 0, 0} : gradient_of(s, sums, total.n, t.centered);
+  const Gradient<S> gradient =
+      t.frozen ? Gradient<S>{0, 0, 0} : gradient_of(s, sums, total.n, t.centered, t.denominator);
   const Solved solved{mean, s.rstd, static_cast<double>(gradient.b), static_cast<double>(gradient.c)};
   if (writes && work.solved) {
     const std::int64_t all = t.geometry.statistics();
@@ -288,7 +289,8 @@ template <class S> struct CopyGiven {
     const std::int64_t index = remainder(quotient(r, given.stride), given.count);
     const double scale = element(given.scale, given.scale_dtype, index);
     if (task.mean) *at<S>(task.mean, r) = static_cast<S>(element(given.mean, given.mean_dtype, index));
-    if (task.rstd) *at<S>(task.rstd, r) = static_cast<S>(given.is_variance ? rstd_of(scale, task.eps) : scale);
+    if (task.rstd)
+      *at<S>(task.rstd, r) = static_cast<S>(given.is_variance ? rstd_of(scale, task.denominator.eps) : scale);
   }
 };
 

@@ -350,7 +350,7 @@ template <class X, Special kSpecial> struct RunsForward {
       s = given_statistic<S>(t, turn.statistic);
     } else {
       if (shares) meet_team(blocks), m = moments_of_team(work);
-      s = statistic_of<S>(m.mean, rstd_of(m, t.eps));
+      s = statistic_of<S>(m.mean, rstd_of(m, t.denominator));
       if (group.rank == 0 && turn.first == 0) publish<S>(t, turn.statistic, m, s.rstd);
     }
     if (t.phase == Phase::reduce) return;

@@ -49,7 +49,7 @@ nb::object deviation_of_moments(nb::handle triples, nb::handle eps, bool inverse
   const double* m = static_cast<const double*>(PyArray_DATA(from));
   double* deviation = static_cast<double*>(PyArray_DATA(as_array(result)));
   for (npy_intp k = 0; k < PyArray_SIZE(from) / 3; ++k, m += 3)
-    deviation[k] = inverse ? normkit::rstd_of(normkit::Moments{m[0], m[1], m[2]}, value)
+    deviation[k] = inverse ? normkit::rstd_of(normkit::Moments{m[0], m[1], m[2]}, {value})
                            : std::sqrt(m[1] / (m[2] == 0 ? 1 : m[2]) + value);
   return nb::steal(result);
 }

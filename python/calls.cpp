@@ -241,10 +241,11 @@ class Results {
 constexpr OperandIndex kForwardResults[] = {normkit::kOut, normkit::kMean, normkit::kRstd, normkit::kSum};
 constexpr OperandIndex kBackwardResults[] = {normkit::kOut, normkit::kDweight, normkit::kDbias};
 
-nb::object returned(const Plan& plan, Results& results) {
+/// `alone`: dx, where there are no parameters whose gradients could be wanted.
+nb::object returned(const Plan& plan, Results& results, bool alone) {
   if (plan.op == Op::moments) return std::move(results[normkit::kMoments]);
   if (plan.op == Op::backward_sums) return std::move(results[normkit::kSums]);
-  const bool all = plan.op == Op::backward;  // None for what is not wanted
+  const bool all = plan.op == Op::backward && !alone;  // None for what is not wanted
   const std::span<const OperandIndex> order =
       all ? std::span<const OperandIndex>(kBackwardResults) : std::span<const OperandIndex>(kForwardResults);
   Py_ssize_t count = 0;
@@ -260,7 +261,8 @@ nb::object returned(const Plan& plan, Results& results) {
   return tuple;
 }
 
-nb::object run(const Plan& plan, Addresses& at, PyObject* const* values, const Memory& memory, const Views* views) {
+nb::object run(const Plan& plan, Addresses& at, PyObject* const* values, const Memory& memory, const Views* views,
+               bool alone) {
   Results results;
   OperandMask packed = 0;
   for (const Temporary& t : plan.temporaries) packed |= operand_bit(t.operand);
@@ -285,7 +287,7 @@ nb::object run(const Plan& plan, Addresses& at, PyObject* const* values, const M
       const int k = std::countr_zero(left);
       if (values[k] == Py_None) results[k] = memory.handed_over(std::move(results[k]));
     }
-  return returned(plan, results);
+  return returned(plan, results, alone);
 }
 
 // ---- a function --------------------------------------------------------------------------------------------------
@@ -299,7 +301,7 @@ class Function final : public function::Body {
 
   /// The signature has such a parameter.
   void take(int slot, options::Type type, const char* name) {
-    if (slot < normkit::kOperands) arrays_.push_back(static_cast<OperandIndex>(slot));
+    if (slot < normkit::kOperands) arrays_.push_back(static_cast<OperandIndex>(slot)), names_[slot] = name;
     else if (type == options::Type::flag) flags_.emplace_back(slot, name);
     else (type == options::Type::number ? numbers_ : objects_).push_back(slot);
   }
@@ -317,11 +319,13 @@ class Function final : public function::Body {
     }
     add_options(key, values);
     if (const std::shared_ptr<const Known> known = recent_.find(key))
-      if (known->placement.allows(at)) return run(known->plan, at, values, memory::of_numpy(), nullptr);
+      if (known->placement.allows(at)) return run(known->plan, at, values, memory::of_numpy(), nullptr, is_alone());
     return plan_and_run(values, &key);
   }
 
  private:
+  bool is_alone() const { return names_[normkit::kWeight].empty(); }
+
   static PyObject* truth(const std::string& name, nb::handle value) {
     if (!PyLong_Check(value.ptr()) && !PyArray_IsScalar(value.ptr(), Bool))
       type_error(name + " is " + nb::repr(value).c_str() + ", expected True or False");
@@ -370,7 +374,7 @@ class Function final : public function::Body {
     if (const std::shared_ptr<const Known> known = recent_.find(key))
       if (known->placement.allows(at)) {
         const memory::Device memory(values[normkit::kX], *library, device);
-        return run(known->plan, at, values, memory, nullptr);
+        return run(known->plan, at, values, memory, nullptr, is_alone());
       }
     return plan_and_run(values, &key, std::move(held));
   }
@@ -385,7 +389,7 @@ class Function final : public function::Body {
     };
     const auto is_there = [&](OperandIndex k) { return values[k] != Py_None || k == normkit::kX || k == normkit::kDy; };
     for (const OperandIndex k : arrays_)
-      if (is_there(k) && !is_number(k)) whose.judge(kOperandTable[k].name, values[k]);
+      if (is_there(k) && !is_number(k)) whose.judge(names_[k].c_str(), values[k]);
     const Memory& memory = whose.open();
     Views views;
     Args args;
@@ -393,7 +397,7 @@ class Function final : public function::Body {
       if (!is_there(k)) continue;
       const OperandRow& row = kOperandTable[k];
       if (is_number(k)) views[k].array = {nullptr, normkit::Dtype::other, true, false, {}, {}, "int"};
-      else whose.view(row.name, values[k], contains(row.writes, op_), views[k]);
+      else whose.view(names_[k].c_str(), values[k], contains(row.writes, op_), views[k]);
       args.*row.array = views[k].array;
     }
     const normkit::Spec spec = options::spec_of(kind_, op_, values, args.x);
@@ -405,7 +409,7 @@ class Function final : public function::Body {
     if (key) keep(*key, values, plan, args, views, std::move(held));
     Addresses at{};
     for (const OperandIndex k : arrays_) at[k] = (args.*kOperandTable[k].array).data;
-    nb::object result = run(plan, at, values, memory, &views);
+    nb::object result = run(plan, at, values, memory, &views, is_alone());
     return op_ == Op::moments ? nb::object(nb::make_tuple(result, whose.python())) : result;
   }
 
@@ -432,6 +436,7 @@ class Function final : public function::Body {
   Op op_;
   options::Kind kind_;
   std::vector<OperandIndex> arrays_;
+  std::array<std::string, normkit::kOperands> names_;
   std::vector<int> numbers_, objects_;
   std::vector<std::pair<int, std::string>> flags_;
   recent::Recent<Known> recent_;

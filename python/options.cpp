@@ -98,6 +98,7 @@ Spec spec_of_axes(Kind kind, PyObject* const* values, const normkit::Array& x, b
     case kGroup:
       return normkit::group_spec(x.shape, integer("num_groups", values[kNumGroups]), integer("channel_axis", axes));
     case kLayer: return normkit::layer_spec(x.ndim(), integers("axis", axes), centered);
+    case kL2: return normkit::l2_spec(x.ndim(), integers("axis", axes));
     default: return normkit::normalize_spec(x.ndim(), integers("axis", axes), centered);
   }
 }
@@ -108,8 +109,8 @@ Spec spec_of(Kind kind, normkit::Op op, PyObject* const* values, const normkit::
   const bool centered = values[kCenter] == Py_True;
   Spec spec = spec_of_axes(kind, values, x, centered);
   spec.use_input_stats = values[kUseInputStats] == Py_True;
+  if (op == normkit::Op::forward || kind == kL2) spec.eps = eps_of(values[kEps], kind, centered, x.dtype);
   if (op == normkit::Op::forward) {
-    spec.eps = eps_of(values[kEps], kind, centered, x.dtype);
     if (values[kMomentum] == Py_None)
       throw Error(Error::Kind::value, "momentum is None, expected a number from 0 to 1: keep the count yourself");
     spec.momentum = number("momentum", values[kMomentum], "a number from 0 to 1");

@@ -42,11 +42,12 @@ inline constexpr Row kTable[] = {
     {"return_stats", kReturnStats, Type::flag},
     {"return_residual", kReturnResidual, Type::flag},
     {"center", kCenter, Type::flag},
+    {"rnorm", static_cast<Slot>(normkit::kRstd), Type::object},
 };
 
 /// What is normalized. functional.py has the same names.
-enum Kind { kNormalize, kInstance, kGroup, kBatch, kLayer };
-inline constexpr const char* kKindNames[] = {"normalize", "instance", "group", "batch", "layer"};
+enum Kind { kNormalize, kInstance, kGroup, kBatch, kLayer, kL2 };
+inline constexpr const char* kKindNames[] = {"normalize", "instance", "group", "batch", "layer", "l2"};
 
 /// All that `values` say of a call on x.
 normkit::Spec spec_of(Kind kind, normkit::Op op, PyObject* const* values, const normkit::Array& x);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <limits>
 #include <sstream>
 #include <vector>
 
@@ -147,8 +148,15 @@ bool must_lie_apart(int written, int other, Op op) {
   return contains(o.reads, op) && w.role != Role::running;
 }
 
-void check_apart(const Args& args, Op op, int written, int other) {
-  const OperandRow &w = kOperandTable[written], &o = kOperandTable[other];
+/// A row of the table, with the name that callers know it by.
+OperandRow row_of(int operand, const Spec& spec) {
+  OperandRow row = kOperandTable[operand];
+  if (operand == kRstd && spec.divides_by_norm) row.name = "rnorm";
+  return row;
+}
+
+void check_apart(const Args& args, const Spec& spec, Op op, int written, int other) {
+  const OperandRow w = row_of(written, spec), o = row_of(other, spec);
   const Array &a = args.*w.array, &b = args.*o.array;
   if (!must_lie_apart(written, other, op) || !b.present || a.dtype == Dtype::other || b.dtype == Dtype::other) return;
   const Reach p = reach_of(a), q = reach_of(b);
@@ -337,6 +345,11 @@ void judge_x(const Array& x, const Spec& spec, Op op) {
     value_error("x has shape " + tuple(x.shape) + ", expected at least 3 axes: images, channels and space");
   if (!(spec.eps >= 0) || std::isinf(spec.eps))
     value_error("eps is " + number(spec.eps) + ", expected a finite number that is at least 0");
+  const double least = compute_dtype(x.dtype) == Dtype::float64 ? std::numeric_limits<double>::min()
+                                                                : double{std::numeric_limits<float>::min()};
+  if (spec.divides_by_norm && spec.eps > 0 && spec.eps < least)
+    value_error("eps is " + number(spec.eps) + ", expected 0 or at least " + number(least) +
+                ": 1 / eps is to be finite");
   if (!(spec.momentum >= 0 && spec.momentum <= 1))
     value_error("momentum is " + number(spec.momentum) + ", expected a number from 0 to 1");
   if (!std::isfinite(spec.weight_offset))
@@ -350,8 +363,9 @@ Params judge(const Args& args, const Spec& spec, Op op, Dtype out_dtype, std::sp
   if (op == Op::forward) check_running(args, spec);
   if (args.residual.present && !is_floating(args.x.dtype))
     bad_dtype("x", args.x, "float32, float64, float16 or bfloat16 with a residual to add");
-  for (const OperandRow& row : kOperandTable) {
-    const bool read = contains(row.reads, op), is_mean = row.array == &Args::mean;
+  for (int k = 0; k < kOperands; ++k) {
+    const OperandRow row = row_of(k, spec);
+    const bool read = contains(row.reads, op), is_mean = k == kMean;
     const bool needed = row.role == Role::statistic || row.role == Role::triples || row.role == Role::count;
     if (!(args.*row.array).present && read && needed && (spec.centered || !is_mean)) is_missing(row);
     if (!(args.*row.array).present || !(read || contains(row.writes, op))) continue;
@@ -362,7 +376,7 @@ Params judge(const Args& args, const Spec& spec, Op op, Dtype out_dtype, std::sp
     if (!(args.*row.array).present || !contains(row.writes, op)) continue;
     if (row.role == Role::running && !spec.use_input_stats) continue;
     if (row.role != Role::running) check_writable(row.name, args.*row.array);
-    for (int other = 0; other < kOperands; ++other) check_apart(args, op, k, other);
+    for (int other = 0; other < kOperands; ++other) check_apart(args, spec, op, k, other);
   }
   return params;
 }

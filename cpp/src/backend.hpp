@@ -7,6 +7,7 @@
 
 #include "normkit/activation.hpp"
 #include "normkit/dtype.hpp"
+#include "normkit/formula.hpp"
 #include "normkit/geometry.hpp"
 
 namespace normkit {
@@ -71,7 +72,7 @@ struct Task {
   bool centered = true;
   bool frozen = false;         // statistics are given and take no part in the gradient
   Walk walk;
-  double eps = 0;
+  Denominator denominator;
   Activation activation;  // of y; in backward, dy is the gradient of what it gave
   Operand x, y, dy, dx;
   Operand where;             // one byte an element, members are those that are not 0; without data all are

@@ -330,7 +330,8 @@ bool schedule(Plan& p, Seen& seen) {
   p.job = Job{};
   Task& t = p.job.task;
   p.job.is_backward = backward;
-  t.phase = phase_of(p.op), t.centered = spec.centered, t.eps = spec.eps, t.activation = spec.activation;
+  t.phase = phase_of(p.op), t.centered = spec.centered, t.activation = spec.activation;
+  t.denominator = {spec.eps, spec.divides_by_norm};
   t.frozen = !spec.use_input_stats || p.op == Op::apply;
   const bool has_params = !backward || wants_params || args.weight.present || bias_counts(seen, p.op);
   if (!place(p, seen, has_params ? seen.params.axes : 0, blocks)) return false;

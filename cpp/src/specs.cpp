@@ -88,4 +88,11 @@ Spec normalize_spec(int ndim, std::span<const std::int64_t> axes, bool centered)
   return spec;
 }
 
+Spec l2_spec(int ndim, std::span<const std::int64_t> axes) {
+  Spec spec = normalize_spec(ndim, axes, false);
+  spec.divides_by_norm = true;
+  spec.eps = 1e-12;
+  return spec;
+}
+
 }  // namespace normkit

@@ -28,6 +28,8 @@ __all__ = [
     "instance_norm",
     "instance_norm_backward",
     "instance_norm_double_backward",
+    "l2_normalize",
+    "l2_normalize_backward",
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_double_backward",
@@ -801,6 +803,95 @@ def _hand_back(result: Any, memory: Memory, out: Any) -> Any:
     first, *others = result if isinstance(result, tuple) else (result,)
     first = memory.give_back(first) if out is None or first is None else out
     return (first, *map(memory.give_back, others)) if isinstance(result, tuple) else first
+
+
+@compiled("forward", "l2", center=False)
+def l2_normalize(
+    x: Array,
+    *,
+    axis: int | tuple[int, ...] = -1,
+    eps: float = 1e-12,
+    out: Array = None,
+    return_stats: bool = False,
+) -> Any:
+    """Divide by the Euclidean norm over the given axes.
+
+        y = x / max(norm, eps),  norm = sqrt(sum(x**2))
+
+    As torch.nn.functional.normalize does with p=2, for embeddings that are compared by their angles; Wang, Xiang, Cheng
+    and Yuille, "NormFace: L2 Hypersphere Embedding for Face Verification", 2017.
+
+    Parameters
+    ----------
+    x : any shape
+        The dtypes that `instance_norm` takes, with any strides.
+    axis
+        One axis or several, each from -x.ndim to x.ndim - 1.
+    eps
+        The least that is divided by: 0, or a normal number of the dtype of rnorm. Where both it and the norm are 0,
+        so is y.
+    out
+        As in `instance_norm`.
+    return_stats
+        Also return what `l2_normalize_backward` needs.
+
+    Returns
+    -------
+    y, or (y, rnorm)
+        y is like x in library, shape and memory layout, float32 where x has integers. rnorm = 1 / max(norm, eps) has
+        the shape of x without `axis`; it is of float32, or of float64 where x is.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        Naming the argument, before anything is written.
+
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> nk.l2_normalize(np.float32([[3, 4], [0, 0]]))
+    array([[0.6, 0.8],
+           [0. , 0. ]], dtype=float32)
+    """
+
+
+@compiled("backward", "l2", center=False, need=("dx",))
+def l2_normalize_backward(
+    dy: Array,
+    x: Array,
+    rnorm: Array,
+    *,
+    axis: int | tuple[int, ...] = -1,
+    eps: float = 1e-12,
+    out: Array = None,
+) -> Any:
+    """Gradient of `l2_normalize`.
+
+        dx = rnorm * (dy - y * sum(dy * y)),  y = x * rnorm
+
+    Where rnorm is 1 / eps, the norm is below eps and takes no part: dx = rnorm * dy.
+
+    Parameters
+    ----------
+    dy, x : any shape, both alike
+        float32, float64, float16 or bfloat16, with any strides.
+    rnorm : the shape of x without `axis`
+        From `l2_normalize`, float32 or float64.
+    axis, eps
+        Those of the forward.
+    out
+        Where to write dx. May be x or dy itself; any other overlap is refused.
+
+    Returns
+    -------
+    dx
+        Like x.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        Naming the argument, before anything is written.
+    """
 
 
 @compiled("forward", "normalize")

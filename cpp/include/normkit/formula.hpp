@@ -68,8 +68,18 @@ NORMKIT_HD double rstd_of(double var, double eps) {
   return sum == 0 ? 0 : 1 / std::sqrt(sum);
 }
 
-/// The same of the biased variance of a set; 0 of an empty one, whose outputs are then the bias.
-NORMKIT_HD double rstd_of(Moments m, double eps) { return m.n == 0 ? 0 : rstd_of(m.m2 / m.n, eps); }
+/// What x - mean is divided by: sqrt(var + eps), or the Euclidean norm, eps at least.
+struct Denominator {
+  double eps = 0;
+  bool is_norm = false;
+};
+
+/// One over it. Of the biased variance of a set; 0 of an empty one, whose outputs are then the bias.
+NORMKIT_HD double rstd_of(Moments m, Denominator d) {
+  if (!d.is_norm) return m.n == 0 ? 0 : rstd_of(m.m2 / m.n, d.eps);
+  const double norm = std::sqrt(m.m2), divisor = norm < d.eps ? d.eps : norm;  // NaN stays
+  return divisor == 0 ? 0 : 1 / divisor;
+}
 
 template <class S> NORMKIT_HD Statistic<S> statistic_of(double mean, double rstd) {
   const S high = static_cast<S>(mean);
@@ -101,9 +111,13 @@ template <class V> struct Gradient { V a, b, c; };
 
 /// dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)), where g = dy * weight, as coefficients of g and x - mean.
 /// Averages are sums over all elements, divided by the members n: the outputs of those that are no members depend on the
-/// statistics too. `sums` are taken about the true mean; RMS has no mean(g) term.
-template <class S> NORMKIT_HD Gradient<S> gradient_of(Statistic<S> s, Sums<double> sums, double n, bool centered) {
-  if (n == 0) return {static_cast<S>(s.rstd), 0, 0};
+/// statistics too. `sums` are taken about the true mean; RMS has no mean(g) term. A norm has sums in place of both averages, and is
+/// a constant where it is below eps.
+template <class S>
+NORMKIT_HD Gradient<S> gradient_of(Statistic<S> s, Sums<double> sums, double n, bool centered, Denominator d) {
+  if (n == 0 || (d.is_norm && s.rstd >= static_cast<double>(static_cast<S>(1 / d.eps))))
+    return {static_cast<S>(s.rstd), 0, 0};
+  if (d.is_norm) n = 1;
   const double b = -(s.rstd * s.rstd) * (s.rstd * sums.gx / n);
   const double c = centered ? -(s.rstd * sums.g / n) : 0;
   return {static_cast<S>(s.rstd), static_cast<S>(b), static_cast<S>(c - static_cast<double>(s.mean_low) * b)};

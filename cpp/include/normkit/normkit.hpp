@@ -60,7 +60,9 @@ struct Array {
 struct Spec {
   AxisMask reduce_axes = 0;  // axes that a statistic is taken over, one bit each
   bool centered = true;      // false: root mean square, no mean (Zhang and Sennrich, 2019)
-  double eps = 1e-5;         // added to the variance
+  bool divides_by_norm =
+      false;  // by the Euclidean norm or, where that is less, eps; mean and rstd stand for 0 and one over it
+  double eps = 1e-5;             // added to the variance
   bool use_input_stats = true;  // false: running_mean and running_var (forward), mean and rstd (backward) are constants
   double momentum = 0.1;  // running <- (1 - momentum) * running + momentum * statistic
   double weight_offset = 0;  // weight + weight_offset is used; an absent weight stays 1
@@ -93,6 +95,9 @@ Spec layer_spec(int ndim, std::span<const std::int64_t> axes, bool centered = tr
 
 /// Any axes: each from -ndim to ndim - 1. Weights: any shape that broadcasts against x.
 Spec normalize_spec(int ndim, std::span<const std::int64_t> axes, bool centered = true);
+
+/// x / max(norm, eps), the Euclidean norm over any axes. Backward wants eps as well.
+Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 
 /// The arrays of a call; what a call does not name here it leaves alone. f: forward(), m: moments(), a: apply(), b: backward(),
 /// s: backward_sums(), d: apply_backward(). Absent is what is not wanted, but where it says otherwise.

@@ -137,7 +137,7 @@ template <class V> [[gnu::noinline]] void solve_batch(const Task& t, Batch<V>& b
                                         t.centered, n, masked(Everyone{}));
     mean[k] = m.mean, m2[k] = m.m2;
   }
-  for (int k = 0; k < kRows; ++k) rstd[k] = rstd_of(m2[k] / n, t.eps);
+  for (int k = 0; k < kRows; ++k) rstd[k] = rstd_of(Moments{mean[k], m2[k], n}, t.denominator);
   if (t.mean || t.rstd || t.moments)
     for (int k = 0; k < batch.rows; ++k) publish<S>(t, batch.first + k, {mean[k], m2[k], n}, rstd[k]);
   if (weighs_elements(g)) {

@@ -80,7 +80,7 @@ template <class S> Statistic<S> given_statistic(const Task& t, std::int64_t stat
   const std::int64_t index = statistic / t.given.stride % t.given.count;
   const double scale = element(t.given.scale, t.given.scale_dtype, index);
   const double mean = t.given.mean ? element(t.given.mean, t.given.mean_dtype, index) : 0;
-  return statistic_of<S>(mean, t.given.is_variance ? rstd_of(scale, t.eps) : scale);
+  return statistic_of<S>(mean, t.given.is_variance ? rstd_of(scale, t.denominator.eps) : scale);
 }
 
 NORMKIT_LOCAL void put(Moments m, double* to) { to[0] = m.mean, to[1] = m.m2, to[2] = m.n; }
@@ -95,7 +95,7 @@ NORMKIT_LOCAL Statistic<S> publish(const Task& t, std::int64_t statistic, Moment
   return statistic_of<S>(m.mean, rstd);
 }
 template <class S> NORMKIT_LOCAL Statistic<S> publish(const Task& t, std::int64_t statistic, Moments m) {
-  return publish<S>(t, statistic, m, rstd_of(m, t.eps));
+  return publish<S>(t, statistic, m, rstd_of(m, t.denominator));
 }
 
 /// Integers are read, but never written.

@@ -146,7 +146,8 @@ template <class S> void lanes_solve(const Task& t, std::int64_t o, ColumnSums co
     const double shift = mean_shift(t, s, reduced.sums.d, reduced.n);
     if (t.centered && !t.frozen) s = statistic_of<S>(static_cast<double>(s.mean) + shift, s.rstd);
     const Sums<double> sums = recenter(reduced.sums, shift);
-    const Gradient<S> gradient = t.frozen ? Gradient<S>{0, 0, 0} : gradient_of(s, sums, reduced.n, t.centered);
+    const Gradient<S> gradient =
+        t.frozen ? Gradient<S>{0, 0, 0} : gradient_of(s, sums, reduced.n, t.centered, t.denominator);
     const Affine<S> standard = forward_affine(s, 1, 0);
     for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k, parameter.next()) {
       table.mean[k] = s.mean, table.a[k] = static_cast<S>(s.rstd * parameter.of(t.weight, 1));

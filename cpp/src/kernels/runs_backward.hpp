@@ -253,7 +253,8 @@ template <class S> Solved<S> solve(const Task& t, std::int64_t r, std::int64_t o
   if (t.kind == ParamKind::statistic) t.dparams[2 * r] = s.rstd * sums.gx, t.dparams[2 * r + 1] = sums.g;
   if (t.frozen) return {s, {static_cast<S>(s.rstd), 0, 0}};
   const double weight = t.phase == Phase::apply ? 1 : common_weight(t, o, lane);  // given sums hold it already
-  return {s, gradient_of(s, Sums<double>{weight * sums.g, weight * sums.gx, sums.d}, reduced.n, t.centered)};
+  return {
+      s, gradient_of(s, Sums<double>{weight * sums.g, weight * sums.gx, sums.d}, reduced.n, t.centered, t.denominator)};
 }
 
 /// The sums of statistic r for Phase::apply, as Phase::reduce and the caller's additions left them, and back.
