@@ -208,7 +208,7 @@ class Results {
     const View& v = views[t.operand];
     nb::object from = nb::borrow(values[t.operand]);
     if (from.is_none()) from = nb::int_(1);  // a weight that is not there
-    else if (v.array.present && v.array.ndim() > 0) from = memory.of_view(v);
+    else if (v.object.is_valid()) from = memory.of_view(v);  // else a number
     const bool alike =
         std::equal(v.array.shape.begin(), v.array.shape.end(), t.shape.begin(), t.shape.begin() + t.ndim);
     if (v.array.present && v.object.is_valid() && !alike)

@@ -50,6 +50,19 @@ def test_an_offset_in_bytes():
     assert bits(normkit.instance_norm(producer)) == bits(normkit.instance_norm(x()))
 
 
+@pytest.mark.parametrize("dtype", ["f8", "f4", "i8"])
+def test_a_count_without_axes(dtype, rng):
+    dy, x = uniform(rng, (2, 6, 5))
+    m = normkit.moments(x, axis=1)
+    mean, rstd = m.mean, m.rstd()
+    sums = normkit.backward_sums(dy, x, mean, rstd, axis=1)
+    arrays = {"dy": dy, "x": x, "mean": mean, "rstd": rstd, "sums": sums}
+    found = normkit.apply_backward(
+        **{name: Producer(a) for name, a in arrays.items()}, count=Producer(np.array(5, dtype)), axis=1
+    )
+    assert bits(found) == bits(normkit.apply_backward(**arrays, count=5, axis=1))
+
+
 def test_a_mask():
     where = x() > 3
     y = normkit.instance_norm(x(), where=where)
