@@ -207,7 +207,7 @@ def phases(dtype: Any, layout: str, axis: Any, center: bool) -> Any:
         for count in (m.count, 7)
     ]
     ys = [normkit.apply(x, m.mean, rstd, weight, bias, axis=axis, out_dtype=name) for name in (None, "float64")]
-    found = (m.count, m.m2, m.var(), m.std(0.5), rstd, sums, *dx, *ys)
+    found = (m.count, m.m2, m.var(), m._deviation(0.5), rstd, sums, *dx, *ys)
     return (*found, *normkit.normalize(x[parts[0]], axis=axis, center=center, return_stats=True))
 
 

@@ -15,6 +15,7 @@ CHANNEL = {"instance": 1, "instance-last": -1}
 SHAPES = {
     "small": ((3, 5, 4, 7), (3, 5, 3, 2)),
     "same-extents": ((2, 3, 7, 7), (2, 3, 7, 7)),
+    "one-style": ((3, 5, 4, 7), (1, 5, 3, 2)),
     "fewer-axes": ((2, 3, 4, 6), (2, 3, 9)),
     "one-pixel-of-style": ((2, 3, 5, 5), (2, 3, 1, 1)),
     "one-pixel-of-content": ((2, 3, 1, 1), (2, 3, 5, 5)),
@@ -116,6 +117,19 @@ def test_matches_the_reference(shapes, dtype, op, isa, rng):
     style = uniform(rng, style, dtype, offset=-0.5, std=2)
     check(op, content, style)
     check_backward(op, dy, content, style)
+
+
+def test_one_style_has_the_bits_of_copies(op, isa, rng):
+    content, style = (place(s, op) for s in SHAPES["one-style"])
+    dy, content, style = uniform(rng, content), uniform(rng, content), uniform(rng, style)
+    axis = {"channel_axis": CHANNEL[op.name]}
+    y, mean, rstd = normkit.adaptive_instance_norm(content, style, return_stats=True, **axis)
+    given = dy, content, np.repeat(style, 3, 0)
+    assert bits(y) == bits(normkit.adaptive_instance_norm(*given[1:], **axis))
+    found, expected = (
+        normkit.adaptive_instance_norm_backward(dy, content, s, mean, rstd, **axis)[0] for s in (style, given[2])
+    )
+    assert bits(found) == bits(expected)
 
 
 @pytest.mark.parametrize("style_layout", LAYOUTS)

@@ -679,9 +679,9 @@ def test_phases(case):
 EPS = "expected a finite number that is at least 0"
 MOMENTS_ERRORS = {
     "rstd-negative": (lambda m: m.rstd(-1), ValueError, f"eps is -1, {EPS}"),
-    "std-negative": (lambda m: m.std(-1), ValueError, f"eps is -1, {EPS}"),
-    "std-nan": (lambda m: m.std(math.nan), ValueError, f"eps is nan, {EPS}"),
-    "std-type": (lambda m: m.std("a"), TypeError, "eps is 'a', expected a number that is at least 0"),
+    "rstd-nan": (lambda m: m.rstd(math.nan), ValueError, f"eps is nan, {EPS}"),
+    "rstd-type": (lambda m: m.rstd("a"), TypeError, "eps is 'a', expected a number that is at least 0"),
+    "std-type": (lambda m: m.std("a"), TypeError, "correction is 'a', expected a number"),
     "var-type": (lambda m: m.var("a"), TypeError, "correction is 'a', expected a number"),
     "merge-type": (lambda m: m.merge(3), TypeError, "other is 3, expected Moments"),
     "merge-all-type": (lambda m: nk.merge([3]), TypeError, "moments has 3, expected Moments"),
@@ -707,9 +707,29 @@ MOMENTS_ERRORS = {
         f"style has dtype uint8, expected {FLOATS}",
     ),
     "adaptive-images": (
-        lambda m: nk.adaptive_instance_norm(x(), x()[:1]),
+        lambda m: nk.adaptive_instance_norm(x(), x()[:, :2]),
         ValueError,
-        "style has images and channels (1, 3), expected (2, 3): those of content",
+        "style has images and channels (2, 2), expected (2, 3), those of content, or (1, 3)",
+    ),
+    "moments-type": (
+        lambda m: nk.Moments("a", 1, 2),
+        TypeError,
+        "count is a str, expected a NumPy array or an object with __dlpack__",
+    ),
+    "moments-none": (
+        lambda m: nk.Moments(3, 0, None),
+        TypeError,
+        "m2 is a NoneType, expected a NumPy array or an object with __dlpack__",
+    ),
+    "moments-shape": (
+        lambda m: nk.Moments(np.ones(3), np.ones(2), 1),
+        ValueError,
+        "count has shape (3,), expected (2,), that of mean",
+    ),
+    "moments-dtype": (
+        lambda m: nk.Moments(3, np.ones(2), np.ones(2, complex)),
+        TypeError,
+        "m2 has dtype complex128, expected real numbers",
     ),
 }
 

@@ -1,6 +1,8 @@
 """The two phases: whole arrays, tiles, streams. Moments merge, sums add, and both give what one call gives."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -164,6 +166,35 @@ def test_merge_changes_neither(op, rng):
     a.merge(b)
     normkit.merge([a, b])
     assert [bits(getattr(m, name)) for m in (a, b) for name in ("count", "mean", "m2")] == before
+
+
+@pytest.mark.parametrize("op", NORMALIZE, ids=repr)
+def test_moments_are_values(op, rng):
+    """They travel, are equal or not, and nobody reaches into them."""
+    x = uniform(rng, SMALL)
+    m = moments(op, x)
+    before = bits(m.m2)
+    for again in (pickle.loads(pickle.dumps(m)), copy.copy(m), copy.deepcopy(m)):
+        assert again == m
+        assert bits(again.m2) == before
+    stored = normkit.Moments(m.count.astype(np.int64), m.mean, m.m2)
+    assert stored == m
+    assert normkit.Moments(m.count.flat[0], m.mean, m.m2) == m  # all count the same
+    assert bits(stored.merge(m).m2) == bits(m.merge(m).m2)
+    more = m.m2.copy()
+    more.flat[-1] += 1
+    assert m != normkit.Moments(m.count, m.mean, more)
+    assert m != normkit.Moments(m.count, np.zeros_like(more) if m.mean is None else None, m.m2)
+    assert m != moments(op, x[:, :4, :3, :6])
+    assert m != 3
+    for array in (m.count, m.m2, m.m2 if m.mean is None else m.mean):
+        array[...] = np.nan
+    assert bits(m.m2) == before
+    assert bits(m.std(1)) == bits(np.sqrt(m.var(1)))
+    unhappy = normkit.Moments(m.count, m.mean, m.m2 * np.nan)
+    assert unhappy == copy.copy(unhappy)
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(m)
 
 
 @pytest.mark.parametrize("op", NORMALIZE, ids=repr)

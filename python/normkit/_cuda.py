@@ -132,7 +132,7 @@ class Torch(Device):
         return x.permute(order)
 
     def wide(self, array: Any, dtype: str) -> Any:
-        return array.to(getattr(self.xp, dtype))
+        return array.to(getattr(self.xp, dtype), copy=True)
 
     def workspace(self, size: int) -> int:
         """As with CuPy's pool."""

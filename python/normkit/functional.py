@@ -667,6 +667,7 @@ def adaptive_instance_norm(
     ----------
     content : (N, C, *spatial), or with C at `channel_axis`
     style : the same N and C, other extents at will; any dtype that `instance_norm` takes
+        One image may serve all of content.
     eps
         Added to both variances.
     All options from `out` on
@@ -684,10 +685,10 @@ def adaptive_instance_norm(
     """
     v, memory = views_of(content=content, style=style, out=out, where=where, residual=residual)
     with memory:
-        of_style = _style_moments(v["content"], v["style"], channel_axis)
+        _, std, mean_of_style = _style_of(v["content"], v["style"], channel_axis, eps)
         with _called("content"):
             result = instance_norm(
-                v["content"], of_style.std(eps), of_style.mean, eps=eps, channel_axis=channel_axis, out=v["out"],
+                v["content"], std, mean_of_style, eps=eps, channel_axis=channel_axis, out=v["out"],
                 out_dtype=out_dtype, return_stats=return_stats, where=v["where"], activation=activation,
                 residual=v["residual"], return_residual=return_residual,
             )  # fmt: skip
@@ -748,11 +749,11 @@ def adaptive_instance_norm_backward(
         raise TypeError(f"style has dtype {kind}, expected float32, float64, float16 or bfloat16")
     wanted = _WANTED["dcontent" in need, "dstyle" in need]
     with memory:
-        of_style = _style_moments(v["content"], v["style"], channel_axis)
+        of_style, std, mean_of_style = _style_of(v["content"], v["style"], channel_axis, eps)
         with _called("content"):
             dcontent, dweight, dbias = instance_norm_backward(
-                v["dy"], v["content"], v["mean"], v["rstd"], of_style.std(eps), channel_axis=channel_axis, need=wanted,
-                out=v["out"], where=v["where"], bias=of_style.mean, activation=activation, dresidual=v["dresidual"],
+                v["dy"], v["content"], v["mean"], v["rstd"], std, channel_axis=channel_axis, need=wanted,
+                out=v["out"], where=v["where"], bias=mean_of_style, activation=activation, dresidual=v["dresidual"],
             )  # fmt: skip
         dstyle = None
         if "dstyle" in need:  # sqrt(var + eps) and mean of style are weight and bias of content
@@ -775,16 +776,19 @@ def _apply_channels(
     """`apply` over the axes of instance norm."""
 
 
-def _style_moments(content: Array, style: Array, channel_axis: int) -> Moments:
-    """The moments of style, whose images and channels must be those of content."""
+def _style_of(content: Array, style: Array, channel_axis: int, eps: float) -> tuple[Moments, Any, Any]:
+    """The moments of style, sqrt(var + eps) and the mean. Style has content's images and channels, or one image."""
     with _called("style"):
-        moments = Moments(*_moments_of_channels(style, channel_axis=channel_axis))
+        moments = Moments._of(*_moments_of_channels(style, channel_axis=channel_axis))
     shape: tuple[int, ...] = tuple(content.shape)
     if -len(shape) <= channel_axis < len(shape):  # else content is refused by its own call
         found, expected = tuple(moments.count.shape), (shape[0], shape[channel_axis])
-        if found != expected:
-            raise ValueError(f"style has images and channels {found}, expected {expected}: those of content")
-    return moments
+        if found != expected and found != (1, expected[1]):
+            raise ValueError(
+                f"style has images and channels {found}, expected {expected}, those of content, or {(1, expected[1])}"
+            )
+    std, mean = moments._deviation(eps), moments.mean
+    return (moments, std[0], mean[0]) if len(std) == 1 != shape[0] else (moments, std, mean)
 
 
 @contextmanager

@@ -13,36 +13,101 @@ from typing import Any
 import numpy as np
 
 from ._compiled import Activation, Array, compiled
-from ._memory import NUMPY, Memory, library_of
+from ._memory import NUMPY, Memory, library_of, views_of
 
 
 class Moments:
     """Number, mean and sum of squared deviations of the members of each statistic, in float64.
 
-    count, mean, m2 : the shape of x without `axis`
-        Where count is 0, so are the others. Without centering mean is None and m2 the sum of squares.
+    A value: it can be made of stored numbers, pickled, copied and compared, and its arrays are the caller's own.
+
+    Parameters
+    ----------
+    count, mean, m2 : one shape, that of x without `axis`
+        Real numbers, or arrays of any real dtype, of one library and device. A number stands for all statistics. Where
+        count is 0, so are the others. Without centering mean is None and m2 the sum of squares.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument.
+
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> m = nk.moments(np.float32([[1, 2, 3], [5, 5, 5]]), axis=1)
+    >>> m == nk.Moments(count=3, mean=np.array([2, 5]), m2=np.array([2, 0]))
+    True
+    >>> m.var(correction=1)
+    array([1., 0.])
     """
 
     __slots__ = ("_centered", "_memory", "_triples")
+    _triples: Any  # mean, m2 and count along the last axis, as an array that its memory computes with
+    _memory: Memory
+    _centered: bool
 
-    def __init__(self, triples: Any, memory: Memory | None, centered: bool = True) -> None:
-        """`triples`: mean, m2 and count along the last axis, as an array that its memory computes with."""
-        self._triples, self._memory, self._centered = triples, memory or NUMPY, centered
+    def __init__(self, count: Array, mean: Array, m2: Array) -> None:
+        given = {"mean": 0 if mean is None else mean, "m2": m2, "count": count}
+        numbers = {name: float(v) for name, v in given.items() if isinstance(v, int | float | np.number | np.bool_)}
+        if len(numbers) == 3:
+            given["m2"] = np.asarray(numbers.pop("m2"))
+        views, memory = views_of(**{name: v for name, v in given.items() if name not in numbers})
+        with memory:
+            wide: dict[str, Any] = {}
+            for name, view in views.items():
+                first = next(iter(wide), name)
+                kind = "None" if view is None else str(view.dtype).rpartition(".")[2]
+                if not kind.startswith(("float", "bfloat", "int", "uint")):
+                    raise TypeError(f"{name} has dtype {kind}, expected real numbers")
+                if view.shape != views[first].shape:
+                    shape, expected = tuple(view.shape), tuple(views[first].shape)
+                    raise ValueError(f"{name} has shape {shape}, expected {expected}, that of {first}")
+                wide[name] = memory.wide(view, "float64")
+            zeros = memory.xp.zeros_like(next(iter(wide.values())))
+            parts = [wide[name] if name in wide else zeros + numbers[name] for name in given]
+            self._triples = memory.xp.stack(parts, -1)
+        self._memory, self._centered = memory, mean is not None
+
+    @classmethod
+    def _of(cls, triples: Any, memory: Memory | None, centered: bool = True) -> "Moments":
+        found = cls.__new__(cls)
+        found._triples, found._memory, found._centered = triples, memory or NUMPY, centered
+        return found
 
     def __repr__(self) -> str:
         return f"Moments(count={self.count!r}, mean={self.mean!r}, m2={self.m2!r})"
 
+    def __eq__(self, other: object) -> bool:
+        """True where all numbers are the same. NaN is the same as NaN."""
+        if not isinstance(other, Moments):
+            return NotImplemented
+        a, b = self._triples, other._triples
+        if type(a) is not type(b) or a.shape != b.shape or self._centered != other._centered:
+            return False
+        with self._memory:
+            return bool(((a == b) | ((a != a) & (b != b))).all())
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[type["Moments"], tuple[Array, Array, Array]]:
+        return Moments, (self.count, self.mean, self.m2)
+
+    def _part(self, k: int) -> Array:
+        with self._memory as memory:
+            return memory.hand_over(memory.wide(self._triples[..., k], "float64"))
+
     @property
     def count(self) -> Array:
-        return self._memory.hand_over(self._triples[..., 2])
+        return self._part(2)
 
     @property
     def mean(self) -> Array:
-        return self._memory.hand_over(self._triples[..., 0]) if self._centered else None
+        return self._part(0) if self._centered else None
 
     @property
     def m2(self) -> Array:
-        return self._memory.hand_over(self._triples[..., 1])
+        return self._part(1)
 
     def merge(self, other: "Moments") -> "Moments":
         """The moments of the members of both, which share none.
@@ -60,18 +125,27 @@ class Moments:
         if other._centered != self._centered:
             raise ValueError("other is centered and this is not, or the other way round: expected both alike")
         with self._memory as memory:
-            return Moments(memory.merged(self._triples, other._triples), memory, self._centered)
+            return Moments._of(memory.merged(self._triples, other._triples), memory, self._centered)
 
     def var(self, correction: float = 0) -> Array:
         """m2 / (count - correction); 0 where there are no members, NaN where `correction` leaves none."""
+        with self._memory as memory:
+            return memory.hand_over(self._var(memory, correction))
+
+    def _var(self, memory: Memory, correction: float) -> Any:
         if not isinstance(correction, int | float | np.number):
             raise TypeError(f"correction is {correction!r}, expected a number")
-        with self._memory as memory, np.errstate(all="ignore"):
+        with np.errstate(all="ignore"):
             where, count, m2 = memory.xp.where, self._triples[..., 2], self._triples[..., 1]
             left = count - correction
-            return memory.hand_over(where(left > 0, m2 / left, where(count == 0, 0.0, math.nan)))
+            return where(left > 0, m2 / left, where(count == 0, 0.0, math.nan))
 
-    def std(self, eps: float = 0.0) -> Array:
+    def std(self, correction: float = 0) -> Array:
+        """The square root of `var(correction)`."""
+        with self._memory as memory:
+            return memory.hand_over(memory.xp.sqrt(self._var(memory, correction)))
+
+    def _deviation(self, eps: float) -> Array:
         """sqrt(var + eps)."""
         with self._memory as memory:
             return memory.hand_over(memory.deviation(self._triples, eps, inverse=False))
@@ -133,7 +207,7 @@ def moments(x: Array, *, axis: int | tuple[int, ...], center: bool = True, where
     >>> float(m.count), float(m.mean), float(m.var())
     (4.0, 3.0, 3.5)
     """
-    return Moments(*_moments(x, axis=axis, center=center, where=where), bool(center))
+    return Moments._of(*_moments(x, axis=axis, center=center, where=where), bool(center))
 
 
 @compiled("apply", "normalize", center=None)
