@@ -61,7 +61,8 @@ NORMKIT_DEVICE Solved solve(const Work& work, std::int64_t r, Statistic<S> s, Gr
     double* const pair = t.dparams + 2 * (r * units + unit);
     pair[0] = part.sums.gx, pair[1] = part.sums.g;
   }
-  if (abreast > 1) total = all_sum(meeting, total);
+  // Where there is nothing to sum the threads of other statistics may have left.
+  if (abreast > 1 && work.summed) total = all_sum(meeting, total);
   const bool writes = leads && meeting.rank == 0;
   if (t.phase == Phase::reduce) {
     if (writes) t.sums[3 * r] = total.sums.g, t.sums[3 * r + 1] = total.sums.gx, t.sums[3 * r + 2] = total.sums.d;
