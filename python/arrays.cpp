@@ -260,7 +260,7 @@ void import_dlpack(const char* name, nb::handle array, nb::handle stream, View& 
   const std::int64_t bytes = type.bits / 8;
   static const char* const kinds[] = {"int", "uint", "float", "", "bfloat", "complex", "bool"};  // by type code
   const bool known = type.code < std::size(kinds) && *kinds[type.code] && bytes * 8 == type.bits && type.lanes == 1 &&
-                     (type.code != 4 || bytes == 2);
+                     (type.code != 4 || bytes == 2) && (type.code != 6 || bytes == 1);
   if (!known)
     type_error(named + " has a DLPack type with code " + std::to_string(type.code) + " and " +
                std::to_string(type.bits) + " bits, expected float32, float64, float16 or bfloat16");

@@ -211,7 +211,7 @@ class Results {
     else if (v.object.is_valid()) from = memory.of_view(v);  // else a number
     const bool alike =
         std::equal(v.array.shape.begin(), v.array.shape.end(), t.shape.begin(), t.shape.begin() + t.ndim);
-    if (v.array.present && v.object.is_valid() && !alike)
+    if (v.object.is_valid() && v.array.ndim() > 0 && !alike)
       from = memory.seen(from, v.array.dtype, t.ndim, t.shape.data(), t.seen_strides.data());
     memory.copy(array, from, nb::none());
   }
@@ -311,6 +311,7 @@ class Function final : public function::Body {
       if (!PyBool_Check(values[slot])) values[slot] = truth(name, values[slot]);
     if (values[options::kCenter] == Py_None)
       values[options::kCenter] = values[normkit::kMean] == Py_None ? Py_False : Py_True;
+    if (values[normkit::kWhere] == Py_True) values[normkit::kWhere] = Py_None;
     recent::Key key;
     Addresses at{};
     for (const OperandIndex k : arrays_) {
@@ -346,7 +347,9 @@ class Function final : public function::Body {
   }
 
   /// With arrays of a GPU, as far as their library tells of them; else as if it were the first call.
-  [[gnu::noinline, gnu::cold]] nb::object call_elsewhere(PyObject* const* values) {
+  [[gnu::noinline, gnu::cold]] nb::object call_elsewhere(PyObject** values) {
+    PyObject*& where = values[normkit::kWhere];
+    if (PyArray_IsScalar(where, Bool) && PyObject_IsTrue(where)) where = Py_None;
     const Library* library = nullptr;
     std::int64_t device = 0;
     recent::Key key;

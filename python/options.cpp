@@ -24,11 +24,17 @@ std::int64_t integer(const char* name, nb::handle h) {
   return value;
 }
 
-std::vector<std::int64_t> integers(const char* name, nb::handle h) {
-  if (!PyTuple_Check(h.ptr()) && !PyList_Check(h.ptr())) return {integer(name, h)};
-  std::vector<std::int64_t> values;
-  for (nb::handle item : nb::borrow<nb::iterable>(h)) values.push_back(integer(name, item));
-  return values;
+/// One axis, several in anything that can be iterated over, or None: all of them.
+std::vector<std::int64_t> axes_of(nb::handle h, int ndim) {
+  std::vector<std::int64_t> axes;
+  for (int axis = 0; h.is_none() && axis < ndim; ++axis) axes.push_back(axis);
+  if (h.is_none()) return axes;
+  const nb::object index = nb::steal(PyNumber_Index(h.ptr())), items = nb::steal(PyObject_GetIter(h.ptr()));
+  PyErr_Clear();
+  if (index.is_valid() || !items.is_valid() || PyUnicode_Check(h.ptr()) || PyBytes_Check(h.ptr()))
+    return {integer("axis", h)};
+  for (nb::handle item : nb::borrow<nb::iterable>(items)) axes.push_back(integer("axis", item));
+  return axes;
 }
 
 constexpr const char* kActivationNames[] = {"none",      "relu", "leaky_relu", "silu", "gelu",
@@ -97,9 +103,9 @@ Spec spec_of_axes(Kind kind, PyObject* const* values, const normkit::Array& x, b
     case kBatch: return normkit::batch_spec(x.ndim(), integer("channel_axis", axes));
     case kGroup:
       return normkit::group_spec(x.shape, integer("num_groups", values[kNumGroups]), integer("channel_axis", axes));
-    case kLayer: return normkit::layer_spec(x.ndim(), integers("axis", axes), centered);
-    case kL2: return normkit::l2_spec(x.ndim(), integers("axis", axes));
-    default: return normkit::normalize_spec(x.ndim(), integers("axis", axes), centered);
+    case kLayer: return normkit::layer_spec(x.ndim(), axes_of(axes, x.ndim()), centered);
+    case kL2: return normkit::l2_spec(x.ndim(), axes_of(axes, x.ndim()));
+    default: return normkit::normalize_spec(x.ndim(), axes_of(axes, x.ndim()), centered);
   }
 }
 
@@ -153,8 +159,17 @@ Dtype dtype_named(nb::handle h) {
   if (!named.is_valid() || !PyUnicode_Check(named.ptr())) named = nb::getattr(h, "__name__", nb::str(h));
   std::string name = nb::str(named).c_str();
   if (!PyUnicode_Check(h.ptr())) name = name.substr(name.rfind('.') + 1);
-  for (const Dtype dtype : {Dtype::float32, Dtype::float64, Dtype::float16, Dtype::bfloat16})
-    if (name == normkit::name_of(dtype)) return dtype;
+  const auto known = [](const std::string& word) {
+    for (const Dtype dtype : {Dtype::float32, Dtype::float64, Dtype::float16, Dtype::bfloat16})
+      if (word == normkit::name_of(dtype)) return dtype;
+    return Dtype::other;
+  };
+  if (const Dtype dtype = known(name); dtype != Dtype::other) return dtype;
+  try {  // what NumPy calls a dtype beside: float, "f4"
+    const nb::object spelled = nb::module_::import_("numpy").attr("dtype")(h).attr("name");
+    if (const Dtype dtype = known(nb::str(spelled).c_str()); dtype != Dtype::other) return dtype;
+  } catch (nb::python_error&) {
+  }
   throw Error(Error::Kind::type, "out_dtype is " + name + ", expected float32, float64, float16 or bfloat16");
 }
 

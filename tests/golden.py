@@ -294,7 +294,7 @@ RIGHT: dict[str, Callable[[], Any]] = {
 
 
 def right(function: str, name: str) -> Any:
-    if name in ("mean", "rstd"):
+    if name in ("mean", "rstd", "rnorm"):
         per_channel = function.startswith(("instance", "adaptive"))
         shape = SHAPE[:2] if per_channel else (3, 2) if "group" in function else SHAPE[:3]
         return np.full(SHAPE[1:2] if "batch" in function else shape, 0.5)

@@ -491,7 +491,7 @@ OPTIONS = {
                 ValueError,
                 f"where has shape (7,), expected a shape that broadcasts against x: {X}",
             ),
-            "flag": (True, TypeError, "where is a bool, expected a NumPy array or an object with __dlpack__"),
+            "flag": (False, TypeError, "where is a bool, expected a NumPy array or an object with __dlpack__"),
         },
     ),
     "residual": (

@@ -168,6 +168,7 @@ def test_merge_changes_neither(op, rng):
     assert [bits(getattr(m, name)) for m in (a, b) for name in ("count", "mean", "m2")] == before
 
 
+@pytest.mark.skipif("NORMKIT_TEST_ARRAYS" in os.environ, reason="what mirrors Moments is no value")
 @pytest.mark.parametrize("op", NORMALIZE, ids=repr)
 def test_moments_are_values(op, rng):
     """They travel, are equal or not, and nobody reaches into them."""

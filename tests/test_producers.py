@@ -60,7 +60,8 @@ def test_a_count_without_axes(dtype, rng):
     found = normkit.apply_backward(
         **{name: Producer(a) for name, a in arrays.items()}, count=Producer(np.array(5, dtype)), axis=1
     )
-    assert bits(found) == bits(normkit.apply_backward(**arrays, count=5, axis=1))
+    for count in (5, np.array(5, dtype)):
+        assert bits(found) == bits(normkit.apply_backward(**arrays, count=count, axis=1))
 
 
 def test_a_mask():
@@ -85,6 +86,7 @@ WRONG = {
     "no bits": ({"bits": 0}, TypeError, "x has a DLPack type with code 2 and 0 bits|x has dtype float0"),
     "float8": ({"code": 7, "bits": 8}, TypeError, "x has a DLPack type with code 7 and 8 bits"),
     "an opaque handle": ({"code": 3}, TypeError, "x has a DLPack type with code 3"),
+    "booleans of 32 bits": ({"code": 6}, TypeError, "x has a DLPack type with code 6 and 32 bits"),
     "complex": ({"code": 5}, TypeError, "x has dtype complex32"),
     "DLPack 2": ({"major": 2}, TypeError, "x speaks DLPack 2, expected DLPack 1"),
     "a capsule that is used": ({"name": b"used_dltensor_versioned"}, ValueError, "x exports what cannot be read"),

@@ -445,7 +445,9 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted) {
   judge_x(x, spec, op);
   const Dtype like_x = is_floating(x.dtype) ? x.dtype : Dtype::float32;
   shapes.x_dtype = x.dtype;
-  shapes.out_dtype = is_backward(op) || args.out_dtype == Dtype::other ? like_x : args.out_dtype;
+  const Dtype said =
+      !args.out.present || is_floating(x.dtype) || !is_floating(args.out.dtype) ? like_x : args.out.dtype;
+  shapes.out_dtype = is_backward(op) ? like_x : args.out_dtype == Dtype::other ? said : args.out_dtype;
   if (args.residual.present && (shapes.out_dtype != x.dtype || op == Op::moments)) p.makes |= operand_bit(kSum);
   describe(x, Blocks(x, spec), shapes);
   Params params = judge(args, spec, op, shapes.out_dtype, shapes.statistics());

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ._compiled import Activation, Array, compiled
+from ._compiled import Activation, Array, Axes, compiled
 from ._double_backward import double_backward
 from ._memory import Memory, views_of
 from .phases import Moments
@@ -351,7 +351,7 @@ def layer_norm(
     weight: Array = None,
     bias: Array = None,
     *,
-    axis: int | tuple[int, ...] = -1,
+    axis: Axes = -1,
     eps: float = 1e-5,
     out: Array = None,
     out_dtype: Any = None,
@@ -373,7 +373,7 @@ def layer_norm(
     x : any shape
     weight, bias : the extents of the normalized axes, in the order they have in x, optional
     axis
-        One axis or several, each from -x.ndim to x.ndim - 1.
+        One axis or several, each from -x.ndim to x.ndim - 1; None: all of them.
     eps, and all options from `out` on
         As in `instance_norm`.
 
@@ -397,7 +397,7 @@ def layer_norm_backward(
     rstd: Array,
     weight: Array = None,
     *,
-    axis: int | tuple[int, ...] = -1,
+    axis: Axes = -1,
     use_input_stats: bool = True,
     need: Collection[str] = _ALL,
     out: Array = None,
@@ -426,7 +426,7 @@ def layer_norm_double_backward(
     rstd: Array,
     weight: Array = None,
     *,
-    axis: int | tuple[int, ...] = -1,
+    axis: Axes = -1,
     use_input_stats: bool = True,
     weight_offset: float = 0.0,
 ) -> tuple[Any, Any, Any]:
@@ -447,7 +447,7 @@ def rms_norm(
     weight: Array = None,
     bias: Array = None,
     *,
-    axis: int | tuple[int, ...] = -1,
+    axis: Axes = -1,
     eps: float | None = None,
     out: Array = None,
     out_dtype: Any = None,
@@ -469,7 +469,7 @@ def rms_norm(
     x : any shape
     weight, bias : the extents of the normalized axes, in the order they have in x, optional
     axis
-        One axis or several, each from -x.ndim to x.ndim - 1.
+        One axis or several, each from -x.ndim to x.ndim - 1; None: all of them.
     eps
         Default: that of float32, 2**-23, or of float64, 2**-52, where x is.
     All options from `out` on
@@ -494,7 +494,7 @@ def rms_norm_backward(
     rstd: Array,
     weight: Array = None,
     *,
-    axis: int | tuple[int, ...] = -1,
+    axis: Axes = -1,
     use_input_stats: bool = True,
     need: Collection[str] = _ALL,
     out: Array = None,
@@ -525,7 +525,7 @@ def rms_norm_double_backward(
     rstd: Array,
     weight: Array = None,
     *,
-    axis: int | tuple[int, ...] = -1,
+    axis: Axes = -1,
     use_input_stats: bool = True,
     weight_offset: float = 0.0,
 ) -> tuple[Any, Any, Any]:
@@ -683,7 +683,7 @@ def adaptive_instance_norm(
     TypeError, ValueError, numpy.exceptions.AxisError
         Naming the argument, before anything is written.
     """
-    v, memory = views_of(content=content, style=style, out=out, where=where, residual=residual)
+    v, memory = views_of(content=content, style=style, out=out, where=_mask(where), residual=residual)
     with memory:
         _, std, mean_of_style = _style_of(v["content"], v["style"], channel_axis, eps)
         with _called("content"):
@@ -742,7 +742,7 @@ def adaptive_instance_norm_backward(
     if unknown:
         raise ValueError(f"need has {unknown[0]!r}, expected names from ('dcontent', 'dstyle')")
     v, memory = views_of(
-        content=content, style=style, dy=dy, mean=mean, rstd=rstd, out=out, where=where, dresidual=dresidual
+        content=content, style=style, dy=dy, mean=mean, rstd=rstd, out=out, where=_mask(where), dresidual=dresidual
     )
     kind = str(v["style"].dtype).rpartition(".")[2]
     if kind.startswith(("int", "uint")):
@@ -776,6 +776,11 @@ def _apply_channels(
     """`apply` over the axes of instance norm."""
 
 
+def _mask(where: Any) -> Any:
+    """None for True, as every function of C++ has it."""
+    return None if isinstance(where, bool | np.bool_) and where else where
+
+
 def _style_of(content: Array, style: Array, channel_axis: int, eps: float) -> tuple[Moments, Any, Any]:
     """The moments of style, sqrt(var + eps) and the mean. Style has content's images and channels, or one image."""
     with _called("style"):
@@ -788,7 +793,7 @@ def _style_of(content: Array, style: Array, channel_axis: int, eps: float) -> tu
                 f"style has images and channels {found}, expected {expected}, those of content, or {(1, expected[1])}"
             )
     std, mean = moments._deviation(eps), moments.mean
-    return (moments, std[0], mean[0]) if len(std) == 1 != shape[0] else (moments, std, mean)
+    return (moments, std[0], mean[0]) if std.shape[0] == 1 != shape[0] else (moments, std, mean)
 
 
 @contextmanager
@@ -813,7 +818,7 @@ def _hand_back(result: Any, memory: Memory, out: Any) -> Any:
 def l2_normalize(
     x: Array,
     *,
-    axis: int | tuple[int, ...] = -1,
+    axis: Axes = -1,
     eps: float = 1e-12,
     out: Array = None,
     return_stats: bool = False,
@@ -830,7 +835,7 @@ def l2_normalize(
     x : any shape
         The dtypes that `instance_norm` takes, with any strides.
     axis
-        One axis or several, each from -x.ndim to x.ndim - 1.
+        One axis or several, each from -x.ndim to x.ndim - 1; None: all of them.
     eps
         The least that is divided by: 0, or a normal number of the dtype of rnorm. Where both it and the norm are 0,
         so is y.
@@ -865,7 +870,7 @@ def l2_normalize_backward(
     x: Array,
     rnorm: Array,
     *,
-    axis: int | tuple[int, ...] = -1,
+    axis: Axes = -1,
     eps: float = 1e-12,
     out: Array = None,
 ) -> Any:
@@ -904,7 +909,7 @@ def normalize(
     weight: Array = None,
     bias: Array = None,
     *,
-    axis: int | tuple[int, ...],
+    axis: Axes,
     center: bool = True,
     eps: float = 1e-5,
     out: Array = None,
@@ -929,7 +934,7 @@ def normalize(
     weight, bias : broadcast against x as in NumPy, optional
         float32, float64 or the dtype of x.
     axis
-        One axis or several, each from -x.ndim to x.ndim - 1.
+        One axis or several, each from -x.ndim to x.ndim - 1; None: all of them.
     center
         False: root mean square (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019).
     eps, and all options from `out` on
@@ -961,7 +966,7 @@ def normalize_backward(
     rstd: Array,
     weight: Array = None,
     *,
-    axis: int | tuple[int, ...],
+    axis: Axes,
     center: bool = True,
     use_input_stats: bool = True,
     need: Collection[str] = _ALL,
@@ -993,7 +998,7 @@ def normalize_double_backward(
     rstd: Array,
     weight: Array = None,
     *,
-    axis: int | tuple[int, ...],
+    axis: Axes,
     center: bool = True,
     use_input_stats: bool = True,
     weight_offset: float = 0.0,

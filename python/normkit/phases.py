@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ._compiled import Activation, Array, compiled
+from ._compiled import Activation, Array, Axes, compiled
 from ._memory import NUMPY, Memory, library_of, views_of
 
 
@@ -171,20 +171,18 @@ def merge(moments: Iterable[Moments]) -> Moments:
 
 
 @compiled("moments", "normalize")
-def _moments(
-    x: Array, *, axis: int | tuple[int, ...], center: bool = True, where: Array = None
-) -> tuple[Any, Memory | None]:
+def _moments(x: Array, *, axis: Axes, center: bool = True, where: Array = None) -> tuple[Any, Memory | None]:
     """Mean, m2 and count of each statistic, and their memory."""
 
 
-def moments(x: Array, *, axis: int | tuple[int, ...], center: bool = True, where: Array = None) -> Moments:
+def moments(x: Array, *, axis: Axes, center: bool = True, where: Array = None) -> Moments:
     """The moments of x over `axis`: the first phase of `normalize`, and of every named normalization.
 
     Parameters
     ----------
     x : any dtype that `normalize` takes, any shape and strides
     axis
-        One axis or several, each from -x.ndim to x.ndim - 1.
+        One axis or several, each from -x.ndim to x.ndim - 1; None: all of them.
     center
         False: the sum of squares, for a root mean square.
     where : bool, broadcasts against x, optional
@@ -218,7 +216,7 @@ def apply(
     weight: Array = None,
     bias: Array = None,
     *,
-    axis: int | tuple[int, ...],
+    axis: Axes,
     out: Array = None,
     out_dtype: Any = None,
     activation: Activation = None,
@@ -258,7 +256,7 @@ def backward_sums(
     rstd: Array,
     weight: Array = None,
     *,
-    axis: int | tuple[int, ...],
+    axis: Axes,
     where: Array = None,
     bias: Array = None,
     activation: Activation = None,
@@ -299,7 +297,7 @@ def apply_backward(
     count: Array,
     weight: Array = None,
     *,
-    axis: int | tuple[int, ...],
+    axis: Axes,
     out: Array = None,
     where: Array = None,
     bias: Array = None,

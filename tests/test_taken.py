@@ -1,0 +1,102 @@
+"""What means the same is taken, however it is written: axes, masks, dtypes, numbers."""
+
+import normkit as nk
+import numpy as np
+import pytest
+from cases import DTYPES, INTEGERS, bits, uniform
+
+SHAPE = (3, 5, 4)
+
+
+class Index:
+    def __index__(self):
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("axis", "same"),
+    [
+        (None, (0, 1, 2)),
+        (np.array([0, 2]), (0, 2)),
+        (np.array(1), 1),
+        (np.int64(1), 1),
+        (Index(), 1),
+        ((Index(), np.int8(-1)), (1, 2)),
+        (range(1, 3), (1, 2)),
+        ([0, 1], (0, 1)),
+        ({2}, 2),
+    ],
+    ids=repr,
+)
+def test_axes(axis, same, rng):
+    x = uniform(rng, SHAPE)
+    for call in (nk.normalize, nk.layer_norm, nk.rms_norm, nk.l2_normalize):
+        for _ in range(2):  # also where the plan may be known
+            assert bits(call(x, axis=axis)) == bits(call(x, axis=same))
+    assert bits(nk.moments(x, axis=axis).m2) == bits(nk.moments(x, axis=same).m2)
+
+
+def test_axes_that_change(rng):
+    """A list is read at each call."""
+    x, axes = uniform(rng, SHAPE), [0]
+    nk.normalize(x, axis=axes)
+    axes[0] = 1
+    assert bits(nk.normalize(x, axis=axes)) == bits(nk.normalize(x, axis=1))
+    array = np.array([0])
+    nk.normalize(x, axis=array)
+    array[0] = 1
+    assert bits(nk.normalize(x, axis=array)) == bits(nk.normalize(x, axis=1))
+
+
+@pytest.mark.parametrize("axis", ["1", b"1", 1.0, (1.0,), object(), np.array([1.0]), [[1]]], ids=repr)
+def test_what_is_no_axis(axis, rng):
+    with pytest.raises(TypeError, match=r"^axis is .*, expected an integer$"):
+        nk.normalize(uniform(rng, SHAPE), axis=axis)
+
+
+def test_all_axes_of_none(rng):
+    with pytest.raises(ValueError, match=r"^axis is \(\), expected at least one axis$"):
+        nk.normalize(np.float32([3])[0:1].reshape(()), axis=None)
+
+
+@pytest.mark.parametrize("where", [True, np.True_, None], ids=repr)
+def test_all_are_members(where, rng):
+    x, dy = uniform(rng, SHAPE), uniform(rng, SHAPE)
+    y, mean, rstd = nk.instance_norm(x, return_stats=True)
+    for _ in range(2):
+        assert bits(nk.instance_norm(x, where=where)) == bits(y)
+        dx = nk.instance_norm_backward(dy, x, mean, rstd, where=where)[0]
+        assert bits(dx) == bits(nk.instance_norm_backward(dy, x, mean, rstd)[0])
+        assert bits(nk.adaptive_instance_norm(x, dy, where=where)) == bits(nk.adaptive_instance_norm(x, dy))
+        assert bits(nk.moments(x, axis=2, where=where).m2) == bits(nk.moments(x, axis=2).m2)
+
+
+@pytest.mark.parametrize("where", [False, np.False_, 1], ids=repr)
+def test_what_is_no_mask(where, rng):
+    with pytest.raises(TypeError, match=r"^where is an? .*, expected a NumPy array"):
+        nk.instance_norm(uniform(rng, SHAPE), where=where)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS.values(), ids=INTEGERS)
+@pytest.mark.parametrize("out_dtype", DTYPES.values(), ids=DTYPES)
+def test_out_says_what_becomes_of_integers(out_dtype, dtype, rng):
+    x = uniform(rng, SHAPE, dtype)
+    out = np.full_like(x, 7, out_dtype)
+    assert nk.instance_norm(x, out=out) is out
+    assert bits(out) == bits(nk.instance_norm(x, out_dtype=out_dtype))
+
+
+@pytest.mark.parametrize(
+    ("spelled", "dtype"),
+    [(float, "float64"), ("f4", "float32"), ("<f2", "float16"), ("d", "float64"), (np.dtype("f8"), "float64")],
+    ids=repr,
+)
+def test_dtypes_as_numpy_spells_them(spelled, dtype, rng):
+    x = uniform(rng, SHAPE)
+    assert bits(nk.instance_norm(x, out_dtype=spelled)) == bits(nk.instance_norm(x, out_dtype=dtype))
+
+
+@pytest.mark.parametrize("spelled", [int, "i4", bool, complex, "float8", "such", 3, object()], ids=repr)
+def test_what_is_no_dtype_of_y(spelled, rng):
+    with pytest.raises(TypeError, match=r"^out_dtype is .*, expected float32, float64, float16 or bfloat16$"):
+        nk.instance_norm(uniform(rng, SHAPE), out_dtype=spelled)
