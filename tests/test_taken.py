@@ -12,6 +12,9 @@ class Index:
     def __index__(self):
         return 1
 
+    def __repr__(self):
+        return "Index()"
+
 
 @pytest.mark.parametrize(
     ("axis", "same"),
@@ -48,7 +51,7 @@ def test_axes_that_change(rng):
     assert bits(nk.normalize(x, axis=array)) == bits(nk.normalize(x, axis=1))
 
 
-@pytest.mark.parametrize("axis", ["1", b"1", 1.0, (1.0,), object(), np.array([1.0]), [[1]]], ids=repr)
+@pytest.mark.parametrize("axis", ["1", b"1", 1.0, (1.0,), ..., np.array([1.0]), [[1]]], ids=repr)
 def test_what_is_no_axis(axis, rng):
     with pytest.raises(TypeError, match=r"^axis is .*, expected an integer$"):
         nk.normalize(uniform(rng, SHAPE), axis=axis)
@@ -96,7 +99,7 @@ def test_dtypes_as_numpy_spells_them(spelled, dtype, rng):
     assert bits(nk.instance_norm(x, out_dtype=spelled)) == bits(nk.instance_norm(x, out_dtype=dtype))
 
 
-@pytest.mark.parametrize("spelled", [int, "i4", bool, complex, "float8", "such", 3, object()], ids=repr)
+@pytest.mark.parametrize("spelled", [int, "i4", bool, complex, "float8", "such", 3, ...], ids=repr)
 def test_what_is_no_dtype_of_y(spelled, rng):
     with pytest.raises(TypeError, match=r"^out_dtype is .*, expected float32, float64, float16 or bfloat16$"):
         nk.instance_norm(uniform(rng, SHAPE), out_dtype=spelled)
