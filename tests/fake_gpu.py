@@ -337,8 +337,8 @@ class Tensor(Array):
         place = memory.pointer(memory.address + offset * size)
         return type(self)(place.show(shape, self._numpy.dtype, [step * size for step in steps]))
 
-    def to(self, dtype: Any) -> Any:
-        return self.library.compute(lambda: self._numpy.astype(dtype.numpy, copy=False))
+    def to(self, dtype: Any, copy: bool = False) -> Any:
+        return self.library.compute(lambda: self._numpy.astype(dtype.numpy, copy=copy))
 
     def __dlpack__(self, **_: Any) -> None:
         raise AssertionError("not asked of a tensor, which tells all itself")
