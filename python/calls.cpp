@@ -294,6 +294,11 @@ nb::object run(const Plan& plan, Addresses& at, PyObject* const* values, const M
 
 std::int64_t epoch = 0;
 
+/// True of a mask that is True, of Python or of NumPy: all are members, as without one.
+bool is_every(nb::handle where) {
+  return where.ptr() == Py_True || (PyArray_IsScalar(where.ptr(), Bool) && PyObject_IsTrue(where.ptr()) == 1);
+}
+
 /// One that keeps the plans of its last calls.
 class Function final : public function::Body {
  public:
@@ -311,7 +316,7 @@ class Function final : public function::Body {
       if (!PyBool_Check(values[slot])) values[slot] = truth(name, values[slot]);
     if (values[options::kCenter] == Py_None)
       values[options::kCenter] = values[normkit::kMean] == Py_None ? Py_False : Py_True;
-    if (values[normkit::kWhere] == Py_True) values[normkit::kWhere] = Py_None;
+    if (is_every(values[normkit::kWhere])) values[normkit::kWhere] = Py_None;
     recent::Key key;
     Addresses at{};
     for (const OperandIndex k : arrays_) {
@@ -347,9 +352,7 @@ class Function final : public function::Body {
   }
 
   /// With arrays of a GPU, as far as their library tells of them; else as if it were the first call.
-  [[gnu::noinline, gnu::cold]] nb::object call_elsewhere(PyObject** values) {
-    PyObject*& where = values[normkit::kWhere];
-    if (PyArray_IsScalar(where, Bool) && PyObject_IsTrue(where)) where = Py_None;
+  [[gnu::noinline, gnu::cold]] nb::object call_elsewhere(PyObject* const* values) {
     const Library* library = nullptr;
     std::int64_t device = 0;
     recent::Key key;
@@ -480,6 +483,7 @@ nb::object function(nb::handle type, nb::handle python, const char* op, const ch
 }
 
 nb::object views(nb::kwargs arrays) {
+  if (arrays.contains("where") && is_every(arrays["where"])) arrays["where"] = nb::none();
   std::optional<Arrays> whose;
   std::string first;
   nb::dict result;

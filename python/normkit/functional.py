@@ -683,7 +683,7 @@ def adaptive_instance_norm(
     TypeError, ValueError, numpy.exceptions.AxisError
         Naming the argument, before anything is written.
     """
-    v, memory = views_of(content=content, style=style, out=out, where=_mask(where), residual=residual)
+    v, memory = views_of(content=content, style=style, out=out, where=where, residual=residual)
     with memory:
         _, std, mean_of_style = _style_of(v["content"], v["style"], channel_axis, eps)
         with _called("content"):
@@ -742,7 +742,7 @@ def adaptive_instance_norm_backward(
     if unknown:
         raise ValueError(f"need has {unknown[0]!r}, expected names from ('dcontent', 'dstyle')")
     v, memory = views_of(
-        content=content, style=style, dy=dy, mean=mean, rstd=rstd, out=out, where=_mask(where), dresidual=dresidual
+        content=content, style=style, dy=dy, mean=mean, rstd=rstd, out=out, where=where, dresidual=dresidual
     )
     kind = str(v["style"].dtype).rpartition(".")[2]
     if kind.startswith(("int", "uint")):
@@ -774,11 +774,6 @@ def _apply_channels(
     x: Array, mean: Array, rstd: Array, weight: Array = None, bias: Array = None, *, channel_axis: int
 ) -> Any:
     """`apply` over the axes of instance norm."""
-
-
-def _mask(where: Any) -> Any:
-    """None for True, as every function of C++ has it."""
-    return None if isinstance(where, bool | np.bool_) and where else where
 
 
 def _style_of(content: Array, style: Array, channel_axis: int, eps: float) -> tuple[Moments, Any, Any]:
