@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -278,6 +278,15 @@ class Cuda:
         end.synchronize()
         return self.cupy.cuda.get_elapsed_time(start, end) / 1e3
 
+    @contextmanager
+    def profiled(self, name: str) -> Iterator[None]:
+        from cupyx import profiler
+
+        self.stream.synchronize()
+        with profiler.profile(), profiler.time_range(name, color_id=0):
+            yield
+            self.stream.synchronize()
+
     def copies(self, sets: Sets) -> list[tuple[str, Callable[[], None]]]:
         """Ways to move the bytes of the case, from x, or x and dy, to y."""
         module = self.cupy.RawModule(code=COPY)
@@ -345,6 +354,9 @@ class Dry:
         start = self.clock()
         launch()
         return self.clock() - start
+
+    def profiled(self, name: str) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     def copies(self, sets: Sets) -> list[tuple[str, Callable[[], None]]]:
         def by_numpy() -> None:
@@ -462,6 +474,20 @@ def run(cases: list[Case], rivals: list[str], timer: Any, xp: Any, pairs: int, l
     return status
 
 
+def profile(cases: list[Case], timer: Any, xp: Any) -> None:
+    """Calls of normkit, one a case, for a profiler that waits to be started. A range of NVTX has each one's name."""
+    rival = gpu_rivals.Normkit(xp)
+    for case in cases:
+        with timer.work():
+            sets = Sets(case, xp, 0)
+            call = rival.prepare(sets, 1)
+            call(0)  # its kernels are loaded
+            with timer.profiled(str(case)):
+                call(1)
+        del sets, call
+        timer.free_bytes()
+
+
 def commit() -> str:
     """Of the checkout, where git is there to tell."""
     command = ["git", "rev-parse", "--short", "HEAD"]
@@ -485,6 +511,7 @@ def main(arguments: list[str] | None = None, clock: Callable[[], float] = time.p
     parser.add_argument("--pairs", type=int, default=PAIRS, help="of a graph and a copy (%(default)s)")
     parser.add_argument("--packages", type=Path, help="a folder of packages that a rival wants")
     parser.add_argument("--commit", help="of what is measured; by default git tells")
+    parser.add_argument("--profile", action="store_true", help="one call of normkit a case, for Nsight Compute")
     parser.add_argument("--dry-run", action="store_true", help="with NumPy on small arrays")
     options = parser.parse_args(arguments)
 
@@ -498,13 +525,19 @@ def main(arguments: list[str] | None = None, clock: Callable[[], float] = time.p
         site.addsitedir(str(options.packages))
     about = {"date": datetime.now(UTC).date().isoformat(), "commit": options.commit or commit()}
     lines, status = Lines(options.out, about), 0
-    if wanted and options.dry_run:
-        cases = list(dict.fromkeys(map(shrunk, cases)))
-        status = run(cases, wanted, Dry(clock), np, options.pairs, lines)
-    elif wanted:
+    timer: Any = None
+    xp: Any = np
+    if options.dry_run:
+        timer, cases = Dry(clock), list(dict.fromkeys(map(shrunk, cases)))
+    elif wanted or options.profile:
         import cupy
 
-        status = run(cases, wanted, Cuda(cupy), cupy, options.pairs, lines)
+        timer, xp = Cuda(cupy), cupy
+    if options.profile:
+        profile(cases, timer, xp)
+        return 0
+    if wanted:
+        status = run(cases, wanted, timer, xp, options.pairs, lines)
     whole = report.of_lines(lines.all)
     if options.json and whole["benchmarks"]:
         options.json.parent.mkdir(parents=True, exist_ok=True)

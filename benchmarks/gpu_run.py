@@ -10,6 +10,7 @@
       tests        what only a GPU has: streams, graphs, large arrays
       cases        times of normkit alone
       values       the tests of values on arrays of the GPU
+      profile      each kernel of every case once, by Nsight Compute: bytes of memory, occupancy, time
       memcheck, racecheck, synccheck     compute-sanitizer on every kernel
       cupy, cupy-kernels, torch, ...     times of a rival
       cpu          times on 1 to 16 cores, beside PyTorch
@@ -53,6 +54,9 @@ RIVAL_WHEELS = {
     ],
 }
 MANYLINUX = [*(f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 26, 27, 28, 31, 34)), "manylinux2014_x86_64"]
+METRICS = """gpu__time_duration.sum dram__bytes_read.sum dram__bytes_write.sum launch__grid_size launch__block_size
+    launch__registers_per_thread launch__shared_mem_per_block_dynamic launch__waves_per_multiprocessor
+    sm__warps_active.avg.pct_of_peak_sustained_active smsp__issue_active.avg.pct_of_peak_sustained_active"""
 CPU_CASES = " or ".join(
     f"{case}-float32-{direction}"
     for case in ("instance-16x256x32x32", "instance-8x64x128x128", "layer-4096x768", "batch-32x64x112x112")
@@ -179,7 +183,7 @@ def steps_of(out: Path, work: Path, wheels: Path, of_commit: str) -> list[Step]:
     site = work / "site"
     this = [PYTHON, BENCHMARKS / "gpu_run.py"]
     # Plugins that nobody asked for may warn, as libraries may that are newer than normkit. Elsewhere that is an error.
-    pytest = [PYTHON, "-m", "pytest", "-q", "-W", "default", "-p", "pytest_timeout", "--timeout", 60]
+    pytest = [PYTHON, "-m", "pytest", "-q", "-W", "default", "-p", "pytest_timeout", "--timeout", 60, "--durations", 6]
     alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     values = [*pytest, "--tb=line", *(TESTS / f"test_{name}.py" for name in VALUES.split())]
     side_by_side = ["-p", "xdist", "-n", min(12, os.cpu_count() or 1)]
@@ -189,8 +193,8 @@ def steps_of(out: Path, work: Path, wheels: Path, of_commit: str) -> list[Step]:
     steps = [
         Step("install", 30, made := [*this, "install-into", site, wheels], made, again=True),
         Step("build", 240, made := [*this, "build-into", site], made, again=True),
-        Step("check", 20, [*check, "--out", out / "check.jsonl"], [*check, "--no-launch"]),
-        Step("tests", 50, test := [*pytest, "-rs", TESTS / "test_gpu.py"], test, alone),
+        Step("check", 40, [*check, "--out", out / "check.jsonl"], [*check, "--no-launch"]),
+        Step("tests", 60, test := [*pytest, "-rs", TESTS / "test_gpu.py"], test, alone),
         Step("cases", 75, [*times, "normkit"], [*times, "normkit", "--pairs", 2, "--dry-run"]),
         Step(
             "values",
@@ -200,6 +204,10 @@ def steps_of(out: Path, work: Path, wheels: Path, of_commit: str) -> list[Step]:
             {**alone, "NORMKIT_TEST_ARRAYS": "cupy"},
         ),
     ]
+    profiled = [PYTHON, BENCHMARKS / "gpu.py", "--rivals", "", "--profile"]
+    ncu = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--nvtx", "--page", "raw"]
+    ncu += ["--metrics", ",".join(METRICS.split()), "--csv", "--log-file", out / "profile.csv"]
+    steps.append(Step("profile", 50, [*ncu, *profiled], [*profiled, "--dry-run"]))
     for tool, seconds in SANITIZERS.items():
         tested = [] if tool == "memcheck" else ["--only", "float32"]
         watched = ["compute-sanitizer", "--tool", tool, "--error-exitcode", 9, *check, *tested]
@@ -304,7 +312,9 @@ class Session:
         try:
             status = process.wait(max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
-            pass
+            with suppress(subprocess.TimeoutExpired):
+                process.send_signal(signal.SIGINT)  # pytest tells of what has failed until then
+                process.wait(4)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with all that it has started

@@ -337,26 +337,42 @@ print("captured")
 """
 
 
-@pytest.mark.parametrize("loading", ["LAZY", "EAGER"])
-@pytest.mark.parametrize(
-    ("op", "dtype", "shape"),
-    [
+FIRST_CALLS = [
+    (loading, *call)
+    for loading in ("LAZY", "EAGER")
+    for call in (
         ("instance", "float32", "6,8,5,7"),
         ("instance", "float16", "2,3,256,260"),  # a cluster, which is asked for first
         ("instance-last", "float32", "3,400,5"),  # three launches
         ("layer", "float32", "300,1000"),
         ("group", "float16", "3,8,9,9"),
         ("batch", "float64", "6,8,5,7"),
-    ],
-)
-def test_a_graph_of_the_first_call_of_a_process(op, dtype, shape, loading, gpu):
-    """Its kernels are loaded while the stream is captured."""
-    environment = {**os.environ, "CUDA_MODULE_LOADING": loading}
-    command = [sys.executable, "-c", FIRST_CALL, op, dtype, shape]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=100
     )
-    assert "captured" in done.stdout, done.stderr
+]
+
+
+@pytest.fixture(scope="module")
+def first_calls(gpu):
+    """Processes that all make their first call. They take seconds to start, and are started together."""
+
+    def started(loading, *call):
+        environment = {**os.environ, "CUDA_MODULE_LOADING": loading}
+        command = [sys.executable, "-c", FIRST_CALL, *call]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, cwd=Path(__file__).parent, env=environment, **pipes)
+
+    processes = {first: started(*first) for first in FIRST_CALLS}
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("first", FIRST_CALLS, ids="-".join)
+def test_a_graph_of_the_first_call_of_a_process(first, first_calls):
+    """Its kernels are loaded while the stream is captured."""
+    said, _ = first_calls[first].communicate(timeout=100)
+    assert "captured" in said, said
 
 
 HOST_FUNCTION = """
