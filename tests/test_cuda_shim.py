@@ -136,7 +136,7 @@ def test_scenario_of_blocks_alone(programs):
     programs.expect_pass("shim_test", ("crowds",), [("address", 1)])
 
 
-@pytest.mark.parametrize("scenario", ["policy", "lanes", "workspace"])
+@pytest.mark.parametrize("scenario", ["policy", "lanes", "workspace", "rounding"])
 def test_property(programs, scenario):
     programs.expect_pass("shim_test", (scenario,), [("address", 1)])
 
