@@ -345,7 +345,8 @@ void view_device(const char* name, nb::handle array, const Library& library, Vie
     const std::string word = nb::str(found.dtype).c_str();
     dtype = dtype_named(word.substr(word.rfind('.') + 1), v.other_dtype);
   }
-  const std::int64_t unit = cupy || dtype == Dtype::other ? 1 : normkit::size_of(dtype);
+  v.array.dtype = dtype, v.array.other_dtype = v.other_dtype;
+  const std::int64_t unit = cupy ? 1 : normkit::element_bytes(v.array);
   const std::int64_t ndim = static_cast<std::int64_t>(nb::len(found.shape));
   check_axes(name, ndim);
   for (int axis = 0; axis < ndim; ++axis)

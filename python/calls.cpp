@@ -124,6 +124,7 @@ class Arrays {
     const auto* device = std::get_if<memory::Device>(&memory_);
     if (device && tells) arrays::view_device(name, array, library_, v);
     else arrays::import_dlpack(name, array, device ? device->dlpack_stream() : nb::object(), v);
+    if (device) normkit::check_on_elements(name, v.array);
     if (library_.frozen) v.array.read_only = true;
   }
 

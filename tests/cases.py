@@ -1,6 +1,7 @@
 """Named shapes, memory layouts and dtypes. Every shape says which path it is there for."""
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +101,13 @@ LAYOUTS: dict[str, Callable[[Shape], Shape]] = {
 }
 SHARED_MEMORY = {"same-images", "same-columns"}
 
-GUARD, POISON = 72, 0xA5
+ON_GPU = bool(os.environ.get("NORMKIT_TEST_ARRAYS"))  # see mirrored.py
+GUARD, POISON = 64 if ON_GPU else 72, 0xA5  # there kernels ask whether whole vectors lie at a line of memory
+
+
+def misalignment(dtype: Any) -> int:
+    """The fewest bytes that an array may be out of line by. On a GPU an element lies at a multiple of its size."""
+    return np.dtype(dtype).itemsize if ON_GPU else 1
 
 
 def _view(buffer: np.ndarray, place: Place, shape: Shape, dtype: Any, offset: int) -> np.ndarray:
@@ -116,7 +123,7 @@ class Guarded:
         raw = np.full(place.size + 2 * GUARD + 128, POISON, np.uint8)
         start = -raw.ctypes.data % 64  # a buffer at a full line, so that only "misaligned" is misaligned
         self.buffer = raw[start:]
-        offset = GUARD - GUARD % dtype.itemsize + (layout == "misaligned")
+        offset = GUARD - GUARD % dtype.itemsize + (layout == "misaligned") * misalignment(dtype)
         self.array = _view(self.buffer, place, shape, dtype, offset)
         self.outside = np.ones(self.buffer.shape, bool)
         if math.prod(shape):

@@ -5,10 +5,13 @@ or with calls on NumPy arrays, which run the same kernels there. Other builds ar
 """
 
 import ctypes
+import inspect
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import bounds
 import normkit
@@ -17,6 +20,7 @@ import pytest
 from cases import DTYPES, lay, uniform
 from fake_gpu import FakeCupy, FakeOther, FakeTorch, Memory
 from launches import recorded
+from mirrored import PHASES
 from normkit import _core, _cuda
 from reference import OPERATIONS, REGISTRY
 
@@ -497,3 +501,131 @@ def test_memory_of_the_device_is_closed(memory):
     code = "from fake_gpu import FakeCupy, Memory; import numpy; FakeCupy(Memory()).array(numpy.ones(3))._numpy.sum()"
     done = subprocess.run([sys.executable, "-c", code], cwd=__file__.rpartition("/")[0], capture_output=True)
     assert done.returncode < 0
+
+
+# ---- arrays that do not lie on their elements --------------------------------------------------------------------
+
+FUNCTIONS = [*normkit.functional.__all__, *PHASES]
+FUNCTIONS.remove("merge")  # of moments
+KEPT = {"batch": (4,), "group": (3, 2), "layer": (3, 4, 5), "rms": (3, 4, 5)}  # by the first word of a name
+OWN = {"layer": (7,), "rms": (7,)}
+FAULTS = [("cupy", "address"), ("cupy", "strides"), ("torch", "address"), ("other", "address")]  # others count elements
+
+
+def operands(function, rng):
+    """An array for each argument that is one."""
+    family = function.partition("_")[0]
+    by_axis = family in ("normalize", "moments", "apply", "backward", "l2")
+    kept, own = KEPT.get(family, SHAPE[:2]), OWN.get(family, (4, 1, 1) if by_axis else (4,))
+
+    def values(name):
+        if name == "where":
+            return rng.random(SHAPE) < 0.9
+        if name in ("weight", "bias", "ddweight", "ddbias", "running_mean", "running_var"):
+            return rng.uniform(1, 2, own).astype(np.float32)
+        if name in ("mean", "rstd", "rnorm"):
+            return rng.uniform(1, 2, kept).astype(np.float32)
+        return {
+            "sums": lambda: rng.standard_normal((*kept, 3)),
+            "count": lambda: np.full(kept, 35),
+        }.get(name, lambda: uniform(rng, SHAPE))()
+
+    parameters = inspect.signature(getattr(normkit, function)).parameters.values()
+    arrays = {p.name: values(p.name) for p in parameters if p.annotation is Any and p.name != "out_dtype"}
+    options = {"axis": (2, 3) if by_axis else -1, "num_groups": 2}
+    return arrays, {name: value for name, value in options.items() if name in {p.name for p in parameters}}
+
+
+def displaced(values, fault):
+    """The values a byte beside where they could lie, or with strides that have a byte too much."""
+    size = values.itemsize
+    steps = [step + step // size if fault == "strides" else step for step in values.strides]
+    buffer = np.zeros(4 * values.nbytes + 128, np.uint8)
+    made = np.ndarray(values.shape, values.dtype, buffer, -buffer.ctypes.data % 64 + (fault == "address"), steps)
+    made[...] = values
+    return made
+
+
+def refused(name, array, fault):
+    """An error about this array, before anything is launched."""
+    size, dtype = array.itemsize, array.dtype.name
+    found = {
+        "address": rf"is at address 0x[0-9a-f]+1, expected a multiple of {size}",
+        "strides": rf"has strides \([0-9]+,[0-9, ]*\) in bytes, expected multiples of {size}",
+    }[fault]
+    return pytest.raises(ValueError, match=rf"^{name} {found}: a GPU has {dtype} nowhere else$")
+
+
+@pytest.mark.parametrize(("name", "fault"), FAULTS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_what_does_not_lie_on_its_elements_is_refused(function, name, fault, request, rng):
+    """Each argument of each function, also where the plan of the call is known. A GPU that reads such an array answers
+    this process no more."""
+    library, call = request.getfixturevalue(name), getattr(normkit, function)
+    arrays, options = operands(function, rng)
+    assert {"x", "content"} & {*arrays}
+    given = {name: library.array(a) for name, a in arrays.items()}
+    if SHIM:
+        call(**given, **options)
+    for wrong, a in arrays.items():
+        if a.itemsize == 1:
+            continue
+        misplaced = {**given, wrong: library.array(displaced(a, fault))}
+        with recorded() if SHIM else nullcontext() as launches, refused(wrong, a, fault):
+            call(**misplaced, **options)
+        assert not launches
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16", "uint16", "int16"])
+@pytest.mark.parametrize("name", ["cupy", "torch", "other"])
+def test_elements_have_the_size_of_their_dtype(name, dtype, request):
+    library, dtype = request.getfixturevalue(name), np.dtype(DTYPES.get(dtype, dtype))
+    x = np.ones(SHAPE, dtype)
+    with refused("x", x, "address"):
+        normkit.instance_norm(library.array(displaced(x, "address")))
+
+
+@pytest.mark.parametrize("name", ["cupy", "torch", "other"])
+def test_numbers_of_members_lie_on_their_elements_too(name, request, rng):
+    """Their dtype may be one that kernels do not read."""
+    library = request.getfixturevalue(name)
+    arrays, options = operands("apply_backward", rng)
+    count = np.full(SHAPE[:2], 35, np.int64)
+    given = {name: library.array(a) for name, a in arrays.items()}
+    with refused("count", count, "address"):
+        normkit.apply_backward(**{**given, "count": library.array(displaced(count, "address"))}, **options)
+    if SHIM:
+        wanted = library.get(normkit.apply_backward(**given, **options))
+        found = normkit.apply_backward(**{**given, "count": library.array(count)}, **options)
+        assert library.get(found).tobytes() == wanted.tobytes()
+
+
+def test_moments_are_made_of_what_lies_on_its_elements(cupy):
+    parts = {name: np.ones(3, dtype) for name, dtype in {"count": "int32", "mean": "float32", "m2": "float64"}.items()}
+    for wrong, a in parts.items():
+        given = {name: cupy.array(part) for name, part in parts.items()}
+        with refused(wrong, a, "address"):
+            normkit.Moments(**{**given, wrong: cupy.array(displaced(a, "address"))})
+
+
+@on_shim
+def test_what_lies_on_its_elements_is_taken(library, rng):
+    """Beside whole vectors, and a mask anywhere."""
+    x, where = uniform(rng, (3, 1, 50)), rng.random((3, 1, 50)) < 0.8
+    wanted = normkit.instance_norm(x, where=where)
+    buffer = np.zeros(3 * 50 * 4 + 128, np.uint8)
+    for step in range(4, 64, 4):
+        beside = np.ndarray(x.shape, x.dtype, buffer, -buffer.ctypes.data % 64 + step, x.strides)
+        beside[...] = x
+        same(library, normkit.instance_norm(library.array(beside), where=library.array(where)), wanted)
+    same(library, normkit.instance_norm(library.array(x), where=library.array(displaced(where, "address"))), wanted)
+
+
+@on_shim
+def test_strides_that_are_not_used_may_be_anything(cupy, rng):
+    x = uniform(rng, (3, 1, 50))
+    seen = np.lib.stride_tricks.as_strided(x, x.shape, (x.strides[0], 7, x.strides[2]))
+    assert cupy.get(normkit.instance_norm(cupy.array(seen))).tobytes() == normkit.instance_norm(x).tobytes()
+    for fault in ("address", "strides"):
+        empty = cupy.array(displaced(np.empty((0, 3, 4), np.float32), fault))
+        assert normkit.instance_norm(empty).shape == (0, 3, 4)

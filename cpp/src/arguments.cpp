@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <charconv>
 #include <cmath>
 #include <limits>
 #include <sstream>
@@ -100,11 +101,44 @@ bool same_strides(const Array& a, const Array& b) {
   return true;
 }
 
+std::int64_t element_bytes(const Array& a) {
+  if (a.dtype != Dtype::other) return size_of(a.dtype);
+  const std::size_t digits = std::min(a.other_dtype.find_first_of("0123456789"), a.other_dtype.size());
+  int bits = 0;
+  std::from_chars(a.other_dtype.data() + digits, a.other_dtype.data() + a.other_dtype.size(), bits);
+  return std::max(bits / 8, 1);
+}
+
+namespace {
+
+bool begins_on(const Array& a, std::int64_t bytes) {
+  return reinterpret_cast<std::uintptr_t>(a.data) % static_cast<std::uintptr_t>(bytes) == 0;
+}
+
+bool steps_by(const Array& a, std::int64_t bytes) {
+  bool whole = true;
+  for (int axis = 0; axis < a.ndim(); ++axis) whole = whole && (a.shape[axis] < 2 || a.stride(axis) % bytes == 0);
+  return whole;
+}
+
+}  // namespace
+
 bool on_elements(const Array& a) {
-  const std::int64_t size = size_of(a.dtype);
-  bool aligned = reinterpret_cast<std::uintptr_t>(a.data) % static_cast<std::uintptr_t>(size) == 0;
-  for (int axis = 0; axis < a.ndim(); ++axis) aligned = aligned && (a.shape[axis] < 2 || a.stride(axis) % size == 0);
-  return aligned;
+  const std::int64_t size = element_bytes(a);
+  return begins_on(a, size) && steps_by(a, size);
+}
+
+void check_on_elements(const std::string& name, const Array& a) {
+  if (on_elements(a) || std::find(a.shape.begin(), a.shape.end(), 0) != a.shape.end()) return;
+  const std::int64_t size = element_bytes(a);
+  const std::string dtype = a.dtype == Dtype::other ? std::string(a.other_dtype) : name_of(a.dtype);
+  std::ostringstream address;
+  address << "0x" << std::hex << reinterpret_cast<std::uintptr_t>(a.data);
+  if (!begins_on(a, size))
+    value_error(name + " is at address " + address.str() + ", expected a multiple of " + std::to_string(size) +
+                ": a GPU has " + dtype + " nowhere else");
+  value_error(name + " has strides " + tuple(a.strides) + " in bytes, expected multiples of " + std::to_string(size) +
+              ": a GPU has " + dtype + " nowhere else");
 }
 
 void element_strides(const Array& a, Extents& out) {

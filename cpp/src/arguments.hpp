@@ -25,8 +25,12 @@ void element_strides(const Array& a, Extents& out);
 bool same_strides(const Array& a, const Array& b);
 /// `strides` count elements. True too where an axis has one index, whatever its stride.
 bool has_strides(const Array& a, const Extents& strides);
+/// Bytes of an element, also of a dtype that kernels do not read: its name has its bits, or it is taken to have one byte.
+std::int64_t element_bytes(const Array& a);
 /// True where every element lies where one of its size may.
 bool on_elements(const Array& a);
+/// Throws where that is false: for a GPU, on which whatever touches such an array fails, and all that comes after it.
+void check_on_elements(const std::string& name, const Array& a);
 
 // ---- where arrays lie --------------------------------------------------------------------------------------------
 
