@@ -111,9 +111,9 @@ if(normkit_cuda)
   message(STATUS "normkit: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${NORMKIT_CUDA_ARCHITECTURES}")
 elseif(NORMKIT_CUDA STREQUAL "shim")
   set_source_files_properties(cuda/launch.cu cuda/kernels.cu PROPERTIES LANGUAGE CXX)
-  # As for the thread sanitizer, in whose place tests/shim/count.cpp counts bytes.
+  # As for two sanitizers: tests/shim/count.cpp counts bytes in the place of one, aligned.cpp stops in that of the other.
   set(options -x c++ -O1 -ffp-contract=off -Wall -Wextra -DNORMKIT_SHIM -I${CMAKE_CURRENT_SOURCE_DIR}/tests/shim
-    -DNORMKIT_SHIM_COUNTS -fsanitize=thread)
+    -DNORMKIT_SHIM_COUNTS -fsanitize=thread -fsanitize=alignment -fno-sanitize-recover=alignment)
   normkit_add_kernels(normkit_cuda_objects normkit_cuda_launch launch.cu ${options})
   foreach(storage float32=float float64=double float16=Half bfloat16=Bfloat)
     string(REGEX MATCH "([a-z0-9]+)=(.*)" _ ${storage})

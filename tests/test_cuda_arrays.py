@@ -6,6 +6,7 @@ or with calls on NumPy arrays, which run the same kernels there. Other builds ar
 
 import ctypes
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -629,3 +630,17 @@ def test_strides_that_are_not_used_may_be_anything(cupy, rng):
     for fault in ("address", "strides"):
         empty = cupy.array(displaced(np.empty((0, 3, 4), np.float32), fault))
         assert normkit.instance_norm(empty).shape == (0, 3, 4)
+
+
+@on_shim
+@pytest.mark.parametrize(("plant", "code"), [("none", 0), ("misaligned_load", 70)])
+def test_a_kernel_that_reads_off_an_element_ends_the_process(plant, code):
+    """As a GPU would. Else no test of values here would see it: a CPU reads anywhere."""
+    program = (
+        "import normkit, numpy; normkit.instance_norm(numpy.ones(2 * 400 + 1, numpy.float32)[1:].reshape(2, 1, 400))"
+    )
+    env = {**os.environ, "NORMKIT_SHIM_PLANT": plant}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    expected = r"shim: .*:[0-9]+: address 0x[0-9a-f]+, expected a multiple of 16: kernel RunsForward, block 0, .*"
+    assert re.fullmatch(expected if code else "", done.stderr.strip())
