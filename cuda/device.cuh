@@ -27,6 +27,8 @@
 #define NORMKIT_CALLED static __device__ __noinline__
 #define NORMKIT_UNROLL _Pragma("unroll")
 #define NORMKIT_ROLL _Pragma("unroll 1")
+#define NORMKIT_UNROLL_BY(n) _Pragma(NORMKIT_STRING(unroll n))
+#define NORMKIT_STRING(words) #words
 /// Tests plant mistakes, to see that they would be found: in the shim, where this names one of them.
 #define NORMKIT_PLANTED(mistake) false
 
@@ -107,6 +109,8 @@ NORMKIT_DEVICE int cluster_rank() { return static_cast<int>(__clusterRelativeBlo
 /// The barrier of all threads of the cluster, in two halves: each thread says that it has come, then waits for all to have come.
 /// What was written before is read after it.
 NORMKIT_DEVICE void arrive_at_cluster() { __cluster_barrier_arrive(); }
+/// The first half for a thread that only says that it runs: nothing that it has written is read after it.
+NORMKIT_DEVICE void announce_to_cluster() { __cluster_barrier_arrive_relaxed(); }
 NORMKIT_DEVICE void wait_for_cluster() { __cluster_barrier_wait(); }
 /// The shared memory of block `rank` of the cluster: as long as that block is known to have started, and not to have left.
 NORMKIT_DEVICE std::byte* peer_memory(int rank) {
@@ -116,6 +120,7 @@ NORMKIT_DEVICE std::byte* peer_memory(int rank) {
 inline constexpr bool kHasClusters = false;
 NORMKIT_DEVICE int cluster_rank() { return 0; }
 NORMKIT_DEVICE void arrive_at_cluster() {}
+NORMKIT_DEVICE void announce_to_cluster() {}
 NORMKIT_DEVICE void wait_for_cluster() {}
 NORMKIT_DEVICE std::byte* peer_memory(int) { return shared_memory(); }
 #endif
@@ -161,7 +166,6 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-#define NORMKIT_STRING(name) #name
 #define NORMKIT_VALUE_OF(name) NORMKIT_STRING(name)
 inline constexpr const char* kBuild =
     "CUDA " NORMKIT_VALUE_OF(__CUDACC_VER_MAJOR__) "." NORMKIT_VALUE_OF(__CUDACC_VER_MINOR__);

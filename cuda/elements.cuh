@@ -250,12 +250,12 @@ NORMKIT_CALLED int divided(int a, int b) {
   return static_cast<int>(static_cast<unsigned>(a) / static_cast<unsigned>(b));
 }
 /// a / b and a % b of numbers that are not negative, in 32 bits where these hold both; mostly there is nothing to divide.
-NORMKIT_CALLED std::int64_t quotient(std::int64_t a, std::int64_t b) {
-  if (b == 1) return a;
+NORMKIT_CALLED std::int64_t quotient_of_many(std::int64_t a, std::int64_t b) {
   if (a < b) return 0;
   if ((a | b) >> 32 == 0) return static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b);
   return a / b;
 }
+NORMKIT_DEVICE std::int64_t quotient(std::int64_t a, std::int64_t b) { return b == 1 ? a : quotient_of_many(a, b); }
 NORMKIT_DEVICE std::int64_t remainder(std::int64_t a, std::int64_t b) { return a - quotient(a, b) * b; }
 
 /// (k / stride) % count of a number, and of the numbers after it without another division.
@@ -288,8 +288,8 @@ struct UnitParameters {
   double weight = 1, bias = 0;
 
   NORMKIT_DEVICE static UnitParameters of(const Work& work, std::int64_t o, std::int64_t lane, std::int64_t unit) {
-    if (!work.constant) return {};
     const Task& t = work.task;
+    if (!work.constant || (!t.weight.data && !t.bias.data)) return {};
     const Geometry& g = t.geometry;
     const std::int64_t before = (o * g.steps * g.lanes + lane) * work.policy.units + unit;
     const std::int64_t own = remainder(quotient(before, work.units_per_parameter), g.params.count);
@@ -346,9 +346,9 @@ NORMKIT_DEVICE void read_parameters(const Work& work, const Place& p, const Para
   std::int64_t group = within, index = within;
   if (map.stride > 1 || within + p.n > map.count)
     group = quotient(within, map.stride), index = remainder(group, map.count);
-  if (work.all_whole || (map.stride == 1 && index + p.n <= map.count)) {
-    read_along(param, first + index, p.n, work.all_whole, absent, out);
-  } else if (within + p.n <= (group + 1) * map.stride) {
+  if (work.params_whole || (map.stride == 1 && index + p.n <= map.count)) {
+    read_along(param, first + index, p.n, work.params_whole, absent, out);
+  } else if (work.only_whole || within + p.n <= (group + 1) * map.stride) {
     const S all = static_cast<S>(element(param, first + index, absent));
     NORMKIT_UNROLL
     for (S& v : out) v = all;
@@ -442,6 +442,12 @@ template <int N, class F> NORMKIT_DEVICE void for_members(unsigned members, int 
 // ---- activation --------------------------------------------------------------------------------------------------
 
 template <class S> NORMKIT_CALLED S activated(Activation activation, S z) { return activate(activation, z); }
+/// The same of one that is_kink(), in line.
+template <class S> NORMKIT_DEVICE S kinked(Activation activation, S z) {
+  const ActivationKind relu = ActivationKind::relu;
+  return activation.kind == relu ? activate({relu, 0}, z)
+                                 : activate({ActivationKind::leaky_relu, activation.parameter}, z);
+}
 template <class S> NORMKIT_CALLED S slope_at(Activation activation, S z) { return activation_slope(activation, z); }
 
 /// z = x_hat * weight + bias of the elements of one vector; `weight` is theirs where the parameters are not constant.
@@ -455,7 +461,13 @@ NORMKIT_DEVICE void preactivation(const Work& work, const Factors<S, M>& factors
   }
   if (work.constant) return;
   S bias[N] = {};
-  piece.read(work, p, biased, weight, bias);
+  if (work.only_whole && work.params_whole) {
+    const std::int64_t index = p.tile.i + p.i;
+    read_along(work.task.weight, index, N, true, 1, weight);
+    if (biased) read_along(work.task.bias, index, N, true, 0, bias);
+  } else {
+    piece.read(work, p, biased, weight, bias);
+  }
   NORMKIT_UNROLL
   for (int e = 0; e < N; ++e) z[e] = mul_add(z[e], weight[e], bias[e]);
 }
@@ -520,18 +532,14 @@ NORMKIT_DEVICE void make_y(const Work& work, const Factors<ComputeOf<X>, M>& fac
   const Activation activation = work.task.activation;
   widened(v, x);
   preactivation(work, factors, p, piece, true, x, y, weight);
-  if (activation.kind != ActivationKind::none) in_turn(y, [&](ComputeOf<X> one) { return activated(activation, one); });
+  if (activation.kind == ActivationKind::none) return;
+  if (!work.only_whole) return in_turn(y, [&](ComputeOf<X> one) { return activated(activation, one); });
+  NORMKIT_UNROLL
+  for (ComputeOf<X>& one : y) one = kinked(activation, one);
 }
 
 /// y has the type of x, or the compute type.
 template <class X> NORMKIT_DEVICE bool like_x(const Task& t) { return sizeof(X) != 2 || t.y.dtype == t.x.dtype; }
-template <class X>
-NORMKIT_DEVICE void store_y(const Work& work, const Place& p, const ComputeOf<X> (&y)[kVector<X>]) {
-  const Task& t = work.task;
-  if (like_x<X>(t)) store(at<X>(t.y, p), y, p.n, work.all_whole);
-  else store(at<ComputeOf<X>>(t.y, p), y, p.n, work.all_whole);
-}
-
 NORMKIT_DEVICE void put(Moments m, double* to) { to[0] = m.mean, to[1] = m.m2, to[2] = m.n; }
 NORMKIT_DEVICE Moments moments_at(const double* from) { return {from[0], from[1], from[2]}; }
 

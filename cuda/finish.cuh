@@ -194,14 +194,15 @@ template <class S> struct RowTotals {
     const int lane = thread_index() % kWarp, strand = thread_index() / kWarp;
     const std::int64_t p = block_index() * kWarp + lane, o = quotient(p, run), i = p - o * run;
     double total[2] = {0, 0};
-    NORMKIT_ROLL
+    NORMKIT_UNROLL_BY(4)  // so that many loads are on their way
     for (std::int64_t group = p < parameters ? strand : groups; group < groups; group += kStrands) {
       const S* const own = sums + ((o * groups + group) * blocks * 2) * run + i;
       NORMKIT_UNROLL
       for (int which = 0; which < 2; ++which) {
         S all = own[which * run];
-        NORMKIT_ROLL
-        for (int b = 1; b < blocks; ++b) all += own[(2 * b + which) * run];
+        NORMKIT_UNROLL
+        for (int b = 1; b < kMostRowBlocks; ++b)
+          if (b < blocks) all += own[(2 * b + which) * run];
         total[which] += static_cast<double>(all);
       }
     }

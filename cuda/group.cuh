@@ -61,8 +61,31 @@ template <class T> struct Board {
   }
 };
 
-/// join(...join(join(v of thread 0, v of 1), ...)) as a tree: neighbors first. Where join commutes, it saves to say so.
-template <bool kCommutes = false, class T, class Join> NORMKIT_DEVICE T all_join(Group group, T v, Join join) {
+/// Of kGroupBytes: what its warps found; and behind it what one of them makes of that, or of something else.
+inline constexpr int kWarpBytes = 32, kMadeAt = kBlockThreads / kWarp * kWarpBytes, kMadeBytes = 96;
+static_assert(kMadeAt + 2 * kMadeBytes <= kGroupBytes);
+
+/// True in the threads of a group that made_once() calls f in.
+NORMKIT_DEVICE bool makes(Group group) { return group.size <= kWarp || group.rank < kWarp; }
+
+/// f(), in all threads of the group, of which the first warp alone calls it, or where `all` do, each: its lanes may join what they
+/// know. Between two calls with one `place` the block must meet once more.
+template <int place, class F> NORMKIT_DEVICE auto made_once(Group group, F f, bool all = false) {
+  using T = decltype(f());
+  static_assert(sizeof(T) <= kMadeBytes);
+  const bool each = all || group.size <= kWarp;
+  T v{};
+  if (each || group.rank < kWarp) v = f();
+  if (each) return v;
+  T* const made = reinterpret_cast<T*>(shared_memory() + kMadeAt + place * kMadeBytes);
+  if (group.rank == 0) *made = v;
+  if (!NORMKIT_PLANTED(missing_second_barrier)) sync_block();
+  return *made;
+}
+
+/// f(join(...join(join(v of thread 0, v of 1), ...))), joined as a tree: neighbors first. Where join commutes, it saves to say so.
+template <bool kCommutes = false, class T, class Join, class F>
+NORMKIT_DEVICE auto all_join(Group group, T v, Join join, F f) {
   const int lane = thread_index() % kWarp;
   NORMKIT_ROLL
   for (int distance = 1; distance < group.width(); distance *= 2) {
@@ -70,20 +93,30 @@ template <bool kCommutes = false, class T, class Join> NORMKIT_DEVICE T all_join
     const bool swaps = !kCommutes && (lane & distance) != 0;
     v = join(swaps ? other : v, swaps ? v : other);
   }
-  if (group.size <= kWarp) return v;
-  static_assert(sizeof(T) * 8 <= kGroupBytes);
+  static_assert(sizeof(T) <= kWarpBytes);
   T* const warp = reinterpret_cast<T*>(shared_memory());
-  if (lane == 0) warp[group.rank / kWarp] = v;
-  if (!NORMKIT_PLANTED(missing_barrier)) sync_block();
-  v = warp[0];
-  NORMKIT_ROLL
-  for (int k = 1; k < group.size / kWarp; ++k) v = join(v, warp[k]);
-  if (!NORMKIT_PLANTED(missing_second_barrier)) sync_block();  // the memory may be written again
-  return v;
+  if (group.size > kWarp) {
+    if (lane == 0) warp[group.rank / kWarp] = v;
+    if (!NORMKIT_PLANTED(missing_barrier)) sync_block();
+  }
+  return made_once<0>(group, [&] {
+    T all = group.size > kWarp ? warp[0] : v;
+    NORMKIT_ROLL
+    for (int k = 1; k < group.size / kWarp; ++k) all = join(all, warp[k]);
+    return f(all);
+  });
+}
+template <bool kCommutes = false, class T, class Join> NORMKIT_DEVICE T all_join(Group group, T v, Join join) {
+  return all_join<kCommutes>(group, v, join, [](T all) { return all; });
 }
 
 template <class T> NORMKIT_DEVICE T all_sum(Group group, T v) {
   return all_join<true>(group, v, [](T a, T b) { return a + b; });
+}
+
+/// Where what tiles found meets: f(), which has a group of `meeting` threads join it, in all threads of the group that wants it.
+template <class F> NORMKIT_DEVICE auto met(Group group, Group meeting, F f) {
+  return made_once<1>(group, f, meeting.size > kWarp);
 }
 
 /// at(0), at(1), .. at(count - 1) as one: threads take them in turn, then meet as a tree. Wherever tiles meet they meet here, in

@@ -31,7 +31,9 @@ template <class X, class F> auto with_kernel(const Work& work, F f) {
 }
 
 template <class X> void run(const Work& work, Stream stream) {
-  with_kernel<X>(work, [&](auto type) { launch(typename decltype(type)::type{work}, work.grid(), stream); });
+  Work ready = work;
+  ready.shape = Shape::of(work.policy, work.task.geometry, work.stage);
+  with_kernel<X>(work, [&](auto type) { launch(typename decltype(type)::type{ready}, work.grid(), stream); });
 }
 
 template <class X> void row_gradients(const Work& work, Stream stream) {

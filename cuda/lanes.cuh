@@ -104,15 +104,40 @@ template <class X, int kSlotsAhead> NORMKIT_DEVICE Slots<X> held_of(const Work& 
                   held ? tiling.steps : kSlotsAhead);
 }
 
-/// Calls fetch(round, strand, j) for all that this thread holds: all of it is on its way at once.
-template <class X, class Fetch> NORMKIT_DEVICE void fetch_all(const Work& work, Fetch fetch) {
+/// Where the places of a strand lie in an array, and whether all are whole vectors. If not, they go element by element.
+template <class X> struct Column {
+  X* first;
+  std::int64_t apart;
+  int n;
+  bool whole;
+
+  NORMKIT_DEVICE Column(const Operand& a, const Strand& s)
+      : first(at<X>(a, s[0])),
+        apart(a.strides.step * kStrands),
+        n(s.n),
+        whole(n == kVector<X> && is_wide(first) && apart * static_cast<int>(sizeof(X)) % kVectorBytes == 0) {}
+  NORMKIT_DEVICE X* operator[](int j) const { return first + j * apart; }
+  NORMKIT_DEVICE void fetch(const Slots<X>& to, int slot, int j) const {
+    if (whole) copy_aside<kVectorBytes>(to.address(slot), (*this)[j]);
+    else fetch_elements(reinterpret_cast<X*>(to.address(slot)), (*this)[j], n);
+  }
+  template <class S> NORMKIT_DEVICE void put(int j, const S (&v)[kVector<X>]) const {
+    const Vector<X> out = narrowed<X>(v);
+    if (whole) store_words((*this)[j], out.word);
+    else store_elements((*this)[j], out, n);
+  }
+};
+
+/// Has what this thread holds brought, all of it at once: fetching(round, strand) makes what brings place j.
+template <class X, class Fetching> NORMKIT_DEVICE void fetch_all(const Work& work, Fetching fetching) {
   const LanesTiling& tiling = work.policy.lanes;
   NORMKIT_ROLL
   for (int round = 0; round < tiling.rounds; ++round) {
     const Strand s = own_strand<X>(work, round);
+    const auto fetch = fetching(round, s);
     NORMKIT_ROLL
     for (int j = 0; j < tiling.steps; ++j) {
-      if (j < s.steps) fetch(round, s, j);
+      if (j < s.steps) fetch(j);
       if ((j + 1) % kBatchSteps == 0 || j + 1 == tiling.steps) end_batch();
     }
   }
@@ -341,10 +366,12 @@ template <class X, Special kSpecial> struct LanesForward {
     const Work work = known_as<kSpecial>(given);
     const Task& t = work.task;
     if (holds(work))
-      fetch_all<X>(work, [&](int round, const Strand& s, int j) {
+      fetch_all<X>(work, [&](int round, const Strand& s) {
         const Slots<X> x = held_of<X, kSingleSlots>(work, round, 0);
-        if (work.forms_x) x[j] = form_x<X>(t, s[j]);
-        else x.fetch(j, at<X>(t.x, s[j]), s.n);
+        return [&work, s, x, from = Column<X>(t.x, s)](int j) {
+          if (work.forms_x) x[j] = form_x<X>(work.task, s[j]);
+          else from.fetch(x, j, j);
+        };
       });
     const int rounds = work.policy.lanes.rounds;
     if (work.stage != Stage::rest) {
@@ -370,26 +397,30 @@ template <class X, Special kSpecial> struct LanesForward {
         const MeanAndRstd known = known_in_team<MeanAndRstd>(work, k);
         return statistic_of<S>(known.mean, known.rstd);
       });
-      for_x(work, s, round, work.stage == Stage::rest, [&](const Place& p, const Vector<X>& v) {
+      const Column<X> to(t.y, s);
+      for_x(work, s, round, work.stage == Stage::rest, [&](const Place& p, int j, const Vector<X>& v) {
         S y[kVector<X>];
         Piece<S> none;  // parameters that vary do so from column to column
         make_y<X>(work, factors, p, none, v, y);
-        store_y<X>(work, p, y);
+        if (like_x<X>(t)) to.put(j, y);
+        else store(at<S>(t.y, p), y, s.n);
       });
     }
   }
 
  private:
-  /// Calls f(place, x). `forms`: where it is not held, x is still to be made of a sum.
+  /// Calls f(place, j, x). `forms`: where it is not held, x is still to be made of a sum.
   template <class F>
   NORMKIT_DEVICE static void for_x(const Work& work, const Strand& s, int round, bool forms, F f) {
     const Task& t = work.task;
     const Slots<X> x = held_of<X, kSingleSlots>(work, round, 0);
+    const Column<X> from(t.x, s);
     for_steps<kSingleSlots>(work, s, round, [&](int slot, int j) {
-      if (!work.forms_x) x.fetch(slot, at<X>(t.x, s[j]), s.n);
+      if (!work.forms_x) from.fetch(x, slot, j);
     }, [&](int slot, int j) {
       const Place p = s[j];
-      f(p, !work.forms_x || holds(work) ? x[slot] : forms ? form_x<X>(t, p) : read_x<X>(t, p));
+      const Vector<X> v = !work.forms_x || holds(work) ? x[slot] : forms ? form_x<X>(t, p) : read_x<X>(t, p);
+      f(p, j, v);
     });
   }
 
@@ -404,7 +435,7 @@ template <class X, Special kSpecial> struct LanesForward {
     S sum[N], squares[N], n[N];
     NORMKIT_UNROLL
     for (int e = 0; e < N; ++e) sum[e] = squares[e] = n[e] = 0;
-    for_x(work, s, round, true, [&](const Place& p, const Vector<X>& v) {
+    for_x(work, s, round, true, [&](const Place& p, int, const Vector<X>& v) {
       const unsigned members = members_of(t, p);
       if (t.centered && !masked && p.row == s.strand) pivot = v;
       NORMKIT_UNROLL
@@ -450,9 +481,11 @@ template <class X, Special kSpecial> struct LanesBackward {
     const Work work = known_as<kSpecial>(given);
     const Task& t = work.task;
     if (holds(work))
-      fetch_all<X>(work, [&](int round, const Strand& s, int j) {
-        held_of<X, kPairSlots>(work, round, 0).fetch(j, at<X>(t.x, s[j]), s.n);
-        held_of<X, kPairSlots>(work, round, 1).fetch(j, at<X>(t.dy, s[j]), s.n);
+      fetch_all<X>(work, [&](int round, const Strand& s) {
+        const Slots<X> x = held_of<X, kPairSlots>(work, round, 0), dy = held_of<X, kPairSlots>(work, round, 1);
+        return [x, dy, x_from = Column<X>(t.x, s), dy_from = Column<X>(t.dy, s)](int j) {
+          x_from.fetch(x, j, j), dy_from.fetch(dy, j, j);
+        };
       });
     const int rounds = work.policy.lanes.rounds;
     const bool wanted = t.phase != Phase::reduce && (t.dx.data || work.elementwise);
@@ -479,12 +512,16 @@ template <class X, Special kSpecial> struct LanesBackward {
   }
 
  private:
-  /// Calls f(place, x, dy).
+  /// Calls f(place, j, x, dy).
   template <class F> NORMKIT_DEVICE static void for_pairs(const Work& work, const Strand& s, int round, F f) {
     const Slots<X> x = held_of<X, kPairSlots>(work, round, 0), dy = held_of<X, kPairSlots>(work, round, 1);
+    const Column<X> x_from(work.task.x, s), dy_from(work.task.dy, s);
     for_steps<kPairSlots>(work, s, round, [&](int slot, int j) {
-      x.fetch(slot, at<X>(work.task.x, s[j]), s.n), dy.fetch(slot, at<X>(work.task.dy, s[j]), s.n);
-    }, [&](int slot, int j) { f(s[j], x[slot], dy[slot]); });
+      x_from.fetch(x, slot, j), dy_from.fetch(dy, slot, j);
+    }, [&](int slot, int j) {
+      const Vector<X> vx = x[slot], vdy = dy[slot];
+      f(s[j], j, vx, vdy);
+    });
   }
 
   NORMKIT_DEVICE static void solve_all(const Work& work) {
@@ -499,10 +536,11 @@ template <class X, Special kSpecial> struct LanesBackward {
     using S = ComputeOf<X>;
     constexpr int N = kVector<X>;
     const Known<S, N> known = known_of(work, s, own);
-    for_pairs(work, s, round, [&](const Place& p, const Vector<X>& x, const Vector<X>& dy) {
+    const Column<X> to(work.task.dx, s);
+    for_pairs(work, s, round, [&](const Place& p, int j, const Vector<X>& x, const Vector<X>& dy) {
       S dx[N];
       make_dx<X>(work, known, p, Incoming<S, N>(work, given, p, x, dy), dx);
-      if (work.task.dx.data) store(at<X>(work.task.dx, p), dx, p.n);
+      if (work.task.dx.data) to.put(j, dx);
     });
   }
 
@@ -534,7 +572,7 @@ template <class X, Special kSpecial> struct LanesBackward {
     S n[N];
     NORMKIT_UNROLL
     for (int e = 0; e < N; ++e) sums[e] = {0, 0, 0}, n[e] = 0;
-    for_pairs(work, s, round, [&](const Place& p, const Vector<X>& x, const Vector<X>& dy) {
+    for_pairs(work, s, round, [&](const Place& p, int, const Vector<X>& x, const Vector<X>& dy) {
       const Incoming<S, N> in(work, given, p, x, dy);
       const unsigned members = members_of(t, p);
       NORMKIT_UNROLL

@@ -88,8 +88,12 @@ Work work_for(const Task& t, Direction direction, bool pieces) {
   work.reads_whole = begins_whole(t.x, work) && begins_whole(t.dy, work);
   work.writes_whole = begins_whole(t.y, work) && begins_whole(t.dx, work);
   const int vector = vector_for(size_of(held_dtype(t.x.dtype)));
-  work.all_whole = work.reads_whole && work.writes_whole && g.params.stride == 1 && g.run % vector == 0 &&
-                   g.params.count % vector == 0 && is_whole(t.weight) && is_whole(t.bias);
+  const bool whole = work.reads_whole && work.writes_whole;
+  work.params_whole = whole && g.params.stride == 1 && g.run % vector == 0 && g.params.count % vector == 0 &&
+                      is_whole(t.weight) && is_whole(t.bias);
+  work.all_whole =
+      work.params_whole || (whole && t.traversal == Traversal::runs && work.policy.unit_run % vector == 0 &&
+                            (work.constant || g.params.stride % vector == 0));
   return work;
 }
 

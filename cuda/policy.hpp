@@ -3,7 +3,7 @@
 // statistic's geometry and the size of its elements, never from how many statistics there are, from the GPU, or from the
 // schedule. The schedule is the rest: which blocks take which tiles, and whether they hold them until the statistic is known.
 //
-// The sizes are reasoned, not measured: nothing here has seen a GPU yet.
+// What an H200 said of an earlier state of these kernels is in docs/performance.md; the sizes are reasoned from that.
 #pragma once
 
 #include <cstdint>
@@ -54,10 +54,11 @@ constexpr int power_of_two_from(std::int64_t n) {
   return power;
 }
 
-/// Threads of a tile of so many vectors: up to four vectors each, so that what a thread does once is shared by as many; more where
-/// a block is not enough.
+/// Threads of a tile of so many vectors: up to eight vectors each, so that what a thread does once is shared by as many, and four
+/// where eight threads are enough for them, since these read neighbors; more vectors where a block is not enough.
 constexpr int group_for(std::int64_t vectors) {
-  return vectors >= 4 * kBlockThreads ? kBlockThreads : power_of_two_from(ceil_div(vectors, 4));
+  if (vectors >= 8 * kBlockThreads) return kBlockThreads;
+  return power_of_two_from(vectors <= 32 ? ceil_div(vectors, 4) : vectors <= 64 ? 8 : ceil_div(vectors, 8));
 }
 
 constexpr Tiling tiling_for(std::int64_t steps, std::int64_t run, int element_bytes, int arrays) {
@@ -225,8 +226,9 @@ struct RowGroups {
 
 /// Row groups are many enough to keep an H200 busy, and have so many rows that what is written and read for a group is less than a
 /// twentieth of all bytes: 64 rows of halves, 32 of floats. No more than 64 rows are summed one after another.
+inline constexpr int kMostRowBlocks = 4;
 constexpr RowGroups row_groups_for(std::int64_t rows, std::int64_t tiles, int abreast, int element_bytes) {
-  const std::int64_t all = ceil_div(rows, abreast), blocks = tiles <= 2 ? 4 : tiles <= 4 ? 2 : 1;
+  const std::int64_t all = ceil_div(rows, abreast), blocks = tiles <= 2 ? kMostRowBlocks : tiles <= 4 ? 2 : 1;
   const std::int64_t least = ceil_div(element_bytes == 2 ? 64 : 32, blocks * abreast), many = all * tiles / (4 * 132);
   std::int64_t turns = many < 64 ? many : 64;
   if (turns < least) turns = least < all ? least : all;
@@ -264,7 +266,8 @@ struct Policy {
   /// Threads of a block, and tiles that its groups take side by side: as many as there are, where a team has them.
   constexpr int threads(Stage stage) const {
     if (runs.group > kWarp) return runs.group;
-    if (!shares(stage) || parts() * runs.group >= kBlockThreads) return kBlockThreads;
+    const int most = kBlockThreads / arrays();  // eight vectors for each thread are 32 KB then
+    if (!shares(stage) || parts() * runs.group >= most) return most;
     return parts() * runs.group < kWarp ? kWarp : power_of_two_from(parts() * runs.group);
   }
   constexpr int groups(Stage stage) const { return threads(stage) >> runs.shift; }
@@ -440,7 +443,7 @@ constexpr void settle(Policy& p, const Geometry& g, Room room, bool collects) {
 
 // Rows: an instance of 49 floats, of one image of 56 x 56, of 16384 halfs, of a volume; a batch norm of small images.
 static_assert(tiling_for(1, 49, 4, 1).group == 4 && tiling_for(1, 49, 4, 1).tiles == 1);
-static_assert(tiling_for(1, 3136, 4, 1).group == 256 && tiling_for(1, 3136, 4, 1).held(4) == 4);
+static_assert(tiling_for(1, 3136, 4, 1).group == 128 && tiling_for(1, 3136, 4, 1).held(4) == 7);
 static_assert(tiling_for(1, 16384, 2, 1).held(8) == 8 && tiling_for(1, 16384, 2, 1).tiles == 1);
 static_assert(tiling_for(1, 128 * 128 * 128, 4, 1).tiles == 256 && tiling_for(1, 128 * 128 * 128, 4, 1).width == 8192);
 static_assert(tiling_for(1, 128 * 128 * 128, 4, 2).tiles == 512 && tiling_for(256, 49, 4, 1).rows == 157);

@@ -8,13 +8,17 @@
 //             tell each other what their tiles found.
 //     others: the sums of each tile in one launch; y or dx in another, when statistics are known (finish.cuh)
 //
-// An H200 has time for about 210 instructions of a warp while it moves what a warp reads and writes as one vector each: half of
-// that is a good loop, and what is done once for each thread counts where rows are short.
+// An H200 has time for about 240 instructions of a warp while it moves what a warp reads and writes as one vector each, and issues
+// three quarters of them at best: half of that is a good loop, and what is done once for each thread counts where rows are short.
 #pragma once
+
+#include <type_traits>
 
 #include "finish.cuh"
 
 namespace normkit::cuda {
+
+template <int n> using Constant = std::integral_constant<int, n>;
 
 /// Entries first, first + size, first + 2 size, ... of a table, row by row.
 struct Cursor {
@@ -36,7 +40,8 @@ struct Turn {
   std::int64_t statistic, end, o, lane, first;  // no statistic from `end` on is a row of the group
   int apart, count;
 
-  NORMKIT_DEVICE std::int64_t index(const Policy& p) const { return statistic * p.parts() + first; }  // among all
+  /// Of its first tile, among all.
+  NORMKIT_DEVICE std::int64_t index(const Work& work) const { return statistic * work.shape.parts + first; }
   NORMKIT_DEVICE void locate(const Geometry& g) {
     o = g.outer == 1 ? 0 : quotient(statistic, g.lanes), lane = statistic - o * g.lanes;
   }
@@ -44,7 +49,7 @@ struct Turn {
   NORMKIT_DEVICE Turn after(const Work& work, int turns) const {
     Turn turn = *this;
     if (!work.policy.collects) return turn;
-    turn.statistic += std::int64_t{turns} * work.policy.groups(work.stage);
+    turn.statistic += std::int64_t{turns} * work.shape.groups;
     turn.locate(work.task.geometry);
     if (turn.statistic >= end) turn.count = 0;
     return turn;
@@ -60,26 +65,25 @@ NORMKIT_DEVICE int team_rank(const Work& work) {
 /// other, the first.
 NORMKIT_DEVICE Turn own_turn(const Work& work, Group group) {
   const Policy& policy = work.policy;
-  const std::int64_t parts = policy.parts();
+  const std::int64_t parts = work.shape.parts;
   const int own = thread_index() >> policy.runs.shift;  // among the groups of the block
   Turn turn{0, 0, 0, 0, 0, 1, 1};
   if (policy.collects) {
     const RowGroups& rows = policy.rows;
     const std::int64_t team = quotient(block_index(), policy.team.blocks),
                        sharing = quotient(team, rows.count * rows.blocks);
-    turn.statistic = (team - sharing * rows.count * rows.blocks) * rows.turns * policy.groups(work.stage) + own;
+    turn.statistic = (team - sharing * rows.count * rows.blocks) * rows.turns * work.shape.groups + own;
     turn.statistic += sharing * rows.rows, turn.end = (sharing + 1) * rows.rows;
-  } else if (policy.shares(work.stage)) {
+  } else if (work.shape.shares) {
     turn.statistic = quotient(block_index(), policy.team.blocks);
   } else {
-    const std::int64_t all = work.task.geometry.statistics() * parts;
     std::int64_t k = own_item(group.size);
-    if (k >= all) turn.count = 0;
-    if (work.stage == Stage::rest) k = all - 1 - k;
+    if (k >= work.shape.all) turn.count = 0;
+    if (work.stage == Stage::rest) k = work.shape.all - 1 - k;
     turn.statistic = quotient(k, parts), turn.first = k - turn.statistic * parts;
   }
-  if (policy.shares(work.stage)) {
-    turn.first = team_rank(work) * policy.team.tiles + own, turn.apart = policy.groups(work.stage);
+  if (work.shape.shares) {
+    turn.first = team_rank(work) * policy.team.tiles + own, turn.apart = work.shape.groups;
     const int left = static_cast<int>(parts) - team_rank(work) * policy.team.tiles;
     const int of_block = (left < policy.team.tiles ? left : policy.team.tiles) - own;
     turn.count = of_block > 0 ? divided(of_block + turn.apart - 1, turn.apart) : 0;
@@ -100,19 +104,27 @@ struct Tile {
 template <class X> NORMKIT_DEVICE Tile tile_of(const Work& work, Group group, const Turn& turn, int k) {
   const Policy& policy = work.policy;
   const Tiling& tiling = policy.runs;
+  const Shape& shape = work.shape;
   const std::int64_t part = turn.first + k * turn.apart;
   Tile t;
   t.unit = policy.units == 1 ? 0 : quotient(part, tiling.tiles);
-  const int place = static_cast<int>(part - t.unit * tiling.tiles),
-            row = tiling.per_run == 1 ? place : divided(place, static_cast<int>(tiling.per_run));
-  const std::int64_t step = std::int64_t{row} * tiling.rows;
-  const std::int64_t within = (place - row * tiling.per_run) * tiling.width;
-  const std::int64_t below = work.task.geometry.steps - step, left = policy.unit_run - within;
-  t.at = {turn.o, step, turn.lane, t.unit * policy.unit_run + within};
+  t.at = {turn.o, 0, turn.lane, t.unit * policy.unit_run};
+  int columns = shape.columns;
+  if (tiling.tiles == 1) {
+    t.rows = shape.steps, t.width = static_cast<int>(policy.unit_run);
+  } else {
+    const int place = static_cast<int>(part - t.unit * tiling.tiles), per_run = static_cast<int>(tiling.per_run),
+              row = per_run == 1 ? place : divided(place, per_run);
+    const std::int64_t step = std::int64_t{row} * tiling.rows,
+                       within = std::int64_t{place - row * per_run} * tiling.width;
+    const std::int64_t below = work.task.geometry.steps - step, left = policy.unit_run - within;
+    t.at.step = step, t.at.i += within;
+    t.rows = below < tiling.rows ? static_cast<int>(below) : tiling.rows;
+    t.width = left < tiling.width ? static_cast<int>(left) : tiling.width;
+    columns = static_cast<int>(static_cast<unsigned>(t.width + kVector<X> - 1) / kVector<X>);
+  }
   if (!work.constant) t.at.phase = phase_of(work.task.geometry, t.at);
-  t.rows = below < tiling.rows ? static_cast<int>(below) : tiling.rows;
-  t.width = left < tiling.width ? static_cast<int>(left) : tiling.width;
-  t.own = Cursor::of(group.rank, group.size, (t.width + kVector<X> - 1) / kVector<X>, tiling.rows == 1);
+  t.own = Cursor::of(group.rank, group.size, columns, tiling.rows == 1);
   return t;
 }
 
@@ -135,6 +147,27 @@ template <class X, class F> NORMKIT_DEVICE void for_own(const Work& work, const 
     f(k, place_of<X>(work, t, c));
 }
 
+/// The same, and where each vector lies in array `a`.
+template <class X, class F>
+NORMKIT_DEVICE void for_own(const Work& work, const Tile& t, Group group, const Operand& a, F f) {
+  const std::int64_t step = a.strides.step;
+  X* const first = at<X>(a, t.at);
+  if (!work.only_whole)
+    return for_own<X>(work, t, group, [&](int k, const Place& p) { f(k, p, first + (p.row * step + p.i)); });
+  // A pointer that moves on costs fewer instructions than a place.
+  Cursor c = t.own;
+  X* p = first + (c.row * step + c.column * kVector<X>);
+  const std::int64_t on = c.down * step + c.along * kVector<X>, down = step - c.columns * kVector<X>;
+  const int all = t.rows * c.columns;
+  NORMKIT_ROLL
+  for (int k = 0, v = group.rank; v < all; ++k, v += group.size) {
+    f(k, Place{t.at, c.row, c.column * kVector<X>, kVector<X>}, p);
+    const int row = c.row + c.down;
+    c.next(), p += on;
+    if (c.row != row) p += down;
+  }
+}
+
 // ---- what is held ------------------------------------------------------------------------------------------------
 
 /// A tile of an array in shared memory. A thread works on its own vectors; where rows do not begin with whole ones, its group
@@ -144,14 +177,15 @@ template <class X> struct Held {
   int shift;  // 2^shift threads of the group
 
   NORMKIT_DEVICE Held(const Work& work, int place)
-      : slots(shared_memory() + work.policy.head(work.stage), place, work.policy.held()),
-        shift(work.policy.runs.shift) {}
-  NORMKIT_DEVICE Vector<X>& operator[](int k) const { return slots[k]; }
+      : slots(shared_memory() + work.shape.head, place, work.shape.held), shift(work.policy.runs.shift) {}
+  /// A copy: a reference would be read word by word.
+  NORMKIT_DEVICE Vector<X> operator[](int k) const { return slots[k]; }
+  NORMKIT_DEVICE void put(int k, const Vector<X>& v) const { slots[k] = v; }
 
   NORMKIT_DEVICE void fetch(const Work& work, const Tile& tile, Group group, const Operand& a) const {
     if (reads_whole(work))
-      return for_own<X>(work, tile, group,
-                        [&](int k, const Place& p) { slots.fetch(k, at<X>(a, p), p.n, work.all_whole); });
+      return for_own<X>(work, tile, group, a,
+                        [&](int k, const Place& p, const X* from) { slots.fetch(k, from, p.n, work.all_whole); });
     if constexpr (sizeof(X) < 4) return fetch_in_turns(tile, group, a);
     for_elements(tile, group, a, [](X* here, X* there) { fetch_element(here, there); });
   }
@@ -254,15 +288,16 @@ template <class X> struct HeldTile {
     });
   }
 
-  /// Sums in the compute type, and over threads in double.
-  NORMKIT_DEVICE PivotSums sums_about(ComputeOf<X> pivot) const {
+  /// f(sums about the pivot): in the compute type, over threads in double.
+  template <class F> NORMKIT_DEVICE auto sums_about(ComputeOf<X> pivot, F f) const {
     using S = ComputeOf<X>;
     S sum = 0, squares = 0;
     for_all([&](S v, bool member) {
       const S d = member ? v - pivot : S(0);
       sum += d, squares = mul_add(d, d, squares);
     });
-    return all_sum(group, PivotSums{static_cast<double>(sum), static_cast<double>(squares)});
+    const auto add = [](PivotSums a, PivotSums b) { return a + b; };
+    return all_join<true>(group, PivotSums{static_cast<double>(sum), static_cast<double>(squares)}, add, f);
   }
 
   /// For data that defeats the pivot: all equal, or once more in double and in two passes.
@@ -284,17 +319,28 @@ template <class X> struct HeldTile {
     }
   }
 
+  /// What make(moments of the tile) says of them, in all threads of the group; the first warp makes it, if not all do.
   /// `begin`: the first element of the tile.
-  NORMKIT_DEVICE Moments moments(ComputeOf<X> begin) const {
+  template <class F> NORMKIT_DEVICE auto made_of(ComputeOf<X> begin, F make) const {
     using S = ComputeOf<X>;
+    using Made = decltype(make(Moments{}));
+    struct Quick {
+      Made made;
+      bool trusted;
+    };
     const bool centered = work.task.centered;
     const FirstMember first = first_member(begin);
     const S pivot = centered ? static_cast<S>(first.value) : S(0);
-    if (first.n == 0) return {0, 0, 0};
-    const PivotSums sums = sums_about(pivot);
-    if (!trustworthy<S>(centered ? sums.sum : 0, sums.squares, first.n)) return careful_moments(first, centered);
-    if (!centered) return {0, sums.squares, first.n};
-    return from_pivot(static_cast<double>(pivot), sums.sum, sums.squares, first.n);
+    Quick quick{{}, false};
+    if (first.n > 0)
+      quick = sums_about(pivot, [&](PivotSums sums) -> Quick {
+        if (!trustworthy<S>(centered ? sums.sum : 0, sums.squares, first.n)) return {{}, false};
+        if (!centered) return {make({0, sums.squares, first.n}), true};
+        return {make(from_pivot_of_some(static_cast<double>(pivot), sums.sum, sums.squares, first.n)), true};
+      });
+    if (quick.trusted) return quick.made;
+    const Moments m = first.n > 0 ? careful_moments(first, centered) : Moments{};
+    return made_once<1>(group, [&] { return make(m); });
   }
 };
 
@@ -302,80 +348,91 @@ template <class X> struct HeldTile {
 /// kSpecial: what special_of() says.
 template <class X, Special kSpecial> struct RunsForward {
   static constexpr const char* kName = "RunsForward";
-  static constexpr int kBlocks = kSpecial == Special::anything ? 2 : 3;
+  static constexpr int kBlocks =
+      kSpecial == Special::anything || sizeof(X) == 8 || (kSpecial == Special::along && sizeof(X) == 2) ? 2 : 3;
   Work given;
 
   NORMKIT_DEVICE void operator()() const {
     using S = ComputeOf<X>;
-    Work work = known_as<kSpecial>(given);
+    Work work = known_runs<kSpecial>(given);
     work.policy.units = 1, work.policy.collects = false, work.policy.depth = 1;  // always so: the compiler may know
+    work.task.activation = given.task.activation;
     const Task& t = work.task;
-    const bool shares = work.policy.shares(work.stage);
+    const bool shares = work.shape.shares;
     const int blocks = kHasClusters && shares ? work.policy.team.blocks : 1;
     const Group group = Group::of(work.policy.runs.group);
     const Turn turn = own_turn(work, group);
     if (turn.count == 0 && !shares) return;
-    if (blocks > 1) arrive_at_cluster();  // this block runs
+    if (blocks > 1) announce_to_cluster();
     for_tiles<X>(work, group, turn, [&](const Tile& tile, int k) {
       const Held<X> held(work, k);
-      if (work.forms_x) for_own<X>(work, tile, group, [&](int v, const Place& p) { held[v] = form_x<X>(t, p); });
+      if (work.forms_x) for_own<X>(work, tile, group, [&](int v, const Place& p) { held.put(v, form_x<X>(t, p)); });
       else held.fetch(work, tile, group, t.x);
       end_batch();
     });
+    UnitParameters parameters;  // whoever makes something of them reads them before it has to wait
+    const Group block{thread_index(), block_threads()}, whole = shares ? block : group;
+    if (makes(whole) || work.policy.meeting > kWarp) parameters = UnitParameters::of(work, turn.o, turn.lane, 0);
+    const auto factors_of = [&](const Statistic<S>& s) {
+      Factors<S, 1> factors{};
+      factors.append(s, parameters.weight, parameters.bias);
+      return factors;
+    };
+    const auto factors_of_moments = [&](Moments m) {
+      const double rstd = rstd_of(m, t.denominator);
+      if (group.rank == 0 && turn.first == 0) publish<S>(t, turn.statistic, m, rstd);
+      return factors_of(statistic_of<S>(m.mean, rstd));
+    };
+    Factors<S, 1> factors{};
+    if (work.stage == Stage::rest)
+      factors = made_once<1>(whole, [&] { return factors_of(given_statistic<S>(t, turn.statistic)); });
     // From memory, where nobody has to wait for those that bring it. Whoever writes y has met all that read this.
     const auto begin_of = [&](int k) -> S {
       if (work.forms_x || k >= turn.count) return 0;
       return value_of(*at<X>(t.x, tile_of<X>(work, group, turn, k).at));
     };
-    S begin = begin_of(0);
+    S begin = work.stage == Stage::rest ? S(0) : begin_of(0);
     if (NORMKIT_PLANTED(early_return) && group.rank >= group.size / 2) return;
     if (blocks > 1 && !NORMKIT_PLANTED(early_post)) wait_for_cluster();
     const bool own = reads_whole(work) || work.forms_x;
-    Moments m;
-    if (work.stage != Stage::rest)
+    if (work.stage == Stage::rest) wait_for_tiles(group, 0, own);
+    else
       for_tiles<X>(work, group, turn, [&](const Tile& tile, int k) {
         const S next = begin_of(k + 1);
         wait_for_tiles(group, turn.count - 1 - k, own);
-        m = HeldTile<X>{work, tile, group, Held<X>(work, k)}.moments(begin);
+        factors = HeldTile<X>{work, tile, group, Held<X>(work, k)}.made_of(begin, [&](Moments m) -> Factors<S, 1> {
+          if (work.stage == Stage::all && !shares) return factors_of_moments(m);
+          if (shares) Board<Moments>::post(group, 0, blocks, static_cast<int>(turn.first) + k * turn.apart, m);
+          else if (group.rank == 0) put(m, work.partials + 3 * turn.index(work));
+          return {};
+        });
         begin = next;
-        if (shares) Board<Moments>::post(group, 0, blocks, static_cast<int>(turn.first) + k * turn.apart, m);
       });
-    else wait_for_tiles(group, 0, own);
-    if (work.stage == Stage::sums) {
-      if (group.rank == 0) put(m, work.partials + 3 * turn.index(work.policy));
-      return;
-    }
-    Statistic<S> s;
-    if (work.stage == Stage::rest) {
-      s = given_statistic<S>(t, turn.statistic);
-    } else {
-      if (shares) meet_team(blocks), m = moments_of_team(work);
-      s = statistic_of<S>(m.mean, rstd_of(m, t.denominator));
-      if (group.rank == 0 && turn.first == 0) publish<S>(t, turn.statistic, m, s.rstd);
+    if (work.stage == Stage::sums) return;
+    if (shares) {
+      meet_team(blocks);
+      const Group meeting = Group::of(work.policy.meeting);
+      factors = met(block, meeting, [&] {
+        return factors_of_moments(joined<Moments>(meeting, work.policy.runs.tiles, [](std::int64_t k) {
+          return Board<Moments>::read(static_cast<int>(k));
+        }, [](Moments a, Moments b) { return merge(a, b); }));
+      });
     }
     if (t.phase == Phase::reduce) return;
-    const UnitParameters parameters = UnitParameters::of(work, turn.o, turn.lane, 0);
-    Factors<S, 1> factors;
-    factors.append(s, parameters.weight, parameters.bias);
     const bool by_elements = !work.writes_whole && like_x<X>(t);
     for_tiles<X>(work, group, turn, [&](const Tile& tile, int k) {
       const Held<X> held(work, k);
       Piece<S> piece;
-      for_own<X>(work, tile, group, [&](int v, const Place& p) {
+      for_own<X>(work, tile, group, t.y, [&](int v, const Place& p, X* to) {
+        const Vector<X> x = held[v];
         S y[kVector<X>];
-        make_y<X>(work, factors, p, piece, held[v], y);
-        if (by_elements) held[v] = narrowed<X>(y);
-        else store_y<X>(work, p, y);
+        make_y<X>(work, factors, p, piece, x, y);
+        if (by_elements) held.put(v, narrowed<X>(y));
+        else if (like_x<X>(t)) store(to, y, p.n, work.all_whole);
+        else store(at<S>(t.y, p), y, p.n, work.all_whole);
       });
       if (by_elements) held.take_away(tile, group, t.y);
     });
-  }
-
- private:
-  NORMKIT_DEVICE static Moments moments_of_team(const Work& work) {
-    return joined<Moments>(Group::of(work.policy.meeting), work.policy.runs.tiles, [](std::int64_t k) {
-      return Board<Moments>::read(static_cast<int>(k));
-    }, [](Moments a, Moments b) { return merge(a, b); });
   }
 };
 
@@ -387,20 +444,21 @@ template <class X> struct RowSums {
   static constexpr int kEach = kVectorBytes / sizeof(S), kVectors = kVector<X> / kEach;  // of each of the two
   Slots<S> slots;  // dweight, then dbias, of vector after vector
   const Policy& policy;
+  const Shape& shape;
 
   NORMKIT_DEVICE RowSums(const Work& work)
-      : slots(shared_memory() + work.policy.head(work.stage),
-              work.policy.held_tiles(work.stage) * work.policy.depth * 2, work.policy.held()),
-        policy(work.policy) {}
+      : slots(shared_memory() + work.shape.head, work.shape.held_tiles * work.policy.depth * 2, work.shape.held),
+        policy(work.policy),
+        shape(work.shape) {}
 
   NORMKIT_DEVICE void clear() const {
-    const int all = policy.held_tiles(Stage::all) * policy.held() * 2 * kVectors;
+    const int all = shape.held_tiles * shape.held * 2 * kVectors;
     NORMKIT_ROLL
     for (int k = 0; k < all; ++k) slots[k] = zeros<S>();
   }
   /// Adds those of vector v of tile k of a turn; x_hat_of(e): of its elements.
   template <class F> NORMKIT_DEVICE void add(int k, int v, F x_hat_of, const S (&dz)[kVector<X>]) const {
-    const int first = (k * policy.held() + v) * 2 * kVectors;
+    const int first = (k * shape.held + v) * 2 * kVectors;
     NORMKIT_UNROLL
     for (int part = 0; part < 2 * kVectors; ++part) {
       S sum[kEach];
@@ -414,54 +472,74 @@ template <class X> struct RowSums {
     }
   }
 
-  /// Leaves one pair for each element of the tiles of a turn: group by group, and where the blocks of the row group are a cluster,
-  /// block by block. All threads of the block come here, and of such a cluster.
+  /// Leaves one pair for each element of the tiles of a turn: first each block joins its groups, then, where the blocks of the row
+  /// group are a cluster, some of it joins the blocks. All threads of the block come here, and of such a cluster.
   NORMKIT_DEVICE void leave(const Work& work, Group group, const Turn& turn) const {
     const int teams = policy.joins_rows ? policy.rows.blocks : 1, blocks = policy.team.blocks;
-    const int team = policy.joins_rows ? divided(cluster_rank(), blocks) : 0, step = teams * block_threads();
-    meet_rows(teams);
+    const int team = policy.joins_rows ? divided(cluster_rank(), blocks) : 0, rank = cluster_rank() - team * blocks;
     const std::int64_t index = quotient(block_index(), blocks * teams), run = work.task.geometry.run;
     S* const out = reinterpret_cast<S*>(work.task.dparams) + 2 * index * run;
-    for_tiles<X>(work, group, turn, [&](const Tile& tile, int k) {
-      const int columns = (tile.width + kVector<X> - 1) / kVector<X> * kVectors;
+    sync_block();
+    for_items<X>(work, group, turn, 0, 1, [&](const Item& item, S* to) {
+      S all[kEach];
+      widened(*own(item, 0), all);
+      NORMKIT_UNROLL_BY(4)
+      for (int g = 1; g < shape.groups; ++g) {
+        S next[kEach];
+        widened(*own(item, g), next);
+        NORMKIT_UNROLL
+        for (int e = 0; e < kEach; ++e) all[e] += next[e];
+      }
+      if (teams == 1) store(to, all, item.n);
+      else *own(item, 0) = narrowed<S>(all);
+    }, out);
+    if (teams == 1) return;
+    arrive_at_cluster(), wait_for_cluster();
+    for_items<X>(work, group, turn, team, teams, [&](const Item& item, S* to) {
+      S all[kEach] = {};
+      NORMKIT_UNROLL_BY(4)
+      for (int t = 0; t < teams; ++t) {
+        S next[kEach];
+        widened(*theirs(t * blocks + rank, own(item, 0)), next);
+        NORMKIT_UNROLL
+        for (int e = 0; e < kEach; ++e) all[e] = t == 0 ? next[e] : all[e] + next[e];
+      }
+      store(to, all, item.n);
+    }, out);
+    arrive_at_cluster(), wait_for_cluster();  // nobody leaves while its sums are read
+  }
+
+ private:
+  /// A vector of sums: slot `slot` of the threads with rank `thread` in their groups, of which n are of elements that exist.
+  struct Item { int slot, thread, n; };
+
+  /// Calls f(item, where it goes) for those of the tiles of a turn that fall to this thread, if this is block `part` of `parts`.
+  template <class Y, class F>
+  NORMKIT_DEVICE void for_items(const Work& work, Group group, const Turn& turn, int part, int parts, F f,
+                                S* out) const {
+    for_tiles<Y>(work, group, turn, [&](const Tile& tile, int k) {
+      const int columns = (tile.width + kVector<Y> - 1) / kVector<Y> * kVectors;
       NORMKIT_ROLL
-      for (int item = team * block_threads() + thread_index(); item < 2 * columns; item += step) {
+      for (int item = part * block_threads() + thread_index(); item < 2 * columns; item += parts * block_threads()) {
         const int which = item >= columns, column = item - which * columns, v = column / kVectors;
         const int first = column * kEach, n = tile.width - first < kEach ? tile.width - first : kEach;
         if (n <= 0) continue;
         const int slot =
-            (k * policy.held() + (v >> policy.runs.shift)) * 2 * kVectors + which * kVectors + column % kVectors;
-        S all[kEach];
-        NORMKIT_ROLL
-        for (int t = 0; t < teams; ++t) {
-          S of_block[kEach];
-          NORMKIT_ROLL
-          for (int g = 0; g < policy.groups(Stage::all); ++g) {
-            const int thread = (g << policy.runs.shift) + (v & (group.size - 1));
-            S own[kEach];
-            widened(theirs(teams > 1 ? t * blocks + cluster_rank() % blocks : -1, slot, thread), own);
-            NORMKIT_UNROLL
-            for (int e = 0; e < kEach; ++e) of_block[e] = g == 0 ? own[e] : of_block[e] + own[e];
-          }
-          NORMKIT_UNROLL
-          for (int e = 0; e < kEach; ++e) all[e] = t == 0 ? of_block[e] : all[e] + of_block[e];
-        }
-        store(out + which * run + tile.at.i + first, all, n);
+            (k * shape.held + (v >> policy.runs.shift)) * 2 * kVectors + which * kVectors + column % kVectors;
+        f(Item{slot, v & (group.size - 1), n}, out + which * work.task.geometry.run + tile.at.i + first);
       }
     });
-    meet_rows(teams);  // nobody leaves while its sums are read
   }
-
- private:
-  NORMKIT_DEVICE static void meet_rows(int teams) {
-    if (teams > 1) arrive_at_cluster(), wait_for_cluster();
-    else sync_block();
+  /// An item of group g of this block.
+  NORMKIT_DEVICE Vector<S>* own(const Item& item, int g) const {
+    const int thread = (g << policy.runs.shift) + item.thread;
+    return reinterpret_cast<Vector<S>*>(slots.first +
+                                        (item.slot * block_threads() + thread - thread_index()) * kVectorBytes);
   }
-  /// Slot `slot` of a thread, of the block with that rank in the cluster; -1: of this one.
-  NORMKIT_DEVICE Vector<S> theirs(int rank, int slot, int thread) const {
-    const std::int64_t own =
-        slots.first - shared_memory() + (slot * block_threads() + thread - thread_index()) * kVectorBytes;
-    return *reinterpret_cast<const Vector<S>*>((rank < 0 ? shared_memory() : peer_memory(rank)) + own);
+  /// What lies there in the block with that rank in the cluster.
+  NORMKIT_DEVICE static const Vector<S>* theirs(int rank, const Vector<S>* here) {
+    return reinterpret_cast<const Vector<S>*>(peer_memory(rank) +
+                                              (reinterpret_cast<const std::byte*>(here) - shared_memory()));
   }
 };
 
@@ -477,15 +555,16 @@ template <class X, Special kSpecial> struct RunsBackward {
   Work given;
 
   NORMKIT_DEVICE void operator()() const {
-    const Work work = known_as<kSpecial>(given);
+    Work work = known_runs<kSpecial>(given);
+    if constexpr (kSpecial == Special::along) work.params_whole = true;  // group norm has units of constant parameters
     const Policy& policy = work.policy;
-    const bool shares = policy.shares(work.stage), collects = policy.collects;
+    const bool shares = work.shape.shares, collects = policy.collects;
     const int blocks = kHasClusters && shares ? policy.team.blocks : 1;
     const Group group = Group::of(policy.runs.group);
     const Turn first = own_turn(work, group);
     if (first.count == 0 && !shares && !collects) return;
     if (collects) RowSums<X>(work).clear();
-    if (blocks > 1) arrive_at_cluster(), wait_for_cluster();  // all blocks run
+    if (blocks > 1) announce_to_cluster();
     const int rows = collects ? policy.rows.turns : 1, depth = collects ? policy.depth : 1;
     NORMKIT_ROLL
     for (int j = 1 - depth; j < rows; ++j) {
@@ -493,6 +572,7 @@ template <class X, Special kSpecial> struct RunsBackward {
       if (j > 0 && !(reads_whole(work) && work.writes_whole)) group.sync();
       const int ahead = j + depth - 1;
       fetch(work, group, first, ahead, ahead < rows ? ahead % depth : -1);
+      if (j == 0 && blocks > 1) wait_for_cluster();  // all blocks run
       if (j >= 0) solve_row(work, group, first.after(work, j), j, depth, blocks);
     }
     if (collects) RowSums<X>(work).leave(work, group, first);
@@ -500,8 +580,8 @@ template <class X, Special kSpecial> struct RunsBackward {
 
  private:
   /// Where x of tile k of a row lies, and after it dy.
-  NORMKIT_DEVICE static int place_of_tile(const Policy& policy, Stage stage, int row, int k) {
-    return (row * policy.held_tiles(stage) + k) * 2;
+  NORMKIT_DEVICE static int place_of_tile(const Work& work, int row, int k) {
+    return (row * work.shape.held_tiles + k) * 2;
   }
 
   /// Brings row j to place `row`; -1: there is no such row. Each of its tiles is a batch, if only an empty one.
@@ -515,7 +595,7 @@ template <class X, Special kSpecial> struct RunsBackward {
       for (int array = 0; array < 2; ++array) {
         Operand a = work.task.x;
         if (array == 1) a = work.task.dy;
-        Held<X>(work, place_of_tile(work.policy, work.stage, row, k) + array).fetch(work, tile, group, a);
+        Held<X>(work, place_of_tile(work, row, k) + array).fetch(work, tile, group, a);
       }
     }
   }
@@ -525,9 +605,9 @@ template <class X, Special kSpecial> struct RunsBackward {
     constexpr int N = kVector<X>;
     const Task& t = work.task;
     const Policy& policy = work.policy;
-    const bool shares = policy.shares(work.stage), collects = policy.collects;
+    const bool shares = work.shape.shares, collects = policy.collects;
     const bool gaps = has_gaps(t), by_elements = t.dx.data && !work.writes_whole;
-    const int board = collects && !NORMKIT_PLANTED(one_board) ? j % 2 * static_cast<int>(policy.parts()) : 0;
+    const int board = collects && !NORMKIT_PLANTED(one_board) ? j % 2 * static_cast<int>(work.shape.parts) : 0;
     const std::int64_t r = turn.statistic;
     const int rank = shares ? team_rank(work) : 0, peers = kHasClusters ? cluster_rank() - rank : 0;
     if (turn.count == 0) {
@@ -535,43 +615,60 @@ template <class X, Special kSpecial> struct RunsBackward {
       if (!shares) return;
     }
     const RowSums<X> row_sums(work);
-    const Statistic<S> s = given_statistic<S>(t, r);
-    UnitParameters parameters = UnitParameters::of(work, turn.o, turn.lane, 0);
-    Factors<S, 1> given;
-    given.append(s, parameters.weight, parameters.bias);
+    const bool active = t.activation.kind != ActivationKind::none;
+    const Group block{thread_index(), block_threads()}, whole = shares ? block : group;
+    // What all threads need of the statistic as it was given, and then of what has become of it.
+    struct Before {
+      Statistic<S> s;
+      UnitParameters parameters;
+      Factors<S, 1> given;
+    };
+    struct After {
+      Solved solved;
+      Known<S, 1> known;
+    };
+    const Before before = made_once<0>(whole, [&] {
+      Before made{given_statistic<S>(t, r), UnitParameters::of(work, turn.o, turn.lane, 0), {}};
+      made.given.append(made.s, made.parameters.weight, made.parameters.bias);
+      return made;
+    });
+    const Statistic<S> as_given = before.s;
+    const UnitParameters parameters = before.parameters;
+    Factors<S, 1> given = before.given;
     Reduced total;
-    Solved solved;
-    Known<S, 1> known;
-    NORMKIT_ROLL
-    for (int pass = work.stage == Stage::rest ? 1 : 0; pass < 2; ++pass) {  // the sums, then dx
-      if (pass == 1) {
-        if (work.stage == Stage::rest) wait_for_tiles(group, 0, reads_whole(work));
-        if (shares) meet_team(blocks);
-        const Group meeting = Group::of(policy.meeting);
-        const bool leads = shares ? rank == 0 && thread_index() < meeting.size : group.rank == 0 && turn.first == 0;
-        solved = work.stage == Stage::rest && work.summed
-                     ? solved_at(work, r)
-                     : solve<S>(work, r, s, meeting, leads, [&](std::int64_t unit) {
-          return policy.units == 1 ? parameters.weight : UnitParameters::of(work, turn.o, turn.lane, unit).weight;
-        }, [&](std::int64_t unit, std::int64_t k) {
-          return shares ? Board<Reduced>::read(board + static_cast<int>(unit * policy.runs.tiles + k)) : total;
-        });
-        if (t.phase == Phase::reduce || (!t.dx.data && !work.elementwise && !collects)) return;
-        if (policy.units == 1) known.append(solved, parameters.weight);
-      }
+    After after{};
+    const auto solve_it = [&] {
+      const Group meeting = Group::of(policy.meeting);
+      const bool leads = shares ? rank == 0 && thread_index() < meeting.size : group.rank == 0 && turn.first == 0;
+      after = met(whole, meeting, [&] {
+        After made{};
+        if (work.stage == Stage::rest && work.summed) made.solved = solved_at(work, r);
+        else
+          made.solved = solve<S>(work, r, as_given, meeting, leads, [&](std::int64_t unit) {
+            return policy.units == 1 ? parameters.weight : UnitParameters::of(work, turn.o, turn.lane, unit).weight;
+          }, [&](std::int64_t unit, std::int64_t k) {
+            return shares ? Board<Reduced>::read(board + static_cast<int>(unit * policy.runs.tiles + k)) : total;
+          });
+        if (policy.units == 1) made.known.append(made.solved, parameters.weight);
+        return made;
+      });
+    };
+    Known<S, 1>& known = after.known;
+    const auto walk = [&](auto pass) {  // 0: sums, 1: dx
       for_tiles<X>(work, group, turn, [&](const Tile& tile, int k) {
-        const int place = place_of_tile(policy, work.stage, collects ? j % depth : 0, k);
+        const int place = place_of_tile(work, collects ? j % depth : 0, k);
         const Held<X> x(work, place), dy(work, place + 1);
-        if (policy.units > 1) {
-          parameters = UnitParameters::of(work, turn.o, turn.lane, tile.unit);
-          given.append(s, parameters.weight, parameters.bias);
-          if (pass == 1) known.append(solved, parameters.weight);
+        if (policy.units > 1 && (pass == 1 || active)) {
+          const UnitParameters own = UnitParameters::of(work, turn.o, turn.lane, tile.unit);
+          given.append(as_given, own.weight, own.bias);
+          if (pass == 1) known.append(after.solved, own.weight);
         }
         if (pass == 0) wait_for_tiles(group, depth * turn.count - 1 - k, reads_whole(work));
         Sums<S> sums{0, 0, 0};
         int count = 0;
-        for_own<X>(work, tile, group, [&](int v, const Place& p) {
-          const Incoming<S, N> in(work, given, p, x[v], dy[v]);
+        for_own<X>(work, tile, group, t.dx, [&](int v, const Place& p, X* to) {
+          const Vector<X> vx = x[v], vdy = dy[v];
+          const Incoming<S, N> in(work, given, p, vx, vdy);
           if (pass == 0) {
             for_members<N>(members_of(t, p), p.n, [&](int e, bool exists, bool member) {
               if (!exists) return;
@@ -583,8 +680,8 @@ template <class X, Special kSpecial> struct RunsBackward {
           if (collects) row_sums.add(k, v, [&](int e) { return standardized(t, in.dz[e], in.x[e], known, 0); }, in.dz);
           S dx[N];
           make_dx<X>(work, known, p, in, dx);
-          if (by_elements) x[v] = narrowed<X>(dx);
-          else if (t.dx.data) store(at<X>(t.dx, p), dx, p.n, work.all_whole);
+          if (by_elements) x.put(v, narrowed<X>(dx));
+          else if (t.dx.data) store(to, dx, p.n, work.all_whole);
         });
         if (pass == 1) {
           if (by_elements) x.take_away(tile, group, t.dx);
@@ -594,8 +691,22 @@ template <class X, Special kSpecial> struct RunsBackward {
         if (shares)
           Board<Reduced>::post(group, peers, blocks, board + static_cast<int>(turn.first) + k * turn.apart, total);
       });
+    };
+    // Where the compiler knows much the code is short, and each pass has a copy of its own.
+    constexpr bool kCopies = kSpecial != Special::anything;
+    NORMKIT_ROLL
+    for (int pass = work.stage == Stage::rest ? 1 : 0; pass < 2; ++pass) {
+      if (pass == 1) {
+        if (work.stage == Stage::rest) wait_for_tiles(group, 0, reads_whole(work));
+        if (shares) meet_team(blocks);
+        solve_it();
+        if (t.phase == Phase::reduce || (!t.dx.data && !work.elementwise && !collects)) return;
+      }
+      if constexpr (!kCopies) walk(pass);
+      else if (pass == 0) walk(Constant<0>{});
+      else walk(Constant<1>{});
       if (work.stage != Stage::sums) continue;
-      if (group.rank == 0) put(total, work.partials + 4 * turn.index(policy));
+      if (group.rank == 0) put(total, work.partials + 4 * turn.index(work));
       return;
     }
   }
@@ -608,7 +719,7 @@ template <class X> struct RowGradients {
   using S = ComputeOf<X>;
   static constexpr const char* kName = "RowGradients";
   static constexpr int kBlocks = 1;
-  Work work;
+  Work given;
 
   static Grid grid(const Work& work) {
     const Geometry& g = work.task.geometry;
@@ -619,6 +730,7 @@ template <class X> struct RowGradients {
 
   NORMKIT_DEVICE void operator()() const {
     constexpr int N = kVector<X>;
+    const Work work = known_as<Special::anything>(given);
     const Task& t = work.task;
     const Geometry& g = t.geometry;
     const RowGroups& rows = work.policy.rows;
@@ -645,7 +757,7 @@ template <class X> struct RowGradients {
       streamed<kPairSlots>(below < rows.turns ? static_cast<int>(below) : rows.turns, [&](int slot, int j) {
         const Place q = place_of_row(j);
         x.fetch(slot, at<X>(t.x, q), n), dy.fetch(slot, at<X>(t.dy, q), n);
-      }, [&](int slot, int j) { add_row(place_of_row(j), x[slot], dy[slot], dweight, dbias); });
+      }, [&](int slot, int j) { add_row(work, place_of_row(j), x[slot], dy[slot], dweight, dbias); });
       NORMKIT_UNROLL
       for (int e = 0; e < N; ++e) {
         if (e >= n) continue;
@@ -657,8 +769,8 @@ template <class X> struct RowGradients {
 
  private:
   template <int N>
-  NORMKIT_DEVICE void add_row(const Place& p, const Vector<X>& vx, const Vector<X>& vdy, S (&dweight)[N],
-                              S (&dbias)[N]) const {
+  NORMKIT_DEVICE static void add_row(const Work& work, const Place& p, const Vector<X>& vx, const Vector<X>& vdy,
+                                     S (&dweight)[N], S (&dbias)[N]) {
     const Task& t = work.task;
     const std::int64_t r = p.tile.o * t.geometry.lanes + p.tile.lane;
     Known<S, 1> known;

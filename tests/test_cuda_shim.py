@@ -47,7 +47,7 @@ pytestmark = [
 
 # What somebody may get wrong, where it shows, which sanitizer is asked, and what is said then.
 PLANTS = {
-    "missing_barrier": ("blocks", "address", "shim: "),  # threads disagree about what comes next
+    "missing_barrier": ("blocks", "address", "error nan"),  # of what warps found, before they have found it
     "missing_second_barrier": ("blocks", "thread", "data race"),
     "missing_group_barrier": ("misaligned", "thread", "data race"),  # of what others have brought
     "missing_wait": ("tails", "address", "copies of its are on their way"),

@@ -45,6 +45,7 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 #define NORMKIT_CALLED inline
 #define NORMKIT_UNROLL
 #define NORMKIT_ROLL
+#define NORMKIT_UNROLL_BY(n)
 #define NORMKIT_PLANTED(mistake) (::normkit::cuda::shim::planted == ::normkit::cuda::shim::Mistake::mistake)
 
 namespace normkit::cuda {
@@ -473,6 +474,7 @@ inline void arrive_at_cluster() {
   self.arrived = true, self.touched |= self.touches, self.touches = 0;
   shim::come_to(shim::meeting.cluster[self.cluster_barriers % 2]);
 }
+inline void announce_to_cluster() { arrive_at_cluster(); }
 inline void wait_for_cluster() {
   const shim::Counting off(false);
   shim::Fiber& self = shim::current();

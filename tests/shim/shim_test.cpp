@@ -491,7 +491,7 @@ void check_grid(const View& view, const cuda::Policy& p, cuda::Stage stage, cuda
 void check_tiles(const View& view, const cuda::Policy& p, std::mt19937_64& random, const std::string& name) {
   const Geometry& g = view.geometry;
   cuda::Work work;
-  work.task.geometry = g, work.policy = p;
+  work.task.geometry = g, work.policy = p, work.shape = cuda::Shape::of(p, g, cuda::Stage::sums);
   const std::int64_t tiles = p.runs.tiles, units = g.statistics() * p.units;
   expect(p.units * p.unit_run == g.run, name + ": units are pieces of the run");
   expect(p.runs.group >= 1 && p.runs.group <= cuda::kBlockThreads && (p.runs.group & (p.runs.group - 1)) == 0,
@@ -506,7 +506,7 @@ void check_tiles(const View& view, const cuda::Policy& p, std::mt19937_64& rando
     const cuda::Turn turn{r, r + 1, r / g.lanes, r % g.lanes, (unit - r * p.units) * tiles + number, 1, 1};
     const cuda::Tile t = cuda::tile_of<float>(work, group, turn, 0);
     bool right = t.at.o == r / g.lanes && t.at.lane == r % g.lanes && t.rows >= 1 && t.width >= 1;
-    right = right && turn.index(p) == unit * tiles + number;
+    right = right && turn.index(work) == unit * tiles + number;
     if (number == 0) right = right && t.at.step == 0 && t.at.i == first;
     if (number == tiles - 1) {
       right = right && t.at.step + t.rows == g.steps && t.at.i + t.width == end;
@@ -566,7 +566,7 @@ void lanes() {
     if (view.traversal != Traversal::lanes || p.element_bytes != 4) return;
     const Geometry& g = view.geometry;
     cuda::Work work;
-    work.task.geometry = g, work.policy = p;
+    work.task.geometry = g, work.policy = p, work.shape = cuda::Shape::of(p, g, cuda::Stage::sums);
     work.stage = p.team.exists() ? cuda::Stage::all : cuda::Stage::sums;
     const cuda::LanesTiling& t = p.lanes;
     const std::int64_t blocks = p.grid(g, work.stage).blocks;
