@@ -10,8 +10,8 @@
       tests        what only a GPU has: streams, graphs, large arrays
       cases        times of normkit alone
       values       the tests of values on arrays of the GPU
-      profile      each kernel of every case once, by Nsight Compute: bytes of memory, occupancy, time
       memcheck, racecheck, synccheck     compute-sanitizer on every kernel
+      profile      each kernel of every case once, by Nsight Compute: bytes of memory, occupancy, time
       cupy, cupy-kernels, torch, ...     times of a rival
       cpu          times on 1 to 16 cores, beside PyTorch
 
@@ -40,9 +40,9 @@ PYTHON = sys.executable
 LOST = 3  # exit status of a process that can no longer use the device: another may
 VALUES = """values layouts out where residual activation adaptive extremes edges family phases double_backward streamed
     bits hypothesis onnx errors l2_normalize"""
-SANITIZERS = {"memcheck": 30, "racecheck": 20, "synccheck": 10}  # seconds
+SANITIZERS = {"memcheck": 20, "racecheck": 35, "synccheck": 10}  # seconds
 # What users of a GPU know best comes first. Inductor compiles each case for seconds.
-RIVALS = {"cupy": 30, "cupy-kernels": 30, "torch": 40, "inductor": 80, "cudnn": 40, "liger": 40, "quack": 40, "jax": 40}
+RIVALS = {"cupy": 30, "cupy-kernels": 30, "torch": 60, "inductor": 80, "cudnn": 40, "liger": 40, "quack": 40, "jax": 40}
 RIVAL_WHEELS = {
     "cudnn": ["nvidia-cudnn-frontend==1.20.0"],
     "liger": ["liger-kernel==0.8.5"],
@@ -185,33 +185,33 @@ def steps_of(out: Path, work: Path, wheels: Path, of_commit: str) -> list[Step]:
     # Plugins that nobody asked for may warn, as libraries may that are newer than normkit. Elsewhere that is an error.
     pytest = [PYTHON, "-m", "pytest", "-q", "-W", "default", "-p", "pytest_timeout", "--timeout", 60, "--durations", 6]
     alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    values = [*pytest, "--tb=line", *(TESTS / f"test_{name}.py" for name in VALUES.split())]
+    values = [*pytest, "-vv", "--tb=line", *(TESTS / f"test_{name}.py" for name in VALUES.split())]
     side_by_side = ["-p", "xdist", "-n", min(12, os.cpu_count() or 1)]
     check = [PYTHON, TESTS / "gpu_check.py"]
     times = [PYTHON, BENCHMARKS / "gpu.py", "--out", out / "results.jsonl", "--commit", of_commit, "--rivals"]
     cpu = [PYTHON, "-m", "pytest", "-q", BENCHMARKS, "--seconds", 0.1]
     steps = [
-        Step("install", 30, made := [*this, "install-into", site, wheels], made, again=True),
+        Step("install", 15, made := [*this, "install-into", site, wheels], made, again=True),
         Step("build", 240, made := [*this, "build-into", site], made, again=True),
-        Step("check", 40, [*check, "--out", out / "check.jsonl"], [*check, "--no-launch"]),
-        Step("tests", 60, test := [*pytest, "-rs", TESTS / "test_gpu.py"], test, alone),
-        Step("cases", 75, [*times, "normkit"], [*times, "normkit", "--pairs", 2, "--dry-run"]),
+        Step("check", 30, [*check, "--out", out / "check.jsonl"], [*check, "--no-launch"]),
+        Step("tests", 55, test := [*pytest, "-rs", TESTS / "test_gpu.py"], test, alone),
+        Step("cases", 65, [*times, "normkit"], [*times, "normkit", "--pairs", 2, "--dry-run"]),
         Step(
             "values",
-            65,
+            70,
             [*values, *side_by_side],
             [*values, "-p", "xdist", "-n", 1, "-k", "every_operator_has_cases"],
             {**alone, "NORMKIT_TEST_ARRAYS": "cupy"},
         ),
     ]
-    profiled = [PYTHON, BENCHMARKS / "gpu.py", "--rivals", "", "--profile"]
-    ncu = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--nvtx", "--page", "raw"]
-    ncu += ["--metrics", ",".join(METRICS.split()), "--csv", "--log-file", out / "profile.csv"]
-    steps.append(Step("profile", 50, [*ncu, *profiled], [*profiled, "--dry-run"]))
     for tool, seconds in SANITIZERS.items():
         tested = [] if tool == "memcheck" else ["--only", "float32"]
         watched = ["compute-sanitizer", "--tool", tool, "--error-exitcode", 9, *check, *tested]
         steps.append(Step(tool, seconds, watched, None, {"NORMKIT_TEST_POOL": "off"}))
+    profiled = [PYTHON, BENCHMARKS / "gpu.py", "--rivals", "", "--profile"]
+    ncu = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--nvtx", "--page", "raw"]
+    ncu += ["--metrics", ",".join(METRICS.split()), "--csv", "--log-file", out / "profile.csv"]
+    steps.append(Step("profile", 50, [*ncu, *profiled], [*profiled, "--dry-run"]))
     for rival, seconds in RIVALS.items():
         one = [*times, rival, "--packages", work / rival]
         steps.append(Step(rival, seconds, one, [*one, "--pairs", 2, "--dry-run"]))
@@ -350,7 +350,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     noted = options.wheels / "commit"
-    of_commit = noted.read_text() if noted.exists() else commit()
+    of_commit = noted.read_text().strip() if noted.exists() else commit()
     out, work = options.out.resolve(), options.work.resolve()
     steps = steps_of(out, work, options.wheels.resolve(), of_commit)
     if unknown := {*options.step} - {step.name for step in steps}:
