@@ -337,6 +337,29 @@ NORMKIT_DEVICE void read_along(const Param& p, std::int64_t index, int n, bool w
   for (S& v : out) v += offset;
 }
 
+/// Parameters `index` and on, whole vectors of the type of x or of the compute type, one for each element.
+template <class X, class S, int N>
+NORMKIT_DEVICE void read_row(const Param& p, std::int64_t index, double absent, S (&out)[N]) {
+  NORMKIT_UNROLL
+  for (S& v : out) v = static_cast<S>(absent);
+  if (!p.data) return;
+  const auto read = [&](auto type) {
+    using T = typename decltype(type)::type;
+    NORMKIT_UNROLL
+    for (int first = 0; first < N; first += kVector<T>) {
+      const Vector<T> v = *reinterpret_cast<const Vector<T>*>(at<T>(p.data, index + first));
+      NORMKIT_UNROLL
+      for (int e = 0; e < kVector<T>; ++e) out[first + e] = value_of(v[e]);
+    }
+  };
+  if (sizeof(X) < 4 && size_of(p.dtype) < 4) read(Type<X>{});
+  else read(Type<S>{});
+  if (p.offset == 0) return;
+  const S offset = static_cast<S>(p.offset);
+  NORMKIT_UNROLL
+  for (S& v : out) v += offset;
+}
+
 /// The weights, or the biases, of the elements of a vector.
 template <class S, int N>
 NORMKIT_DEVICE void read_parameters(const Work& work, const Place& p, const Param& param, double absent, S (&out)[N]) {
@@ -451,7 +474,7 @@ template <class S> NORMKIT_DEVICE S kinked(Activation activation, S z) {
 template <class S> NORMKIT_CALLED S slope_at(Activation activation, S z) { return activation_slope(activation, z); }
 
 /// z = x_hat * weight + bias of the elements of one vector; `weight` is theirs where the parameters are not constant.
-template <class S, int N, int M>
+template <class X, class S, int N, int M>
 NORMKIT_DEVICE void preactivation(const Work& work, const Factors<S, M>& factors, const Place& p, Piece<S>& piece,
                                   bool biased, const S (&x)[N], S (&z)[N], S (&weight)[N]) {
   NORMKIT_UNROLL
@@ -463,8 +486,8 @@ NORMKIT_DEVICE void preactivation(const Work& work, const Factors<S, M>& factors
   S bias[N] = {};
   if (work.only_whole && work.params_whole) {
     const std::int64_t index = p.tile.i + p.i;
-    read_along(work.task.weight, index, N, true, 1, weight);
-    if (biased) read_along(work.task.bias, index, N, true, 0, bias);
+    read_row<X>(work.task.weight, index, 1, weight);
+    if (biased) read_row<X>(work.task.bias, index, 0, bias);
   } else {
     piece.read(work, p, biased, weight, bias);
   }
@@ -531,7 +554,7 @@ NORMKIT_DEVICE void make_y(const Work& work, const Factors<ComputeOf<X>, M>& fac
   ComputeOf<X> x[kVector<X>], weight[kVector<X>];
   const Activation activation = work.task.activation;
   widened(v, x);
-  preactivation(work, factors, p, piece, true, x, y, weight);
+  preactivation<X>(work, factors, p, piece, true, x, y, weight);
   if (activation.kind == ActivationKind::none) return;
   if (!work.only_whole) return in_turn(y, [&](ComputeOf<X> one) { return activated(activation, one); });
   NORMKIT_UNROLL
@@ -540,6 +563,10 @@ NORMKIT_DEVICE void make_y(const Work& work, const Factors<ComputeOf<X>, M>& fac
 
 /// y has the type of x, or the compute type.
 template <class X> NORMKIT_DEVICE bool like_x(const Task& t) { return sizeof(X) != 2 || t.y.dtype == t.x.dtype; }
+/// merge() and rstd_of(), in one place of the code.
+NORMKIT_CALLED Moments merged(Moments a, Moments b) { return merge(a, b); }
+NORMKIT_CALLED double solved_rstd(Moments m, Denominator d) { return rstd_of(m, d); }
+
 NORMKIT_DEVICE void put(Moments m, double* to) { to[0] = m.mean, to[1] = m.m2, to[2] = m.n; }
 NORMKIT_DEVICE Moments moments_at(const double* from) { return {from[0], from[1], from[2]}; }
 
@@ -565,14 +592,14 @@ NORMKIT_DEVICE void put(Reduced r, double* to) { to[0] = r.sums.g, to[1] = r.sum
 NORMKIT_DEVICE Reduced reduced_at(const double* from) { return {{from[0], from[1], from[2]}, from[3]}; }
 
 /// The gradient that reaches z, and the weight that it is to meet where the parameters are not constant.
-template <class S, int N, int M>
+template <class X, class S, int N, int M>
 NORMKIT_DEVICE void incoming(const Work& work, const Factors<S, M>& factors, const Place& p, const S (&x)[N],
                              S (&dz)[N], S (&weight)[N]) {
   const Activation activation = work.task.activation;
   const bool active = activation.kind != ActivationKind::none;
   S z[N];
   Piece<S> none;
-  preactivation(work, factors, p, none, active, x, z, weight);
+  preactivation<X>(work, factors, p, none, active, x, z, weight);
   if (!active) return;
   in_turn(z, [&](S one) { return slope_at(activation, one); });
   NORMKIT_UNROLL
@@ -619,7 +646,7 @@ template <class S, int N> struct Incoming {
                           const Vector<X>& vdy) {
     widened(vx, x);
     widened(vdy, dz);
-    incoming(work, given, p, x, dz, weight);
+    incoming<X>(work, given, p, x, dz, weight);
   }
 };
 

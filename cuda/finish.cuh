@@ -31,8 +31,8 @@ NORMKIT_DEVICE Solved finish_forward(const Work& work, std::int64_t r, Group mee
   const Moments m = joined<Moments, kAhead>(meeting, work.policy.units * tiles, [&](std::int64_t k) {
     const std::int64_t unit = quotient(k, tiles);
     return moments_of(unit, k - unit * tiles);
-  }, [](Moments a, Moments b) { return merge(a, b); });
-  const double rstd = rstd_of(m, t.denominator);
+  }, [](Moments a, Moments b) { return merged(a, b); });
+  const double rstd = solved_rstd(m, t.denominator);
   if (meeting.rank == 0) publish<S>(t, r, m, rstd);
   return {m.mean, rstd, 0, 0};
 }

@@ -457,7 +457,7 @@ template <class X, Special kSpecial> struct LanesForward {
         return careful_strand<X>(t, own_strand<X>(work, round), e, first, count);
       return t.centered ? from_pivot(first, all, q, count) : Moments{0, q, count};
     };
-    join_strands<X, Moments>(work, round, own, [](Moments a, Moments b) { return merge(a, b); },
+    join_strands<X, Moments>(work, round, own, [](Moments a, Moments b) { return merged(a, b); },
                              [&](int slot, int e, int place, Moments m) {
       if (has_teams(work)) return Found<Moments>(work, shared_memory()).put(place, m);
       const Strand of = strand_of<X>(work, own_slab<X>(work), round, slot);

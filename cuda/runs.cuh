@@ -335,8 +335,9 @@ template <class X> struct HeldTile {
     if (first.n > 0)
       quick = sums_about(pivot, [&](PivotSums sums) -> Quick {
         if (!trustworthy<S>(centered ? sums.sum : 0, sums.squares, first.n)) return {{}, false};
-        if (!centered) return {make({0, sums.squares, first.n}), true};
-        return {make(from_pivot_of_some(static_cast<double>(pivot), sums.sum, sums.squares, first.n)), true};
+        Moments m{0, sums.squares, first.n};
+        if (centered) m = from_pivot_of_some(static_cast<double>(pivot), sums.sum, sums.squares, first.n);
+        return {make(m), true};
       });
     if (quick.trusted) return quick.made;
     const Moments m = first.n > 0 ? careful_moments(first, centered) : Moments{};
@@ -379,7 +380,7 @@ template <class X, Special kSpecial> struct RunsForward {
       return factors;
     };
     const auto factors_of_moments = [&](Moments m) {
-      const double rstd = rstd_of(m, t.denominator);
+      const double rstd = solved_rstd(m, t.denominator);
       if (group.rank == 0 && turn.first == 0) publish<S>(t, turn.statistic, m, rstd);
       return factors_of(statistic_of<S>(m.mean, rstd));
     };
@@ -415,7 +416,7 @@ template <class X, Special kSpecial> struct RunsForward {
       factors = met(block, meeting, [&] {
         return factors_of_moments(joined<Moments>(meeting, work.policy.runs.tiles, [](std::int64_t k) {
           return Board<Moments>::read(static_cast<int>(k));
-        }, [](Moments a, Moments b) { return merge(a, b); }));
+        }, [](Moments a, Moments b) { return merged(a, b); }));
       });
     }
     if (t.phase == Phase::reduce) return;
@@ -483,7 +484,7 @@ template <class X> struct RowSums {
     for_items<X>(work, group, turn, 0, 1, [&](const Item& item, S* to) {
       S all[kEach];
       widened(*own(item, 0), all);
-      NORMKIT_UNROLL_BY(4)
+      NORMKIT_UNROLL_BY(2)
       for (int g = 1; g < shape.groups; ++g) {
         S next[kEach];
         widened(*own(item, g), next);
@@ -497,7 +498,7 @@ template <class X> struct RowSums {
     arrive_at_cluster(), wait_for_cluster();
     for_items<X>(work, group, turn, team, teams, [&](const Item& item, S* to) {
       S all[kEach] = {};
-      NORMKIT_UNROLL_BY(4)
+      NORMKIT_UNROLL_BY(2)
       for (int t = 0; t < teams; ++t) {
         S next[kEach];
         widened(*theirs(t * blocks + rank, own(item, 0)), next);

@@ -70,7 +70,9 @@ constexpr Special special_of(const Work& w) {
   if (!w.all_whole) return Special::anything;
   if (w.constant) return Special::none;
   const Geometry& g = t.geometry;
-  const bool along = w.params_whole ? g.params.count == g.run : w.policy.direction == Direction::forward;
+  const bool wide =
+      (t.weight.data && t.weight.dtype == Dtype::float64) || (t.bias.data && t.bias.dtype == Dtype::float64);
+  const bool along = w.params_whole ? g.params.count == g.run && !wide : w.policy.direction == Direction::forward;
   return g.steps == 1 && g.outer == 1 && along ? Special::along : Special::anything;
 }
 
