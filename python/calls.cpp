@@ -171,9 +171,11 @@ nb::object made(OperandIndex k, const Plan& plan, const Memory& memory) {
   nb::object array;
   switch (kOperandTable[k].role) {
     case Role::statistic: array = memory.empty(compute, s.stat_ndim, s.stat_shape.data(), s.stat_strides.data()); break;
-    case Role::param:
-      array = memory.empty(s.param_dtype, s.param_ndim, s.param_shape.data(), s.param_strides.data());
+    case Role::param: {
+      const normkit::Shapes::Param& gradient = k == normkit::kDbias ? s.dbias : s.dweight;
+      array = memory.empty(s.param_dtype, gradient.ndim, gradient.shape.data(), gradient.strides.data());
       break;
+    }
     case Role::triples: {
       normkit::Extents shape = s.stat_shape, strides;
       for (int axis = 0; axis < s.stat_ndim; ++axis) strides[axis] = 3 * s.stat_strides[axis];
@@ -202,7 +204,27 @@ class Results {
 [[gnu::noinline, gnu::cold]] void run_packed(const Plan& plan, Addresses at, const Results& results,
                                              PyObject* const* values, const Memory& memory, const Views& views) {
   std::vector<nb::object> temporaries;
+  const auto copy_out = [&](const Temporary& t, nb::handle from) {
+    if (!results[t.operand].is_valid()) return;
+    const bool is_given = views[t.operand].array.present;
+    nb::object into = is_given ? memory.of_view(views[t.operand]) : results[t.operand];
+    normkit::Extents shape;
+    nb::list axes;
+    for (int axis = 0; axis < t.ndim; ++axis) {
+      const bool repeats = t.shape[axis] > 1 && t.seen_strides[axis] == 0;
+      shape[axis] = repeats ? 1 : t.shape[axis];
+      if (repeats) axes.append(axis);
+    }
+    const bool is_param = kOperandTable[t.operand].role == Role::param;
+    if (is_param) into = memory.seen(into, plan.shapes.param_dtype, t.ndim, shape.data(), t.seen_strides.data());
+    memory.copy(into, from, nb::len(axes) ? nb::object(nb::tuple(axes)) : nb::none());
+  };
   for (const Temporary& t : plan.temporaries) {
+    if (t.operand == normkit::kDbias && !plan.writes(t.operand)) {  // before dx may be written over dy
+      copy_out(t, temporaries.emplace_back(memory.of_view(views[normkit::kDy])));
+      at[t.operand] = nullptr;
+      continue;
+    }
     const nb::object& array = temporaries.emplace_back(memory.empty(t.dtype, t.ndim, t.shape.data(), t.strides.data()));
     at[t.operand] = memory.data_of(array);
     if (!contains(kOperandTable[t.operand].reads, plan.op)) continue;
@@ -219,23 +241,8 @@ class Results {
   normkit::Job job = plan.job;
   normkit::point(job, plan.op, at);
   memory.run(job);
-  for (std::size_t k = 0; k < temporaries.size(); ++k) {
-    const Temporary& t = plan.temporaries[k];
-    if (!(plan.makes & operand_bit(t.operand)) || !results[t.operand].is_valid()) continue;
-    const nb::object& result = results[t.operand];
-    const bool is_given = views[t.operand].array.present;
-    nb::object into = is_given ? memory.of_view(views[t.operand]) : result;
-    normkit::Extents shape;
-    nb::list axes;
-    for (int axis = 0; axis < t.ndim; ++axis) {
-      const bool repeats = t.shape[axis] > 1 && t.seen_strides[axis] == 0;
-      shape[axis] = repeats ? 1 : t.shape[axis];
-      if (repeats) axes.append(axis);
-    }
-    const bool is_param = kOperandTable[t.operand].role == Role::param;
-    if (is_param) into = memory.seen(into, plan.shapes.param_dtype, t.ndim, shape.data(), t.seen_strides.data());
-    memory.copy(into, temporaries[k], nb::len(axes) ? nb::object(nb::tuple(axes)) : nb::none());
-  }
+  for (std::size_t k = 0; k < temporaries.size(); ++k)
+    if (plan.writes(plan.temporaries[k].operand)) copy_out(plan.temporaries[k], temporaries[k]);
 }
 
 /// What the caller gets: the outputs in this order.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,15 +87,16 @@ def check_backward(
     assert (dx.shape, dx.dtype) == (x.shape, x.dtype)
     assert bounds.excess(dx.reshape(truth.dx.shape), truth.dx, bounds.dx(truth, x.dtype, exact=exact)) <= 1
 
-    shape = op.absent(x.shape)[0] if weight is None else weight.shape
     dtype = compute(x.dtype) if weight is None else weight.dtype
-    count = bounds.count_of(x.shape, shape)
-    for found, terms, bound in (
-        (dweight, truth.dweight, bounds.dweight(truth, x.dtype, count, exact=exact)),
-        (dbias, truth.dbias, bounds.dbias(truth, x.dtype, count)),
+    bias = weight if options.get("bias") is None else options["bias"]
+    for found, like, terms, bound_of in (
+        (dweight, weight, truth.dweight, partial(bounds.dweight, exact=exact)),
+        (dbias, bias, truth.dbias, bounds.dbias),
     ):
+        shape = op.absent(x.shape)[0] if like is None else like.shape
         assert (found.shape, found.dtype) == (shape, dtype)
-        total, bound = (op.to_weight(t, x.shape, weight) for t in (terms, bound))
+        bound = bound_of(truth, x.dtype, bounds.count_of(x.shape, shape))
+        total, bound = (op.to_weight(t, x.shape, like) for t in (terms, bound))
         bound = (
             bound + bounds.stored(np.abs(total) + bound, compute(x.dtype)) + bounds.stored(np.abs(total) + bound, dtype)
         )

@@ -1,9 +1,13 @@
-"""What means the same is taken, however it is written: axes, masks, dtypes, numbers."""
+"""What means the same is taken, however it is written, and gradients have the shape of what they belong to."""
+
+import itertools
 
 import normkit as nk
 import numpy as np
 import pytest
-from cases import DTYPES, INTEGERS, bits, uniform
+from cases import DTYPES, INTEGERS, bits, lay, uniform
+from checks import check_backward
+from reference import OPERATIONS, REGISTRY, Operation
 
 SHAPE = (3, 5, 4)
 
@@ -103,3 +107,61 @@ def test_dtypes_as_numpy_spells_them(spelled, dtype, rng):
 def test_what_is_no_dtype_of_y(spelled, rng):
     with pytest.raises(TypeError, match=r"^out_dtype is .*, expected float32, float64, float16 or bfloat16$"):
         nk.instance_norm(uniform(rng, SHAPE), out_dtype=spelled)
+
+
+# ---- gradients ---------------------------------------------------------------------------------------------------
+
+
+def param(op: Operation, kind: str | None, rng: np.random.Generator, dtype: str = "float32") -> np.ndarray | None:
+    return None if kind is None else np.asarray(uniform(rng, op.weight_shape(SHAPE, kind), dtype))
+
+
+def kinds_of(op: Operation) -> list[str]:
+    return list(op.weights(SHAPE))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "crop"])
+@pytest.mark.parametrize("op", REGISTRY, ids=repr)
+def test_dbias_has_the_shape_of_bias(op, layout, rng):
+    """Whatever that of weight, whether an activation depends on bias or not."""
+    dy, x = (lay(uniform(rng, SHAPE), layout) for _ in range(2))
+    for weight, bias, activation in itertools.product([None, *kinds_of(op)], kinds_of(op), [None, "silu"]):
+        check_backward(op, dy, x, param(op, weight, rng), bias=param(op, bias, rng), activation=activation)
+
+
+@pytest.mark.parametrize("bias_dtype", ["float32", "float64", "x"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("activation", [None, "tanh"])
+def test_dbias_of_every_dtype(activation, dtype, bias_dtype, isa, rng):
+    op = OPERATIONS["instance"]
+    dy, x = (uniform(rng, SHAPE, dtype) for _ in range(2))
+    bias = param(op, "conditional", rng, dtype if bias_dtype == "x" else bias_dtype)
+    for weight in (None, param(op, "channel", rng, dtype)):
+        check_backward(op, dy, x, weight, bias=bias, activation=activation)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("op", REGISTRY, ids=repr)
+def test_gradients_of_parameters_whatever_else_is_wanted(op, activation, layout, rng):
+    """Nor on whether dx is written over dy."""
+    dy, x = (lay(uniform(rng, SHAPE), layout) for _ in range(2))
+    stats, names = op.statistics(x)[1:], ("dx", "dweight", "dbias")
+    for weight, bias in itertools.product([None, *kinds_of(op)], kinds_of(op)):
+        params = {"weight": param(op, weight, rng), "bias": param(op, bias, rng), "activation": activation}
+        everything = op.backward(dy, x, *stats, **params)
+        for need in (names[1:2], names[2:], names[1:], names[:2]):
+            found = op.backward(dy, x, *stats, need=need, **params)
+            for name, one, other in zip(names, found, everything, strict=True):
+                assert (one is None) if name not in need else bits(one) == bits(other), (weight, bias, need, name)
+        over = lay(dy, layout)
+        assert [bits(a) for a in op.backward(over, x, *stats, out=over, **params)] == [bits(a) for a in everything]
+
+
+def test_dbias_of_no_elements(rng):
+    x, weight, bias = np.ones((2, 3, 0), np.float32), np.ones(3, np.float32), np.ones((2, 3), np.float32)
+    stats = nk.instance_norm(x, return_stats=True)[1:]
+    _, dweight, dbias = nk.instance_norm_backward(x, x, *stats, weight, bias=bias)
+    assert (dweight.shape, dbias.shape) == ((3,), (2, 3))
+    assert not dweight.any()
+    assert not dbias.any()

@@ -265,31 +265,29 @@ AxisMask match_params(const char* name, const Array& a, std::span<const std::int
               spec.param_meaning);
 }
 
-Params judge_params(const Args& args, const Spec& spec, Op op) {
+Params judge_params(const Args& args, const Spec& spec) {
   const Array& x = args.x;
-  Params params;
+  AxisMask axes[2] = {};
   for (const int k : {kWeight, kBias}) {
     const OperandRow& row = kOperandTable[k];
     const Array& a = args.*row.array;
     if (!a.present) continue;
     check_wide_dtype(row.name, a, x.dtype);
-    (k == kWeight ? params.axes : params.bias_axes) = match_params(row.name, a, x.shape, spec);
+    axes[k - kWeight] = match_params(row.name, a, x.shape, spec);
   }
-  AxisMask ones = 0;  // axes where it does not matter
-  for (int a = 0; a < x.ndim(); ++a)
-    if (x.shape[a] == 1) ones |= axis_bit(a);
-  const bool counts = args.bias.present && (!is_backward(op) || spec.activation.kind != ActivationKind::none);
-  if (args.weight.present) params.expand = counts && (params.axes ^ params.bias_axes) & ~ones;
-  else params.axes = params.bias_axes;
-  return params;
+  return {axes[args.weight.present ? 0 : 1], axes[args.bias.present ? 1 : 0], x};
 }
 
 }  // namespace
 
+Params::Params(AxisMask weight, AxisMask bias, const Array& x) : axes(weight), bias_axes(bias) {
+  for (int a = 0; a < x.ndim(); ++a) differ = differ || (x.shape[a] != 1 && (weight ^ bias) & axis_bit(a));
+}
+
 AxisMask axes_of_absent(const Spec& spec) { return spec.param_forms ? spec.param_axes[0] : spec.reduce_axes; }
 
-int param_axis(bool broadcasts, AxisMask axes, int x_ndim, int ndim, int axis) {
-  if (broadcasts) return x_ndim - ndim + axis;
+int param_axis(AxisMask axes, int x_ndim, int ndim, int axis) {
+  if (std::popcount(axes) != ndim) return x_ndim - ndim + axis;
   for (int a = 0, seen = 0; a < x_ndim; ++a)
     if ((axes & axis_bit(a)) && seen++ == axis) return a;
   return 0;
@@ -360,8 +358,11 @@ void check(const OperandRow& row, const Args& args, const Spec& spec, Op op, Dty
     case Role::param: {
       if (!written) break;  // judged with the axes that they vary along
       if (!is_floating(a.dtype)) bad_dtype(row.name, a, "float32, float64, float16 or bfloat16");
+      const bool is_of_bias = row.array == &Args::dbias && args.bias.present;
+      const Array& like = is_of_bias ? args.bias : args.weight;
       const std::vector<std::int64_t> absent = extents_of(x.shape, axes_of_absent(spec));
-      check_shape(row.name, a, args.weight.present ? args.weight.shape : absent, ", the shape of weight");
+      check_shape(row.name, a, like.present ? like.shape : absent,
+                  is_of_bias ? ", the shape of bias" : ", the shape of weight");
       break;
     }
     default: break;
@@ -393,7 +394,7 @@ void judge_x(const Array& x, const Spec& spec, Op op) {
 }
 
 Params judge(const Args& args, const Spec& spec, Op op, Dtype out_dtype, std::span<const std::int64_t> statistics) {
-  const Params params = judge_params(args, spec, op);
+  const Params params = judge_params(args, spec);
   if (op == Op::forward) check_running(args, spec);
   if (args.residual.present && !is_floating(args.x.dtype))
     bad_dtype("x", args.x, "float32, float64, float16 or bfloat16 with a residual to add");

@@ -57,14 +57,18 @@ class Placement {
 
 // ---- the whole call ----------------------------------------------------------------------------------------------
 
-/// The axes of x that weight and bias vary along.
+/// The axes of x that weight and bias vary along, and their gradients. One that is not there varies along those of the other.
 struct Params {
   AxisMask axes = 0, bias_axes = 0;
-  bool expand = false;  // they vary along different ones, or along none that a gradient could have
+  bool differ = false;  // in axes that x has more than one index of
+
+  Params() = default;
+  Params(AxisMask weight, AxisMask bias, const Array& x);
 };
 
-/// The axis of x that axis `axis` of a parameter array of `ndim` axes lies along, which varies along `axes` or broadcasts.
-int param_axis(bool broadcasts, AxisMask axes, int x_ndim, int ndim, int axis);
+/// The axis of x that axis `axis` of a parameter array of `ndim` axes lies along, which varies along `axes`: it has those alone,
+/// or broadcasts.
+int param_axis(AxisMask axes, int x_ndim, int ndim, int axis);
 
 /// The axes of a weight that is not there: the first form, or the normalized ones.
 AxisMask axes_of_absent(const Spec& spec);

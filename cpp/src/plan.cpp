@@ -84,28 +84,24 @@ AxisOrder describe(const Array& x, const Blocks& blocks, Shapes& shapes) {
 }
 
 /// The strides of a parameter array that lies as the kernels count.
-void put_param_strides(const Array& x, const Array& a, const Spec& spec, AxisMask axes, const AxisOrder& order,
-                       Extents& out) {
+void put_param_strides(const Array& x, const Array& a, AxisMask axes, const AxisOrder& order, Extents& out) {
   const Extents strides = dense_strides(x.shape, axes, order);
   for (int axis = 0; axis < a.ndim(); ++axis)
-    out[axis] = a.shape[axis] == 1 ? 1 : strides[param_axis(spec.param_forms == 0, axes, x.ndim(), a.ndim(), axis)];
+    out[axis] = a.shape[axis] == 1 ? 1 : strides[param_axis(axes, x.ndim(), a.ndim(), axis)];
 }
 
-/// Gradients of the parameters: like weight, or like the one that is not there.
-void describe_params(const Array& x, const Array& weight, const Spec& spec, AxisMask axes, const AxisOrder& order,
-                     Shapes& shapes) {
-  shapes.param_dtype = weight.present ? weight.dtype : compute_dtype(x.dtype);
-  if (weight.present) {
-    shapes.param_ndim = weight.ndim();
-    std::copy(weight.shape.begin(), weight.shape.end(), shapes.param_shape.begin());
-    return put_param_strides(x, weight, spec, axes, order, shapes.param_strides);
+/// The gradient of a parameter that varies along `axes`: like `a`, or like the one that is not there.
+void describe_param(const Array& x, const Array& a, AxisMask axes, const AxisOrder& order, Shapes::Param& gradient) {
+  gradient.ndim = a.ndim();
+  if (a.present) {
+    std::copy(a.shape.begin(), a.shape.end(), gradient.shape.begin());
+    return put_param_strides(x, a, axes, order, gradient.strides);
   }
   const Extents strides = dense_strides(x.shape, axes, order);
-  shapes.param_ndim = 0;
   for (int axis = 0; axis < x.ndim(); ++axis)
     if (axes & axis_bit(axis)) {
-      shapes.param_shape[shapes.param_ndim] = x.shape[axis];
-      shapes.param_strides[shapes.param_ndim++] = x.shape[axis] == 1 ? 1 : strides[axis];
+      gradient.shape[gradient.ndim] = x.shape[axis];
+      gradient.strides[gradient.ndim++] = x.shape[axis] == 1 ? 1 : strides[axis];
     }
 }
 
@@ -186,6 +182,17 @@ struct Operands {
   }
 };
 
+/// The strides of an array that is seen in the shape of x: 0 along axes of x where it repeats itself. `of` maps its own axes to
+/// those.
+template <class AxisOf>
+Extents repeated(int x_ndim, std::span<const std::int64_t> shape, const Extents& bytes, AxisOf of) {
+  Extents seen;
+  for (int axis = 0; axis < x_ndim; ++axis) seen[axis] = 0;
+  for (std::size_t axis = 0; axis < shape.size(); ++axis)
+    if (shape[axis] != 1) seen[of(static_cast<int>(axis))] = bytes[axis];
+  return seen;
+}
+
 /// A call as the kernels are to see it: what the caller passed, or other arrays in the place of some.
 struct Seen {
   Args args;
@@ -212,16 +219,6 @@ struct Seen {
     Extents seen;
     for (int axis = 0; axis < args.x.ndim(); ++axis)
       seen[axis] = a.present ? a.stride(axis) : otherwise[axis] * size_of(dtype);
-    put(k, dtype, args.x.shape, strides, seen);
-  }
-  /// One that repeats itself along axes of x. `of` maps its own axes to those.
-  template <class AxisOf>
-  void put_repeated(OperandIndex k, Dtype dtype, const Extents& strides, std::span<const std::int64_t> shape,
-                    const Extents& bytes, AxisOf of) {
-    Extents seen;
-    for (int axis = 0; axis < args.x.ndim(); ++axis) seen[axis] = 0;
-    for (std::size_t axis = 0; axis < shape.size(); ++axis)
-      if (shape[axis] != 1) seen[of(static_cast<int>(axis))] = bytes[axis];
     put(k, dtype, args.x.shape, strides, seen);
   }
 };
@@ -280,8 +277,8 @@ void put_in_order(Seen& seen, Op op, const AxisOrder& order, const Shapes& shape
     Extents strides;
     if (row.role == Role::param) {
       if (k == kBias && !bias_counts(seen, op)) continue;
-      const AxisMask axes = k == kBias ? seen.params.bias_axes : seen.params.axes;
-      put_param_strides(args.x, a, seen.spec, axes, order, strides);
+      const AxisMask axes = k == kBias || k == kDbias ? seen.params.bias_axes : seen.params.axes;
+      put_param_strides(args.x, a, axes, order, strides);
     } else if (row.role == Role::triples) {
       for (int axis = 0; axis < shapes.stat_ndim; ++axis) strides[axis] = 3 * shapes.stat_strides[axis];
       strides[shapes.stat_ndim] = 1;
@@ -323,9 +320,12 @@ bool schedule(Plan& p, Seen& seen) {
   Shapes& shapes = p.shapes;
   const Blocks blocks(args.x, spec);
   const AxisOrder order = describe(args.x, blocks, shapes);
-  describe_params(args.x, args.weight, spec, seen.params.axes, order, shapes);
+  shapes.param_dtype = args.weight.present ? args.weight.dtype : compute_dtype(args.x.dtype);
+  describe_param(args.x, args.weight, seen.params.axes, order, shapes.dweight);
+  describe_param(args.x, args.bias.present ? args.bias : args.weight, seen.params.bias_axes, order, shapes.dbias);
   if (shapes.empty) return true;
-  if (seen.params.expand || !fits(args.out.present ? args.out.dtype : shapes.out_dtype, shapes.x_dtype)) return false;
+  const bool expand = seen.params.differ && bias_counts(seen, p.op);
+  if (expand || !fits(args.out.present ? args.out.dtype : shapes.out_dtype, shapes.x_dtype)) return false;
 
   p.job = Job{};
   Task& t = p.job.task;
@@ -378,7 +378,8 @@ void put_mask(Seen& seen, const Extents& strides) {
   Extents bytes;
   for (int axis = 0; axis < where.ndim(); ++axis) bytes[axis] = where.stride(axis);
   const int shift = seen.args.x.ndim() - where.ndim();
-  seen.put_repeated(kWhere, Dtype::boolean, strides, where.shape, bytes, [&](int axis) { return shift + axis; });
+  const auto of = [&](int axis) { return shift + axis; };
+  seen.put(kWhere, Dtype::boolean, seen.args.x.shape, strides, repeated(seen.args.x.ndim(), where.shape, bytes, of));
 }
 
 /// Strides in C order.
@@ -397,10 +398,8 @@ void repeat_params(Seen& seen, const Plan& p, const Shapes& own, const Extents& 
   const auto put = [&](OperandIndex k, const Array& like, AxisMask axes, std::span<const std::int64_t> shape,
                        const Extents& bytes) {
     const Dtype dtype = like.present && like.dtype == Dtype::float64 ? like.dtype : compute_dtype(given.x.dtype);
-    const bool broadcasts = seen.spec.param_forms == 0 && like.present;
-    seen.put_repeated(k, dtype, strides, shape, bytes, [&](int axis) {
-      return param_axis(broadcasts, axes, ndim, static_cast<int>(shape.size()), axis);
-    });
+    const auto of = [&](int axis) { return param_axis(axes, ndim, static_cast<int>(shape.size()), axis); };
+    seen.put(k, dtype, given.x.shape, strides, repeated(ndim, shape, bytes, of));
   };
   for (const auto& [k, a, axes] :
        {std::tuple{kWeight, &given.weight, params.axes}, std::tuple{kBias, &given.bias, params.bias_axes}}) {
@@ -409,30 +408,45 @@ void repeat_params(Seen& seen, const Plan& p, const Shapes& own, const Extents& 
     if (a->present || (k == kWeight && (p.writes(kDweight) || p.writes(kDbias)))) put(k, *a, axes, a->shape, bytes);
   }
   if (!given.weight.present) seen.spec.weight_offset = 0;
-  const std::span<const std::int64_t> shape(own.param_shape.data(), static_cast<std::size_t>(own.param_ndim));
-  Extents bytes = c_strides(shape);
-  for (int axis = 0; axis < own.param_ndim; ++axis) bytes[axis] *= size_of(own.param_dtype);
-  if (p.writes(kDweight)) put(kDweight, given.weight, params.axes, shape, bytes);
-  if (p.writes(kDbias)) put(kDbias, given.weight, params.axes, shape, bytes);
-  seen.spec.param_forms = 0;
-  seen.params = {~AxisMask{0}, ~AxisMask{0}, false};
+  for (const auto& [k, mine, axes] :
+       {std::tuple{kDweight, &own.dweight, params.axes}, std::tuple{kDbias, &own.dbias, params.bias_axes}}) {
+    Extents bytes = c_strides(mine->extents());
+    for (int axis = 0; axis < mine->ndim; ++axis) bytes[axis] *= size_of(own.param_dtype);
+    if (p.writes(k)) put(k, given.weight, axes, mine->extents(), bytes);
+  }
+  seen.params = {~AxisMask{0}, ~AxisMask{0}, given.x};
 }
 
 /// Gradients are handed out in C order.
 void put_gradients_in_order(Seen& seen, Plan& p, const Shapes& own) {
-  const Extents lying = p.shapes.param_strides;
-  const std::span<const std::int64_t> shape(own.param_shape.data(), static_cast<std::size_t>(own.param_ndim));
-  p.shapes.param_dtype = own.param_dtype, p.shapes.param_ndim = own.param_ndim;
-  p.shapes.param_shape = own.param_shape, p.shapes.param_strides = c_strides(shape);
-  bool lies = true;
-  Extents bytes;
-  for (int axis = 0; axis < own.param_ndim; ++axis) {
-    lies = lies && (shape[axis] == 1 || lying[axis] == p.shapes.param_strides[axis]);
-    bytes[axis] = p.shapes.param_strides[axis] * size_of(own.param_dtype);
+  p.shapes.param_dtype = own.param_dtype;
+  for (const auto& [k, mine, gradient] :
+       {std::tuple{kDweight, &own.dweight, &p.shapes.dweight}, std::tuple{kDbias, &own.dbias, &p.shapes.dbias}}) {
+    const Extents lying = gradient->strides;
+    gradient->ndim = mine->ndim, gradient->shape = mine->shape;
+    gradient->strides = c_strides(mine->extents());
+    bool lies = true;
+    Extents bytes;
+    for (int axis = 0; axis < mine->ndim; ++axis) {
+      lies = lies && (mine->shape[axis] == 1 || lying[axis] == gradient->strides[axis]);
+      bytes[axis] = gradient->strides[axis] * size_of(own.param_dtype);
+    }
+    if (p.writes(k) && !lies && !(seen.args.*kOperandTable[k].array).present)
+      seen.put(k, own.param_dtype, mine->extents(), lying, bytes);
   }
-  for (const auto& [k, wanted] : {std::pair{kDweight, p.writes(kDweight)}, std::pair{kDbias, p.writes(kDbias)}})
-    if (wanted && !lies && !(seen.args.*kOperandTable[k].array).present)
-      seen.put(k, own.param_dtype, shape, lying, bytes);
+}
+
+/// dbias is the sum of dy, since no activation depends on bias, over other axes than those of dweight: the kernels leave it out.
+void add_up_dy(Seen& seen, Plan& p) {
+  const Array& x = seen.args.x;
+  Shapes::Param& dbias = p.shapes.dbias;
+  dbias.strides = c_strides(dbias.extents());
+  Extents bytes;
+  for (int axis = 0; axis < dbias.ndim; ++axis) bytes[axis] = dbias.strides[axis] * size_of(p.shapes.param_dtype);
+  Temporary& t = seen.temporaries.emplace_back(Temporary{kDbias, x.dtype, x.ndim(), {}, {}, {}});
+  t.shape = p.shapes.x_shape;
+  t.seen_strides = repeated(x.ndim(), dbias.extents(), bytes,
+                            [&](int axis) { return param_axis(seen.params.bias_axes, x.ndim(), dbias.ndim, axis); });
 }
 
 }  // namespace
@@ -452,12 +466,12 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted) {
   describe(x, Blocks(x, spec), shapes);
   Params params = judge(args, spec, op, shapes.out_dtype, shapes.statistics());
   Seen seen = Seen{args, spec, params};
-  const bool active = bias_counts(seen, op);
-  if (is_backward(op) && !args.weight.present && (p.writes(kDweight) || p.writes(kDbias) || !active)) {
-    params.axes = axes_of_absent(spec);
-    params.expand = active && params.bias_axes != params.axes;
-    seen.params = params;
+  if (is_backward(op) && !args.weight.present) {  // whatever is wanted, lest the bits of dx depend on it
+    const AxisMask absent = axes_of_absent(spec);
+    seen.params = params = {absent, args.bias.present ? params.bias_axes : absent, x};
   }
+  const bool adds_up_dy = p.writes(kDbias) && params.differ && !bias_counts(seen, op);
+  if (adds_up_dy) p.makes &= ~operand_bit(kDbias);
   if (!schedule(p, seen)) {
     const Shapes own = shapes;
     bool done = false;
@@ -479,6 +493,7 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted) {
     }
     shapes.out_strides = own.out_strides;
   }
+  if (adds_up_dy) seen.params = params, add_up_dy(seen, p);
   p.temporaries = std::move(seen.temporaries);
   if (p.temporaries.empty() && !shapes.empty) {
     Addresses at{};

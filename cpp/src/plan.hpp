@@ -20,15 +20,20 @@ struct Shapes {
   int ndim = 0;
   Extents stat_shape, stat_strides;
   int stat_ndim = 0;
-  Extents param_shape, param_strides;  // dweight, dbias
-  int param_ndim = 0;
+  struct Param {
+    Extents shape, strides;
+    int ndim = 0;
+
+    std::span<const std::int64_t> extents() const { return {shape.data(), static_cast<std::size_t>(ndim)}; }
+  } dweight, dbias;
   bool empty = false;      // x has no elements: nothing to run
 
   std::span<const std::int64_t> statistics() const { return {stat_shape.data(), static_cast<std::size_t>(stat_ndim)}; }
 };
 
 /// An array that the kernels work on in the place of an operand which does not lie as they want it. Its elements are copied from
-/// the operand before, or into it afterwards, each rounded once; along axes where the operand repeats itself they are added up.
+/// the operand before, or into it afterwards, each rounded once; along axes where the operand repeats itself they are added up. One
+/// of a dbias that the plan does not write stands for dy.
 struct Temporary {
   OperandIndex operand;
   Dtype dtype;

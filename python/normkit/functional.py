@@ -166,15 +166,15 @@ def instance_norm_backward(
         the formulas. With a mask the averages are sums over all elements, divided by the number of members, and only
         members have them in their dx. Where dy is 0, x may be NaN.
     bias
-        As in the forward; only an activation depends on it.
+        As in the forward; dbias has its shape, and an activation depends on it.
     dresidual : like dx, optional
         The gradient of the sum that the forward returned with `return_residual`, added to dx.
 
     Returns
     -------
     (dx, dweight, dbias)
-        dx is like x. dweight and dbias have the shape and dtype of weight; without one, (C,) and the dtype of the
-        statistics.
+        dx is like x, dweight like weight. dbias has the shape of bias where it is passed, else that of weight, and the
+        dtype of weight. Without weight they are (C,), of the dtype of the statistics.
 
     Raises
     ------
@@ -315,7 +315,7 @@ def group_norm_backward(
 
     mean, rstd : (N, num_groups)
 
-    Returns (dx, dweight, dbias). Without weight, dweight and dbias are (C,).
+    Returns (dx, dweight, dbias). dweight is (C,) without weight, dbias without both.
     """
 
 
@@ -978,7 +978,8 @@ def normalize_backward(
         `mean` is None without centering; then dx = rstd * (g - x_hat * mean(g * x_hat)).
     weight : broadcasts against x
 
-    Returns (dx, dweight, dbias). dweight and dbias have the shape of weight; without one, that of the normalized axes.
+    Returns (dx, dweight, dbias). dweight has the shape of weight, dbias that of bias where it is passed, else that of
+    weight. Without weight they have the extents of the normalized axes.
     """
 
 

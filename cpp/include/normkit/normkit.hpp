@@ -104,8 +104,8 @@ Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 ///
 /// x                   all   any dtype (backward: floating), any strides that the geometry holds (see canonicalise())
 /// dy                  bsd   like x
-/// weight, bias        fabsd float32, float64 or the dtype of x; absent means 1 and 0. In backward bias counts only where there is
-///                           an activation
+/// weight, bias        fabsd float32, float64 or the dtype of x; absent means 1 and 0. In backward bias says what shape dbias
+///                           has, and counts where there is an activation
 /// mean, rstd          absd  float32 or float64, one element per statistic; shape: the kept axes of x. mean is absent where
 ///                           spec.centered is false
 ///                     fm    of compute_dtype(x), written
@@ -121,7 +121,8 @@ Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 /// sum                 fm    like x, written: x + residual; may be x or residual itself. moments() needs it, and so does an out of
 ///                           another dtype
 /// moments             m     float64, the kept axes of x and 3, written: mean, sum of squared deviations, count
-/// dweight, dbias      b     the shape of weight, any floating dtype, written
+/// dweight, dbias      b     the shapes of weight and bias, any floating dtype, written. Without bias dbias is like dweight; without
+///                           weight dweight has the extents of the first form, or of the normalized axes
 ///
 /// What is written lies apart from everything else. Statistics, parameters and their gradients are dense, their axes in the order
 /// in which they lie in x.
