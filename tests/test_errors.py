@@ -55,11 +55,11 @@ PER_CHANNEL = "expected (3,), (2, 3) or (2, 3, 8, 8): one element per channel of
 PARAMETER = {
     name: {
         "shape": (instance, {name: f32(4)}, ValueError, f"{name} has shape (4,), {PER_CHANNEL}"),
-        "shape-of-a-kept-axis": (
+        "shape-of-a-reduced-axis": (
             instance,
-            {name: f32(3, 1, 1)},
+            {name: f32(8, 1)},
             ValueError,
-            f"{name} has shape (3, 1, 1), {PER_CHANNEL}",
+            f"{name} has shape (8, 1), {PER_CHANNEL}",
         ),
         "broadcast": (
             normalize,

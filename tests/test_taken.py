@@ -1,6 +1,7 @@
 """What means the same is taken, however it is written, and gradients have the shape of what they belong to."""
 
 import itertools
+import re
 
 import normkit as nk
 import numpy as np
@@ -107,6 +108,47 @@ def test_dtypes_as_numpy_spells_them(spelled, dtype, rng):
 def test_what_is_no_dtype_of_y(spelled, rng):
     with pytest.raises(TypeError, match=r"^out_dtype is .*, expected float32, float64, float16 or bfloat16$"):
         nk.instance_norm(uniform(rng, SHAPE), out_dtype=spelled)
+
+
+# ---- shapes of parameters ----------------------------------------------------------------------------------------
+
+
+def spelled(op: Operation, weight: np.ndarray) -> list[np.ndarray]:
+    """The same weight with ones, so that it broadcasts against x: with all of the axes of x, and without the first."""
+    full = weight.reshape(op.aligned(weight.shape, SHAPE))
+    return [full, full[0]] if full.shape[0] == 1 else [full]
+
+
+NAMED = [op for op in REGISTRY if op.function != "normalize"]  # the others broadcast weights anyway
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "crop"])
+@pytest.mark.parametrize("op", NAMED, ids=repr)
+def test_ones_in_the_shape_of_weights(op, layout, rng):
+    """The bits of the shape without them; gradients are like weights and bias as they are given."""
+    dy, x, ddx = (lay(uniform(rng, SHAPE), layout) for _ in range(3))
+    for kind, activation in itertools.product(kinds_of(op), [None, "silu"]):
+        weight, bias = param(op, kind, rng), param(op, kind, rng)
+        y, *stats = op.statistics(x, weight=weight, bias=bias, activation=activation)
+        gradients = op.backward(dy, x, *stats, weight, bias=bias, activation=activation)
+        second = op.double_backward((ddx, weight, bias), dy, x, *stats, weight)
+        for w, b in zip(spelled(op, weight), spelled(op, bias)[::-1], strict=True):
+            assert bits(op.forward(x, w, b, activation=activation)) == bits(y)
+            found = op.backward(dy, x, *stats, w, bias=b, activation=activation)
+            assert [g.shape for g in found] == [SHAPE, w.shape, b.shape]
+            assert [bits(g) for g in found] == [bits(g) for g in gradients]
+            found = op.double_backward((ddx, w, b.reshape(w.shape)), dy, x, *stats, w)
+            assert [g.shape for g in found] == [SHAPE, SHAPE, w.shape]
+            assert [bits(g) for g in found] == [bits(g) for g in second]
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 5), (5, 1, 1), (3, 1, 1), (1, 5, 4), (3, 5, 2), (1, 3, 5, 1), (1, 1, 1), (4,), ()]
+)
+def test_ones_in_the_wrong_places(shape, rng):
+    expected = rf"^weight has shape {re.escape(str(shape))}, expected \(5,\), \(3, 5\) or \(3, 5, 4\): one element per"
+    with pytest.raises(ValueError, match=expected):
+        nk.instance_norm(uniform(rng, SHAPE), np.ones(shape, np.float32))
 
 
 # ---- gradients ---------------------------------------------------------------------------------------------------

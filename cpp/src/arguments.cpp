@@ -252,13 +252,25 @@ AxisMask broadcast_axes(const char* name, const Array& a, std::span<const std::i
   return axes;
 }
 
-/// The axes of x that weight or bias varies along.
+/// True where an array has the extents of x along `axes`, and broadcasts along the others by ones.
+bool lies_along(const Array& a, std::span<const std::int64_t> x, AxisMask axes) {
+  const int shift = static_cast<int>(x.size()) - a.ndim();
+  int found = 0;
+  for (int axis = 0; axis < a.ndim(); ++axis) {
+    const bool is_one_of = shift >= 0 && axes & axis_bit(shift + axis);
+    if (shift < 0 || a.shape[axis] != (is_one_of ? x[shift + axis] : 1)) return false;
+    found += is_one_of;
+  }
+  return found == std::popcount(axes);
+}
+
+/// The axes of x that weight or bias varies along: its shape is their extents, or these among ones.
 AxisMask match_params(const char* name, const Array& a, std::span<const std::int64_t> x, const Spec& spec) {
   if (spec.param_forms == 0) return broadcast_axes(name, a, x);
   std::vector<std::string> expected;
   for (int form = 0; form < spec.param_forms; ++form) {
     const std::vector<std::int64_t> extents = extents_of(x, spec.param_axes[form]);
-    if (equal(a.shape, extents)) return spec.param_axes[form];
+    if (equal(a.shape, extents) || lies_along(a, x, spec.param_axes[form])) return spec.param_axes[form];
     if (expected.empty() || expected.back() != tuple(extents)) expected.push_back(tuple(extents));
   }
   value_error(std::string(name) + " has shape " + tuple(a.shape) + ", expected " + alternatives(expected) + ": " +

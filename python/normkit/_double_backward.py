@@ -101,12 +101,14 @@ class _Frame:
 
     def param(self, array: Array, *, like_absent: bool) -> Array:
         """A weight, or what has its shape; `like_absent`: there is no weight."""
-        ndim, shape = len(self.shape), array.shape
+        ndim, shape = len(self.shape), tuple(array.shape)
         along: Sequence[int] = range(ndim - len(shape), ndim)  # as broadcasting has it
-        if self.channels and len(shape) < ndim:
-            along = self.channels[-len(shape) :]
-        elif not self.channels and (self.by_extents or like_absent):
-            along = self.reduced
+        forms = (
+            [self.channels[-1:], self.channels] if self.channels else [self.reduced] * (self.by_extents or like_absent)
+        )
+        for form in forms:
+            if shape == tuple(self.shape[axis] for axis in form):
+                along = form
         extents = dict(zip(along, shape, strict=True))
         return self.data(array.reshape([extents.get(axis, 1) for axis in range(ndim)]))
 

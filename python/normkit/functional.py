@@ -80,6 +80,7 @@ def instance_norm(
         float32, float64, float16, bfloat16, uint8, int8, uint16 or int16, with any strides.
     weight, bias : (C,), (N, C) or the shape of x, optional
         float32, float64 or the dtype of x. (N, C) is conditional instance norm, the shape of x is one pair per pixel.
+        (N, C, 1, 1) and alike, which broadcast against x in NumPy, stand for the same without the ones.
     eps
         Added to the variance; finite, at least 0. Where var + eps is 0, y is bias.
     running_mean, running_var : (C,) float32 or float64, optional
