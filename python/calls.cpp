@@ -231,7 +231,7 @@ class Results {
     const View& v = views[t.operand];
     nb::object from = nb::borrow(values[t.operand]);
     if (from.is_none()) from = nb::int_(1);  // a weight that is not there
-    else if (v.object.is_valid()) from = memory.of_view(v);  // else a number
+    else from = memory.of_view(v);
     const bool alike =
         std::equal(v.array.shape.begin(), v.array.shape.end(), t.shape.begin(), t.shape.begin() + t.ndim);
     if (v.object.is_valid() && v.array.ndim() > 0 && !alike)
@@ -398,8 +398,10 @@ class Function final : public function::Body {
                                             std::vector<nb::object> held = {}) {
     Arrays whose("x", values[normkit::kX]);
     const auto is_number = [&](OperandIndex k) {
-      return k == normkit::kCount &&
-             (PyFloat_Check(values[k]) || PyLong_Check(values[k]) || PyArray_IsScalar(values[k], Number));
+      const OperandRow& row = kOperandTable[k];
+      return (row.role == Role::statistic || row.role == Role::count) && contains(row.reads, op_) &&
+             (PyFloat_Check(values[k]) || PyLong_Check(values[k]) || PyArray_IsScalar(values[k], Integer) ||
+              PyArray_IsScalar(values[k], Floating));
     };
     const auto is_there = [&](OperandIndex k) { return values[k] != Py_None || k == normkit::kX || k == normkit::kDy; };
     for (const OperandIndex k : arrays_)
@@ -407,11 +409,16 @@ class Function final : public function::Body {
     const Memory& memory = whose.open();
     Views views;
     Args args;
+    std::vector<nb::object> numbers;  // as arrays of the call
     for (const OperandIndex k : arrays_) {
       if (!is_there(k)) continue;
       const OperandRow& row = kOperandTable[k];
-      if (is_number(k)) views[k].array = {nullptr, normkit::Dtype::other, true, false, {}, {}, "int"};
-      else whose.view(names_[k].c_str(), values[k], contains(row.writes, op_), views[k]);
+      nb::object given = nb::borrow(values[k]);
+      if (is_number(k)) {
+        numbers.push_back(given = memory.empty(normkit::Dtype::float64, 0, nullptr, nullptr));
+        memory.copy(given, values[k], nb::none());
+      }
+      whose.view(names_[k].c_str(), given, contains(row.writes, op_), views[k]);
       args.*row.array = views[k].array;
     }
     const normkit::Spec spec = options::spec_of(kind_, op_, values, args.x);

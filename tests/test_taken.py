@@ -110,6 +110,68 @@ def test_what_is_no_dtype_of_y(spelled, rng):
         nk.instance_norm(uniform(rng, SHAPE), out_dtype=spelled)
 
 
+# ---- one number for all statistics -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", [(1,), (0, 2), None], ids=str)
+@pytest.mark.parametrize("kind", ["float", "np.float32", "np.float64", "0-d float32", "0-d float64"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "crop"])
+def test_numbers_as_statistics(layout, kind, axis, isa, rng):
+    """The bits of an array of the same numbers, float64 as numbers of Python are."""
+    dy, x = (lay(uniform(rng, SHAPE), layout) for _ in range(2))
+    numbers = [np.float32(v) for v in rng.uniform(0.5, 2, 2)]
+    dtype = np.dtype("float32" if "float32" in kind else "float64")
+    given = [np.array(v, dtype) if "0-d" in kind else dtype.type(v) if "np" in kind else float(v) for v in numbers]
+    kept = nk.moments(x, axis=axis).count.shape
+    arrays = [np.full(kept, v, dtype) for v in numbers]
+    sums = nk.backward_sums(dy, x, *arrays, axis=axis)
+    assert bits(nk.backward_sums(dy, x, *given, axis=axis)) == bits(sums)
+    for one, other in ((given, arrays), ((given[0], arrays[1]), arrays), ((None, given[1]), (None, arrays[1]))):
+        assert bits(nk.apply(x, *one, axis=axis)) == bits(nk.apply(x, *other, axis=axis))
+        dx = [nk.apply_backward(dy, x, *stats, sums, 7, axis=axis) for stats in (one, other)]
+        assert bits(dx[0]) == bits(dx[1])
+    center = {"axis": axis, "center": True, "use_input_stats": False}
+    found, expected = (nk.normalize_backward(dy, x, *stats, **center) for stats in (given, arrays))
+    assert [bits(g) for g in found] == [bits(g) for g in expected]
+
+
+@pytest.mark.parametrize("op", REGISTRY, ids=repr)
+def test_arrays_without_axes_as_statistics(op, rng):
+    """Of every backward and double backward."""
+    dy, x, ddx = (uniform(rng, SHAPE) for _ in range(3))
+    given = [np.array(v, np.float32) for v in rng.uniform(0.5, 2, 2)]
+    arrays = [np.full(op.statistics_shape(SHAPE), v) for v in given]
+    found, expected = (op.backward(dy, x, *stats) for stats in (given, arrays))
+    assert [bits(g) for g in found] == [bits(g) for g in expected]
+    found, expected = (op.double_backward((ddx, None, None), dy, x, *stats)[:2] for stats in (given, arrays))
+    assert [bits(g) for g in found] == [bits(g) for g in expected]
+
+
+def test_integers_and_scalars_as_statistics(rng):
+    x = uniform(rng, SHAPE)
+    for mean, rstd in ((1, 2), (np.int8(1), np.uint64(2)), (True, np.float16(2))):
+        assert bits(nk.apply(x, mean, rstd, axis=1)) == bits(nk.apply(x, 1.0, 2.0, axis=1))
+    y = nk.apply(np.ones((2, 0), np.float32), 1, 2, axis=1)
+    assert y.shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "message"),
+    [
+        ("1", TypeError, "rstd is a str, expected a NumPy array or an object with __dlpack__"),
+        (1j, TypeError, "rstd is a complex, expected a NumPy array or an object with __dlpack__"),
+        (np.complex64(1), TypeError, "rstd is a complex64, expected a NumPy array or an object with __dlpack__"),
+        ([1.0], TypeError, "rstd is a list, expected a NumPy array or an object with __dlpack__"),
+        (np.array(1), TypeError, "rstd has dtype int64, expected float32 or float64"),
+        (np.ones(1), ValueError, "rstd has shape (1,), expected (3, 4): one element per statistic"),
+    ],
+    ids=repr,
+)
+def test_what_is_no_statistic(given, kind, message, rng):
+    with pytest.raises(kind, match=rf"^{re.escape(message)}$"):
+        nk.apply(uniform(rng, SHAPE), 0.0, given, axis=1)
+
+
 # ---- shapes of parameters ----------------------------------------------------------------------------------------
 
 

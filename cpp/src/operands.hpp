@@ -41,8 +41,8 @@ enum class Role : std::uint8_t {
   param,  // weight, bias and their gradients
   running,  // one element for each channel, read and written
   mask,  // broadcasts against x
-  statistic,  // one element for each statistic
-  count,  // the same of float64
+  statistic,  // one element for each statistic; read, one may stand for all
+  count,  // a statistic of float64
   triples,  // three of float64
 };
 

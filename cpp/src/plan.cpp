@@ -291,9 +291,9 @@ void put_in_order(Seen& seen, Op op, const AxisOrder& order, const Shapes& shape
     Extents bytes;
     for (int axis = 0; axis < shapes.stat_ndim; ++axis) bytes[axis] = 0;  // a number
     for (int axis = 0; axis < a.ndim(); ++axis) bytes[axis] = a.stride(axis);
-    const bool is_count = row.role == Role::count;
-    seen.put(static_cast<OperandIndex>(k), is_count ? Dtype::float64 : a.dtype,
-             is_count ? shapes.statistics() : a.shape, strides, bytes);
+    const bool is_one_for_all = a.ndim() == 0 && row.role != Role::param;
+    seen.put(static_cast<OperandIndex>(k), row.role == Role::count ? Dtype::float64 : a.dtype,
+             is_one_for_all ? shapes.statistics() : a.shape, strides, bytes);
   }
 }
 

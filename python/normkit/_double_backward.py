@@ -93,6 +93,9 @@ class _Frame:
         return self.memory.transposed(array, self.order)
 
     def statistics(self, array: Array) -> Array:
+        if not array.shape:  # one for all
+            one, array = array, self.memory.empty(self.kept, "float64")
+            self.memory.copy(array, one)
         return array[(..., *(None for _ in self.statistics_shape[len(self.kept) :]))]
 
     def absent(self) -> tuple[int, ...]:

@@ -229,7 +229,7 @@ def apply(
     Parameters
     ----------
     x : as for `normalize`
-    mean, rstd : the shape of x without `axis`, float32 or float64
+    mean, rstd : the shape of x without `axis`, float32 or float64; or numbers, which stand for all statistics
         A mean of None is 0. In float64, as `Moments` has them, they keep what a float32 rounds off.
     weight, bias : broadcast against x, optional
     axis
@@ -270,7 +270,7 @@ def backward_sums(
     Parameters
     ----------
     dy, x : the same shape, float32, float64, float16 or bfloat16
-    mean, rstd : the shape of x without `axis`, float32 or float64; a mean of None is 0
+    mean, rstd : as in `apply`
     weight : broadcasts against x, optional
     where, bias, activation, weight_offset
         As in `instance_norm_backward`.
