@@ -263,9 +263,9 @@ ERRORS = {f"{name}-{what}": row for name, rows in PARAMETER.items() for what, ro
     ),
     "running-mean-dtype": (
         instance,
-        {"running_mean": np.ones(3, np.float16), "running_var": f32(3)},
+        {"running_mean": np.ones(3, int), "running_var": f32(3)},
         TypeError,
-        "running_mean has dtype float16, expected float32 or float64",
+        "running_mean has dtype int64, expected float32, float64, float16 or bfloat16",
     ),
     "running-mean-read-only": (
         instance,

@@ -71,6 +71,10 @@ void check_dtype(const std::string& name, const Array& a, Dtype expected, const 
   if (a.dtype != expected) bad_dtype(name, a, std::string(name_of(expected)) + because);
 }
 
+void check_floating(const std::string& name, const Array& a) {
+  if (!is_floating(a.dtype)) bad_dtype(name, a, "float32, float64, float16 or bfloat16");
+}
+
 /// float32 or float64, or a half type where `narrow` is one.
 void check_wide_dtype(const std::string& name, const Array& a, Dtype narrow = Dtype::other) {
   const bool has_narrow = narrow == Dtype::float16 || narrow == Dtype::bfloat16;
@@ -325,7 +329,7 @@ void check_running(const Args& args, const Spec& spec) {
   const std::int64_t channels[] = {x.shape[spec.channel_axis]};
   for (const int k : {kRunningMean, kRunningVar}) {
     const OperandRow& row = kOperandTable[k];
-    check_wide_dtype(row.name, args.*row.array);
+    check_floating(row.name, args.*row.array);
     check_shape(row.name, args.*row.array, channels, ": one element per channel of x");
     if (spec.use_input_stats) check_writable(row.name, args.*row.array);
   }
@@ -369,7 +373,7 @@ void check(const OperandRow& row, const Args& args, const Spec& spec, Op op, Dty
     }
     case Role::param: {
       if (!written) break;  // judged with the axes that they vary along
-      if (!is_floating(a.dtype)) bad_dtype(row.name, a, "float32, float64, float16 or bfloat16");
+      check_floating(row.name, a);
       const bool is_of_bias = row.array == &Args::dbias && args.bias.present;
       const Array& like = is_of_bias ? args.bias : args.weight;
       const std::vector<std::int64_t> absent = extents_of(x.shape, axes_of_absent(spec));

@@ -100,12 +100,22 @@ Common carve(Carver& carver, Task& t, const Policy& p, bool is_backward) {
 }
 
 double load_scalar(const std::byte* p, Dtype dtype) {
-  return dtype == Dtype::float64 ? *reinterpret_cast<const double*>(p) : *reinterpret_cast<const float*>(p);
+  switch (dtype) {
+    case Dtype::float64: return *reinterpret_cast<const double*>(p);
+    case Dtype::float16: return widen(*reinterpret_cast<const Half*>(p));
+    case Dtype::bfloat16: return widen(*reinterpret_cast<const Bfloat*>(p));
+    default: return *reinterpret_cast<const float*>(p);
+  }
 }
 
 void store_scalar(std::byte* p, Dtype dtype, double v) {
-  if (dtype == Dtype::float64) *reinterpret_cast<double*>(p) = v;
-  else *reinterpret_cast<float*>(p) = static_cast<float>(v);
+  const float single = static_cast<float>(v);  // half types are rounded from it, as kernels round them
+  switch (dtype) {
+    case Dtype::float64: *reinterpret_cast<double*>(p) = v; break;
+    case Dtype::float16: *reinterpret_cast<Half*>(p) = narrow(static_cast<Half*>(nullptr), single); break;
+    case Dtype::bfloat16: *reinterpret_cast<Bfloat*>(p) = narrow(static_cast<Bfloat*>(nullptr), single); break;
+    default: *reinterpret_cast<float*>(p) = single;
+  }
 }
 
 // ---- forward -----------------------------------------------------------------------------------------------------
@@ -238,12 +248,7 @@ void total_dparams(const Task& t, double* totals) {
 }
 
 void store_gradient(const ParamGradient& out, std::int64_t p, double v) {
-  std::byte* at = out.data + p * size_of(out.dtype);
-  if (out.dtype == Dtype::float16)
-    *reinterpret_cast<Half*>(at) = narrow(static_cast<Half*>(nullptr), static_cast<float>(v));
-  else if (out.dtype == Dtype::bfloat16)
-    *reinterpret_cast<Bfloat*>(at) = narrow(static_cast<Bfloat*>(nullptr), static_cast<float>(v));
-  else store_scalar(at, out.dtype, v);
+  store_scalar(out.data + p * size_of(out.dtype), out.dtype, v);
 }
 
 void run_forward(Job& job, double* workspace) {

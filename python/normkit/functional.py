@@ -83,9 +83,10 @@ def instance_norm(
         (N, C, 1, 1) and alike, which broadcast against x in NumPy, stand for the same without the ones.
     eps
         Added to the variance; finite, at least 0. Where var + eps is 0, y is bias.
-    running_mean, running_var : (C,) float32 or float64, optional
+    running_mean, running_var : (C,) float32, float64, float16 or bfloat16, optional
         Updated in place: r <- (1 - momentum) * r + momentum * s, where s is the mean over N, of the unbiased variance
-        for `running_var`. With ``use_input_stats=False`` they are what x is normalized by, and stay as they are.
+        for `running_var`; in float64, rounded when stored. With ``use_input_stats=False`` they are what x is normalized
+        by, and stay as they are.
     out
         Where to write y: the shape of x, the dtype of y. May be x itself; any other overlap is refused.
     out_dtype
@@ -575,7 +576,7 @@ def batch_norm(
     ----------
     x : (N, C, *spatial), or with C at `channel_axis`
     weight, bias : (C,), optional
-    running_mean, running_var : (C,) float32 or float64
+    running_mean, running_var : (C,) float32, float64, float16 or bfloat16
         Optional in training.
     eps, momentum, and all options from `out` on
         As in `instance_norm`.

@@ -109,7 +109,7 @@ Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 /// mean, rstd          absd  float32 or float64, one element per statistic; shape: the kept axes of x. mean is absent where
 ///                           spec.centered is false
 ///                     fm    of compute_dtype(x), written
-/// running_mean, running_var  f  (C,) of float32 or float64, read and updated (spec.use_input_stats), or only read
+/// running_mean, running_var  f  (C,) of any floating dtype, read and updated (spec.use_input_stats), or only read
 /// residual            fm    like a floating x: x + residual is normalized
 /// dresidual           bd    like x, added to dx
 /// where               all   bool that broadcasts against x: the members of the statistics
