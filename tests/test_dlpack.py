@@ -39,7 +39,8 @@ class Own(Producer):
 
     @staticmethod
     def from_dlpack(x):
-        return Own(np.from_dlpack(x))
+        array = np.from_dlpack(x)
+        return Own(array if array.flags.writeable else array.copy())  # what NumPy 2.0 imports it does not export
 
     def __add__(self, other):
         return Own(self.array + other.array)
