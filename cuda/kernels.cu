@@ -12,7 +12,8 @@ template <class X, Special kSpecial, class F> auto with_runs(Direction direction
 template <class X, Special kSpecial, class F> auto with_lanes(Direction direction, F f) {
   return direction == Direction::forward ? f(Type<LanesForward<X, kSpecial>>{}) : f(Type<LanesBackward<X, kSpecial>>{});
 }
-/// f(Type<K>{}) with the kernel K that the work is for. double has the fewest: most GPUs compute it more slowly than they read it.
+/// f(Type<K>{}) with the kernel K that the work is for. double has the fewest: most GPUs compute it more slowly than they read it, and
+/// a wheel is to stay small.
 template <class X, class F> auto with_kernel(const Work& work, F f) {
   constexpr bool kMany = sizeof(X) < 8;
   const Direction direction = work.policy.direction;
@@ -25,8 +26,10 @@ template <class X, class F> auto with_kernel(const Work& work, F f) {
   }
   if constexpr (kMany) {
     if (special == Special::along) return with_runs<X, Special::along>(direction, f);
+    if (special == Special::none) return with_runs<X, Special::none>(direction, f);
+  } else if (special == Special::none && direction == Direction::forward) {
+    return f(Type<RunsForward<X, Special::none>>{});
   }
-  if (special == Special::none) return with_runs<X, Special::none>(direction, f);
   return with_runs<X, Special::anything>(direction, f);
 }
 
