@@ -7,7 +7,8 @@ from launches import Bytes, recorded
 from normkit import _core
 
 pytestmark = pytest.mark.skipif(_core.cuda != "shim", reason="only in a build with NORMKIT_CUDA=shim are bytes counted")
-SECTOR = 32
+SECTOR = 32  # bytes
+WARP = 32  # threads
 
 
 def aligned(shape, dtype, rng):
@@ -51,7 +52,7 @@ def test_a_statistic_that_nobody_holds(rng, monkeypatch):
     tiles = sums.blocks
     assert sums.workspace.asked == Bytes(0, 24 * tiles)
     assert finish.workspace.asked == Bytes(24 * tiles, 16)
-    assert rest.workspace.asked == Bytes(16 * rest.blocks * rest.threads, 0)
+    assert rest.workspace.asked == Bytes(16 * rest.blocks * WARP, 0)  # one warp of each block
     assert rest.workspace.once == Bytes(SECTOR, 0)
 
 
