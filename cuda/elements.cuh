@@ -313,13 +313,14 @@ NORMKIT_DEVICE std::int64_t within_parameters(const Geometry& g, const Place& p)
   return p.tile.phase + p.row * g.columns() + p.i;
 }
 
-/// Parameters `index` and on, one for each of n elements.
-template <class S, int N>
-NORMKIT_DEVICE void read_along(const Param& p, std::int64_t index, int n, bool whole, double absent, S (&out)[N]) {
+/// Parameters `index` and on, one for each of n elements. visit(dtype, f) calls f with their type.
+template <class S, int N, class Visit>
+NORMKIT_DEVICE void read_along(const Param& p, std::int64_t index, int n, bool whole, double absent, S (&out)[N],
+                               Visit visit) {
   NORMKIT_UNROLL
   for (S& v : out) v = static_cast<S>(absent);
   if (!p.data) return;
-  visit_floating(p.dtype, [&](auto type) {
+  visit(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     constexpr int kStep = kVector<T> < N ? kVector<T> : N;
     const T* const from = at<T>(p.data, index);
@@ -337,29 +338,6 @@ NORMKIT_DEVICE void read_along(const Param& p, std::int64_t index, int n, bool w
   for (S& v : out) v += offset;
 }
 
-/// Parameters `index` and on, whole vectors of the type of x or of the compute type, one for each element.
-template <class X, class S, int N>
-NORMKIT_DEVICE void read_row(const Param& p, std::int64_t index, double absent, S (&out)[N]) {
-  NORMKIT_UNROLL
-  for (S& v : out) v = static_cast<S>(absent);
-  if (!p.data) return;
-  const auto read = [&](auto type) {
-    using T = typename decltype(type)::type;
-    NORMKIT_UNROLL
-    for (int first = 0; first < N; first += kVector<T>) {
-      const Vector<T> v = *reinterpret_cast<const Vector<T>*>(at<T>(p.data, index + first));
-      NORMKIT_UNROLL
-      for (int e = 0; e < kVector<T>; ++e) out[first + e] = value_of(v[e]);
-    }
-  };
-  if (sizeof(X) < 4 && size_of(p.dtype) < 4) read(Type<X>{});
-  else read(Type<S>{});
-  if (p.offset == 0) return;
-  const S offset = static_cast<S>(p.offset);
-  NORMKIT_UNROLL
-  for (S& v : out) v += offset;
-}
-
 /// The weights, or the biases, of the elements of a vector.
 template <class S, int N>
 NORMKIT_DEVICE void read_parameters(const Work& work, const Place& p, const Param& param, double absent, S (&out)[N]) {
@@ -370,7 +348,8 @@ NORMKIT_DEVICE void read_parameters(const Work& work, const Place& p, const Para
   if (map.stride > 1 || within + p.n > map.count)
     group = quotient(within, map.stride), index = remainder(group, map.count);
   if (work.params_whole || (map.stride == 1 && index + p.n <= map.count)) {
-    read_along(param, first + index, p.n, work.params_whole, absent, out);
+    read_along(param, first + index, p.n, work.params_whole, absent, out,
+               [](Dtype dtype, auto f) { visit_floating(dtype, f); });
   } else if (work.only_whole || within + p.n <= (group + 1) * map.stride) {
     const S all = static_cast<S>(element(param, first + index, absent));
     NORMKIT_UNROLL
@@ -486,8 +465,12 @@ NORMKIT_DEVICE void preactivation(const Work& work, const Factors<S, M>& factors
   S bias[N] = {};
   if (work.only_whole && work.params_whole) {
     const std::int64_t index = p.tile.i + p.i;
-    read_row<X>(work.task.weight, index, 1, weight);
-    if (biased) read_row<X>(work.task.bias, index, 0, bias);
+    const auto visit = [](Dtype dtype, auto f) {  // special_of() lets no other type come here
+      if (sizeof(X) < 4 && size_of(dtype) < 4) f(Type<X>{});
+      else f(Type<S>{});
+    };
+    read_along(work.task.weight, index, N, true, 1, weight, visit);
+    if (biased) read_along(work.task.bias, index, N, true, 0, bias, visit);
   } else {
     piece.read(work, p, biased, weight, bias);
   }
