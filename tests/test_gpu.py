@@ -21,7 +21,7 @@ from mirrored import poisoned, to_device, to_host
 from normkit import _core, _cuda
 from reference import OPERATIONS, REGISTRY
 
-SHAPE = (6, 8, 5, 7)
+SHAPE, WHOLE = (6, 8, 5, 7), (6, 8, 12, 25)  # rows of whole vectors have kernels of their own
 SLOW = 20_000  # elements
 SPIN = r"""
 extern "C" __global__ void spin(long long cycles) {
@@ -102,10 +102,11 @@ def busy(cupy):
     stream.synchronize()
 
 
+@pytest.mark.parametrize("shape", [SHAPE, WHOLE], ids=["ragged", "whole"])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
-def test_a_hundred_runs_have_the_same_bits(op, cupy, rng):
+def test_a_hundred_runs_have_the_same_bits(op, shape, cupy, rng):
     runs = 100 if hasattr(cupy, "RawKernel") else 3
-    arrays = on_device(cupy, *data(op, rng))
+    arrays = on_device(cupy, *data(op, rng, shape))
     first = bits_of(cupy, call(op, *arrays))
     with busy(cupy) as work:
         for _ in range(runs):
@@ -127,18 +128,19 @@ def test_bits_do_not_depend_on_the_batch(op, shape, dtype, cupy, rng):
             assert a is None or bits(a) == bits(w[n : n + 1])
 
 
+@pytest.mark.parametrize("shape", [SHAPE, WHOLE], ids=["ragged", "whole"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("op", ["instance", "instance-last", "layer", "over-channels", "batch"])
-def test_one_bad_number_stays_in_its_statistic(op, poison, cupy, rng):
+def test_one_bad_number_stays_in_its_statistic(op, poison, shape, cupy, rng):
     op = OPERATIONS[op]
-    dy, x, weight, bias = data(op, rng)
+    dy, x, weight, bias = data(op, rng, shape)
     clean = on_host(cupy, call(op, *on_device(cupy, dy, x, weight, bias)))
     at = 3, 5, 2, 4
     x[at] = poison
     found = on_host(cupy, call(op, *on_device(cupy, dy, x, weight, bias)))
-    own = np.zeros(op.blocks(SHAPE), bool)
-    own.reshape(SHAPE)[at] = True
-    own = np.broadcast_to(own.any(op.reduced(SHAPE), keepdims=True), own.shape).reshape(SHAPE)
+    own = np.zeros(op.blocks(shape), bool)
+    own.reshape(shape)[at] = True
+    own = np.broadcast_to(own.any(op.reduced(shape), keepdims=True), own.shape).reshape(shape)
     for k in (0, 3):  # y and dx
         assert not np.isfinite(found[k][own]).any()
         assert found[k][~own].tobytes() == clean[k][~own].tobytes()
