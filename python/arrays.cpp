@@ -32,6 +32,10 @@ Dtype dtype_of(PyArray_Descr* descr, std::string& name) {
     case NPY_BOOL: return Dtype::boolean;
     default: break;
   }
+  if (PyTypeNum_ISINTEGER(descr->type_num)) {  // C has several of one width
+    const bool wide = PyDataType_ELSIZE(descr) == 8, is_signed = PyTypeNum_ISSIGNED(descr->type_num);
+    return is_signed ? (wide ? Dtype::int64 : Dtype::int32) : (wide ? Dtype::uint64 : Dtype::uint32);
+  }
   static int bfloat16 = -1;  // ml_dtypes registers its type anew in each process
   if (descr->type_num == bfloat16) return Dtype::bfloat16;
   name = nb::str(nb::handle(reinterpret_cast<PyObject*>(descr))).c_str();
@@ -48,8 +52,8 @@ Dtype dtype_named(std::string name, std::string& other) {
 }
 
 int type_number(Dtype dtype) {
-  constexpr int kNumbers[] = {NPY_FLOAT, NPY_DOUBLE, NPY_HALF,  -1,      NPY_UBYTE,
-                              NPY_BYTE,  NPY_USHORT, NPY_SHORT, NPY_BOOL};
+  constexpr int kNumbers[] = {NPY_FLOAT, NPY_DOUBLE, NPY_HALF,   -1,        NPY_UBYTE,  NPY_BYTE, NPY_USHORT,
+                              NPY_SHORT, NPY_INT32,  NPY_UINT32, NPY_INT64, NPY_UINT64, NPY_BOOL};
   return kNumbers[static_cast<int>(dtype)];
 }
 

@@ -18,6 +18,8 @@ except ImportError:
 
 DTYPES = {name: np.dtype(name) for name in ("float32", "float64", "float16")} | BFLOAT16
 INTEGERS = {name: np.dtype(name) for name in ("uint8", "int8", "uint16", "int16")}
+# What is converted to float32 before a kernel reads it.
+CONVERTED = {name: np.dtype(name) for name in ("bool", "int32", "uint32", "int64", "uint64")}
 
 # The reduced run of instance norm is what follows the second axis.
 SHAPES = {
@@ -149,8 +151,10 @@ def lay(values: np.ndarray, layout: str) -> np.ndarray:
 def uniform(
     rng: np.random.Generator, shape: Shape, dtype: Any = np.float32, *, offset: float = 0.0, std: float = 1.0
 ) -> np.ndarray:
-    """Uniform values of a given mean and standard deviation; the whole range for integers."""
+    """Uniform values of a given mean and standard deviation; the whole range for integers and truth values."""
     dtype = np.dtype(dtype)
+    if dtype.kind == "b":
+        return rng.random(shape) < 0.5
     if dtype.kind in "iu":
         info = np.iinfo(dtype)
         return rng.integers(info.min, info.max, shape, dtype, endpoint=True)

@@ -118,19 +118,19 @@ ERRORS = {f"{name}-{what}": row for name, rows in PARAMETER.items() for what, ro
         instance,
         {"x": x().astype(np.complex64)},
         TypeError,
-        "x has dtype complex64, expected float32, float64, float16, bfloat16, uint8, int8, uint16 or int16",
+        "x has dtype complex64, expected float32, float64, float16, bfloat16, bool or an integer of 8 to 64 bits",
     ),
     "x-object": (
         normalize,
         {"x": x().astype(object)},
         TypeError,
-        "x has dtype object, expected float32, float64, float16, bfloat16, uint8, int8, uint16 or int16",
+        "x has dtype object, expected float32, float64, float16, bfloat16, bool or an integer of 8 to 64 bits",
     ),
-    "x-int32": (
+    "x-text": (
         normalize,
-        {"x": x().astype(np.int32)},
+        {"x": x().astype("S4")},
         TypeError,
-        "x has dtype int32, expected float32, float64, float16, bfloat16, uint8, int8, uint16 or int16",
+        "x has dtype |S4, expected float32, float64, float16, bfloat16, bool or an integer of 8 to 64 bits",
     ),
     "x-big-endian": (instance, {"x": x().astype(">f4")}, TypeError, "x has dtype >f4, expected native byte order"),
     "x-list": (

@@ -6,7 +6,7 @@ import re
 import normkit as nk
 import numpy as np
 import pytest
-from cases import DTYPES, INTEGERS, bits, lay, uniform
+from cases import CONVERTED, DTYPES, INTEGERS, LAYOUTS, SHARED_MEMORY, bits, lay, uniform
 from checks import check_backward
 from reference import OPERATIONS, REGISTRY, Operation
 
@@ -83,6 +83,62 @@ def test_all_are_members(where, rng):
 def test_what_is_no_mask(where, rng):
     with pytest.raises(TypeError, match=r"^where is an? .*, expected a NumPy array"):
         nk.instance_norm(uniform(rng, SHAPE), where=where)
+
+
+@pytest.mark.parametrize("dtype", CONVERTED.values(), ids=CONVERTED)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", REGISTRY, ids=repr)
+def test_what_is_converted(op, layout, dtype, rng):
+    """It has the bits of x.astype(np.float32), which rounds once, and the memory order of x."""
+    shape = (3, 5, 4, 7)
+    x = lay(uniform(rng, shape, dtype), layout)
+    same, before = x.astype(np.float32), bits(x)  # in the order of x
+    weight, bias = rng.standard_normal((2, *op.weight_shape(shape, "channel"))).astype(np.float32)
+    where = rng.random(shape) < 0.7
+    for options in ({}, {"where": where}, {"activation": "silu", "weight_offset": 1.0}):
+        for out_dtype in DTYPES.values():
+            options = options | {"out_dtype": out_dtype, "return_stats": True}
+            found, expected = (op.forward(a, weight, bias, **options) for a in (x, same))
+            assert [bits(r) for r in found] == [bits(r) for r in expected]
+            assert layout in SHARED_MEMORY or found[0].strides == expected[0].strides
+    out = lay(np.full(shape, 7, np.float16), layout)
+    if layout not in SHARED_MEMORY:
+        assert op.forward(x, weight, bias, out=out) is out
+        assert bits(out) == bits(op.forward(same, weight, bias, out_dtype=np.float16))
+    assert bits(x) == before
+
+
+@pytest.mark.parametrize("dtype", CONVERTED.values(), ids=CONVERTED)
+def test_what_is_converted_by_other_functions(dtype, rng):
+    x, style = uniform(rng, SHAPE, dtype), uniform(rng, SHAPE, dtype)
+    same, likewise = x.astype(np.float32), style.astype(np.float32)
+    found, expected = nk.moments(x, axis=2), nk.moments(same, axis=2)
+    assert found == expected
+    assert bits(nk.apply(x, found.mean, found.rstd(), axis=2)) == bits(nk.apply(same, found.mean, found.rstd(), axis=2))
+    assert bits(nk.adaptive_instance_norm(x, style)) == bits(nk.adaptive_instance_norm(same, likewise))
+    assert bits(nk.l2_normalize(x)) == bits(nk.l2_normalize(same))
+    assert nk.instance_norm(x[:0]).dtype == np.float32
+    running = [np.ones(5, np.float32) for _ in range(4)]
+    for a, (mean, var) in ((x, running[:2]), (same, running[2:])):
+        nk.instance_norm(a, running_mean=mean, running_var=var)
+    assert [bits(r) for r in running[:2]] == [bits(r) for r in running[2:]]
+
+
+@pytest.mark.parametrize("value", [2**24 + 1, 2**24 + 3, 2**53 + 2**29 + 1, 2**63 - 1, -(2**63)], ids=str)
+def test_each_integer_is_rounded_once(value):
+    """To the nearest float32; 2**53 + 2**29 + 1 would come out lower by way of float64."""
+    x = np.array([[value, 0]], np.int64)
+    mean = nk.moments(x[:, :1], axis=1).mean
+    nearest = min((np.float32(value), *(np.nextafter(np.float32(value), s) for s in (-np.inf, np.inf))),
+                  key=lambda f: abs(int(f) - value))  # fmt: skip
+    assert float(mean[0]) == float(nearest)
+
+
+@pytest.mark.parametrize("dtype", CONVERTED.values(), ids=CONVERTED)
+def test_what_has_no_gradient(dtype, rng):
+    x = uniform(rng, SHAPE, dtype)
+    with pytest.raises(TypeError, match=rf"^x has dtype {dtype}, expected float32, float64, float16 or bfloat16$"):
+        nk.layer_norm_backward(x, x, 0.0, 1.0)
 
 
 @pytest.mark.parametrize("dtype", INTEGERS.values(), ids=INTEGERS)

@@ -388,10 +388,10 @@ void check(const OperandRow& row, const Args& args, const Spec& spec, Op op, Dty
 }  // namespace
 
 void judge_x(const Array& x, const Spec& spec, Op op) {
-  if (x.dtype >= Dtype::boolean || (is_backward(op) && !is_floating(x.dtype)))
+  if (x.dtype == Dtype::other || (is_backward(op) && !is_floating(x.dtype)))
     bad_dtype("x", x,
               is_backward(op) ? "float32, float64, float16 or bfloat16"
-                              : "float32, float64, float16, bfloat16, uint8, int8, uint16 or int16");
+                              : "float32, float64, float16, bfloat16, bool or an integer of 8 to 64 bits");
   if (spec.reduce_axes == 0 && spec.num_groups == 0)
     value_error("x has shape " + tuple(x.shape) + ", expected at least 3 axes: images, channels and space");
   if (!(spec.eps >= 0) || std::isinf(spec.eps))

@@ -362,7 +362,7 @@ Extents packed_strides(const Array& x, const Spec& spec) {
 
 /// All that has the shape of x lies with `strides`.
 void pack(Seen& seen, const Plan& p, const Shapes& own, const Extents& strides) {
-  const Dtype x = seen.args.x.dtype;
+  const Dtype x = read_dtype(seen.args.x.dtype);
   for (const OperandIndex k : {kResidual, kDresidual, kDy})
     if ((seen.args.*kOperandTable[k].array).present) seen.put_like_x(k, x, strides, own.out_strides);
   const Dtype out = fits(own.out_dtype, x) ? own.out_dtype : compute_dtype(x);
@@ -472,6 +472,7 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted) {
   }
   const bool adds_up_dy = p.writes(kDbias) && params.differ && !bias_counts(seen, op);
   if (adds_up_dy) p.makes &= ~operand_bit(kDbias);
+  if (x.dtype != read_dtype(x.dtype)) seen.put_like_x(kX, read_dtype(x.dtype), shapes.out_strides, shapes.out_strides);
   if (!schedule(p, seen)) {
     const Shapes own = shapes;
     bool done = false;

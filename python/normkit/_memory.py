@@ -175,6 +175,7 @@ class Memory:
     def transposed(self, x: Any, order: list[int]) -> Any:
         return x.transpose(order)
 
+    @np.errstate(all="ignore")  # as kernels: what overflows is infinite, whatever np.seterr says
     def copy(self, into: Any, values: Any, axes: tuple[int, ...] | None = None) -> None:
         """into[...] = values, each rounded once; along `axes` they are added up first."""
         if axes is not None:

@@ -77,7 +77,8 @@ def instance_norm(
     Parameters
     ----------
     x : (N, C, *spatial), or with C at `channel_axis`
-        float32, float64, float16, bfloat16, uint8, int8, uint16 or int16, with any strides.
+        float32, float64, float16, bfloat16, bool or an integer of 8 to 64 bits, with any strides. Integers of 32 and
+        64 bits are rounded to float32 first.
     weight, bias : (C,), (N, C) or the shape of x, optional
         float32, float64 or the dtype of x. (N, C) is conditional instance norm, the shape of x is one pair per pixel.
         (N, C, 1, 1) and alike, which broadcast against x in NumPy, stand for the same without the ones.
@@ -747,10 +748,10 @@ def adaptive_instance_norm_backward(
         content=content, style=style, dy=dy, mean=mean, rstd=rstd, out=out, where=where, dresidual=dresidual
     )
     kind = str(v["style"].dtype).rpartition(".")[2]
-    if kind.startswith(("int", "uint")):
+    if kind.startswith(("bool", "int", "uint")):
         raise TypeError(f"style has dtype {kind}, expected float32, float64, float16 or bfloat16")
     wanted = _WANTED["dcontent" in need, "dstyle" in need]
-    with memory:
+    with memory, np.errstate(all="ignore"):
         of_style, std, mean_of_style = _style_of(v["content"], v["style"], channel_axis, eps)
         with _called("content"):
             dcontent, dweight, dbias = instance_norm_backward(
@@ -927,7 +928,7 @@ def normalize(
 
     Parameters
     ----------
-    x : float32, float64, float16, bfloat16, uint8, int8, uint16 or int16, any shape and strides
+    x : float32, float64, float16, bfloat16, bool or an integer of 8 to 64 bits, any shape and strides
     weight, bias : broadcast against x as in NumPy, optional
         float32, float64 or the dtype of x.
     axis

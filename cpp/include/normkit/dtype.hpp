@@ -5,9 +5,24 @@
 
 namespace normkit {
 
-/// `boolean` is for masks, one byte each. `other` is any element type that the library does not compute with; it exists to be
-/// named in an error.
-enum class Dtype : std::uint8_t { float32, float64, float16, bfloat16, uint8, int8, uint16, int16, boolean, other };
+/// Kernels read what comes before int32; of the other integers and of `boolean`, one byte each, they get a copy in float32,
+/// but for masks. `other` is any element type that the library does not compute with; it exists to be named in an error.
+enum class Dtype : std::uint8_t {
+  float32,
+  float64,
+  float16,
+  bfloat16,
+  uint8,
+  int8,
+  uint16,
+  int16,
+  int32,
+  uint32,
+  int64,
+  uint64,
+  boolean,
+  other
+};
 
 /// Storage of IEEE binary16 and of bfloat16: bits only, converted by the load and store of an instruction set.
 struct Half { std::uint16_t bits; };
@@ -32,17 +47,21 @@ template <class F> constexpr auto visit(Dtype dtype, F&& f) {
 
 constexpr int size_of(Dtype dtype) {
   if (dtype == Dtype::boolean) return 1;
+  if (dtype == Dtype::int64 || dtype == Dtype::uint64) return 8;
   return visit(dtype, [](auto t) { return static_cast<int>(sizeof(typename decltype(t)::type)); });
 }
 
 constexpr bool is_floating(Dtype dtype) { return dtype <= Dtype::bfloat16; }
 
+/// The type in which kernels read elements of `dtype`.
+constexpr Dtype read_dtype(Dtype dtype) { return dtype < Dtype::int32 ? dtype : Dtype::float32; }
+
 /// The type of statistics, of parameter gradients and of all arithmetic for data of `dtype`.
 constexpr Dtype compute_dtype(Dtype dtype) { return dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32; }
 
 constexpr const char* name_of(Dtype dtype) {
-  constexpr const char* names[] = {"float32", "float64", "float16", "bfloat16", "uint8",
-                                   "int8",    "uint16",  "int16",   "bool",     "other"};
+  constexpr const char* names[] = {"float32", "float64", "float16", "bfloat16", "uint8",  "int8", "uint16",
+                                   "int16",   "int32",   "uint32",  "int64",    "uint64", "bool", "other"};
   return names[static_cast<int>(dtype)];
 }
 
