@@ -1,14 +1,9 @@
 """Functions whose signature and docstring are written in Python, and whose body is C++."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, SupportsIndex, TypeAlias, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from . import _core
-
-# An array is whatever NumPy, or a library that speaks DLPack, calls one; outputs are of the same kind.
-Array: TypeAlias = Any
-Axes: TypeAlias = SupportsIndex | Iterable[SupportsIndex] | None
-Activation: TypeAlias = str | tuple[str, float] | None
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from ._compiled import Array, compiled
+from ._compiled import compiled
 from ._memory import Memory, dtype_name, views_of
 
 _LINE = 64  # bytes
@@ -41,13 +41,13 @@ def double_backward(kind: str, backward: Callable[..., Any]) -> Callable[[_Funct
 
 
 @compiled("moments", "normalize")
-def _moments(x: Array, *, axis: int) -> Any:
+def _moments(x: Any, *, axis: int) -> Any:
     """Mean, m2 and count of each statistic, and their memory."""
 
 
 @compiled("backward", "normalize")
 def _backward(
-    dy: Array, x: Array, mean: Array, rstd: Array, weight: Array = None, *, axis: int, center: bool,
+    dy: Any, x: Any, mean: Any, rstd: Any, weight: Any = None, *, axis: int, center: bool,
     use_input_stats: bool, need: Any,
 ) -> Any:  # fmt: skip
     """The gradient of rows."""
@@ -59,7 +59,7 @@ def _backward(
 class _Frame:
     """Where the axes of x go: those that are kept first, those that are normalized last. All of it is views."""
 
-    def __init__(self, memory: Memory, kind: str, axes: Any, num_groups: int, x: Array) -> None:
+    def __init__(self, memory: Memory, kind: str, axes: Any, num_groups: int, x: Any) -> None:
         self.memory, self.shape, ndim = memory, tuple(x.shape), x.ndim
         self.channels: list[int] = []  # the axes that (C,) and (N, C) lie along, where weights belong to channels
         self.by_extents = kind == "layer"  # weights have the normalized axes alone
@@ -83,7 +83,7 @@ class _Frame:
         self.kept, self.members = seen[: len(kept)], math.prod(seen[len(kept) :])
         self.statistics_shape = self.kept + (1,) * (len(seen) - len(kept))
 
-    def data(self, array: Array) -> Array:
+    def data(self, array: Any) -> Any:
         """An array with the axes of x, some of them perhaps of extent 1."""
         shape = tuple(array.shape)
         if self.channel >= 0:
@@ -92,7 +92,7 @@ class _Frame:
             array = array.reshape(*shape[: self.channel], *split, *shape[self.channel + 1 :])
         return self.memory.transposed(array, self.order)
 
-    def statistics(self, array: Array) -> Array:
+    def statistics(self, array: Any) -> Any:
         if not array.shape:  # one for all
             one, array = array, self.memory.empty(self.kept, "float64")
             self.memory.copy(array, one)
@@ -102,7 +102,7 @@ class _Frame:
         """The shape of the gradient of a weight that is not there."""
         return tuple(self.shape[axis] for axis in self.channels[-1:] or self.reduced)
 
-    def param(self, array: Array, *, like_absent: bool) -> Array:
+    def param(self, array: Any, *, like_absent: bool) -> Any:
         """A weight, or what has its shape; `like_absent`: there is no weight."""
         ndim, shape = len(self.shape), tuple(array.shape)
         along: Sequence[int] = range(ndim - len(shape), ndim)  # as broadcasting has it
@@ -115,7 +115,7 @@ class _Frame:
         extents = dict(zip(along, shape, strict=True))
         return self.data(array.reshape([extents.get(axis, 1) for axis in range(ndim)]))
 
-    def blocks(self, x: Array, elements: int) -> Iterator[Block]:
+    def blocks(self, x: Any, elements: int) -> Iterator[Block]:
         """Blocks of whole statistics, of about so many elements."""
         # Where neighbors in memory belong to different statistics, a block of few would read every line many times.
         last = self.memory.strides(self.data(x))[: len(self.kept)][-1:]
@@ -131,12 +131,12 @@ class _Frame:
             yield tuple(slice(start, start + step) for start, step in zip(at, reversed(steps), strict=True))
 
 
-def _part(array: Array, block: Block) -> Array:
+def _part(array: Any, block: Block) -> Any:
     """The part of a view that belongs to a block. What does not vary along an axis belongs to every part of it."""
     return array[tuple(slice(None) if extent == 1 else cut for cut, extent in zip(block, array.shape, strict=False))]
 
 
-def _load(memory: Memory, array: Array | None, block: Block) -> Any:
+def _load(memory: Memory, array: Any, block: Block) -> Any:
     return None if array is None else memory.wide(_part(array, block), "float64")
 
 
@@ -208,7 +208,7 @@ def _of_block(
 # ---- a call ------------------------------------------------------------------------------------------------------
 
 
-def _check_dtype(name: str, array: Array, x: Array, *, wide: bool) -> None:
+def _check_dtype(name: str, array: Any, x: Any, *, wide: bool) -> None:
     """`wide`: float32 and float64 will do, whatever x is."""
     if not getattr(array.dtype, "isnative", True):
         raise TypeError(f"{name} has dtype {array.dtype.str}, expected native byte order")
@@ -221,7 +221,7 @@ def _check_dtype(name: str, array: Array, x: Array, *, wide: bool) -> None:
     raise TypeError(f"{name} has dtype {found}, expected {expected}")
 
 
-def _check_shape(name: str, array: Array, shape: tuple[int, ...], whose: str) -> None:
+def _check_shape(name: str, array: Any, shape: tuple[int, ...], whose: str) -> None:
     if tuple(array.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(array.shape)}, expected {shape}: the shape of {whose}")
 
@@ -267,11 +267,11 @@ def _double_backward(
 
 def _over_blocks(
     memory: Memory, frame: _Frame, v: dict[str, Any], weight_offset: float, frozen: bool,
-    outputs: tuple[Array, Array], total: Array | None,
+    outputs: tuple[Any, Any], total: Any,
 ) -> None:  # fmt: skip
     """Fills the outputs, and adds d_weight up in `total`."""
 
-    def see(name: str, view: Callable[..., Array], **options: bool) -> Array:
+    def see(name: str, view: Callable[..., Any], **options: bool) -> Any:
         return None if v[name] is None else view(v[name], **options)
 
     data = [see(name, frame.data) for name in ("x", "dy", "ddx")]

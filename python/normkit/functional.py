@@ -5,15 +5,16 @@ shift.
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from ._compiled import Activation, Array, Axes, compiled
+from ._compiled import compiled
 from ._double_backward import double_backward
 from ._memory import Memory, views_of
+from ._types import Activation, AdaptiveGradients, Array, Axes, Float, Gradients, Mask, Statistics
 from .phases import Moments
 
 __all__ = [
@@ -41,29 +42,34 @@ __all__ = [
     "rms_norm_double_backward",
 ]
 
-_ALL = ("dx", "dweight", "dbias")
+_ALL: Gradients = ("dx", "dweight", "dbias")
 # What gradients of content and of style are made of: always the same tuples, by which calls are known again.
-_WANTED = {(True, True): _ALL, (True, False): ("dx",), (False, True): ("dweight", "dbias"), (False, False): ()}
+_WANTED: dict[tuple[bool, bool], Any] = {
+    (True, True): _ALL,
+    (True, False): ("dx",),
+    (False, True): ("dweight", "dbias"),
+    (False, False): (),
+}
 
 
 @compiled("forward", "instance")
 def instance_norm(
     x: Array,
-    weight: Array = None,
-    bias: Array = None,
+    weight: Array | None = None,
+    bias: Array | None = None,
     *,
     eps: float = 1e-5,
     channel_axis: int = 1,
-    running_mean: Array = None,
-    running_var: Array = None,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
     use_input_stats: bool = True,
     momentum: float = 0.1,
-    out: Array = None,
-    out_dtype: Any = None,
+    out: Array | None = None,
+    out_dtype: Float = None,
     return_stats: bool = False,
-    where: Array = None,
+    where: Mask | None = None,
     activation: Activation = None,
-    residual: Array = None,
+    residual: Array | None = None,
     return_residual: bool = False,
     weight_offset: float = 0.0,
 ) -> Any:
@@ -133,19 +139,19 @@ def instance_norm(
 def instance_norm_backward(
     dy: Array,
     x: Array,
-    mean: Array,
-    rstd: Array,
-    weight: Array = None,
+    mean: Statistics,
+    rstd: Statistics,
+    weight: Array | None = None,
     *,
     channel_axis: int = 1,
     use_input_stats: bool = True,
-    need: Collection[str] = _ALL,
-    out: Array = None,
-    where: Array = None,
-    bias: Array = None,
+    need: Gradients = _ALL,
+    out: Array | None = None,
+    where: Mask | None = None,
+    bias: Array | None = None,
     activation: Activation = None,
     weight_offset: float = 0.0,
-    dresidual: Array = None,
+    dresidual: Array | None = None,
 ) -> tuple[Any, Any, Any]:
     """The gradient of `instance_norm`.
 
@@ -188,14 +194,14 @@ def instance_norm_backward(
 
 @double_backward("instance", instance_norm_backward)
 def instance_norm_double_backward(
-    ddx: Array,
-    ddweight: Array,
-    ddbias: Array,
+    ddx: Array | None,
+    ddweight: Array | None,
+    ddbias: Array | None,
     dy: Array,
     x: Array,
-    mean: Array,
-    rstd: Array,
-    weight: Array = None,
+    mean: Statistics,
+    rstd: Statistics,
+    weight: Array | None = None,
     *,
     channel_axis: int = 1,
     use_input_stats: bool = True,
@@ -253,17 +259,17 @@ def instance_norm_double_backward(
 def group_norm(
     x: Array,
     num_groups: int,
-    weight: Array = None,
-    bias: Array = None,
+    weight: Array | None = None,
+    bias: Array | None = None,
     *,
     eps: float = 1e-5,
     channel_axis: int = 1,
-    out: Array = None,
-    out_dtype: Any = None,
+    out: Array | None = None,
+    out_dtype: Float = None,
     return_stats: bool = False,
-    where: Array = None,
+    where: Mask | None = None,
     activation: Activation = None,
-    residual: Array = None,
+    residual: Array | None = None,
     return_residual: bool = False,
     weight_offset: float = 0.0,
 ) -> Any:
@@ -300,19 +306,19 @@ def group_norm_backward(
     dy: Array,
     x: Array,
     num_groups: int,
-    mean: Array,
-    rstd: Array,
-    weight: Array = None,
+    mean: Statistics,
+    rstd: Statistics,
+    weight: Array | None = None,
     *,
     channel_axis: int = 1,
     use_input_stats: bool = True,
-    need: Collection[str] = _ALL,
-    out: Array = None,
-    where: Array = None,
-    bias: Array = None,
+    need: Gradients = _ALL,
+    out: Array | None = None,
+    where: Mask | None = None,
+    bias: Array | None = None,
     activation: Activation = None,
     weight_offset: float = 0.0,
-    dresidual: Array = None,
+    dresidual: Array | None = None,
 ) -> tuple[Any, Any, Any]:
     """The gradient of `group_norm`. Formulas, options and errors are those of `instance_norm_backward`.
 
@@ -324,15 +330,15 @@ def group_norm_backward(
 
 @double_backward("group", group_norm_backward)
 def group_norm_double_backward(
-    ddx: Array,
-    ddweight: Array,
-    ddbias: Array,
+    ddx: Array | None,
+    ddweight: Array | None,
+    ddbias: Array | None,
     dy: Array,
     x: Array,
     num_groups: int,
-    mean: Array,
-    rstd: Array,
-    weight: Array = None,
+    mean: Statistics,
+    rstd: Statistics,
+    weight: Array | None = None,
     *,
     channel_axis: int = 1,
     use_input_stats: bool = True,
@@ -351,17 +357,17 @@ def group_norm_double_backward(
 @compiled("forward", "layer")
 def layer_norm(
     x: Array,
-    weight: Array = None,
-    bias: Array = None,
+    weight: Array | None = None,
+    bias: Array | None = None,
     *,
     axis: Axes = -1,
     eps: float = 1e-5,
-    out: Array = None,
-    out_dtype: Any = None,
+    out: Array | None = None,
+    out_dtype: Float = None,
     return_stats: bool = False,
-    where: Array = None,
+    where: Mask | None = None,
     activation: Activation = None,
-    residual: Array = None,
+    residual: Array | None = None,
     return_residual: bool = False,
     weight_offset: float = 0.0,
 ) -> Any:
@@ -396,19 +402,19 @@ def layer_norm(
 def layer_norm_backward(
     dy: Array,
     x: Array,
-    mean: Array,
-    rstd: Array,
-    weight: Array = None,
+    mean: Statistics,
+    rstd: Statistics,
+    weight: Array | None = None,
     *,
     axis: Axes = -1,
     use_input_stats: bool = True,
-    need: Collection[str] = _ALL,
-    out: Array = None,
-    where: Array = None,
-    bias: Array = None,
+    need: Gradients = _ALL,
+    out: Array | None = None,
+    where: Mask | None = None,
+    bias: Array | None = None,
     activation: Activation = None,
     weight_offset: float = 0.0,
-    dresidual: Array = None,
+    dresidual: Array | None = None,
 ) -> tuple[Any, Any, Any]:
     """The gradient of `layer_norm`. Formulas, options and errors are those of `instance_norm_backward`.
 
@@ -420,14 +426,14 @@ def layer_norm_backward(
 
 @double_backward("layer", layer_norm_backward)
 def layer_norm_double_backward(
-    ddx: Array,
-    ddweight: Array,
-    ddbias: Array,
+    ddx: Array | None,
+    ddweight: Array | None,
+    ddbias: Array | None,
     dy: Array,
     x: Array,
-    mean: Array,
-    rstd: Array,
-    weight: Array = None,
+    mean: Statistics,
+    rstd: Statistics,
+    weight: Array | None = None,
     *,
     axis: Axes = -1,
     use_input_stats: bool = True,
@@ -447,17 +453,17 @@ def layer_norm_double_backward(
 @compiled("forward", "layer", center=False)
 def rms_norm(
     x: Array,
-    weight: Array = None,
-    bias: Array = None,
+    weight: Array | None = None,
+    bias: Array | None = None,
     *,
     axis: Axes = -1,
     eps: float | None = None,
-    out: Array = None,
-    out_dtype: Any = None,
+    out: Array | None = None,
+    out_dtype: Float = None,
     return_stats: bool = False,
-    where: Array = None,
+    where: Mask | None = None,
     activation: Activation = None,
-    residual: Array = None,
+    residual: Array | None = None,
     return_residual: bool = False,
     weight_offset: float = 0.0,
 ) -> Any:
@@ -494,18 +500,18 @@ def rms_norm(
 def rms_norm_backward(
     dy: Array,
     x: Array,
-    rstd: Array,
-    weight: Array = None,
+    rstd: Statistics,
+    weight: Array | None = None,
     *,
     axis: Axes = -1,
     use_input_stats: bool = True,
-    need: Collection[str] = _ALL,
-    out: Array = None,
-    where: Array = None,
-    bias: Array = None,
+    need: Gradients = _ALL,
+    out: Array | None = None,
+    where: Mask | None = None,
+    bias: Array | None = None,
     activation: Activation = None,
     weight_offset: float = 0.0,
-    dresidual: Array = None,
+    dresidual: Array | None = None,
 ) -> tuple[Any, Any, Any]:
     """The gradient of `rms_norm`.
 
@@ -520,13 +526,13 @@ def rms_norm_backward(
 
 @double_backward("layer", rms_norm_backward)
 def rms_norm_double_backward(
-    ddx: Array,
-    ddweight: Array,
-    ddbias: Array,
+    ddx: Array | None,
+    ddweight: Array | None,
+    ddbias: Array | None,
     dy: Array,
     x: Array,
-    rstd: Array,
-    weight: Array = None,
+    rstd: Statistics,
+    weight: Array | None = None,
     *,
     axis: Axes = -1,
     use_input_stats: bool = True,
@@ -547,21 +553,21 @@ def rms_norm_double_backward(
 @compiled("forward", "batch")
 def batch_norm(
     x: Array,
-    weight: Array = None,
-    bias: Array = None,
+    weight: Array | None = None,
+    bias: Array | None = None,
     *,
-    running_mean: Array = None,
-    running_var: Array = None,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
     channel_axis: int = 1,
-    out: Array = None,
-    out_dtype: Any = None,
+    out: Array | None = None,
+    out_dtype: Float = None,
     return_stats: bool = False,
-    where: Array = None,
+    where: Mask | None = None,
     activation: Activation = None,
-    residual: Array = None,
+    residual: Array | None = None,
     return_residual: bool = False,
     weight_offset: float = 0.0,
 ) -> Any:
@@ -598,19 +604,19 @@ def batch_norm(
 def batch_norm_backward(
     dy: Array,
     x: Array,
-    mean: Array,
-    rstd: Array,
-    weight: Array = None,
+    mean: Statistics,
+    rstd: Statistics,
+    weight: Array | None = None,
     *,
     training: bool = True,
     channel_axis: int = 1,
-    need: Collection[str] = _ALL,
-    out: Array = None,
-    where: Array = None,
-    bias: Array = None,
+    need: Gradients = _ALL,
+    out: Array | None = None,
+    where: Mask | None = None,
+    bias: Array | None = None,
     activation: Activation = None,
     weight_offset: float = 0.0,
-    dresidual: Array = None,
+    dresidual: Array | None = None,
 ) -> tuple[Any, Any, Any]:
     """The gradient of `batch_norm`. Formulas, options and errors are those of `instance_norm_backward`.
 
@@ -622,14 +628,14 @@ def batch_norm_backward(
 
 @double_backward("batch", batch_norm_backward)
 def batch_norm_double_backward(
-    ddx: Array,
-    ddweight: Array,
-    ddbias: Array,
+    ddx: Array | None,
+    ddweight: Array | None,
+    ddbias: Array | None,
     dy: Array,
     x: Array,
-    mean: Array,
-    rstd: Array,
-    weight: Array = None,
+    mean: Statistics,
+    rstd: Statistics,
+    weight: Array | None = None,
     *,
     training: bool = True,
     channel_axis: int = 1,
@@ -651,12 +657,12 @@ def adaptive_instance_norm(
     *,
     eps: float = 1e-5,
     channel_axis: int = 1,
-    out: Array = None,
-    out_dtype: Any = None,
+    out: Array | None = None,
+    out_dtype: Float = None,
     return_stats: bool = False,
-    where: Array = None,
+    where: Mask | None = None,
     activation: Activation = None,
-    residual: Array = None,
+    residual: Array | None = None,
     return_residual: bool = False,
 ) -> Any:
     """Give each channel of each image the mean and deviation that it has in another image (AdaIN).
@@ -702,16 +708,16 @@ def adaptive_instance_norm_backward(
     dy: Array,
     content: Array,
     style: Array,
-    mean: Array,
-    rstd: Array,
+    mean: Statistics,
+    rstd: Statistics,
     *,
     eps: float = 1e-5,
     channel_axis: int = 1,
-    need: Collection[str] = ("dcontent", "dstyle"),
-    out: Array = None,
-    where: Array = None,
+    need: AdaptiveGradients = ("dcontent", "dstyle"),
+    out: Array | None = None,
+    where: Mask | None = None,
     activation: Activation = None,
-    dresidual: Array = None,
+    dresidual: Array | None = None,
 ) -> tuple[Any, Any]:
     """The gradient of `adaptive_instance_norm`: that of `instance_norm` for content, and for each member of style
 
@@ -774,12 +780,18 @@ def _moments_of_channels(x: Array, *, channel_axis: int) -> Any:
 
 @compiled("apply", "instance")
 def _apply_channels(
-    x: Array, mean: Array, rstd: Array, weight: Array = None, bias: Array = None, *, channel_axis: int
+    x: Array,
+    mean: Statistics,
+    rstd: Statistics,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    channel_axis: int,
 ) -> Any:
     """`apply` over the axes of instance norm."""
 
 
-def _style_of(content: Array, style: Array, channel_axis: int, eps: float) -> tuple[Moments, Any, Any]:
+def _style_of(content: Any, style: Any, channel_axis: int, eps: float) -> tuple[Moments, Any, Any]:
     """The moments of style, sqrt(var + eps) and the mean. Style has content's images and channels, or one image."""
     with _called("style"):
         moments = Moments._of(*_moments_of_channels(style, channel_axis=channel_axis))
@@ -818,7 +830,7 @@ def l2_normalize(
     *,
     axis: Axes = -1,
     eps: float = 1e-12,
-    out: Array = None,
+    out: Array | None = None,
     return_stats: bool = False,
 ) -> Any:
     """Divide by the Euclidean norm over the given axes.
@@ -866,11 +878,11 @@ def l2_normalize(
 def l2_normalize_backward(
     dy: Array,
     x: Array,
-    rnorm: Array,
+    rnorm: Statistics,
     *,
     axis: Axes = -1,
     eps: float = 1e-12,
-    out: Array = None,
+    out: Array | None = None,
 ) -> Any:
     """Gradient of `l2_normalize`.
 
@@ -904,18 +916,18 @@ def l2_normalize_backward(
 @compiled("forward", "normalize")
 def normalize(
     x: Array,
-    weight: Array = None,
-    bias: Array = None,
+    weight: Array | None = None,
+    bias: Array | None = None,
     *,
     axis: Axes,
     center: bool = True,
     eps: float = 1e-5,
-    out: Array = None,
-    out_dtype: Any = None,
+    out: Array | None = None,
+    out_dtype: Float = None,
     return_stats: bool = False,
-    where: Array = None,
+    where: Mask | None = None,
     activation: Activation = None,
-    residual: Array = None,
+    residual: Array | None = None,
     return_residual: bool = False,
     weight_offset: float = 0.0,
 ) -> Any:
@@ -960,20 +972,20 @@ def normalize(
 def normalize_backward(
     dy: Array,
     x: Array,
-    mean: Array,
-    rstd: Array,
-    weight: Array = None,
+    mean: Statistics | None,
+    rstd: Statistics,
+    weight: Array | None = None,
     *,
     axis: Axes,
     center: bool = True,
     use_input_stats: bool = True,
-    need: Collection[str] = _ALL,
-    out: Array = None,
-    where: Array = None,
-    bias: Array = None,
+    need: Gradients = _ALL,
+    out: Array | None = None,
+    where: Mask | None = None,
+    bias: Array | None = None,
     activation: Activation = None,
     weight_offset: float = 0.0,
-    dresidual: Array = None,
+    dresidual: Array | None = None,
 ) -> tuple[Any, Any, Any]:
     """The gradient of `normalize`. Formulas, dtypes and errors are those of `instance_norm_backward`.
 
@@ -988,14 +1000,14 @@ def normalize_backward(
 
 @double_backward("normalize", normalize_backward)
 def normalize_double_backward(
-    ddx: Array,
-    ddweight: Array,
-    ddbias: Array,
+    ddx: Array | None,
+    ddweight: Array | None,
+    ddbias: Array | None,
     dy: Array,
     x: Array,
-    mean: Array,
-    rstd: Array,
-    weight: Array = None,
+    mean: Statistics | None,
+    rstd: Statistics,
+    weight: Array | None = None,
     *,
     axis: Axes,
     center: bool = True,

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ._compiled import Activation, Array, Axes, compiled
+from ._compiled import compiled
 from ._memory import NUMPY, Memory, library_of, views_of
+from ._types import Activation, Array, Axes, Float, Mask, Statistics
 
 
 class Moments:
@@ -47,7 +48,7 @@ class Moments:
     _memory: Memory
     _centered: bool
 
-    def __init__(self, count: Array, mean: Array, m2: Array) -> None:
+    def __init__(self, count: Statistics, mean: Statistics | None, m2: Statistics) -> None:
         given = {"mean": 0 if mean is None else mean, "m2": m2, "count": count}
         numbers = {name: float(v) for name, v in given.items() if isinstance(v, int | float | np.number | np.bool_)}
         if len(numbers) == 3:
@@ -90,23 +91,23 @@ class Moments:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __reduce__(self) -> tuple[type["Moments"], tuple[Array, Array, Array]]:
+    def __reduce__(self) -> tuple[type["Moments"], tuple[Any, Any, Any]]:
         return Moments, (self.count, self.mean, self.m2)
 
-    def _part(self, k: int) -> Array:
+    def _part(self, k: int) -> Any:
         with self._memory as memory:
             return memory.hand_over(memory.wide(self._triples[..., k], "float64"))
 
     @property
-    def count(self) -> Array:
+    def count(self) -> Any:
         return self._part(2)
 
     @property
-    def mean(self) -> Array:
+    def mean(self) -> Any:
         return self._part(0) if self._centered else None
 
     @property
-    def m2(self) -> Array:
+    def m2(self) -> Any:
         return self._part(1)
 
     def merge(self, other: "Moments") -> "Moments":
@@ -127,7 +128,7 @@ class Moments:
         with self._memory as memory:
             return Moments._of(memory.merged(self._triples, other._triples), memory, self._centered)
 
-    def var(self, correction: float = 0) -> Array:
+    def var(self, correction: float = 0) -> Any:
         """m2 / (count - correction); 0 where there are no members, NaN where `correction` leaves none."""
         with self._memory as memory:
             return memory.hand_over(self._var(memory, correction))
@@ -140,17 +141,17 @@ class Moments:
             left = count - correction
             return where(left > 0, m2 / left, where(count == 0, 0.0, math.nan))
 
-    def std(self, correction: float = 0) -> Array:
+    def std(self, correction: float = 0) -> Any:
         """The square root of `var(correction)`."""
         with self._memory as memory:
             return memory.hand_over(memory.xp.sqrt(self._var(memory, correction)))
 
-    def _deviation(self, eps: float) -> Array:
+    def _deviation(self, eps: float) -> Any:
         """sqrt(var + eps)."""
         with self._memory as memory:
             return memory.hand_over(memory.deviation(self._triples, eps, inverse=False))
 
-    def rstd(self, eps: float = 1e-5) -> Array:
+    def rstd(self, eps: float = 1e-5) -> Any:
         """1 / sqrt(var + eps), as the normalizations have it: 0 where there are no members, or where var + eps is 0."""
         with self._memory as memory:
             return memory.hand_over(memory.deviation(self._triples, eps, inverse=True))
@@ -171,11 +172,11 @@ def merge(moments: Iterable[Moments]) -> Moments:
 
 
 @compiled("moments", "normalize")
-def _moments(x: Array, *, axis: Axes, center: bool = True, where: Array = None) -> tuple[Any, Memory | None]:
+def _moments(x: Array, *, axis: Axes, center: bool = True, where: Mask | None = None) -> tuple[Any, Memory | None]:
     """Mean, m2 and count of each statistic, and their memory."""
 
 
-def moments(x: Array, *, axis: Axes, center: bool = True, where: Array = None) -> Moments:
+def moments(x: Array, *, axis: Axes, center: bool = True, where: Mask | None = None) -> Moments:
     """The moments of x over `axis`: the first phase of `normalize`, and of every named normalization.
 
     Parameters
@@ -211,17 +212,17 @@ def moments(x: Array, *, axis: Axes, center: bool = True, where: Array = None) -
 @compiled("apply", "normalize", center=None)
 def apply(
     x: Array,
-    mean: Array,
-    rstd: Array,
-    weight: Array = None,
-    bias: Array = None,
+    mean: Statistics | None,
+    rstd: Statistics,
+    weight: Array | None = None,
+    bias: Array | None = None,
     *,
     axis: Axes,
-    out: Array = None,
-    out_dtype: Any = None,
+    out: Array | None = None,
+    out_dtype: Float = None,
     activation: Activation = None,
     weight_offset: float = 0.0,
-) -> Array:
+) -> Any:
     """Normalize x by statistics that are given: the second phase of `normalize`.
 
         y = (x - mean) * rstd * weight + bias
@@ -252,16 +253,16 @@ def apply(
 def backward_sums(
     dy: Array,
     x: Array,
-    mean: Array,
-    rstd: Array,
-    weight: Array = None,
+    mean: Statistics | None,
+    rstd: Statistics,
+    weight: Array | None = None,
     *,
     axis: Axes,
-    where: Array = None,
-    bias: Array = None,
+    where: Mask | None = None,
+    bias: Array | None = None,
     activation: Activation = None,
     weight_offset: float = 0.0,
-) -> Array:
+) -> Any:
     """What the gradient of each statistic needs to know of a part: the first phase of `normalize_backward`.
 
     Sums of g, of g * (x - mean) and of x - mean, where g = dy * weight. The last one, over the members alone, makes
@@ -291,20 +292,20 @@ def backward_sums(
 def apply_backward(
     dy: Array,
     x: Array,
-    mean: Array,
-    rstd: Array,
+    mean: Statistics | None,
+    rstd: Statistics,
     sums: Array,
-    count: Array,
-    weight: Array = None,
+    count: Statistics,
+    weight: Array | None = None,
     *,
     axis: Axes,
-    out: Array = None,
-    where: Array = None,
-    bias: Array = None,
+    out: Array | None = None,
+    where: Mask | None = None,
+    bias: Array | None = None,
     activation: Activation = None,
     weight_offset: float = 0.0,
-    dresidual: Array = None,
-) -> Array:
+    dresidual: Array | None = None,
+) -> Any:
     """The gradient of a part, once the sums of all parts are known: the second phase of `normalize_backward`.
 
         dx = rstd * (g - sum(g) / count - x_hat * sum(g * x_hat) / count),    g = dy * weight
