@@ -14,6 +14,7 @@
 #include "calls.hpp"
 #include "cuda.hpp"
 #include "function.hpp"
+#include "memory.hpp"
 #include "normkit/formula.hpp"
 #include "options.hpp"
 #include "output_cache.hpp"
@@ -77,6 +78,9 @@ nb::object geometry(const std::vector<std::int64_t>& shape, const std::vector<st
 
 }  // namespace
 
+/// By this name threadpoolctl knows the library again.
+extern "C" [[gnu::visibility("default")]] int normkit_num_threads() { return normkit::num_threads(); }
+
 NB_MODULE(_core, m) {
   if (_import_array() < 0) throw nb::python_error();
   m.doc() = "The compiled half of normkit. Private: call the functions of normkit itself.";
@@ -108,4 +112,5 @@ NB_MODULE(_core, m) {
   m.def("set_cache_limit", &output_cache::set_limit, "bytes"_a);
   m.def("cache_held", &output_cache::held);
   m.def("set_num_threads", &normkit::set_num_threads, "n"_a);
+  m.def("follow_threads_of", &memory::follow_threads_of, "variable"_a);
 }

@@ -45,9 +45,14 @@ nb::object python_module(const char* name) { return nb::module_::import_(name); 
 [[noreturn]] void not_an_array(const char* name, nb::handle array) {
   const std::string type =
       nb::str(nb::handle(reinterpret_cast<PyObject*>(Py_TYPE(array.ptr()))).attr("__name__")).c_str();
-  const bool vowel = std::strchr("aeiou", type[0]) != nullptr;
-  type_error(std::string(name) + " is " + (vowel ? "an " : "a ") + type +
-             ", expected a NumPy array or an object with __dlpack__");
+  const bool vowel = std::strchr("aeiouAEIOU", type[0]) != nullptr;
+  const std::string library = arrays::library_of(array).name, named(name);
+  std::string way;
+  if (library == "pandas") way = ": pass " + named + ".to_numpy()";
+  if (library == "xarray") way = ": pass " + named + ".values, or call through xarray.apply_ufunc";
+  if (library == "dask") way = ": call on each chunk, through dask.array.map_blocks";
+  type_error(named + " is " + (vowel ? "an " : "a ") + type + ", expected a NumPy array or an object with __dlpack__" +
+             way);
 }
 
 constexpr int kCuda = 2, kManaged = 13, kCpu = 1, kPinned = 3;  // DLPack device types
@@ -132,7 +137,8 @@ class Arrays {
   static void refuse_masked(const char* name, nb::handle array) {
     if (PyArray_CheckExact(array.ptr())) return;
     if (PyObject_IsInstance(array.ptr(), python_module("numpy.ma").attr("MaskedArray").ptr()) == 1)
-      type_error(std::string(name) + " is a masked array, expected a plain one: a mask would be ignored");
+      type_error(std::string(name) + " is a masked array, expected a plain one: a mask would be ignored; pass " + name +
+                 ".data, and where=~" + name + ".mask");
   }
   static void judge_on_cpu(const char* name, nb::handle array, const Library& library) {
     if (PyArray_Check(array.ptr())) return;

@@ -36,6 +36,8 @@ nb::object tuple_of(const std::int64_t* numbers, int count, std::int64_t unit = 
   return tuple;
 }
 
+nb::handle threads_of_context;  // never let go of: calls may come until the process ends
+
 nb::object module(const char* name) { return nb::module_::import_(name); }
 
 }  // namespace
@@ -45,7 +47,14 @@ const Memory& of_numpy() {
   return numpy;
 }
 
+void follow_threads_of(nb::object variable) {
+  if (!threads_of_context.is_valid()) threads_of_context = variable.release();
+}
+
 void Memory::run(Job& job) const {
+  if (threads_of_context.is_valid())
+    if (const nb::object threads = threads_of_context.attr("get")(); !threads.is_none())
+      job.threads = nb::cast<int>(threads);
   Workspace workspace(workspace_doubles(job));
   if (job.task.geometry.size() < kReleaseElements) return normkit::run(job, workspace.data());
   unlocked::run([&] { normkit::run(job, workspace.data()); });

@@ -45,6 +45,9 @@ class Memory {
 
 const Memory& of_numpy();
 
+/// From now on calls on the CPU use as many threads as this context variable says where it is not None. The first one stays.
+void follow_threads_of(nb::object variable);
+
 /// That of another library on the CPU.
 class Other final : public Memory {
  public:

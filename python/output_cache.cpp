@@ -3,9 +3,11 @@
 #include <pthread.h>
 #include <sys/mman.h>
 
+#include <charconv>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <system_error>
 #include <vector>
 
 #include <Python.h>
@@ -51,9 +53,10 @@ class Cache {
 
   Cache() {
     const char* wanted = std::getenv("NORMKIT_CACHE_BYTES");
-    char* end = nullptr;
-    const unsigned long long bytes = wanted ? std::strtoull(wanted, &end, 10) : 0;
-    if (wanted && *wanted && !*end) limit_ = static_cast<std::size_t>(bytes);  // else _config.py warns
+    std::size_t bytes = 0;
+    if (!wanted || !*wanted) return;
+    const std::from_chars_result read = std::from_chars(wanted, wanted + std::strlen(wanted), bytes);
+    if (read.ec == std::errc{} && !*read.ptr) limit_ = bytes;  // else _config.py warns
   }
 
   /// The newest that is large enough, as it may still be in the processor's caches, but not twice as large.

@@ -56,7 +56,7 @@ bool equal(std::span<const std::int64_t> a, std::span<const std::int64_t> b) {
 
 [[noreturn]] void bad_dtype(const std::string& name, const Array& a, const std::string& expected) {
   const std::string given = a.dtype == Dtype::other ? std::string(a.other_dtype) : name_of(a.dtype);
-  const bool swapped = !given.empty() && (given[0] == '>' || given[0] == '<');
+  const bool swapped = (given.starts_with('>') || given.starts_with('<')) && given.find_first_of("fiu") == 1;
   type_error(name + " has dtype " + given + ", expected " + (swapped ? "native byte order" : expected));
 }
 

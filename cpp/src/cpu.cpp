@@ -1,9 +1,12 @@
 #include "cpu.hpp"
 
+#include <algorithm>
 #include <atomic>
+#include <charconv>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
+#include <system_error>
 
 #include "normkit/formula.hpp"
 #include "normkit/normkit.hpp"
@@ -345,12 +348,29 @@ bool use_isa(const std::string& name) {
   return found != nullptr;
 }
 
+namespace {
+
+/// A number of threads, at least 1, that a text is, or begins with if `separator` follows; 0 where it is none.
+int count_in(const char* text, char separator) {
+  int count = 0;
+  const std::from_chars_result read = std::from_chars(text, text + std::strlen(text), count);
+  const bool ends = *read.ptr == 0 || *read.ptr == separator;
+  return read.ec == std::errc{} && count > 0 && ends ? count : 0;
+}
+
+/// NORMKIT_NUM_THREADS says how many; OMP_NUM_THREADS, which may go on with a comma and the threads of inner levels, how
+/// many at most. What says nothing of the kind is as if it were not there; _config.py warns of the former.
+void configure_threads() {
+  const char *mine = std::getenv("NORMKIT_NUM_THREADS"), *general = std::getenv("OMP_NUM_THREADS");
+  const int wanted = mine ? count_in(mine, 0) : 0, most = general ? count_in(general, ',') : 0;
+  if (wanted) set_max_threads(wanted);
+  else if (most) set_max_threads(std::min(most, max_threads()));
+}
+
+}  // namespace
+
 int num_threads() {
-  static const bool configured = [] {
-    const char* wanted = std::getenv("NORMKIT_NUM_THREADS");
-    if (wanted && std::atoi(wanted) > 0) set_max_threads(std::atoi(wanted));
-    return true;
-  }();
+  static const bool configured = (configure_threads(), true);
   static_cast<void>(configured);
   return max_threads();
 }

@@ -6,6 +6,7 @@
 #include <string>
 #include <system_error>
 #include <thread>
+#include <vector>
 
 #if defined(__linux__)
 #include <sched.h>
@@ -53,11 +54,22 @@ class Pool {
   /// One call at a time; whoever does not get in works alone.
   std::atomic_flag busy = ATOMIC_FLAG_INIT;
 
+  /// Ends all threads, and returns when they are gone. Only for the one that holds `busy`.
+  void stop() {
+    stopping_.store(true, std::memory_order_relaxed);
+    claim_.store(((claim_.load(std::memory_order_relaxed) >> 32) + 1) << 32, std::memory_order_release);
+    claim_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+    workers_.clear();
+    stopping_.store(false, std::memory_order_relaxed);
+  }
+
  private:
   /// Where the system gives no more threads, the call makes do with those there are: the caller takes every task left.
   void start_workers(int wanted) {
     try {
-      for (; workers_ < wanted; ++workers_) std::thread([this, index = workers_] { work(index); }).detach();
+      for (int count = static_cast<int>(workers_.size()); count < wanted; ++count)
+        workers_.emplace_back([this, count] { work(count); });
     } catch (const std::system_error&) {
     }
   }
@@ -82,6 +94,7 @@ class Pool {
   void work(int index) {
     for (;;) {
       const std::uint64_t seen = claim_.load(std::memory_order_acquire);
+      if (stopping_.load(std::memory_order_relaxed)) return;
       while (take(index + 1)) {
       }
       int spin = 0;
@@ -100,25 +113,36 @@ class Pool {
   std::atomic<std::uint32_t> tasks_{0};
   std::atomic<int> active_{0};
   std::atomic<std::uint32_t> done_{0};
-  int workers_ = 0;
+  std::atomic<bool> stopping_{false};
+  std::vector<std::thread> workers_;
 };
 
 std::atomic<Pool*> current_pool{nullptr};
 
-/// Never destroyed: workers may outlive static destructors. The child of a fork has no workers, so it gets a new pool.
+#if !defined(_WIN32)
+Pool* held_by_fork = nullptr;
+
+void before_fork() {
+  held_by_fork = current_pool.load(std::memory_order_acquire);
+  if (!held_by_fork) return;
+  while (held_by_fork->busy.test_and_set(std::memory_order_acquire)) std::this_thread::yield();
+  held_by_fork->stop();
+}
+void after_fork() {
+  if (held_by_fork) held_by_fork->busy.clear(std::memory_order_release);
+}
+
+[[maybe_unused]] const int registered = pthread_atfork(before_fork, after_fork, after_fork);
+#endif
+
+/// Never destroyed: workers may outlive static destructors.
 Pool& pool() {
   Pool* existing = current_pool.load(std::memory_order_acquire);
   if (existing) return *existing;
   Pool* fresh = new Pool;
-  if (!current_pool.compare_exchange_strong(existing, fresh, std::memory_order_acq_rel)) {
-    delete fresh;
-    return *existing;
-  }
-#if !defined(_WIN32)
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { current_pool.store(nullptr); });
-  static_cast<void>(registered);
-#endif
-  return *fresh;
+  if (current_pool.compare_exchange_strong(existing, fresh, std::memory_order_acq_rel)) return *fresh;
+  delete fresh;
+  return *existing;
 }
 
 /// CPUs that the cgroup of this process pays for; 0 where there is no quota.

@@ -1,7 +1,8 @@
 // The claim pool: threads that take tasks from a call as they come free.
 //
 // The caller takes tasks too, and at the end waits only for workers that hold one. A pool that is busy (another thread's
-// call, or a call from within a task) lets the caller do all of its tasks itself. After fork() the child starts anew.
+// call, or a call from within a task) lets the caller do all of its tasks itself. fork() waits for a call that uses the
+// pool and ends its threads first, so that no lock of theirs is held in the child; both processes start them anew.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,9 @@
 """normkit: normalization of NumPy arrays and DLPack tensors, forward and backward, at the speed of memory."""
 
-from . import functional
+# _core imports it unseen: by this line tools that freeze programs take it along.
+import nanobind_backend as _nanobind_backend  # type: ignore[import-untyped]  # noqa: F401 - for _core
+
+from . import _threadpoolctl, functional  # noqa: F401 - it registers
 from ._config import (
     cache_size,
     clear_cache,

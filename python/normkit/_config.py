@@ -5,34 +5,47 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from . import _core
 
+_threads: ContextVar[int | None] = ContextVar("threads", default=None)
 
-def set_num_threads(n: int) -> None:
-    """Let every call use up to `n` threads, the calling one included. Raises ValueError below 1."""
+
+def _check_threads(n: int) -> None:
     if n < 1:
         raise ValueError(f"n is {n}, expected at least 1")
+
+
+def set_num_threads(n: int) -> None:
+    """Let every call of the process use up to `n` threads, the calling one included. Raises ValueError below 1."""
+    _check_threads(n)
     _core.set_num_threads(n)
 
 
 def get_num_threads() -> int:
     """Threads that a call may use.
 
-    At the start: NORMKIT_NUM_THREADS, else the CPUs of the affinity mask, or of the cgroup quota where that is less.
+    At the start: NORMKIT_NUM_THREADS, else the CPUs of the affinity mask, of the cgroup quota or of OMP_NUM_THREADS,
+    whichever is least.
     """
-    return _core.num_threads()
+    return _threads.get() or _core.num_threads()
 
 
 @contextmanager
 def num_threads(n: int) -> Iterator[None]:
-    """Use up to `n` threads within a `with` block, for the whole process."""
-    before = get_num_threads()
-    set_num_threads(n)
+    """Use up to `n` threads within a `with` block, whatever the process may use.
+
+    It is for the calls of the block alone: other threads and other tasks of asyncio are as they were. Raises ValueError
+    below 1.
+    """
+    _check_threads(n)
+    _core.follow_threads_of(_threads)
+    before = _threads.set(n)
     try:
         yield
     finally:
-        set_num_threads(before)
+        _threads.reset(before)
 
 
 def isas() -> tuple[str, ...]:
@@ -112,8 +125,12 @@ def _check_environment() -> None:
     if wanted and wanted not in isas():
         expected = ", ".join(map(repr, isas()))
         warnings.warn(f"NORMKIT_ISA is {wanted!r}, expected one of {expected}; using {isa()!r}", stacklevel=2)
+    wanted = os.environ.get("NORMKIT_NUM_THREADS", "")
+    if wanted and str(get_num_threads()) != wanted.lstrip("0"):
+        expected = "expected a number of threads, at least 1"
+        warnings.warn(f"NORMKIT_NUM_THREADS is {wanted!r}, {expected}; using {get_num_threads()}", stacklevel=2)
     wanted = os.environ.get("NORMKIT_CACHE_BYTES", "")
-    if wanted and not wanted.isdecimal():
+    if wanted and str(get_cache_limit()) != (wanted.lstrip("0") or "0"):
         message = f"NORMKIT_CACHE_BYTES is {wanted!r}, expected a number of bytes; using {get_cache_limit()}"
         warnings.warn(message, stacklevel=2)
 

@@ -176,7 +176,7 @@ std::vector<std::string> isas();
 bool use_isa(const std::string& name);
 
 /// Threads that a call may use, the calling one included. Starts at NORMKIT_NUM_THREADS, or at the CPUs of the affinity mask
-/// and the cgroup quota. Results do not depend on it.
+/// and the cgroup quota, at most OMP_NUM_THREADS. Results do not depend on it.
 int num_threads();
 void set_num_threads(int n);
 
