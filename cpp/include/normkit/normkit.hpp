@@ -10,6 +10,10 @@
 //     normkit::forward(args, normkit::instance_spec(4));
 #pragma once
 
+#if __cplusplus < 202002L
+#error "normkit.hpp wants C++20: compile with -std=c++20"
+#endif
+
 #include <array>
 #include <cstddef>
 #include <cstdint>
