@@ -37,8 +37,9 @@ std::vector<std::int64_t> axes_of(nb::handle h, int ndim) {
   return axes;
 }
 
-constexpr const char* kActivationNames[] = {"none",      "relu", "leaky_relu", "silu", "gelu",
-                                            "gelu_tanh", "elu",  "sigmoid",    "tanh"};
+constexpr const char* kActivationNames[normkit::kActivationKinds] = {"none",      "relu", "leaky_relu", "silu", "gelu",
+                                                                     "gelu_tanh", "elu",  "sigmoid",    "tanh", "relu6",
+                                                                     "hardswish", "mish", "softplus"};
 
 [[noreturn]] void bad_activation(nb::handle h, Error::Kind kind) {
   std::string names;
@@ -55,7 +56,7 @@ normkit::Activation activation_of(nb::handle h) {
   const nb::object name = pair ? nb::object(h[0]) : nb::borrow(h);
   if (!PyUnicode_Check(name.ptr())) bad_activation(h, Error::Kind::type);
   const std::string text = nb::str(name).c_str();
-  for (int kind = 1; kind <= static_cast<int>(ActivationKind::tanh); ++kind) {
+  for (int kind = 1; kind < normkit::kActivationKinds; ++kind) {
     if (text != kActivationNames[kind]) continue;
     normkit::Activation a{static_cast<ActivationKind>(kind)};
     const bool leaky = a.kind == ActivationKind::leaky_relu, elu = a.kind == ActivationKind::elu;

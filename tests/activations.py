@@ -46,6 +46,11 @@ def sigmoid(z: Any) -> Any:
     return np.where(z < 0, e, 1) / (1 + e)
 
 
+def _mish_slope(z: Any) -> Any:
+    gate = np.tanh(np.logaddexp(z, 0))
+    return gate + z * (1 - gate**2) * sigmoid(z)
+
+
 def _gelu_tanh(z: Any) -> tuple[Any, Any]:
     """With (1 + tanh(v)) / 2 = sigmoid(2 v)."""
     cubic, scale = z.dtype.type(44715) / 1000000, np.sqrt(8 / pi(z))
@@ -65,6 +70,10 @@ _VALUES: dict[str, Callable[..., Any]] = {
     "elu": lambda z, alpha: np.where(z > 0, z, alpha * np.expm1(np.minimum(z, 0))),
     "sigmoid": sigmoid,
     "tanh": np.tanh,
+    "relu6": lambda z: np.clip(z, 0, 6),
+    "hardswish": lambda z: z * (np.clip(z + 3, 0, 6) / 6),
+    "mish": lambda z: z * np.tanh(np.logaddexp(z, 0)),
+    "softplus": lambda z: np.logaddexp(z, 0),
 }
 _SLOPES: dict[str, Callable[..., Any]] = {
     "relu": lambda z: np.where(z > 0, z.dtype.type(1), 0),
@@ -75,6 +84,10 @@ _SLOPES: dict[str, Callable[..., Any]] = {
     "elu": lambda z, alpha: np.where(z > 0, z.dtype.type(1), alpha * np.exp(np.minimum(z, 0))),
     "sigmoid": lambda z: sigmoid(z) * sigmoid(-z),
     "tanh": lambda z: 1 - np.tanh(z) ** 2,
+    "relu6": lambda z: np.where((z > 0) & (z < 6), z.dtype.type(1), 0),
+    "hardswish": lambda z: np.where(np.abs(z) < 3, z / 3 + z.dtype.type(0.5), z > 0),
+    "mish": _mish_slope,
+    "softplus": sigmoid,
 }
 DEFAULTS = {"leaky_relu": 0.01, "elu": 1.0}
 
@@ -101,7 +114,7 @@ def activated(z: Any, activation: Any) -> Any:
 
 
 def slope(z: Any, activation: Any) -> Any:
-    """The derivative; at a kink, that of the left side."""
+    """The derivative; at a kink, that of the side that PyTorch takes."""
     if activation is None:
         return z.dtype.type(1)
     name, parameter = split(activation)

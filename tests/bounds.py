@@ -33,7 +33,7 @@ DOUBLE = UNIT["float64"]
 ACTIVATION = 16
 GELU_TANH = 8
 TINY = {"float32": 1e-37, "float64": 1e-300}
-# The steepest derivative and the steepest of that, rounded up. Of those with a parameter, see steepest().
+# The steepest derivative and the steepest of that between kinks, rounded up. Of those with a parameter, see steepest().
 STEEPEST = {
     "relu": (1, 0),
     "leaky_relu": (1, 0),
@@ -43,7 +43,13 @@ STEEPEST = {
     "elu": (1, 1),
     "sigmoid": (0.25, 0.0963),
     "tanh": (1, 0.77),
+    "relu6": (1, 0),
+    "hardswish": (1.5, 1 / 3),
+    "mish": (1.09, 0.645),
+    "softplus": (1, 0.25),
 }
+# Where a derivative jumps, and by how much. Of those with a parameter, at 0.
+KINKS = {"relu": {0: 1.0}, "relu6": {0: 1.0, 6: 1.0}, "hardswish": {-3: 0.5, 3: 0.5}}
 
 
 def unit(dtype: Any) -> float:
@@ -60,15 +66,15 @@ def evaluation(activation: Any, z: Any) -> Any:
     return GELU_TANH * (1 + np.minimum(v, 800))
 
 
-def steepest(activation: Any) -> tuple[float, float, float]:
-    """The steepest derivative of an activation, the steepest of that, and by how much it jumps at 0."""
+def steepest(activation: Any) -> tuple[float, float, dict[float, float]]:
+    """The steepest derivative of an activation, the steepest of that, and by how much the derivative jumps where."""
     if activation is None:
-        return 1.0, 0.0, 0.0
+        return 1.0, 0.0, {}
     name, parameter = split(activation)
     first, second = STEEPEST[name]
     if not parameter:
-        return first, second, float(name == "relu")
-    return max(first, abs(parameter[0])), second * abs(parameter[0]), abs(1 - parameter[0])
+        return first, second, KINKS.get(name, {})
+    return max(first, abs(parameter[0])), second * abs(parameter[0]), {0: abs(1 - parameter[0])}
 
 
 def depth(terms: Any, *, longest: int) -> Any:
@@ -197,10 +203,11 @@ def dz(b: SimpleNamespace, dtype: Any) -> Any:
     nearer to a kink than its error, the derivative may be that of the other side."""
     if b.activation is None:
         return 0.0
-    first, second, jump = steepest(b.activation)
+    first, second, kinks = steepest(b.activation)
     u = unit(dtype)
     off = z(b, dtype) + np.abs(b.weight) * b.rstd * (2 * u * np.abs(b.mean) + np.abs(b.given - b.mean))
-    derivative = second * off + jump * (np.abs(b.z) <= off) + ACTIVATION * u * first
+    jumps = sum(jump * (np.abs(b.z - kink) <= off) for kink, jump in kinks.items())
+    derivative = second * off + jumps + ACTIVATION * u * first
     return np.abs(b.dy) * derivative + u * np.abs(b.dz) + TINY[compute(dtype).name]
 
 

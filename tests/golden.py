@@ -22,8 +22,9 @@ from typing import Any
 
 import normkit
 import numpy as np
+from activations import ACTIVATIONS, name_of
 from cases import DTYPES, INTEGERS, LAYOUTS, Guarded, lay
-from reference import REGISTRY, Operation, Shape
+from reference import OPERATIONS, REGISTRY, Operation, Shape
 
 RECORD = Path(__file__).with_name("golden.txt")
 SHAPE = (3, 4, 5, 6)
@@ -248,6 +249,10 @@ def other_cells(layouts: list[str]) -> Iterator[tuple[str, str, Callable[[], Any
             yield f"adaptive {name}", layout, partial(adaptive, dtype, layout)
             if name not in DTYPES:
                 continue
+            for kind in ACTIVATIONS:
+                shared = {"activation": lambda kind=kind: kind}
+                call = partial(both_ways, OPERATIONS["instance"], SHAPE, dtype, layout, "channel", shared=shared)
+                yield f"activation {name} {name_of(kind)}", layout, call
             for axis in (1, (2, 3), (0, 3), (0, 1, 2, 3)):
                 for center in (True, False):
                     yield f"phases {name} {axis} {center}", layout, partial(phases, dtype, layout, axis, center)

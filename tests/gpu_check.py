@@ -98,7 +98,8 @@ def calls() -> list[Call]:
     found.append(Call("instance", (265, 1, 12_000), kind="many"))  # a block holds two tiles
     found.append(Call("layer", (2, 210_000)))  # more weights than a team holds sums of
     for op in ("instance", "instance-last", "layer"):
-        found += [Call(op, SMALL, options={"activation": a}) for a in ("relu", ("leaky_relu", 0.2), "silu", "gelu")]
+        some = ("relu", ("leaky_relu", 0.2), "silu", "gelu", "relu6", "hardswish", "mish", "softplus")
+        found += [Call(op, SMALL, options={"activation": a}) for a in some]
         found += [Call(op, SMALL, options=o) for o in ({"where": "random"}, {"weight_offset": 1.0})]
         found += [Call(op, SMALL, "uint8"), Call(op, SMALL, "float16", {"out_dtype": "float32"})]
         found += [Call(op, SMALL, dtype, kind="residual") for dtype in ("float32", "float16")]

@@ -53,19 +53,75 @@ def test_derivatives_of_the_activation_alone(activation, dtype, isa):
     x = x[x != 0].reshape(1, 1, -1)
     truth = activations.slope(wide(x), activation)
     bound = bounds.ACTIVATION * bounds.unit(dtype) * bounds.steepest(activation)[0]
-    one = np.ones((1, 1), compute(dtype))
-    dx = INSTANCE.backward(np.ones_like(x), x, 0 * one, one, activation=activation, use_input_stats=False)[0]
+    dx = slopes_of(activation, x)
     assert bounds.excess(dx, truth, bound + bounds.stored(np.abs(truth) + bound, dtype)) <= 1
 
 
+def slopes_of(activation, x):
+    """What a gradient of ones becomes at statistics that leave z = x, exactly."""
+    one = np.ones((1, 1), compute(x.dtype))
+    return INSTANCE.backward(np.ones_like(x), x, 0 * one, one, activation=activation, use_input_stats=False)[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("activation", ["mish", "softplus"])
+def test_derivatives_relative_to_themselves(activation, dtype, isa):
+    """Also where they vanish on the left. That of mish is a sum of two terms, which cancel near its zero at -1.19."""
+    x = arguments(np.dtype(dtype))
+    z = wide(x)
+    truth = activations.slope(z, activation)
+    size = np.abs(truth)
+    if activation == "mish":
+        gate = np.tanh(np.logaddexp(z, 0))
+        size = gate + np.abs(truth - gate)
+    bound = bounds.ACTIVATION * bounds.unit(dtype) * size + bounds.TINY[dtype]
+    assert bounds.excess(slopes_of(activation, x), truth, bound) <= 1
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize(("activation", "at_zero"), [("relu", 0.0), ("leaky_relu", 0.01), (("leaky_relu", 0.25), 0.25),
-                                                     ("elu", 1.0), ("silu", 0.5), ("gelu", 0.5), ("gelu_tanh", 0.5),
-                                                     ("sigmoid", 0.25), ("tanh", 1.0)], ids=str)  # fmt: skip
-def test_derivatives_at_zero(activation, at_zero, dtype, isa):
-    x, one = np.zeros((1, 1, 5), dtype), np.ones((1, 1), compute(dtype))
-    dx = INSTANCE.backward(np.ones_like(x), x, 0 * one, one, activation=activation, use_input_stats=False)[0]
-    assert (np.abs(dx.astype(np.float64) - at_zero) <= bounds.stored(at_zero, dtype) + 2.0**-24 * at_zero).all()
+@pytest.mark.parametrize(("activation", "place", "slope"), [
+    ("relu", 0, 0.0), ("leaky_relu", 0, 0.01), (("leaky_relu", 0.25), 0, 0.25), ("elu", 0, 1.0), ("silu", 0, 0.5),
+    ("gelu", 0, 0.5), ("gelu_tanh", 0, 0.5), ("sigmoid", 0, 0.25), ("tanh", 0, 1.0), ("relu6", 0, 0.0),
+    ("relu6", 6, 0.0), ("hardswish", 0, 0.5), ("hardswish", -3, 0.0), ("hardswish", 3, 1.0), ("mish", 0, 0.6),
+    ("softplus", 0, 0.5)], ids=str)  # fmt: skip
+def test_derivatives_at_kinks_and_zero(activation, place, slope, dtype, isa):
+    found = slopes_of(activation, np.full((1, 1, 5), place, dtype)).astype(np.float64)
+    assert (np.abs(found - slope) <= bounds.stored(slope, dtype) + 2.0**-24 * slope).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("activation", ["relu6", "hardswish"])
+def test_derivatives_beside_kinks(activation, dtype, isa):
+    """At the numbers next to a kink: the side that they are on."""
+    kinks = np.array(list(bounds.KINKS[activation]), dtype)
+    step = kinks.astype(np.float64) * bounds.UNIT[dtype.name] * 2 + bounds.SMALLEST[dtype.name]
+    x = np.concatenate([kinks + step, kinks - step]).astype(dtype).reshape(1, 1, -1)
+    truth = activations.slope(wide(x), activation)
+    bound = bounds.ACTIVATION * bounds.unit(dtype) * np.abs(truth)
+    assert bounds.excess(slopes_of(activation, x), truth, bound + bounds.stored(np.abs(truth) + bound, dtype)) <= 1
+
+
+LIMITS = {
+    "relu": (0, np.inf, 0, 1), "leaky_relu": (-np.inf, np.inf, 0.01, 1), "silu": (0, np.inf, 0, 1),
+    "gelu": (0, np.inf, 0, 1), "gelu_tanh": (0, np.inf, 0, 1), "elu": (-1, np.inf, 0, 1), "sigmoid": (0, 1, 0, 0),
+    "tanh": (-1, 1, 0, 0), "relu6": (0, 6, 0, 0), "hardswish": (0, np.inf, 0, 1), "mish": (0, np.inf, 0, 1),
+    "softplus": (0, np.inf, 0, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if isinstance(a, str)])
+def test_infinities_have_the_limits(activation, dtype, isa):
+    """Of value and derivative, from the largest finite number on."""
+    end = np.finfo(dtype).max if dtype.kind == "f" else bounds.LARGEST["bfloat16"]
+    x = np.array([-np.inf, np.inf, -end, end]).astype(dtype).reshape(1, 1, -1)
+    left, right, *slopes = LIMITS[activation]
+    y, dx = INSTANCE.forward(x, activation=activation, **plain(x)).ravel(), slopes_of(activation, x[..., 2:]).ravel()
+    assert (y[:2] == np.array([left, right]).astype(dtype)).all()
+    if np.isfinite(left):
+        assert y[2] == y[0]
+    assert y[3] == (end if right == np.inf else right)
+    assert (np.abs(dx.astype(np.float64) - slopes) <= bounds.stored(slopes, dtype) + bounds.unit(dtype)).all()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=name_of)

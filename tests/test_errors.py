@@ -478,6 +478,7 @@ WITHOUT_OUT = {*MOMENTS, *SUM, *DOUBLE}
 
 ACTIVATION = (
     "expected None, 'relu', 'leaky_relu', 'silu', 'gelu', 'gelu_tanh', 'elu', 'sigmoid', 'tanh', "
+    "'relu6', 'hardswish', 'mish', 'softplus', "
     "or a pair such as ('leaky_relu', 0.01) or ('elu', 1.0)"
 )
 # For each option: the functions that take it, and its errors. Masks of the named normalizations are in test_where.py.

@@ -246,12 +246,16 @@ ACTIVATED = {
         ("relu", "silu", "gelu", "elu", "tanh"),
         lambda f, a: activated(f.x_hat * f.weight, a) + f.bias,
     ),
-    "twice": (("silu", "gelu", "elu", "tanh"), lambda f, a: activated(f.y, a)),
+    "twice": (("silu", "gelu", "elu", "tanh", "hardswish", "mish", "softplus"), lambda f, a: activated(f.y, a)),
     "gelu-by-tanh": (("gelu",), lambda f, a: activated(f.z, "gelu_tanh")),
     "gelu-by-erf": (("gelu_tanh",), lambda f, a: activated(f.z, "gelu")),
     "gelu-by-sigmoid": (("gelu", "gelu_tanh"), lambda f, a: f.z / (1 + np.exp(-1.702 * f.z))),
     "another-slope": (("leaky_relu",), lambda f, a: activated(f.z, ("leaky_relu", 0.0101))),
     "another-alpha": (("elu",), lambda f, a: activated(f.z, ("elu", 1.01))),
+    "relu-by-relu6": (("relu",), lambda f, a: activated(4 * f.z, "relu6") / 4),
+    "softplus-by-relu": (("softplus",), lambda f, a: activated(f.z, "relu")),
+    "mish-by-silu": (("mish",), lambda f, a: activated(f.z, "silu")),
+    "hardswish-by-silu": (("hardswish",), lambda f, a: activated(f.z, "silu")),
     "in-float16": (("silu", "gelu", "elu", "tanh", "sigmoid"), lambda f, a: activated(f.z, a).astype(np.float16)),
 }
 
@@ -283,7 +287,8 @@ ACTIVATED_BACKWARD = {
 }
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", ("elu", 0.5), "sigmoid", "tanh", "leaky_relu"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", ("elu", 0.5), "sigmoid", "tanh", "leaky_relu",
+                                        "hardswish", "mish", "softplus"])  # fmt: skip
 @pytest.mark.parametrize("mutant", ACTIVATED_BACKWARD)
 def test_activations_backward(mutant, activation, rng):
     dy, x = few_bits(rng, SHAPE) + 1, few_bits(rng, SHAPE)

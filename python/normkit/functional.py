@@ -105,8 +105,9 @@ def instance_norm(
         normalized. Without any member mean and rstd are 0, so that y is bias; running statistics leave out what has
         fewer than two. No part of the backward of such an instance is NaN.
     activation
-        Applied to y before it is rounded: "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "elu", "sigmoid" or
-        "tanh", as PyTorch defines them, or a pair ("leaky_relu", slope) or ("elu", alpha).
+        Applied to y before it is rounded: "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "elu", "sigmoid",
+        "tanh", "relu6", "hardswish", "mish" or "softplus", as PyTorch defines them, or a pair ("leaky_relu", slope) or
+        ("elu", alpha).
     residual : the shape and dtype of x, optional
         Added to x before the statistics, with the bits of ``x + residual`` in the dtype of x.
     return_residual

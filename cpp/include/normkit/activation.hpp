@@ -12,8 +12,24 @@
 
 namespace normkit {
 
-/// As PyTorch defines them: gelu is z * Phi(z) by the error function, gelu_tanh its approximation by tanh.
-enum class ActivationKind : std::uint8_t { none, relu, leaky_relu, silu, gelu, gelu_tanh, elu, sigmoid, tanh };
+/// As PyTorch defines them: gelu is z * Phi(z) by the error function, gelu_tanh its approximation by tanh; softplus is
+/// log(1 + e^z) everywhere, also where PyTorch takes z in its place, beyond 20.
+enum class ActivationKind : std::uint8_t {
+  none,
+  relu,
+  leaky_relu,
+  silu,
+  gelu,
+  gelu_tanh,
+  elu,
+  sigmoid,
+  tanh,
+  relu6,
+  hardswish,
+  mish,
+  softplus
+};
+constexpr int kActivationKinds = static_cast<int>(ActivationKind::softplus) + 1;
 
 /// An activation; `parameter` is the slope of leaky_relu below zero (usually 0.01) or the alpha of elu (usually 1).
 struct Activation {
@@ -105,14 +121,17 @@ template <class V> NORMKIT_HD V expm1_of_small(V r) {
 /// e^z * 2^shift.
 template <class V> NORMKIT_HD V exp_scaled(Exponent<V> z) { return mul_add(z.power, expm1_of_small(z.rest), z.power); }
 
-template <class V> NORMKIT_HD V expm1_of(V z) {
-  const Exponent<V> d = exponent_of(z);
-  return mul_add(d.power, expm1_of_small(d.rest), d.power - constant(z, 1));
-}
-
 /// e^z of what was split with the shift of its format: only the last product may leave the normal numbers.
 template <class V> NORMKIT_HD V exp_unscaled(Exponent<V> z) {
   return exp_scaled(z) * constant(z.power, FormatOf<V>::unshift);
+}
+
+/// e^z, from `lowest` to 24; only its last product may leave the normal numbers.
+template <class V> NORMKIT_HD V exp_of(V z) { return exp_unscaled(exponent_of(z, FormatOf<V>::shift)); }
+
+template <class V> NORMKIT_HD V expm1_of(V z) {
+  const Exponent<V> d = exponent_of(z);
+  return mul_add(d.power, expm1_of_small(d.rest), d.power - constant(z, 1));
 }
 
 /// sigmoid(z) and sigmoid(-z).
@@ -183,10 +202,62 @@ template <class V> NORMKIT_HD V relu(V z) {
   return positive(zero - z, zero, z);
 }
 
+template <class V> NORMKIT_HD V relu6(V z) { return at_most(relu(z), 6); }
+
 /// 1 above zero, `slope` below and at it.
 template <class V> NORMKIT_HD V kink_slope(V z, double slope) {
   const V below = constant(z, slope);
   return positive(z, constant(z, 1), positive(constant(z, 0) - z, below, z + below));
+}
+
+/// 0 at both of its kinks, as PyTorch has it.
+template <class V> NORMKIT_HD V relu6_slope(V z) { return kink_slope(z, 0) * kink_slope(constant(z, 6) - z, 0); }
+
+/// z * relu6(z + 3) / 6, where z + 3 is exact near -3; from there down it is -0, also for -Inf.
+template <class V> NORMKIT_HD V hardswish(V z) {
+  return at_least(z, -3) * (relu6(z + constant(z, 3)) * constant(z, 1. / 6));
+}
+/// 0 at the left kink, 1 at the right one, as PyTorch has it.
+template <class V> NORMKIT_HD V hardswish_slope(V z) {
+  const V three = constant(z, 3), inner = mul_add(z, constant(z, 1. / 3), constant(z, 0.5));
+  return positive(three - z, positive(z + three, inner, constant(z, 0)), kink_slope(z, 0));
+}
+
+/// Beyond it mish is z.
+constexpr double kMishEnd = 24;
+
+/// z * tanh(log(1 + e)) where e = e^z, and the tanh is n / (n + 2) with n = (1 + e)^2 - 1. From below `lowest` on it is -0, also
+/// for -Inf.
+template <class V> NORMKIT_HD V mish(V z) {
+  const V c = at_least(z, FormatOf<V>::lowest), two = constant(z, 2), e = exp_of(at_most(c, kMishEnd)),
+          n = e * (e + two);
+  return c * (n / (n + two));
+}
+/// n / (n + 2) + z * 2 e / (n + 2) * 2 (1 + e) / (n + 2): relative to these two terms, which cancel near -1.19 only.
+template <class V> NORMKIT_HD V mish_slope(V z) {
+  const V c = at_least(at_most(z, kMishEnd), FormatOf<V>::lowest), two = constant(z, 2);
+  const V e = exp_of(c), n = e * (e + two), inverse = constant(z, 1) / (n + two);
+  return mul_add(c * ((e + e) * inverse), (e + e + two) * inverse, n * inverse);
+}
+
+/// log(1 + e), 0 <= e <= 1, as 2 atanh(s) with s = e / (e + 2) <= 1/3: the series s + s^3 / 3 + s^5 / 5 ..., up to where what
+/// follows is 0.26 and 0.17 units of roundoff of float and double, relative.
+template <class V> NORMKIT_HD V log1p_of(V e) {
+  const V s = e / (e + constant(e, 2)), square = s * s, twice = s + s;
+  V sum;  // (atanh(s) - s) / s^3
+  if constexpr (FormatOf<V>::is_double) {
+    sum = polynomial(square, 1. / 31, 1. / 29, 1. / 27, 1. / 25, 1. / 23, 1. / 21, 1. / 19, 1. / 17, 1. / 15, 1. / 13,
+                     1. / 11, 1. / 9, 1. / 7, 1. / 5, 1. / 3);
+  } else {
+    sum = polynomial(square, 1. / 13, 1. / 11, 1. / 9, 1. / 7, 1. / 5, 1. / 3);
+  }
+  return mul_add(twice * square, sum, twice);
+}
+
+/// relu(z) + log(1 + e^-|z|), both positive: the error stays relative on both sides. Its derivative is the sigmoid.
+template <class V> NORMKIT_HD V softplus(V z) {
+  const V below = positive(z, constant(z, 0) - z, z);
+  return relu(z) + log1p_of(exp_of(at_least(below, FormatOf<V>::lowest)));
 }
 
 /// relu(z) - |z| Phi(-|z|), which cancels nothing: the error stays relative on both sides.
@@ -225,6 +296,10 @@ template <class V> NORMKIT_HD V activate(Activation a, V z) {
     case ActivationKind::elu: return positive(z, z, constant(z, a.parameter) * expm1_of(at_least(z, -40)));
     case ActivationKind::sigmoid: return sigmoid(z).value;
     case ActivationKind::tanh: return hyperbolic_tangent(z);
+    case ActivationKind::relu6: return relu6(z);
+    case ActivationKind::hardswish: return hardswish(z);
+    case ActivationKind::mish: return mish(z);
+    case ActivationKind::softplus: return softplus(z);
   }
   return z;
 }
@@ -247,7 +322,7 @@ template <class V> NORMKIT_HD V activation_slope(Activation a, V z) {
     }
     case ActivationKind::elu: {
       const V c = at_least(z, F::lowest);
-      return positive(z, constant(z, 1), constant(z, a.parameter) * exp_unscaled(exponent_of(c, F::shift)));
+      return positive(z, constant(z, 1), constant(z, a.parameter) * exp_of(c));
     }
     case ActivationKind::sigmoid: {
       const Sigmoid<V> s = sigmoid(z);
@@ -257,6 +332,10 @@ template <class V> NORMKIT_HD V activation_slope(Activation a, V z) {
       const Sigmoid<V> s = sigmoid(z + z);
       return constant(z, 4) * s.value * s.opposite;
     }
+    case ActivationKind::relu6: return relu6_slope(z);
+    case ActivationKind::hardswish: return hardswish_slope(z);
+    case ActivationKind::mish: return mish_slope(z);
+    case ActivationKind::softplus: return sigmoid(z).value;
   }
   return constant(z, 1);
 }

@@ -302,28 +302,17 @@ NORMKIT_LOCAL Masked members_at(const Task& t, std::int64_t o, std::int64_t step
 
 // ---- activation --------------------------------------------------------------------------------------------------
 
-/// Anything but relu, which loops apply as they go. What is curved goes through a buffer of the compute type: eight functions in
+/// Anything but relu, which loops apply as they go. What is curved goes through a buffer of the compute type: a dozen functions in
 /// each loop would be most of the library.
 NORMKIT_LOCAL bool is_relu(const Activation& a) { return a.kind == ActivationKind::relu; }
 NORMKIT_LOCAL bool is_curved(const Activation& a) { return a.kind != ActivationKind::none && !is_relu(a); }
 
 /// Calls f with an activation whose kind the compiler knows, so that loops have its constants at hand.
-template <class F> NORMKIT_LOCAL void with_kind(Activation a, F f) {
-  const auto call = [&](auto kind) NORMKIT_INLINE_LAMBDA {
-    f([=] NORMKIT_INLINE_LAMBDA {
-      return Activation{static_cast<ActivationKind>(decltype(kind)::value), a.parameter};
-    });
-  };
-  switch (a.kind) {
-    case ActivationKind::none: return;
-    case ActivationKind::relu: return call(Count<static_cast<int>(ActivationKind::relu)>{});
-    case ActivationKind::leaky_relu: return call(Count<static_cast<int>(ActivationKind::leaky_relu)>{});
-    case ActivationKind::silu: return call(Count<static_cast<int>(ActivationKind::silu)>{});
-    case ActivationKind::gelu: return call(Count<static_cast<int>(ActivationKind::gelu)>{});
-    case ActivationKind::gelu_tanh: return call(Count<static_cast<int>(ActivationKind::gelu_tanh)>{});
-    case ActivationKind::elu: return call(Count<static_cast<int>(ActivationKind::elu)>{});
-    case ActivationKind::sigmoid: return call(Count<static_cast<int>(ActivationKind::sigmoid)>{});
-    case ActivationKind::tanh: return call(Count<static_cast<int>(ActivationKind::tanh)>{});
+template <int kKind = 1, class F> NORMKIT_LOCAL void with_kind(const Activation& a, F f) {
+  if constexpr (kKind < kActivationKinds) {
+    constexpr ActivationKind kind{kKind};
+    if (a.kind != kind) return with_kind<kKind + 1>(a, f);
+    f([=, parameter = a.parameter] NORMKIT_INLINE_LAMBDA { return Activation{kind, parameter}; });
   }
 }
 
