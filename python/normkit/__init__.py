@@ -3,7 +3,7 @@
 # _core imports it unseen: by this line tools that freeze programs take it along.
 import nanobind_backend as _nanobind_backend  # type: ignore[import-untyped]  # noqa: F401 - for _core
 
-from . import _threadpoolctl, functional  # noqa: F401 - it registers
+from . import _documentation, _threadpoolctl, functional  # noqa: F401 - it registers
 from ._config import (
     cache_size,
     clear_cache,
@@ -21,6 +21,9 @@ from ._config import (
 from ._core import version as __version__
 from .functional import *  # noqa: F403 - every normalization, as listed there
 from .phases import Moments, apply, apply_backward, backward_sums, merge, moments
+
+_described = (*functional.__all__, "apply", "apply_backward", "backward_sums", "merge", "moments")
+_documentation.complete({name: globals()[name] for name in _described})
 
 __all__ = [
     *functional.__all__,

@@ -18,16 +18,49 @@ def _check_threads(n: int) -> None:
 
 
 def set_num_threads(n: int) -> None:
-    """Let every call of the process use up to `n` threads, the calling one included. Raises ValueError below 1."""
+    """Let every call of the process use up to `n` threads.
+
+    The calling thread is one of them.
+
+    Parameters
+    ----------
+    n : int
+        At least 1.
+
+    Raises
+    ------
+    ValueError
+        Below 1.
+
+    Examples
+    --------
+    >>> import normkit as nk
+    >>> before = nk.get_num_threads()
+    >>> nk.set_num_threads(1)
+    >>> nk.get_num_threads()
+    1
+    >>> nk.set_num_threads(before)
+    """
     _check_threads(n)
     _core.set_num_threads(n)
 
 
 def get_num_threads() -> int:
-    """Threads that a call may use.
+    """Tell how many threads a call may use.
 
     At the start: NORMKIT_NUM_THREADS, else the CPUs of the affinity mask, of the cgroup quota or of OMP_NUM_THREADS,
     whichever is least.
+
+    Returns
+    -------
+    int
+        At least 1.
+
+    Examples
+    --------
+    >>> import normkit as nk
+    >>> nk.get_num_threads() >= 1
+    True
     """
     return _threads.get() or _core.num_threads()
 
@@ -36,8 +69,29 @@ def get_num_threads() -> int:
 def num_threads(n: int) -> Iterator[None]:
     """Use up to `n` threads within a `with` block, whatever the process may use.
 
-    It is for the calls of the block alone: other threads and other tasks of asyncio are as they were. Raises ValueError
-    below 1.
+    It is for the calls of the block alone: other threads and other tasks of asyncio are as they were.
+
+    Parameters
+    ----------
+    n : int
+        At least 1.
+
+    Yields
+    ------
+    None
+        Nothing.
+
+    Raises
+    ------
+    ValueError
+        Below 1.
+
+    Examples
+    --------
+    >>> import normkit as nk
+    >>> with nk.num_threads(1):
+    ...     nk.get_num_threads()
+    1
     """
     _check_threads(n)
     _core.follow_threads_of(_threads)
@@ -49,20 +103,71 @@ def num_threads(n: int) -> Iterator[None]:
 
 
 def isas() -> tuple[str, ...]:
-    """The instruction sets that this build and this machine have, best first."""
+    """Name the instruction sets that this build and this machine have.
+
+    Results do not depend on the one that is used, as long as it has a fused multiply-add.
+
+    Returns
+    -------
+    tuple of str
+        Of "avx512", "avx2" and "sse4", or "neon"; the best first.
+
+    Examples
+    --------
+    >>> import normkit as nk
+    >>> nk.isa() in nk.isas()
+    True
+    """
     return tuple(_core.isas())
 
 
 def isa() -> str:
-    """The instruction set in use: the first of `isas()`, unless NORMKIT_ISA or `use_isa` says otherwise."""
+    """Name the instruction set in use.
+
+    It is the first of `isas()`, unless NORMKIT_ISA or `use_isa` says otherwise.
+
+    Returns
+    -------
+    str
+        One of `isas()`.
+
+    Examples
+    --------
+    >>> import normkit as nk
+    >>> with nk.use_isa(nk.isas()[-1]):
+    ...     nk.isa() == nk.isas()[-1]
+    True
+    """
     return _core.isa()
 
 
 @contextmanager
 def use_isa(name: str) -> Iterator[None]:
-    """Use the instruction set `name` within a `with` block, for the whole process.
+    """Use an instruction set within a `with` block.
 
-    Raises ValueError for a name that is not in `isas()`.
+    It is for the whole process.
+
+    Parameters
+    ----------
+    name : str
+        One of `isas()`.
+
+    Yields
+    ------
+    None
+        Nothing.
+
+    Raises
+    ------
+    ValueError
+        For a name that is not in `isas()`.
+
+    Examples
+    --------
+    >>> import normkit as nk
+    >>> with nk.use_isa(nk.isas()[-1]):
+    ...     nk.isa() == nk.isas()[-1]
+    True
     """
     before = isa()
     if not _core.use_isa(name):
@@ -74,10 +179,29 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 def set_cache_limit(n: int) -> None:
-    """Keep up to `n` bytes of the memory of outputs that have been freed, for the next ones; 0 switches that off.
+    """Keep up to so many bytes of the memory of outputs that have been freed, for the next ones.
 
     New memory comes from the system page by page, which takes several times as long as writing to it. So the memory of
-    freed outputs of 1 MB and more is kept: at most 256 MB, or what NORMKIT_CACHE_BYTES says. Raises ValueError below 0.
+    freed outputs of 1 MB and more is kept: at most 256 MB, or what NORMKIT_CACHE_BYTES says.
+
+    Parameters
+    ----------
+    n : int
+        Bytes; 0 keeps none.
+
+    Raises
+    ------
+    ValueError
+        Below 0.
+
+    Examples
+    --------
+    >>> import normkit as nk
+    >>> before = nk.get_cache_limit()
+    >>> nk.set_cache_limit(0)
+    >>> nk.cache_size()
+    0
+    >>> nk.set_cache_limit(before)
     """
     if n < 0:
         raise ValueError(f"n is {n}, expected at least 0")
@@ -85,29 +209,92 @@ def set_cache_limit(n: int) -> None:
 
 
 def get_cache_limit() -> int:
-    """The most bytes of freed outputs that are kept."""
+    """Tell the most bytes of freed outputs that are kept.
+
+    256 MB, unless NORMKIT_CACHE_BYTES or `set_cache_limit` says otherwise.
+
+    Returns
+    -------
+    int
+        Bytes.
+
+    Examples
+    --------
+    >>> import normkit as nk
+    >>> nk.cache_size() <= nk.get_cache_limit()
+    True
+    """
     return _core.cache_limit()
 
 
 def cache_size() -> int:
-    """Bytes of freed outputs that are kept at the moment."""
+    """Tell how many bytes of freed outputs are kept at the moment.
+
+    At most `get_cache_limit()`.
+
+    Returns
+    -------
+    int
+        Bytes.
+
+    Examples
+    --------
+    >>> import normkit as nk
+    >>> nk.clear_cache()
+    >>> nk.cache_size()
+    0
+    """
     return _core.cache_held()
 
 
 def clear_cache() -> None:
-    """Give the memory of all freed outputs back to the system."""
+    """Give the memory of all freed outputs back to the system.
+
+    The limit stays as it is.
+
+    Examples
+    --------
+    >>> import normkit as nk
+    >>> nk.clear_cache()
+    >>> nk.cache_size()
+    0
+    """
     limit = get_cache_limit()
     set_cache_limit(0)
     set_cache_limit(limit)
 
 
 def cuda_available() -> bool:
-    """True where CUDA arrays can be normalized: a build with CUDA, a driver and a device. Never raises."""
+    """Tell whether CUDA arrays can be normalized.
+
+    It takes a build with CUDA, a driver and a device. Never raises.
+
+    Returns
+    -------
+    bool
+        True where all three are there.
+
+    Examples
+    --------
+    >>> import normkit as nk
+    >>> nk.cuda_available() in (True, False)
+    True
+    """
     return bool(_core.cuda_available())
 
 
 def show_config() -> None:
-    """Print version, instruction sets and the one in use, threads, the cache of outputs, and the state of CUDA."""
+    """Print what there is and what is in use.
+
+    Version, instruction sets and the one in use, threads, the cache of outputs, and the state of CUDA: for reports of
+    faults.
+
+    Examples
+    --------
+    >>> import normkit as nk
+    >>> nk.show_config()  # doctest: +ELLIPSIS
+    normkit ...
+    """
     print(f"normkit {_core.version}")
     print(f"instruction sets: {', '.join(isas())}; in use: {isa()}")
     print(f"threads: {get_num_threads()}")

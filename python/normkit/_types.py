@@ -31,7 +31,9 @@ Array: TypeAlias = NDArray | SupportsDLPack
 Mask: TypeAlias = np.ndarray[tuple[Any, ...], np.dtype[np.bool]] | OtherMask | bool
 Statistics: TypeAlias = Array | float  # a number stands for all of them
 Axes: TypeAlias = SupportsIndex | Iterable[SupportsIndex] | None
-Named: TypeAlias = Literal["relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "elu", "sigmoid", "tanh"]
+Named: TypeAlias = Literal[
+    "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "elu", "sigmoid", "tanh", "relu6", "hardswish", "mish", "softplus"
+]  # fmt: skip
 Activation: TypeAlias = Named | tuple[Literal["leaky_relu", "elu"], float] | None
 Gradient: TypeAlias = Literal["dx", "dweight", "dbias"]
 Gradients: TypeAlias = tuple[Gradient, ...] | Collection[Gradient]

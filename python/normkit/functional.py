@@ -4,6 +4,8 @@ Nothing below this file is named after a normalization: all of them are statisti
 shift.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,23 +85,28 @@ def instance_norm(
     Parameters
     ----------
     x : (N, C, *spatial), or with C at `channel_axis`
-        float32, float64, float16, bfloat16, bool or an integer of 8 to 64 bits, with any strides. Integers of 32 and
+        Of float32, float64, float16, bfloat16, bool or an integer of 8 to 64 bits, with any strides. Integers of 32 and
         64 bits are rounded to float32 first.
     weight, bias : (C,), (N, C) or the shape of x, optional
-        float32, float64 or the dtype of x. (N, C) is conditional instance norm, the shape of x is one pair per pixel.
+        Of float32, float64 or the dtype of x. (N, C) is conditional instance norm, the shape of x is one pair per pixel.
         (N, C, 1, 1) and alike, which broadcast against x in NumPy, stand for the same without the ones.
     eps
         Added to the variance; finite, at least 0. Where var + eps is 0, y is bias.
-    running_mean, running_var : (C,) float32, float64, float16 or bfloat16, optional
+    channel_axis
+        The axis of the channels, from -x.ndim to x.ndim - 1.
+    running_mean, running_var : (C,) of float32, float64, float16 or bfloat16, optional
         Updated in place: r <- (1 - momentum) * r + momentum * s, where s is the mean over N, of the unbiased variance
-        for `running_var`; in float64, rounded when stored. With ``use_input_stats=False`` they are what x is normalized
-        by, and stay as they are.
+        for `running_var`; in float64, rounded when stored.
+    use_input_stats
+        False: x is normalized by the running statistics, which stay as they are.
+    momentum
+        The share of the new statistics in the running ones, from 0 to 1.
     out
         Where to write y: the shape of x, the dtype of y. May be x itself; any other overlap is refused.
     out_dtype
-        The dtype of y: float32, float64, float16 or bfloat16. Default: that of x, or float32 for integers.
+        The dtype of y: float32, float64, float16 or bfloat16. Without it that of x, or float32 for integers.
     return_stats
-        Also return what `instance_norm_backward` needs.
+        Also return the statistics, which `instance_norm_backward` needs.
     where : bool, broadcasts against x, optional
         The members of the statistics: the others count neither in mean nor in var, and may be NaN. All outputs are
         normalized. Without any member mean and rstd are 0, so that y is bias; running statistics leave out what has
@@ -163,20 +170,26 @@ def instance_norm_backward(
 
     Parameters
     ----------
-    dy, x : the same shape, float32, float64, float16 or bfloat16
-    mean, rstd : (N, C) float32 or float64, as `instance_norm` returned them
-        `mean` is rounded; it is corrected from x, so that dx is as exact far from zero as near it.
-    weight : as in the forward
+    dy, x : the same shape
+        Of float32, float64, float16 or bfloat16, with any strides.
+    mean, rstd : (N, C) of float32 or float64, or numbers
+        As the forward returned them. `mean` is rounded; it is corrected from x, so that dx is as exact far from zero as
+        near it. A number stands for all statistics.
+    weight : as in the forward, optional
+        That of the forward.
+    use_input_stats
+        False: the statistics are constants.
     need
         Names of the gradients that are wanted; the others are None and cost nothing.
     out
         Where to write dx. May be dy or x itself; any other overlap is refused.
-    where, activation, weight_offset
-        As in the forward. With an activation dy is the gradient of what it gave, and ``dy * slope`` stands for dy in
-        the formulas. With a mask the averages are sums over all elements, divided by the number of members, and only
-        members have them in their dx. Where dy is 0, x may be NaN.
-    bias
-        As in the forward; dbias has its shape, and an activation depends on it.
+    where : bool, broadcasts against x, optional
+        As in the forward: the averages are sums over all elements, divided by the number of members, and only members
+        have them in their dx. Where dy is 0, x may be NaN.
+    bias : as in the forward, optional
+        Gives dbias its shape, and an activation depends on it.
+    activation
+        As in the forward: dy is the gradient of what it gave, and ``dy * slope`` stands for dy in the formulas.
     dresidual : like dx, optional
         The gradient of the sum that the forward returned with `return_residual`, added to dx.
 
@@ -186,10 +199,14 @@ def instance_norm_backward(
         dx is like x, dweight like weight. dbias has the shape of bias where it is passed, else that of weight, and the
         dtype of weight. Without weight they are (C,), of the dtype of the statistics.
 
-    Raises
-    ------
-    TypeError, ValueError, numpy.exceptions.AxisError
-        Naming the argument, before anything is written.
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> x, dy = np.array([[[0.0, 1.0, 5.0]]]), np.array([[[1.0, 0.0, 0.0]]])
+    >>> _, mean, rstd = nk.instance_norm(x, return_stats=True)
+    >>> dx, dweight, dbias = nk.instance_norm_backward(dy, x, mean, rstd)
+    >>> dx.round(3).tolist(), dweight.round(3).tolist(), dbias.tolist()
+    ([[[0.175, -0.219, 0.044]]], [-0.926], [1.0])
     """
 
 
@@ -224,25 +241,17 @@ def instance_norm_double_backward(
 
     Parameters
     ----------
-    ddx : the shape and dtype of x, or None
+    ddx : the shape of x, or None
+        The gradient of the scalar with respect to dx, of float32, float64 or the dtype of x. None stands for zeros; not
+        all three of these may be.
     ddweight, ddbias : the shape of weight, without one (C,), or None
-        The gradients of the scalar with respect to what `instance_norm_backward` returned: float32, float64 or the
-        dtype of x. None stands for zeros; not all three of them may be.
-    dy, x, mean, rstd, weight
-        As they were given to `instance_norm_backward`.
-    weight_offset
-        Added to weight, where there is one.
+        Those with respect to dweight and dbias.
 
     Returns
     -------
     (d_dy, d_x, d_weight)
-        d_dy and d_x are like x, d_weight is like weight, or None without one. All is computed in float64, and rounded
-        to the dtype of each.
-
-    Raises
-    ------
-    TypeError, ValueError, numpy.exceptions.AxisError
-        Naming the argument, before anything is computed.
+        Like dy, x and weight; d_weight is None without one. All is computed in float64, and rounded to the dtype of
+        each.
 
     Examples
     --------
@@ -283,22 +292,20 @@ def group_norm(
 
     Parameters
     ----------
-    x : (N, C, *spatial), or with C at `channel_axis`
     num_groups
-        Divides C.
-    weight, bias : (C,), (N, C) or the shape of x, optional
-    eps, and all options from `out` on
-        As in `instance_norm`.
+        The number of groups; divides C.
 
     Returns
     -------
-    y, or (y, mean, rstd)
-        The statistics are (N, num_groups).
+    y, or (y, mean, rstd), and x + residual with `return_residual`
+        As `instance_norm`, but the statistics are (N, num_groups).
 
-    Raises
-    ------
-    TypeError, ValueError, numpy.exceptions.AxisError
-        Naming the argument, before anything is written.
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> x = np.arange(8.0).reshape(1, 4, 2)
+    >>> nk.group_norm(x, num_groups=2).round(3).tolist()
+    [[[-1.342, -0.447], [0.447, 1.342], [-1.342, -0.447], [0.447, 1.342]]]
     """
 
 
@@ -321,11 +328,25 @@ def group_norm_backward(
     weight_offset: float = 0.0,
     dresidual: Array | None = None,
 ) -> tuple[Any, Any, Any]:
-    """The gradient of `group_norm`. Formulas, options and errors are those of `instance_norm_backward`.
+    """The gradient of `group_norm`, by the formulas of `instance_norm_backward`.
 
-    mean, rstd : (N, num_groups)
+    Its averages are those over the members of a group.
 
-    Returns (dx, dweight, dbias). dweight is (C,) without weight, dbias without both.
+    Parameters
+    ----------
+    num_groups
+        As in the forward.
+    mean, rstd : (N, num_groups) of float32 or float64, or numbers
+        As the forward returned them.
+
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> x = np.arange(8.0).reshape(1, 4, 2)
+    >>> y, mean, rstd = nk.group_norm(x, 2, return_stats=True)
+    >>> dx, dweight, dbias = nk.group_norm_backward(np.ones_like(x), x, 2, mean, rstd)
+    >>> dweight.round(3).tolist(), dbias.tolist()
+    ([-1.789, 1.789, -1.789, 1.789], [2.0, 2.0, 2.0, 2.0])
     """
 
 
@@ -347,11 +368,23 @@ def group_norm_double_backward(
 ) -> tuple[Any, Any, Any]:
     """The gradient of a scalar through `group_norm_backward`.
 
-    Formulas, options and errors are those of `instance_norm_double_backward`.
+    The formulas are those of `instance_norm_double_backward`.
 
-    mean, rstd : (N, num_groups)
+    Parameters
+    ----------
+    num_groups
+        As in the forward.
+    mean, rstd : (N, num_groups) of float32 or float64, or numbers
+        As the forward returned them.
 
-    Returns (d_dy, d_x, d_weight). Without weight, ddweight and ddbias are (C,).
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> x = np.arange(4.0).reshape(1, 2, 2)
+    >>> y, mean, rstd = nk.group_norm(x, 1, return_stats=True)
+    >>> d_dy, d_x, d_weight = nk.group_norm_double_backward(x**2, None, None, y, x, 1, mean, rstd)
+    >>> d_dy.round(4).tolist()
+    [[[0.8944, -0.8943], [-0.8943, 0.8944]]]
     """
 
 
@@ -381,21 +414,22 @@ def layer_norm(
     Parameters
     ----------
     x : any shape
+        The dtypes that `instance_norm` takes, with any strides.
     weight, bias : the extents of the normalized axes, in the order they have in x, optional
+        Of float32, float64 or the dtype of x.
     axis
         One axis or several, each from -x.ndim to x.ndim - 1; None: all of them.
-    eps, and all options from `out` on
-        As in `instance_norm`.
 
     Returns
     -------
-    y, or (y, mean, rstd)
-        The statistics have the shape of x without `axis`.
+    y, or (y, mean, rstd), and x + residual with `return_residual`
+        As `instance_norm`, but the statistics have the shape of x without `axis`.
 
-    Raises
-    ------
-    TypeError, ValueError, numpy.exceptions.AxisError
-        Naming the argument, before anything is written.
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> nk.layer_norm(np.array([[1.0, 2.0, 3.0], [0.0, 0.0, 6.0]])).round(3).tolist()
+    [[-1.225, 0.0, 1.225], [-0.707, -0.707, 1.414]]
     """
 
 
@@ -417,11 +451,28 @@ def layer_norm_backward(
     weight_offset: float = 0.0,
     dresidual: Array | None = None,
 ) -> tuple[Any, Any, Any]:
-    """The gradient of `layer_norm`. Formulas, options and errors are those of `instance_norm_backward`.
+    """The gradient of `layer_norm`, by the formulas of `instance_norm_backward`.
 
-    mean, rstd : the shape of x without `axis`
+    Its averages are those over `axis`.
 
-    Returns (dx, dweight, dbias). dweight and dbias have the extents of the normalized axes.
+    Parameters
+    ----------
+    mean, rstd : the shape of x without `axis`, of float32 or float64, or numbers
+        As the forward returned them.
+
+    Returns
+    -------
+    (dx, dweight, dbias)
+        dx is like x; dweight and dbias have the extents of the normalized axes.
+
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> x = np.array([[0.0, 1.0, 5.0]])
+    >>> _, mean, rstd = nk.layer_norm(x, return_stats=True)
+    >>> dx, dweight, dbias = nk.layer_norm_backward(np.array([[1.0, 0.0, 0.0]]), x, mean, rstd)
+    >>> dx.round(3).tolist(), dbias.tolist()
+    ([[0.175, -0.219, 0.044]], [1.0, 0.0, 0.0])
     """
 
 
@@ -442,12 +493,25 @@ def layer_norm_double_backward(
 ) -> tuple[Any, Any, Any]:
     """The gradient of a scalar through `layer_norm_backward`.
 
-    Formulas, options and errors are those of `instance_norm_double_backward`.
+    The formulas are those of `instance_norm_double_backward`.
 
-    ddweight, ddbias, weight : the extents of the normalized axes
-    mean, rstd : the shape of x without `axis`
+    Parameters
+    ----------
+    ddweight, ddbias : the extents of the normalized axes, or None
+        The gradients of the scalar with respect to dweight and dbias.
+    mean, rstd : the shape of x without `axis`, of float32 or float64, or numbers
+        As the forward returned them.
+    weight : the extents of the normalized axes, optional
+        That of the forward.
 
-    Returns (d_dy, d_x, d_weight).
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> x = np.array([[0.0, 1.0, 5.0]])
+    >>> y, mean, rstd = nk.layer_norm(x, return_stats=True)
+    >>> d_dy, d_x, d_weight = nk.layer_norm_double_backward(x, None, np.ones(3), y, x, mean, rstd)
+    >>> d_dy.round(3).tolist()
+    [[1.0, 1.0, 1.0]]
     """
 
 
@@ -477,23 +541,22 @@ def rms_norm(
     Parameters
     ----------
     x : any shape
+        The dtypes that `instance_norm` takes, with any strides.
     weight, bias : the extents of the normalized axes, in the order they have in x, optional
-    axis
-        One axis or several, each from -x.ndim to x.ndim - 1; None: all of them.
+        Of float32, float64 or the dtype of x.
     eps
-        Default: that of float32, 2**-23, or of float64, 2**-52, where x is.
-    All options from `out` on
-        As in `instance_norm`.
+        Added to the mean square; None: that of float32, 2**-23, or of float64, 2**-52, where x is.
 
     Returns
     -------
-    y, or (y, rstd)
-        rstd = 1 / sqrt(mean(x**2) + eps) has the shape of x without `axis`.
+    y, or (y, rstd), and x + residual with `return_residual`
+        As `instance_norm`; rstd = 1 / sqrt(mean(x**2) + eps) has the shape of x without `axis`.
 
-    Raises
-    ------
-    TypeError, ValueError, numpy.exceptions.AxisError
-        Naming the argument, before anything is written.
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> nk.rms_norm(np.array([[3.0, 4.0], [6.0, 8.0]])).round(3).tolist()
+    [[0.849, 1.131], [0.849, 1.131]]
     """
 
 
@@ -517,11 +580,26 @@ def rms_norm_backward(
     """The gradient of `rms_norm`.
 
         dx = rstd * (g - x_hat * mean(g * x_hat)),    g = dy * weight,    x_hat = x * rstd
+        dweight = sum(dy * x_hat),    dbias = sum(dy),    over all elements that share the parameter
 
-    rstd : the shape of x without `axis`, as `rms_norm` returned it. Options and errors are those of
-    `instance_norm_backward`.
+    Parameters
+    ----------
+    rstd : the shape of x without `axis`, of float32 or float64, or a number
+        As the forward returned it.
 
-    Returns (dx, dweight, dbias). dweight and dbias have the extents of the normalized axes.
+    Returns
+    -------
+    (dx, dweight, dbias)
+        dx is like x; dweight and dbias have the extents of the normalized axes.
+
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> x = np.array([[3.0, 4.0]])
+    >>> _, rstd = nk.rms_norm(x, return_stats=True)
+    >>> dx, dweight, dbias = nk.rms_norm_backward(np.array([[1.0, 0.0]]), x, rstd)
+    >>> dx.round(3).tolist(), dweight.round(3).tolist()
+    ([[0.181, -0.136]], [0.849, 0.0])
     """
 
 
@@ -541,13 +619,26 @@ def rms_norm_double_backward(
 ) -> tuple[Any, Any, Any]:
     """The gradient of a scalar through `rms_norm_backward`.
 
-    The formulas of `instance_norm_double_backward` with x_hat = x * rstd and P(u) = u - x_hat * mean(u * x_hat).
-    Options and errors are the same.
+    The formulas are those of `instance_norm_double_backward` with x_hat = x * rstd and
+    P(u) = u - x_hat * mean(u * x_hat).
 
-    ddweight, ddbias, weight : the extents of the normalized axes
-    rstd : the shape of x without `axis`, as `rms_norm` returned it
+    Parameters
+    ----------
+    ddweight, ddbias : the extents of the normalized axes, or None
+        The gradients of the scalar with respect to dweight and dbias.
+    rstd : the shape of x without `axis`, of float32 or float64, or a number
+        As the forward returned it.
+    weight : the extents of the normalized axes, optional
+        That of the forward.
 
-    Returns (d_dy, d_x, d_weight).
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> x = np.array([[3.0, 4.0]])
+    >>> y, rstd = nk.rms_norm(x, return_stats=True)
+    >>> d_dy, d_x, d_weight = nk.rms_norm_double_backward(None, None, np.ones(2), y, x, rstd)
+    >>> d_dy.tolist(), d_x.tolist()
+    ([[1.0, 1.0]], [[0.0, 0.0]])
     """
 
 
@@ -582,22 +673,26 @@ def batch_norm(
 
     Parameters
     ----------
-    x : (N, C, *spatial), or with C at `channel_axis`
     weight, bias : (C,), optional
-    running_mean, running_var : (C,) float32, float64, float16 or bfloat16
+        Of float32, float64 or the dtype of x.
+    running_mean, running_var : (C,) of float32, float64, float16 or bfloat16
         Optional in training.
-    eps, momentum, and all options from `out` on
-        As in `instance_norm`.
+    training
+        Normalize by the statistics of x, and let the running ones follow.
 
     Returns
     -------
-    y, or (y, mean, rstd)
-        The statistics are (C,).
+    y, or (y, mean, rstd), and x + residual with `return_residual`
+        As `instance_norm`, but the statistics are (C,).
 
-    Raises
-    ------
-    TypeError, ValueError, numpy.exceptions.AxisError
-        Naming the argument, before anything is written.
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> x, mean, var = np.array([[1.0], [2.0], [6.0]]), np.zeros(1), np.ones(1)
+    >>> nk.batch_norm(x, running_mean=mean, running_var=var, training=True).round(3).tolist()
+    [[-0.926], [-0.463], [1.389]]
+    >>> mean.round(3).tolist(), var.round(3).tolist()
+    ([0.3], [1.6])
     """
 
 
@@ -619,11 +714,30 @@ def batch_norm_backward(
     weight_offset: float = 0.0,
     dresidual: Array | None = None,
 ) -> tuple[Any, Any, Any]:
-    """The gradient of `batch_norm`. Formulas, options and errors are those of `instance_norm_backward`.
+    """The gradient of `batch_norm`, by the formulas of `instance_norm_backward`.
 
-    mean, rstd : (C,). With ``training=False`` they are constants: dx = rstd * dy * weight.
+    With ``training=False`` the statistics are constants: dx = rstd * dy * weight.
 
-    Returns (dx, dweight, dbias). dweight and dbias are (C,).
+    Parameters
+    ----------
+    mean, rstd : (C,) of float32 or float64, or numbers
+        As the forward returned them.
+    training
+        As in the forward.
+
+    Returns
+    -------
+    (dx, dweight, dbias)
+        dx is like x; dweight and dbias are (C,).
+
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> x = np.array([[0.0], [1.0], [5.0]])
+    >>> _, mean, rstd = nk.batch_norm(x, training=True, return_stats=True)
+    >>> dx, dweight, dbias = nk.batch_norm_backward(np.array([[1.0], [0.0], [0.0]]), x, mean, rstd)
+    >>> dx.round(3).tolist(), dbias.tolist()
+    ([[0.175], [-0.219], [0.044]], [1.0])
     """
 
 
@@ -644,11 +758,23 @@ def batch_norm_double_backward(
 ) -> tuple[Any, Any, Any]:
     """The gradient of a scalar through `batch_norm_backward`.
 
-    Formulas, options and errors are those of `instance_norm_double_backward`.
+    The formulas are those of `instance_norm_double_backward`. With ``training=False`` the statistics are constants.
 
-    ddweight, ddbias, weight, mean, rstd : (C,). With ``training=False`` the statistics are constants.
+    Parameters
+    ----------
+    mean, rstd : (C,) of float32 or float64, or numbers
+        As the forward returned them.
+    training
+        As in the forward.
 
-    Returns (d_dy, d_x, d_weight).
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> x = np.array([[0.0], [1.0], [5.0]])
+    >>> y, mean, rstd = nk.batch_norm(x, training=True, return_stats=True)
+    >>> d_dy, d_x, d_weight = nk.batch_norm_double_backward(None, None, np.ones(1), y, x, mean, rstd)
+    >>> d_dy.tolist()
+    [[1.0], [1.0], [1.0]]
     """
 
 
@@ -676,22 +802,25 @@ def adaptive_instance_norm(
     Parameters
     ----------
     content : (N, C, *spatial), or with C at `channel_axis`
-    style : the same N and C, other extents at will; any dtype that `instance_norm` takes
-        One image may serve all of content.
+        The images, of any dtype that `instance_norm` takes.
+    style : the same N and C, other extents at will
+        The images whose statistics content gets, of any dtype that `instance_norm` takes. One may serve all of content.
     eps
         Added to both variances.
-    All options from `out` on
-        As in `instance_norm`; a mask is that of content.
+    where : bool, broadcasts against content, optional
+        The members of the statistics of content.
 
     Returns
     -------
-    y, or (y, mean, rstd)
-        y is like content, and the statistics (N, C) are those of content.
+    y, or (y, mean, rstd), and content + residual with `return_residual`
+        As `instance_norm`: y is like content, and the statistics (N, C) are those of content.
 
-    Raises
-    ------
-    TypeError, ValueError, numpy.exceptions.AxisError
-        Naming the argument, before anything is written.
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> content, style = np.arange(4.0).reshape(1, 1, 4), np.array([[[10.0, 30.0]]])
+    >>> nk.adaptive_instance_norm(content, style).round(2).tolist()
+    [[[6.58, 15.53, 24.47, 33.42]]]
     """
     v, memory = views_of(content=content, style=style, out=out, where=where, residual=residual)
     with memory:
@@ -720,33 +849,38 @@ def adaptive_instance_norm_backward(
     activation: Activation = None,
     dresidual: Array | None = None,
 ) -> tuple[Any, Any]:
-    """The gradient of `adaptive_instance_norm`: that of `instance_norm` for content, and for each member of style
+    """The gradient of `adaptive_instance_norm`.
+
+    That of `instance_norm` for content, and for each member of style
 
         dstyle = (sum(dy) + style_hat * sum(dy * x_hat)) / members of style
 
     Parameters
     ----------
-    dy, content : the same shape, float32, float64, float16 or bfloat16
-    style : as in the forward, floating
-    mean, rstd : (N, C), as `adaptive_instance_norm` returned them
+    content : the shape of dy
+        Of float32, float64, float16 or bfloat16.
+    style : as in the forward
+        Of float32, float64, float16 or bfloat16.
     eps
         As in the forward.
     need
         Names of the gradients that are wanted; the others are None and cost nothing.
     out
         Where to write dcontent. May be dy or content itself; any other overlap is refused.
-    where, activation, dresidual
-        As in `instance_norm_backward`.
 
     Returns
     -------
     (dcontent, dstyle)
         Like content and style.
 
-    Raises
-    ------
-    TypeError, ValueError, numpy.exceptions.AxisError
-        Naming the argument, before anything is written.
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> content, style = np.arange(4.0).reshape(1, 1, 4), np.array([[[10.0, 30.0]]])
+    >>> y, mean, rstd = nk.adaptive_instance_norm(content, style, return_stats=True)
+    >>> dcontent, dstyle = nk.adaptive_instance_norm_backward(np.ones_like(y), content, style, mean, rstd)
+    >>> dstyle.round(3).tolist()
+    [[[2.0, 2.0]]]
     """
     unknown = [name for name in need if name not in ("dcontent", "dstyle")]
     if unknown:
@@ -845,13 +979,9 @@ def l2_normalize(
     ----------
     x : any shape
         The dtypes that `instance_norm` takes, with any strides.
-    axis
-        One axis or several, each from -x.ndim to x.ndim - 1; None: all of them.
     eps
         The least that is divided by: 0, or a normal number of the dtype of rnorm. Where both it and the norm are 0,
         so is y.
-    out
-        As in `instance_norm`.
     return_stats
         Also return what `l2_normalize_backward` needs.
 
@@ -860,11 +990,6 @@ def l2_normalize(
     y, or (y, rnorm)
         y is like x in library, shape and memory layout, float32 where x has integers. rnorm = 1 / max(norm, eps) has
         the shape of x without `axis`; it is of float32, or of float64 where x is.
-
-    Raises
-    ------
-    TypeError, ValueError, numpy.exceptions.AxisError
-        Naming the argument, before anything is written.
 
     Examples
     --------
@@ -885,7 +1010,7 @@ def l2_normalize_backward(
     eps: float = 1e-12,
     out: Array | None = None,
 ) -> Any:
-    """Gradient of `l2_normalize`.
+    """The gradient of `l2_normalize`.
 
         dx = rnorm * (dy - y * sum(dy * y)),  y = x * rnorm
 
@@ -893,24 +1018,23 @@ def l2_normalize_backward(
 
     Parameters
     ----------
-    dy, x : any shape, both alike
-        float32, float64, float16 or bfloat16, with any strides.
-    rnorm : the shape of x without `axis`
-        From `l2_normalize`, float32 or float64.
-    axis, eps
-        Those of the forward.
-    out
-        Where to write dx. May be x or dy itself; any other overlap is refused.
+    rnorm : the shape of x without `axis`, of float32 or float64, or a number
+        As the forward returned it.
+    eps
+        As in the forward.
 
     Returns
     -------
     dx
         Like x.
 
-    Raises
-    ------
-    TypeError, ValueError, numpy.exceptions.AxisError
-        Naming the argument, before anything is written.
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> x = np.array([[3.0, 4.0]])
+    >>> _, rnorm = nk.l2_normalize(x, return_stats=True)
+    >>> nk.l2_normalize_backward(np.array([[1.0, 0.0]]), x, rnorm).round(3).tolist()
+    [[0.128, -0.096]]
     """
 
 
@@ -941,25 +1065,19 @@ def normalize(
 
     Parameters
     ----------
-    x : float32, float64, float16, bfloat16, bool or an integer of 8 to 64 bits, any shape and strides
+    x : any shape
+        The dtypes that `instance_norm` takes, with any strides.
     weight, bias : broadcast against x as in NumPy, optional
-        float32, float64 or the dtype of x.
+        Of float32, float64 or the dtype of x.
     axis
         One axis or several, each from -x.ndim to x.ndim - 1; None: all of them.
     center
         False: root mean square (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019).
-    eps, and all options from `out` on
-        As in `instance_norm`.
 
     Returns
     -------
-    y, or (y, mean, rstd), or (y, rstd) without centering
-        The statistics have the shape of x without `axis`, and are float32, or float64 where x is.
-
-    Raises
-    ------
-    TypeError, ValueError, numpy.exceptions.AxisError
-        Naming the argument, before anything is written.
+    y, or (y, mean, rstd), or (y, rstd) without centering, and x + residual with `return_residual`
+        As `instance_norm`, but the statistics have the shape of x without `axis`.
 
     Examples
     --------
@@ -988,14 +1106,31 @@ def normalize_backward(
     weight_offset: float = 0.0,
     dresidual: Array | None = None,
 ) -> tuple[Any, Any, Any]:
-    """The gradient of `normalize`. Formulas, dtypes and errors are those of `instance_norm_backward`.
+    """The gradient of `normalize`, by the formulas of `instance_norm_backward`.
 
-    mean, rstd : the shape of x without `axis`, as `normalize` returned them
-        `mean` is None without centering; then dx = rstd * (g - x_hat * mean(g * x_hat)).
-    weight : broadcasts against x
+    Without centering dx = rstd * (g - x_hat * mean(g * x_hat)).
 
-    Returns (dx, dweight, dbias). dweight has the shape of weight, dbias that of bias where it is passed, else that of
-    weight. Without weight they have the extents of the normalized axes.
+    Parameters
+    ----------
+    mean, rstd : the shape of x without `axis`, of float32 or float64, or numbers
+        As the forward returned them; `mean` is None without centering.
+    weight : broadcasts against x, optional
+        That of the forward.
+
+    Returns
+    -------
+    (dx, dweight, dbias)
+        dx is like x, dweight like weight. dbias has the shape of bias where it is passed, else that of weight. Without
+        weight they have the extents of the normalized axes.
+
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> x = np.array([[0.0, 1.0, 5.0]])
+    >>> _, mean, rstd = nk.normalize(x, axis=1, return_stats=True)
+    >>> dx, _, _ = nk.normalize_backward(np.array([[1.0, 0.0, 0.0]]), x, mean, rstd, axis=1, need=("dx",))
+    >>> dx.round(3).tolist()
+    [[0.175, -0.219, 0.044]]
     """
 
 
@@ -1017,11 +1152,23 @@ def normalize_double_backward(
 ) -> tuple[Any, Any, Any]:
     """The gradient of a scalar through `normalize_backward`.
 
-    Formulas, options and errors are those of `instance_norm_double_backward`; without centering, those of
-    `rms_norm_double_backward`.
+    The formulas are those of `instance_norm_double_backward`; without centering, those of `rms_norm_double_backward`.
 
-    ddweight, ddbias : the shape of weight; without one, the extents of the normalized axes
-    mean, rstd : the shape of x without `axis`, as `normalize` returned them; `mean` is None without centering
+    Parameters
+    ----------
+    ddweight, ddbias : the shape of weight, without one the extents of the normalized axes, or None
+        The gradients of the scalar with respect to dweight and dbias.
+    mean, rstd : the shape of x without `axis`, of float32 or float64, or numbers
+        As the forward returned them; `mean` is None without centering.
+    weight : broadcasts against x, optional
+        That of the forward.
 
-    Returns (d_dy, d_x, d_weight).
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> x = np.array([[0.0, 1.0, 5.0]])
+    >>> y, mean, rstd = nk.normalize(x, axis=1, return_stats=True)
+    >>> d_dy, d_x, d_weight = nk.normalize_double_backward(None, None, np.ones(3), y, x, mean, rstd, axis=1)
+    >>> d_dy.tolist()
+    [[1.0, 1.0, 1.0]]
     """

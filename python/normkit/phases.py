@@ -6,6 +6,8 @@
 Moments of parts merge, sums of the backward add. Both are held in float64, so that parts lose nothing by being parts.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -158,7 +160,32 @@ class Moments:
 
 
 def merge(moments: Iterable[Moments]) -> Moments:
-    """The moments of all parts together, merged from the first to the last."""
+    """The moments of all parts together, merged from the first to the last.
+
+    Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
+
+    Parameters
+    ----------
+    moments : iterable of Moments
+        Those of the parts, of one shape, library and device.
+
+    Returns
+    -------
+    Moments
+        Those of the whole.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where there are none, or they do not go together.
+
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> whole = nk.merge(nk.moments(np.array(part), axis=0) for part in ([1.0, 2.0], [3.0], [6.0]))
+    >>> float(whole.count), float(whole.mean)
+    (4.0, 3.0)
+    """
     parts = list(moments)
     if not parts:
         raise ValueError("moments is empty, expected at least one")
@@ -179,11 +206,12 @@ def _moments(x: Array, *, axis: Axes, center: bool = True, where: Mask | None = 
 def moments(x: Array, *, axis: Axes, center: bool = True, where: Mask | None = None) -> Moments:
     """The moments of x over `axis`: the first phase of `normalize`, and of every named normalization.
 
+    They are computed in float64, whatever the dtype of x.
+
     Parameters
     ----------
-    x : any dtype that `normalize` takes, any shape and strides
-    axis
-        One axis or several, each from -x.ndim to x.ndim - 1; None: all of them.
+    x : any shape
+        The dtypes that `instance_norm` takes, with any strides.
     center
         False: the sum of squares, for a root mean square.
     where : bool, broadcasts against x, optional
@@ -192,6 +220,7 @@ def moments(x: Array, *, axis: Axes, center: bool = True, where: Mask | None = N
     Returns
     -------
     Moments
+        Of each statistic.
 
     Raises
     ------
@@ -229,23 +258,26 @@ def apply(
 
     Parameters
     ----------
-    x : as for `normalize`
-    mean, rstd : the shape of x without `axis`, float32 or float64; or numbers, which stand for all statistics
-        A mean of None is 0. In float64, as `Moments` has them, they keep what a float32 rounds off.
-    weight, bias : broadcast against x, optional
+    x : any shape
+        The dtypes that `instance_norm` takes, with any strides.
+    mean, rstd : the shape of x without `axis`, of float32 or float64, or numbers
+        A mean of None is 0. In float64, as `Moments` has them, they keep what a float32 rounds off. A number stands for
+        all statistics.
+    weight, bias : broadcast against x as in NumPy, optional
+        Of float32, float64 or the dtype of x.
     axis
-        The axes that mean and rstd do not have.
-    out, out_dtype, activation, weight_offset
-        As in `instance_norm`.
+        The axes that mean and rstd do not have: one or several, each from -x.ndim to x.ndim - 1; None: all of them.
 
     Returns
     -------
-    y, like x
+    y
+        Like x.
 
-    Raises
-    ------
-    TypeError, ValueError, numpy.exceptions.AxisError
-        Naming the argument, before anything is written.
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> nk.apply(np.array([[1.0, 2.0, 6.0]]), 3.0, 0.5, axis=1).tolist()
+    [[-1.0, -0.5, 1.5]]
     """
 
 
@@ -270,21 +302,27 @@ def backward_sums(
 
     Parameters
     ----------
-    dy, x : the same shape, float32, float64, float16 or bfloat16
-    mean, rstd : as in `apply`
+    mean, rstd : the shape of x without `axis`, of float32 or float64, or numbers
+        As in `apply`.
     weight : broadcasts against x, optional
-    where, bias, activation, weight_offset
-        As in `instance_norm_backward`.
+        That of the forward.
 
     Returns
     -------
-    sums : the shape of x without `axis`, and 3; float64
-        Those of parts add, whatever the library: ``sums + others``.
+    sums : the shape of x without `axis`, and 3
+        Of float64. Those of parts add, whatever the library: ``sums + others``.
 
     Raises
     ------
     TypeError, ValueError, numpy.exceptions.AxisError
         Naming the argument.
+
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> x, dy = np.array([[1.0, 2.0, 6.0]]), np.array([[1.0, 0.0, 1.0]])
+    >>> nk.backward_sums(dy, x, 3.0, 0.5, axis=1).tolist()
+    [[2.0, 1.0, 0.0]]
     """
 
 
@@ -312,20 +350,25 @@ def apply_backward(
 
     Parameters
     ----------
-    dy, x, mean, rstd, weight : as in `backward_sums`, of this part
-    sums
+    mean, rstd : the shape of x without `axis`, of float32 or float64, or numbers
+        As in `apply`.
+    sums : as `backward_sums` gives them
         Those of all parts, added.
-    count : a number, or an array of the shape of rstd
+    count : the shape of rstd, or a number
         The members of each statistic, all parts together.
-    out, where, bias, activation, weight_offset, dresidual
-        As in `instance_norm_backward`.
+    weight : broadcasts against x, optional
+        That of the forward.
 
     Returns
     -------
-    dx, like x
+    dx
+        Like x.
 
-    Raises
-    ------
-    TypeError, ValueError, numpy.exceptions.AxisError
-        Naming the argument, before anything is written.
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> x, dy = np.array([[1.0, 2.0, 6.0]]), np.array([[1.0, 0.0, 1.0]])
+    >>> sums = nk.backward_sums(dy, x, 3.0, 0.5, axis=1)
+    >>> nk.apply_backward(dy, x, 3.0, 0.5, sums, 3, axis=1).round(3).tolist()
+    [[0.25, -0.312, 0.042]]
     """
