@@ -6,15 +6,18 @@ So each option is described once, and `help` and documentation tools show all of
 import inspect
 import re
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 
+@cache
 def _sections(doc: str) -> dict[str, str]:
     """By title; what stands before the first one has none."""
-    parts = re.split(r"^(\w[\w ]*)\n-+\n", doc, flags=re.MULTILINE)
+    parts = re.split(r"^(\w[\w ]*)\n-+\n", inspect.cleandoc(doc), flags=re.MULTILINE)
     return {"": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
 
 
+@cache
 def _entries(section: str) -> list[tuple[list[str], str, str]]:
     """Names, type and description of each: several that are alike share one."""
     found = []
@@ -39,10 +42,10 @@ def completed(function: Callable[..., Any], others: Iterable[Callable[..., Any]]
     """The docstring of a function, with what is left out as `others` have it, the first one that does."""
     code = function.__code__
     names = list(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
-    sections, chosen = _sections(inspect.cleandoc(function.__doc__ or "")), []
+    sections, chosen = _sections(function.__doc__ or ""), []
     left = set(names)
     for other in (function, *others):
-        theirs = _sections(inspect.cleandoc(other.__doc__ or ""))
+        theirs = _sections(other.__doc__ or "")
         sections = theirs | sections
         for entry, kind, text in _entries(theirs.get("Parameters", "")):
             mine = [name for name in entry if name in left]
@@ -50,13 +53,14 @@ def completed(function: Callable[..., Any], others: Iterable[Callable[..., Any]]
                 chosen.append((mine, kind or _kind(function, mine[0]), text))
                 left -= set(mine)
     chosen.sort(key=lambda entry: names.index(entry[0][0]))
-    sections["Parameters"] = "\n".join(f"{', '.join(n)} : {kind}\n{text}" for n, kind, text in chosen)
+    described = "\n".join(f"{', '.join(n)} : {kind}\n{text}" for n, kind, text in chosen)
+    sections = sections | {"Parameters": described}
     parts = [f"{t}\n{'-' * len(t)}\n{sections[t].rstrip()}" for t in ("Parameters", "Returns", "Raises", "Examples")]
     return "\n\n".join([sections[""].rstrip(), *parts]) + "\n"
 
 
 def complete(functions: dict[str, Callable[..., Any]]) -> None:
-    """Each forward is as `instance_norm` but for what it says, each backward as its backward, and all as `normalize`."""
+    """A forward is as `instance_norm` but for what it says, a backward as its backward, and all are as `normalize`."""
     plain = {name: inspect.unwrap(function) for name, function in functions.items()}
     if not plain["instance_norm"].__doc__:  # python -OO
         return

@@ -32,7 +32,8 @@ Mask: TypeAlias = np.ndarray[tuple[Any, ...], np.dtype[np.bool]] | OtherMask | b
 Statistics: TypeAlias = Array | float  # a number stands for all of them
 Axes: TypeAlias = SupportsIndex | Iterable[SupportsIndex] | None
 Named: TypeAlias = Literal[
-    "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "elu", "sigmoid", "tanh", "relu6", "hardswish", "mish", "softplus"
+    "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "elu", "sigmoid", "tanh", "relu6", "hardswish", "mish",
+    "softplus",
 ]  # fmt: skip
 Activation: TypeAlias = Named | tuple[Literal["leaky_relu", "elu"], float] | None
 Gradient: TypeAlias = Literal["dx", "dweight", "dbias"]

@@ -73,7 +73,7 @@ class Moments:
         self._memory, self._centered = memory, mean is not None
 
     @classmethod
-    def _of(cls, triples: Any, memory: Memory | None, centered: bool = True) -> "Moments":
+    def _of(cls, triples: Any, memory: Memory | None, centered: bool = True) -> Moments:
         found = cls.__new__(cls)
         found._triples, found._memory, found._centered = triples, memory or NUMPY, centered
         return found
@@ -93,7 +93,7 @@ class Moments:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __reduce__(self) -> tuple[type["Moments"], tuple[Any, Any, Any]]:
+    def __reduce__(self) -> tuple[type[Moments], tuple[Any, Any, Any]]:
         return Moments, (self.count, self.mean, self.m2)
 
     def _part(self, k: int) -> Any:
@@ -112,7 +112,7 @@ class Moments:
     def m2(self) -> Any:
         return self._part(1)
 
-    def merge(self, other: "Moments") -> "Moments":
+    def merge(self, other: Moments) -> Moments:
         """The moments of the members of both, which share none.
 
         Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
@@ -370,5 +370,5 @@ def apply_backward(
     >>> x, dy = np.array([[1.0, 2.0, 6.0]]), np.array([[1.0, 0.0, 1.0]])
     >>> sums = nk.backward_sums(dy, x, 3.0, 0.5, axis=1)
     >>> nk.apply_backward(dy, x, 3.0, 0.5, sums, 3, axis=1).round(3).tolist()
-    [[0.25, -0.312, 0.042]]
+    [[0.25, -0.292, 0.042]]
     """
