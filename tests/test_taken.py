@@ -113,7 +113,7 @@ def test_what_is_converted_by_other_functions(dtype, rng):
     x, style = uniform(rng, SHAPE, dtype), uniform(rng, SHAPE, dtype)
     same, likewise = x.astype(np.float32), style.astype(np.float32)
     found, expected = nk.moments(x, axis=2), nk.moments(same, axis=2)
-    assert found == expected
+    assert bits(found.m2) == bits(expected.m2)
     assert bits(nk.apply(x, found.mean, found.rstd(), axis=2)) == bits(nk.apply(same, found.mean, found.rstd(), axis=2))
     assert bits(nk.adaptive_instance_norm(x, style)) == bits(nk.adaptive_instance_norm(same, likewise))
     assert bits(nk.l2_normalize(x)) == bits(nk.l2_normalize(same))
