@@ -65,7 +65,9 @@ print(normkit.get_num_threads(), normkit.get_cache_limit())"""
 @pytest.mark.parametrize("first", ["normkit", "threadpoolctl"])
 def test_threadpoolctl(first):
     pytest.importorskip("threadpoolctl")
-    code = f"""import {first}, normkit, threadpoolctl
+    code = f"""import {first}, importlib.util, normkit
+assert importlib.util.find_spec("threadpoolctl") is not None  # asking is not importing
+import threadpoolctl
 before = normkit.get_num_threads()
 with threadpoolctl.threadpool_limits(1):
     print(normkit.get_num_threads(), end=" ")

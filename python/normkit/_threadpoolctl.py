@@ -1,6 +1,5 @@
 """threadpoolctl sees the threads of normkit and limits them, whichever of the two is imported first."""
 
-import importlib.util
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -31,13 +30,13 @@ def _register(threadpoolctl: Any) -> None:
 
 
 class _Finder:
-    """Waits for the import of threadpoolctl, which finds its own module as ever."""
+    """Waits for the import of threadpoolctl, which the other finders find."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != "threadpoolctl":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        others = [f for f in sys.meta_path if f is not self]
+        spec = next((s for f in others if (s := f.find_spec(name, path, target)) is not None), None)
         if spec is None or spec.loader is None:
             return spec
         loader: Any = spec.loader
@@ -46,6 +45,8 @@ class _Finder:
         def exec_module(module: ModuleType) -> None:
             execute(module)
             _register(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
 
         loader.exec_module = exec_module
         return spec
