@@ -333,8 +333,8 @@ bool schedule(Plan& p, Seen& seen) {
   t.phase = phase_of(p.op), t.centered = spec.centered, t.activation = spec.activation;
   t.denominator = {spec.eps, spec.divides_by_norm};
   t.frozen = !spec.use_input_stats || p.op == Op::apply;
-  const bool has_params = !backward || wants_params || args.weight.present || bias_counts(seen, p.op);
-  if (!place(p, seen, has_params ? seen.params.axes : 0, blocks)) return false;
+  // Parameters shape the geometry, and with it the order of sums, also where there are none: bits do not depend on `need`.
+  if (!place(p, seen, seen.params.axes, blocks)) return false;
   if (wants_params && !choose_kind(t)) return false;
   t.weight.dtype = args.weight.dtype, t.weight.offset = spec.weight_offset, t.bias.dtype = args.bias.dtype;
   if (backward || p.op == Op::apply)
