@@ -8,7 +8,7 @@ from . import _core
 # An array is whatever NumPy, or a library that speaks DLPack, calls one; outputs are of the same kind.
 Array: TypeAlias = Any
 Axes: TypeAlias = SupportsIndex | Iterable[SupportsIndex] | None
-Activation: TypeAlias = str | tuple[str, float] | None
+Activation: TypeAlias = str | tuple[str, float | Array] | None
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

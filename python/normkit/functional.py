@@ -99,8 +99,9 @@ def instance_norm(
         fewer than two. No part of the backward of such an instance is NaN.
     activation
         Applied to y before it is rounded: "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "elu", "sigmoid",
-        "tanh", "relu6", "hardswish", "mish" or "softplus", as PyTorch defines them, or a pair ("leaky_relu", slope) or
-        ("elu", alpha).
+        "tanh", "relu6", "hardswish", "mish" or "softplus", as PyTorch defines them, or a pair: ("leaky_relu", slope),
+        ("elu", alpha) or ("prelu", slopes). Slopes have a shape that weight may have, and its dtypes, or are one
+        element or a number, for all. softplus is log(1 + exp(y)) beyond 20 too, where PyTorch has y.
     residual : the shape and dtype of x, optional
         Added to x before the statistics, with the bits of ``x + residual`` in the dtype of x.
     return_residual
@@ -146,7 +147,7 @@ def instance_norm_backward(
     activation: Activation = None,
     weight_offset: float = 0.0,
     dresidual: Array = None,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """The gradient of `instance_norm`.
 
         dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)),    g = dy * weight,    x_hat = (x - mean) * rstd
@@ -161,7 +162,9 @@ def instance_norm_backward(
         `mean` is rounded; it is corrected from x, so that dx is as exact far from zero as near it.
     weight : as in the forward
     need
-        Names of the gradients that are wanted; the others are None and cost nothing.
+        Names of the gradients that are wanted; the others are None and cost nothing. "dslopes" too, where activation is
+        ("prelu", slopes): the sum of ``dy * min(z, 0)``, where z is what prelu was applied to. It walks over dy and x
+        once more.
     out
         Where to write dx. May be dy or x itself; any other overlap is refused.
     where, activation, weight_offset
@@ -177,7 +180,8 @@ def instance_norm_backward(
     -------
     (dx, dweight, dbias)
         dx is like x, dweight like weight. dbias has the shape of bias where it is passed, else that of weight, and the
-        dtype of weight. Without weight they are (C,), of the dtype of the statistics.
+        dtype of weight. Without weight they are (C,), of the dtype of the statistics. With "dslopes" in `need` that is
+        the last, like slopes.
 
     Raises
     ------
@@ -313,7 +317,7 @@ def group_norm_backward(
     activation: Activation = None,
     weight_offset: float = 0.0,
     dresidual: Array = None,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """The gradient of `group_norm`. Formulas, options and errors are those of `instance_norm_backward`.
 
     mean, rstd : (N, num_groups)
@@ -409,7 +413,7 @@ def layer_norm_backward(
     activation: Activation = None,
     weight_offset: float = 0.0,
     dresidual: Array = None,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """The gradient of `layer_norm`. Formulas, options and errors are those of `instance_norm_backward`.
 
     mean, rstd : the shape of x without `axis`
@@ -506,7 +510,7 @@ def rms_norm_backward(
     activation: Activation = None,
     weight_offset: float = 0.0,
     dresidual: Array = None,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """The gradient of `rms_norm`.
 
         dx = rstd * (g - x_hat * mean(g * x_hat)),    g = dy * weight,    x_hat = x * rstd
@@ -611,7 +615,7 @@ def batch_norm_backward(
     activation: Activation = None,
     weight_offset: float = 0.0,
     dresidual: Array = None,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """The gradient of `batch_norm`. Formulas, options and errors are those of `instance_norm_backward`.
 
     mean, rstd : (C,). With ``training=False`` they are constants: dx = rstd * dy * weight.
@@ -686,13 +690,15 @@ def adaptive_instance_norm(
     TypeError, ValueError, numpy.exceptions.AxisError
         Naming the argument, before anything is written.
     """
-    v, memory = views_of(content=content, style=style, out=out, where=where, residual=residual)
+    slopes = _slopes_of(activation)
+    v, memory = views_of(content=content, style=style, out=out, where=where, residual=residual, slopes=slopes)
     with memory:
         _, std, mean_of_style = _style_of(v["content"], v["style"], channel_axis, eps)
         with _called("content"):
             result = instance_norm(
                 v["content"], std, mean_of_style, eps=eps, channel_axis=channel_axis, out=v["out"],
-                out_dtype=out_dtype, return_stats=return_stats, where=v["where"], activation=activation,
+                out_dtype=out_dtype, return_stats=return_stats, where=v["where"],
+                activation=activation if slopes is None else ("prelu", v["slopes"]),
                 residual=v["residual"], return_residual=return_residual,
             )  # fmt: skip
         return _hand_back(result, memory, out)
@@ -744,9 +750,11 @@ def adaptive_instance_norm_backward(
     unknown = [name for name in need if name not in ("dcontent", "dstyle")]
     if unknown:
         raise ValueError(f"need has {unknown[0]!r}, expected names from ('dcontent', 'dstyle')")
+    slopes = _slopes_of(activation)
     v, memory = views_of(
-        content=content, style=style, dy=dy, mean=mean, rstd=rstd, out=out, where=where, dresidual=dresidual
-    )
+        content=content, style=style, dy=dy, mean=mean, rstd=rstd, out=out, where=where, dresidual=dresidual,
+        slopes=slopes,
+    )  # fmt: skip
     kind = str(v["style"].dtype).rpartition(".")[2]
     if kind.startswith(("int", "uint")):
         raise TypeError(f"style has dtype {kind}, expected float32, float64, float16 or bfloat16")
@@ -756,7 +764,8 @@ def adaptive_instance_norm_backward(
         with _called("content"):
             dcontent, dweight, dbias = instance_norm_backward(
                 v["dy"], v["content"], v["mean"], v["rstd"], std, channel_axis=channel_axis, need=wanted,
-                out=v["out"], where=v["where"], bias=mean_of_style, activation=activation, dresidual=v["dresidual"],
+                out=v["out"], where=v["where"], bias=mean_of_style, dresidual=v["dresidual"],
+                activation=activation if slopes is None else ("prelu", v["slopes"]),
             )  # fmt: skip
         dstyle = None
         if "dstyle" in need:  # sqrt(var + eps) and mean of style are weight and bias of content
@@ -777,6 +786,14 @@ def _apply_channels(
     x: Array, mean: Array, rstd: Array, weight: Array = None, bias: Array = None, *, channel_axis: int
 ) -> Any:
     """`apply` over the axes of instance norm."""
+
+
+def _slopes_of(activation: Activation) -> Array:
+    """Those of prelu, where they are no number."""
+    is_pair = isinstance(activation, tuple | list) and len(activation) == 2 and isinstance(activation[0], str)
+    if not is_pair or activation[0] != "prelu" or isinstance(activation[1], int | float | np.number):  # type: ignore[index]
+        return None
+    return activation[1]  # type: ignore[index]
 
 
 def _style_of(content: Array, style: Array, channel_axis: int, eps: float) -> tuple[Moments, Any, Any]:
@@ -974,7 +991,7 @@ def normalize_backward(
     activation: Activation = None,
     weight_offset: float = 0.0,
     dresidual: Array = None,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """The gradient of `normalize`. Formulas, dtypes and errors are those of `instance_norm_backward`.
 
     mean, rstd : the shape of x without `axis`, as `normalize` returned them
