@@ -452,6 +452,26 @@ template <class S> NORMKIT_DEVICE S kinked(Activation activation, S z) {
 }
 template <class S> NORMKIT_CALLED S slope_at(Activation activation, S z) { return activation_slope(activation, z); }
 
+/// The activation of one element after the other of a vector: prelu has a slope for each parameter.
+class Activations {
+ public:
+  NORMKIT_DEVICE Activations(const Task& t, const Place& p)
+      : slopes_(t.slopes),
+        activation_(t.activation),
+        first_(p.tile.o * t.geometry.params.outer),
+        cycle_(t.slopes.data ? offset_of(t.geometry, p) : 0, t.geometry.params.stride, t.geometry.params.count) {}
+  NORMKIT_DEVICE Activation next() {
+    if (slopes_.data) activation_.parameter = element(slopes_, first_ + cycle_.index, 1), cycle_.next();
+    return activation_;
+  }
+
+ private:
+  Param slopes_;
+  Activation activation_;
+  std::int64_t first_;
+  Cycle cycle_;
+};
+
 /// z = x_hat * weight + bias of the elements of one vector; `weight` is theirs where the parameters are not constant.
 template <class X, class S, int N, int M>
 NORMKIT_DEVICE void preactivation(const Work& work, const Factors<S, M>& factors, const Place& p, Piece<S>& piece,
@@ -539,7 +559,10 @@ NORMKIT_DEVICE void make_y(const Work& work, const Factors<ComputeOf<X>, M>& fac
   widened(v, x);
   preactivation<X>(work, factors, p, piece, true, x, y, weight);
   if (activation.kind == ActivationKind::none) return;
-  if (!work.only_whole) return in_turn(y, [&](ComputeOf<X> one) { return activated(activation, one); });
+  if (!work.only_whole) {
+    Activations activations(work.task, p);
+    return in_turn(y, [&](ComputeOf<X> one) { return activated(activations.next(), one); });
+  }
   NORMKIT_UNROLL
   for (ComputeOf<X>& one : y) one = kinked(activation, one);
 }
@@ -578,13 +601,13 @@ NORMKIT_DEVICE Reduced reduced_at(const double* from) { return {{from[0], from[1
 template <class X, class S, int N, int M>
 NORMKIT_DEVICE void incoming(const Work& work, const Factors<S, M>& factors, const Place& p, const S (&x)[N],
                              S (&dz)[N], S (&weight)[N]) {
-  const Activation activation = work.task.activation;
-  const bool active = activation.kind != ActivationKind::none;
+  const bool active = work.task.activation.kind != ActivationKind::none;
   S z[N];
   Piece<S> none;
   preactivation<X>(work, factors, p, none, active, x, z, weight);
   if (!active) return;
-  in_turn(z, [&](S one) { return slope_at(activation, one); });
+  Activations activations(work.task, p);
+  in_turn(z, [&](S one) { return slope_at(activations.next(), one); });
   NORMKIT_UNROLL
   for (int e = 0; e < N; ++e) dz[e] *= z[e];
 }

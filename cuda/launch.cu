@@ -258,21 +258,10 @@ Work work_for(const Job& job) {
   return work_for(job.task, direction, job.is_backward && has_pieces(job.task));
 }
 
-}  // namespace
-
-std::size_t workspace_bytes(const Job& job) {
-  Work work = work_for(job);
-  Carver carver{nullptr};
-  if (job.is_backward) carve_backward(carver, work);
-  else carve_forward(carver, job, work);
-  return carver.used * sizeof(double);
-}
-
-void run(const Job& job, void* workspace, void* on, int device) {
+/// Runs one of the jobs that for_each_job() makes.
+void run_one(const Job& job, void* workspace, int device, Stream stream) {
   if (job.is_backward && job.task.phase == Phase::both && !job.task.dx.data && !job.dweight.data && !job.dbias.data)
     return;
-  const DeviceGuard guard(device);
-  const Stream stream = static_cast<Stream>(on);
   Work work = work_for(job);
   Task& t = work.task;
   Carver carver{static_cast<double*>(workspace)};
@@ -290,6 +279,27 @@ void run(const Job& job, void* workspace, void* on, int device) {
   if (job.running.mean && !t.frozen)
     launch(UpdateRunning{t.moments, t.geometry.statistics(), job.running}, grid_for_items(job.running.count, kWarp),
            stream);
+}
+
+}  // namespace
+
+std::size_t workspace_bytes(const Job& job) {
+  Job copy = job;
+  std::size_t most = 0;
+  for_each_job(copy, [&](const Job& one) {
+    Work work = work_for(one);
+    Carver carver{nullptr};
+    if (one.is_backward) carve_backward(carver, work);
+    else carve_forward(carver, one, work);
+    if (carver.used > most) most = carver.used;
+  });
+  return most * sizeof(double);
+}
+
+void run(const Job& job, void* workspace, void* stream, int device) {
+  const DeviceGuard guard(device);
+  Job copy = job;
+  for_each_job(copy, [&](const Job& one) { run_one(one, workspace, device, static_cast<Stream>(stream)); });
 }
 
 }  // namespace normkit::cuda

@@ -178,8 +178,8 @@ nb::object made(OperandIndex k, const Plan& plan, const Memory& memory) {
   switch (kOperandTable[k].role) {
     case Role::statistic: array = memory.empty(compute, s.stat_ndim, s.stat_shape.data(), s.stat_strides.data()); break;
     case Role::param: {
-      const normkit::Shapes::Param& gradient = k == normkit::kDbias ? s.dbias : s.dweight;
-      array = memory.empty(s.param_dtype, gradient.ndim, gradient.shape.data(), gradient.strides.data());
+      const normkit::Shapes::Param& gradient = s.of(k);
+      array = memory.empty(gradient.dtype, gradient.ndim, gradient.shape.data(), gradient.strides.data());
       break;
     }
     case Role::triples: {
@@ -222,7 +222,8 @@ class Results {
       if (repeats) axes.append(axis);
     }
     const bool is_param = kOperandTable[t.operand].role == Role::param;
-    if (is_param) into = memory.seen(into, plan.shapes.param_dtype, t.ndim, shape.data(), t.seen_strides.data());
+    if (is_param)
+      into = memory.seen(into, plan.shapes.of(t.operand).dtype, t.ndim, shape.data(), t.seen_strides.data());
     memory.copy(into, from, nb::len(axes) ? nb::object(nb::tuple(axes)) : nb::none());
   };
   for (const Temporary& t : plan.temporaries) {
@@ -253,24 +254,27 @@ class Results {
 
 /// What the caller gets: the outputs in this order.
 constexpr OperandIndex kForwardResults[] = {normkit::kOut, normkit::kMean, normkit::kRstd, normkit::kSum};
-constexpr OperandIndex kBackwardResults[] = {normkit::kOut, normkit::kDweight, normkit::kDbias};
+constexpr OperandIndex kBackwardResults[] = {normkit::kOut, normkit::kDweight, normkit::kDbias, normkit::kDslopes};
 
 /// `alone`: dx, where there are no parameters whose gradients could be wanted.
 nb::object returned(const Plan& plan, Results& results, bool alone) {
   if (plan.op == Op::moments) return std::move(results[normkit::kMoments]);
   if (plan.op == Op::backward_sums) return std::move(results[normkit::kSums]);
-  const bool all = plan.op == Op::backward && !alone;  // None for what is not wanted
+  const bool all = plan.op == Op::backward && !alone;  // None for what is not wanted, but for dslopes
   const std::span<const OperandIndex> order =
       all ? std::span<const OperandIndex>(kBackwardResults) : std::span<const OperandIndex>(kForwardResults);
+  const auto is_returned = [&](OperandIndex k) {
+    return (all && k != normkit::kDslopes) || plan.wanted & operand_bit(k);
+  };
   Py_ssize_t count = 0;
-  for (const OperandIndex k : order) count += all || plan.wanted & operand_bit(k);
+  for (const OperandIndex k : order) count += is_returned(k);
   if (count == 1) return std::move(results[normkit::kOut]);
   const nb::object tuple = nb::steal(PyTuple_New(count));
   if (!tuple.is_valid()) throw nb::python_error();
   Py_ssize_t next = 0;
   for (const OperandIndex k : order) {
     if (plan.wanted & operand_bit(k)) PyTuple_SetItem(tuple.ptr(), next++, results[k].release().ptr());
-    else if (all) PyTuple_SetItem(tuple.ptr(), next++, Py_NewRef(Py_None));
+    else if (is_returned(k)) PyTuple_SetItem(tuple.ptr(), next++, Py_NewRef(Py_None));
   }
   return tuple;
 }
@@ -323,6 +327,7 @@ class Function final : public function::Body {
     if (slot < normkit::kOperands) arrays_.push_back(static_cast<OperandIndex>(slot)), names_[slot] = name;
     else if (type == options::Type::flag) flags_.emplace_back(slot, name);
     else (type == options::Type::number ? numbers_ : objects_).push_back(slot);
+    if (slot == options::kActivation) take(normkit::kSlopes, options::Type::object, "slopes");
   }
 
   nb::object call(PyObject** values) override {
@@ -331,6 +336,7 @@ class Function final : public function::Body {
     if (values[options::kCenter] == Py_None)
       values[options::kCenter] = values[normkit::kMean] == Py_None ? Py_False : Py_True;
     if (is_every(values[normkit::kWhere])) values[normkit::kWhere] = Py_None;
+    const nb::object slopes = options::take_slopes(values);
     recent::Key key;
     Addresses at{};
     for (const OperandIndex k : arrays_) {
@@ -405,7 +411,8 @@ class Function final : public function::Body {
     Arrays whose("x", values[normkit::kX]);
     const auto is_number = [&](OperandIndex k) {
       const OperandRow& row = kOperandTable[k];
-      return (row.role == Role::statistic || row.role == Role::count) && contains(row.reads, op_) &&
+      const bool may_be = row.role == Role::statistic || row.role == Role::count || k == normkit::kSlopes;
+      return may_be && contains(row.reads, op_) &&
              (PyFloat_Check(values[k]) || PyLong_Check(values[k]) || PyArray_IsScalar(values[k], Integer) ||
               PyArray_IsScalar(values[k], Floating));
     };
@@ -421,7 +428,9 @@ class Function final : public function::Body {
       const OperandRow& row = kOperandTable[k];
       nb::object given = nb::borrow(values[k]);
       if (is_number(k)) {
-        numbers.push_back(given = memory.empty(normkit::Dtype::float64, 0, nullptr, nullptr));
+        const normkit::Dtype dtype =
+            k == normkit::kSlopes ? normkit::compute_dtype(args.x.dtype) : normkit::Dtype::float64;
+        numbers.push_back(given = memory.empty(dtype, 0, nullptr, nullptr));
         memory.copy(given, values[k], nb::none());
       }
       whose.view(names_[k].c_str(), given, contains(row.writes, op_), views[k]);

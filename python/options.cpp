@@ -37,15 +37,14 @@ std::vector<std::int64_t> axes_of(nb::handle h, int ndim) {
   return axes;
 }
 
-constexpr const char* kActivationNames[normkit::kActivationKinds] = {"none",      "relu", "leaky_relu", "silu", "gelu",
-                                                                     "gelu_tanh", "elu",  "sigmoid",    "tanh", "relu6",
-                                                                     "hardswish", "mish", "softplus"};
+constexpr const char* kActivationNames[] = {"none",    "relu", "leaky_relu", "silu",      "gelu", "gelu_tanh", "elu",
+                                            "sigmoid", "tanh", "relu6",      "hardswish", "mish", "softplus"};
 
 [[noreturn]] void bad_activation(nb::handle h, Error::Kind kind) {
   std::string names;
   for (const char* name : kActivationNames) names += std::string(names.empty() ? "" : ", ") + "'" + name + "'";
   throw Error(kind, std::string("activation is ") + nb::repr(h).c_str() + ", expected None" + names.substr(6) +
-                        ", or a pair such as ('leaky_relu', 0.01) or ('elu', 1.0)");
+                        ", or a pair such as ('leaky_relu', 0.01), ('elu', 1.0) or ('prelu', slopes)");
 }
 
 /// None, a name, or a pair of a name and its parameter.
@@ -56,7 +55,8 @@ normkit::Activation activation_of(nb::handle h) {
   const nb::object name = pair ? nb::object(h[0]) : nb::borrow(h);
   if (!PyUnicode_Check(name.ptr())) bad_activation(h, Error::Kind::type);
   const std::string text = nb::str(name).c_str();
-  for (int kind = 1; kind < normkit::kActivationKinds; ++kind) {
+  if (!pair && text == "prelu") return {ActivationKind::prelu};
+  for (int kind = 1; kind < static_cast<int>(std::size(kActivationNames)); ++kind) {
     if (text != kActivationNames[kind]) continue;
     normkit::Activation a{static_cast<ActivationKind>(kind)};
     const bool leaky = a.kind == ActivationKind::leaky_relu, elu = a.kind == ActivationKind::elu;
@@ -112,6 +112,18 @@ Spec spec_of_axes(Kind kind, PyObject* const* values, const normkit::Array& x, b
 
 }  // namespace
 
+nb::object take_slopes(PyObject** values) {
+  static PyObject* const name = PyUnicode_InternFromString("prelu");  // the same object in every key of a call
+  const nb::handle pair = values[kActivation];
+  const bool is_tuple = PyTuple_Check(pair.ptr());
+  if ((!is_tuple && !PyList_Check(pair.ptr())) || PyObject_Size(pair.ptr()) != 2) return {};
+  const nb::object first = nb::steal(PySequence_GetItem(pair.ptr(), 0));
+  if (!first.is_valid() || !PyUnicode_Check(first.ptr()) || PyUnicode_Compare(first.ptr(), name) != 0) return {};
+  nb::object slopes = nb::steal(PySequence_GetItem(pair.ptr(), 1));
+  values[kActivation] = name, values[normkit::kSlopes] = slopes.ptr();
+  return slopes;
+}
+
 Spec spec_of(Kind kind, normkit::Op op, PyObject* const* values, const normkit::Array& x) {
   const bool centered = values[kCenter] == Py_True;
   Spec spec = spec_of_axes(kind, values, x, centered);
@@ -123,6 +135,8 @@ Spec spec_of(Kind kind, normkit::Op op, PyObject* const* values, const normkit::
     spec.momentum = number("momentum", values[kMomentum], "a number from 0 to 1");
   }
   spec.activation = activation_of(values[kActivation]);
+  if (spec.activation.kind == normkit::ActivationKind::prelu && values[normkit::kSlopes] == Py_None)
+    throw Error(Error::Kind::type, "slopes is None, expected an array or a number: activation is ('prelu', slopes)");
   spec.weight_offset = number("weight_offset", values[kWeightOffset], "a finite number");
   return spec;
 }
@@ -145,10 +159,13 @@ normkit::OperandMask wanted_of(normkit::Op op, PyObject* const* values) {
   OperandMask wanted = 0;
   for (nb::handle item : nb::borrow<nb::iterable>(values[kNeed])) {
     const std::string name = PyUnicode_Check(item.ptr()) ? nb::str(item).c_str() : "";
-    const OperandMask named = bit(name == "dx", kOut) | bit(name == "dweight", kDweight) | bit(name == "dbias", kDbias);
+    const OperandMask named = bit(name == "dx", kOut) | bit(name == "dweight", kDweight) |
+                              bit(name == "dbias", kDbias) | bit(name == "dslopes", kDslopes);
     if (!named)
       throw Error(Error::Kind::value, std::string("need has ") + nb::repr(item).c_str() +
-                                          ", expected names from ('dx', 'dweight', 'dbias')");
+                                          ", expected names from ('dx', 'dweight', 'dbias', 'dslopes')");
+    if (named == operand_bit(kDslopes) && values[kSlopes] == Py_None)
+      throw Error(Error::Kind::value, "need has 'dslopes', expected it with ('prelu', slopes) as activation alone");
     wanted |= named;
   }
   return wanted;

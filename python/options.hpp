@@ -49,6 +49,9 @@ inline constexpr Row kTable[] = {
 enum Kind { kNormalize, kInstance, kGroup, kBatch, kLayer, kL2 };
 inline constexpr const char* kKindNames[] = {"normalize", "instance", "group", "batch", "layer", "l2"};
 
+/// ("prelu", slopes) becomes its name and an array of the call, which is returned: `values` borrow it.
+nb::object take_slopes(PyObject** values);
+
 /// All that `values` say of a call on x.
 normkit::Spec spec_of(Kind kind, normkit::Op op, PyObject* const* values, const normkit::Array& x);
 

@@ -86,7 +86,7 @@ def stub_of(function: ast.FunctionDef) -> list[ast.FunctionDef]:
             found = overload(function, array, results(count, array))
             at = [a.arg for a in found.args.kwonlyargs].index("need")
             del found.args.kwonlyargs[at], found.args.kw_defaults[at]
-            made += [found, overload(function, array, results(count, "Any"), need=need)]
+            made += [found, overload(function, array, "tuple[Any, ...]", need=need)]
         elif "ddx" in arguments:
             made.append(overload(function, array, f"tuple[{array}, {array}, Any]"))
         else:

@@ -74,6 +74,7 @@ _VALUES: dict[str, Callable[..., Any]] = {
     "hardswish": lambda z: z * (np.clip(z + 3, 0, 6) / 6),
     "mish": lambda z: z * np.tanh(np.logaddexp(z, 0)),
     "softplus": lambda z: np.logaddexp(z, 0),
+    "prelu": lambda z, slopes: np.where(z > 0, z, slopes * z),
 }
 _SLOPES: dict[str, Callable[..., Any]] = {
     "relu": lambda z: np.where(z > 0, z.dtype.type(1), 0),
@@ -88,11 +89,19 @@ _SLOPES: dict[str, Callable[..., Any]] = {
     "hardswish": lambda z: np.where(np.abs(z) < 3, z / 3 + z.dtype.type(0.5), z > 0),
     "mish": _mish_slope,
     "softplus": sigmoid,
+    "prelu": lambda z, slopes: np.where(z > 0, z.dtype.type(1), slopes),
 }
 DEFAULTS = {"leaky_relu": 0.01, "elu": 1.0}
 
-# Every name, and the two that take a parameter with others than their defaults, negative and beyond 1 among them.
-ACTIVATIONS: list[Any] = [*_VALUES, ("leaky_relu", 0.2), ("leaky_relu", -1.5), ("elu", 0.5), ("elu", 2.0)]
+# Every name but prelu, whose slopes are an array (test_prelu.py), and the two that take a parameter with others than
+# their defaults, negative and beyond 1 among them.
+ACTIVATIONS: list[Any] = [
+    *(name for name in _VALUES if name != "prelu"),
+    ("leaky_relu", 0.2),
+    ("leaky_relu", -1.5),
+    ("elu", 0.5),
+    ("elu", 2.0),
+]
 
 
 def name_of(activation: Any) -> str:

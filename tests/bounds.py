@@ -47,6 +47,7 @@ STEEPEST = {
     "hardswish": (1.5, 1 / 3),
     "mish": (1.09, 0.645),
     "softplus": (1, 0.25),
+    "prelu": (1, 0),
 }
 # Where a derivative jumps, and by how much. Of those with a parameter, at 0.
 KINKS = {"relu": {0: 1.0}, "relu6": {0: 1.0, 6: 1.0}, "hardswish": {-3: 0.5, 3: 0.5}}
@@ -66,7 +67,7 @@ def evaluation(activation: Any, z: Any) -> Any:
     return GELU_TANH * (1 + np.minimum(v, 800))
 
 
-def steepest(activation: Any) -> tuple[float, float, dict[float, float]]:
+def steepest(activation: Any) -> tuple[Any, Any, dict[float, Any]]:
     """The steepest derivative of an activation, the steepest of that, and by how much the derivative jumps where."""
     if activation is None:
         return 1.0, 0.0, {}
@@ -74,7 +75,8 @@ def steepest(activation: Any) -> tuple[float, float, dict[float, float]]:
     first, second = STEEPEST[name]
     if not parameter:
         return first, second, KINKS.get(name, {})
-    return max(first, abs(parameter[0])), second * abs(parameter[0]), {0: abs(1 - parameter[0])}
+    parameter = parameter[0]  # of prelu an array
+    return np.maximum(first, np.abs(parameter)), second * np.abs(parameter), {0: np.abs(1 - parameter)}
 
 
 def depth(terms: Any, *, longest: int) -> Any:
@@ -197,15 +199,20 @@ def _deviation(b: SimpleNamespace, dtype: Any) -> tuple[Any, Any]:
     return np.abs(b.x - b.mean) + e, e
 
 
+def _off_z(b: SimpleNamespace, dtype: Any) -> Any:
+    """What backward's z is off, taken at the given mean or at that of the data."""
+    return z(b, dtype) + np.abs(b.weight) * b.rstd * (2 * unit(dtype) * np.abs(b.mean) + np.abs(b.given - b.mean))
+
+
 def dz(b: SimpleNamespace, dtype: Any) -> Any:
-    """Of dz = dy * activation'(z), beyond what a dy has that is given: the derivative's own error and that of z, which
-    is taken at the given mean or at that of the data, times the steepest second derivative; a product. Where z is
-    nearer to a kink than its error, the derivative may be that of the other side."""
+    """Of dz = dy * activation'(z), beyond what a dy has that is given: the derivative's own error and that of z, times
+    the steepest second derivative; a product. Where z is nearer to a kink than its error, the derivative may be that of
+    the other side."""
     if b.activation is None:
         return 0.0
     first, second, kinks = steepest(b.activation)
     u = unit(dtype)
-    off = z(b, dtype) + np.abs(b.weight) * b.rstd * (2 * u * np.abs(b.mean) + np.abs(b.given - b.mean))
+    off = _off_z(b, dtype)
     jumps = sum(jump * (np.abs(b.z - kink) <= off) for kink, jump in kinks.items())
     derivative = second * off + jumps + ACTIVATION * u * first
     return np.abs(b.dy) * derivative + u * np.abs(b.dz) + TINY[compute(dtype).name]
@@ -260,6 +267,12 @@ def dweight(b: SimpleNamespace, dtype: Any, count: int, *, exact: bool = False) 
 def dbias(b: SimpleNamespace, dtype: Any, count: int) -> Any:
     """Of the terms of dbias = sum of dz."""
     return depth(count, longest=BACKWARD) * unit(dtype) * np.abs(b.dz) + dz(b, dtype) + np.zeros_like(b.x)
+
+
+def dslopes(b: SimpleNamespace, dtype: Any, count: int) -> Any:
+    """Of the terms of dslopes = sum of dy * min(z, 0): h roundings each and one of the product, and what z is off."""
+    n = depth(count, longest=BACKWARD) + 1
+    return n * unit(dtype) * np.abs(b.dslopes) + np.abs(b.dy) * _off_z(b, dtype) + np.zeros_like(b.x)
 
 
 def double_backward(d: SimpleNamespace) -> tuple[Any, Any, Any]:

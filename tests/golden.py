@@ -238,6 +238,13 @@ def double(op: Operation, dtype: Any, layout: str, weighted: bool, frozen: bool)
     )
 
 
+def prelu(op: Operation, dtype: Any, layout: str, kind: str) -> Any:
+    shape = (1,) if kind == "one" else op.weight_shape(SHAPE, kind)
+    shared = {"activation": lambda: ("prelu", np.asarray(data(5, shape)))}
+    backward = {"need": lambda: ("dx", "dweight", "dbias", "dslopes")}
+    return both_ways(op, SHAPE, dtype, layout, "channel", shared=shared, backward=backward)
+
+
 def other_cells(layouts: list[str]) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     for name, dtype in KINDS.items():
         for layout in layouts:
@@ -253,6 +260,9 @@ def other_cells(layouts: list[str]) -> Iterator[tuple[str, str, Callable[[], Any
                 shared = {"activation": lambda kind=kind: kind}
                 call = partial(both_ways, OPERATIONS["instance"], SHAPE, dtype, layout, "channel", shared=shared)
                 yield f"activation {name} {name_of(kind)}", layout, call
+            for op in REGISTRY:
+                for kind in ("channel", "one"):
+                    yield f"prelu {op} {name} {kind}", layout, partial(prelu, op, dtype, layout, kind)
             for axis in (1, (2, 3), (0, 3), (0, 1, 2, 3)):
                 for center in (True, False):
                     yield f"phases {name} {axis} {center}", layout, partial(phases, dtype, layout, axis, center)

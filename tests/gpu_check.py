@@ -100,6 +100,7 @@ def calls() -> list[Call]:
     for op in ("instance", "instance-last", "layer"):
         some = ("relu", ("leaky_relu", 0.2), "silu", "gelu", "relu6", "hardswish", "mish", "softplus")
         found += [Call(op, SMALL, options={"activation": a}) for a in some]
+        found += [Call(op, SMALL, dtype, kind="prelu") for dtype in ("float32", "float16")]
         found += [Call(op, SMALL, options=o) for o in ({"where": "random"}, {"weight_offset": 1.0})]
         found += [Call(op, SMALL, "uint8"), Call(op, SMALL, "float16", {"out_dtype": "float32"})]
         found += [Call(op, SMALL, dtype, kind="residual") for dtype in ("float32", "float16")]
@@ -160,6 +161,12 @@ class Judged:
             options["bias"] = self.bias
         stats = (None, *statistics)[-2:]
         checks.check_backward(self.op, self.dy, self.x, self.weight, stats=stats, **options)
+
+    def prelu(self) -> None:
+        from test_prelu import check
+
+        for slopes in (numbers(self.weight.shape, 12), numbers((1,), 12)):
+            check(self.op, self.dy, self.x, slopes, self.weight, self.bias)
 
     def long(self) -> None:
         """Without gradients of weights, of which there may be many. The bits that have been judged before suffice."""

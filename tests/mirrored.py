@@ -105,7 +105,9 @@ class HostMoments:
 
 
 def _arrays_in(arguments: Any) -> list[np.ndarray]:
-    return [a for a in arguments if type(a) is np.ndarray]
+    """Those in pairs too, such as slopes of prelu."""
+    inner = [b for a in arguments if isinstance(a, tuple | list) for b in a]
+    return [a for a in [*arguments, *inner] if type(a) is np.ndarray]
 
 
 @contextmanager
@@ -134,8 +136,8 @@ def mirrored(cupy: Any, function: Callable[..., Any]) -> Callable[..., Any]:
             def there(a: Any) -> Any:
                 if isinstance(a, HostMoments):
                     return a._moments
-                if isinstance(a, list):
-                    return [*map(there, a)]
+                if isinstance(a, list | tuple):
+                    return type(a)(map(there, a))
                 return made.get(id(a), a)
 
             def here(result: Any) -> Any:

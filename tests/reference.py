@@ -174,6 +174,7 @@ def backward(
         dx=dx if dresidual is None else dx + dresidual,
         dweight=dz * x_hat,
         dbias=dz + np.zeros_like(x),
+        dslopes=dy * np.minimum(z, 0),
         where=where,
         members=count,
         elements=math.prod(x.shape[a] for a in axis),
@@ -278,6 +279,15 @@ class Operation:
             return self._seen(like.dtype.type(absent), shape)
         return self._seen(wide(p).astype(like.dtype).reshape(self.aligned(p.shape, shape)), shape)
 
+    def _activation(self, activation: Any, shape: Shape, like: Any) -> Any:
+        """With slopes, if there are any, for each element of x."""
+        if activation is None or activation[0] != "prelu":
+            return activation
+        slopes = np.asarray(activation[1])
+        if slopes.size == 1:
+            return "prelu", self._seen(wide(slopes).astype(like.dtype).reshape(()), shape)
+        return "prelu", self._param(slopes, shape, 1, like)
+
     def _kept(self, s: Any, shape: Shape, like: Any) -> Any:
         return None if s is None else wide(s).astype(like.dtype).reshape(self._kept_shape(shape))
 
@@ -305,7 +315,7 @@ class Operation:
             eps=eps,
             where=True if where is None else self._seen(where, shape),
             weight_offset=0.0 if weight is None else weight_offset,
-            activation=activation,
+            activation=self._activation(activation, shape, x),
         )
 
     def reference_backward(
@@ -336,7 +346,7 @@ class Operation:
             where=True if where is None else self._seen(where, shape),
             bias=self._param(bias, shape, 0, x),
             weight_offset=0.0 if weight is None else weight_offset,
-            activation=activation,
+            activation=self._activation(activation, shape, x),
             dresidual=None if dresidual is None else self._seen(wide(dresidual), shape),
         )
 

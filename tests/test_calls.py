@@ -134,7 +134,18 @@ class Drawer:
     def options(self):
         return {
             "weight_offset": self.one(0.0, 1, 1.0, 10**30, 10**31, float("nan")),
-            "activation": self.one(None, "relu", ["relu"], ("leaky_relu", 0.1), ("leaky_relu", 0.2), ["elu", 0.5]),
+            "activation": self.one(
+                None,
+                "relu",
+                ["relu"],
+                ("leaky_relu", 0.1),
+                ("leaky_relu", 0.2),
+                ["elu", 0.5],
+                "prelu",
+                ("prelu", 0.5),
+                ("prelu", self.array(7, (2,))),
+                ["prelu", self.array(7, (1,))],
+            ),
             "where": self.one(None, self.buffer[:4].view(bool) if self.rng.random() < 0.5 else np.array([True, False])),
         }
 
@@ -167,7 +178,7 @@ class Drawer:
         places |= {"dresidual": dresidual}
         options = {
             "out": places[out], "bias": self.maybe(6, shape[1:2]), "dresidual": dresidual,
-            "need": self.one(("dx", "dweight", "dbias"), ("dx",), ["dweight"], (), ("dy",)),
+            "need": self.one(("dx", "dweight", "dbias"), ("dx",), ["dweight"], (), ("dy",), ("dx", "dslopes")),
             "use_input_stats": self.one(True, False),
         }  # fmt: skip
         return (dy, x, mean, rstd, self.maybe(4, shape[1:2], often=0.5)), options | self.options()

@@ -157,6 +157,7 @@ def test_calls_have_the_bits_of_numpy(op, layout, library, rng):
     residual, where = lay(uniform(rng, SHAPE), "fortran"), rng.random((SHAPE[0], 1, *SHAPE[2:])) < 0.7
     weight, bias = rng.standard_normal((2, *op.weight_shape(SHAPE, "channel"))).astype(np.float32)
     options = {"activation": "silu", "weight_offset": 1.0}
+    slopes = rng.standard_normal(op.weight_shape(SHAPE, "channel")).astype(np.float32)
 
     def calls(of):
         a, w, b = of(x), of(weight), of(bias)
@@ -169,6 +170,10 @@ def test_calls_have_the_bits_of_numpy(op, layout, library, rng):
         extra = {"return_residual": True, "residual": of(residual), "where": masked["where"]}
         yield from op.forward(a, weight=w, bias=b, **extra, **options)
         yield op.forward(a, weight=w, out_dtype="float64")
+        for own in (slopes, slopes.reshape(-1)[:1]):
+            prelu = {"activation": ("prelu", of(own))}
+            yield op.forward(a, w, b, **prelu)
+            yield from op.backward(of(dy), a, mean, rstd, w, bias=b, need=("dx", "dslopes"), **prelu)
 
     wanted = tuple(calls(lambda a: a))
     for _ in range(2):  # calls that are planned, and calls whose plans are known

@@ -248,6 +248,37 @@ def test_options_are_those_of_numpy(library, layout, rng):
     same(found, gradients, to_numpy)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "crop"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_slopes_are_those_of_numpy(library, layout, rng):
+    of, to_numpy = arrays_of(library)
+    x, dy = (lay(uniform(rng, SHAPE), layout) for _ in range(2))
+    slopes = rng.standard_normal((5, 3)).astype(np.float32)
+    mean, rstd = normkit.instance_norm(x, return_stats=True)[1:]
+
+    def results(of, slopes):
+        options = {"activation": ("prelu", slopes)}
+        yield normkit.instance_norm(of(x), **options)
+        yield normkit.adaptive_instance_norm(of(x), of(dy), **options)
+        yield from normkit.instance_norm_backward(
+            of(dy), of(x), of(mean), of(rstd), need=("dx", "dweight", "dbias", "dslopes"), **options
+        )
+
+    for each in (*slopes, slopes[:3, 0], slopes[1, :1]):
+        same(tuple(results(of, of(each))), tuple(results(lambda a: a, each)), to_numpy)
+    same(tuple(results(of, 0.25)), tuple(results(lambda a: a, 0.25)), to_numpy)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_slopes_of_another_library_are_refused(library, rng):
+    of, _ = arrays_of(library)
+    x, slopes = uniform(rng, SHAPE), np.ones(3, np.float32)
+    for array, other in ((of(x), slopes), (x, of(slopes))):
+        for call in (normkit.instance_norm, lambda a, **options: normkit.adaptive_instance_norm(a, a, **options)):
+            with pytest.raises(TypeError, match=r"^slopes is a .* all arrays of a call share a library$"):
+                call(array, activation=("prelu", other))
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_adaptive_is_that_of_numpy(library, rng):
     of, to_numpy = arrays_of(library)

@@ -333,7 +333,7 @@ ERRORS = {f"{name}-{what}": row for name, rows in PARAMETER.items() for what, ro
         backward,
         {"need": ("dx", "dz")},
         ValueError,
-        "need has 'dz', expected names from ('dx', 'dweight', 'dbias')",
+        "need has 'dz', expected names from ('dx', 'dweight', 'dbias', 'dslopes')",
     ),
     "weight-shape-backward": (backward, {"weight": f32(4)}, ValueError, f"weight has shape (4,), {PER_CHANNEL}"),
     "weight-broadcast-backward": (
@@ -479,7 +479,7 @@ WITHOUT_OUT = {*MOMENTS, *SUM, *DOUBLE}
 ACTIVATION = (
     "expected None, 'relu', 'leaky_relu', 'silu', 'gelu', 'gelu_tanh', 'elu', 'sigmoid', 'tanh', "
     "'relu6', 'hardswish', 'mish', 'softplus', "
-    "or a pair such as ('leaky_relu', 0.01) or ('elu', 1.0)"
+    "or a pair such as ('leaky_relu', 0.01), ('elu', 1.0) or ('prelu', slopes)"
 )
 # For each option: the functions that take it, and its errors. Masks of the named normalizations are in test_where.py.
 OPTIONS = {

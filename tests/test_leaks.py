@@ -44,6 +44,9 @@ def steps(x, dy, weight, mean, rstd, out, running) -> list[Callable]:
         lambda: normkit.instance_norm(x, residual=dy, return_residual=True, activation="silu", where=x > 0),
         lambda: normkit.instance_norm(x, residual=lay(dy, "step"), out_dtype=np.float64, activation=("elu", 0.5)),
         lambda: normkit.instance_norm_backward(dy, x, mean, rstd, weight, dresidual=x, activation="gelu", where=x > 0),
+        lambda: normkit.instance_norm(x, activation=("prelu", running)),
+        lambda: normkit.instance_norm(x, activation=["prelu", running[:1]], out=out),
+        lambda: normkit.instance_norm_backward(dy, x, mean, rstd, activation=("prelu", weight), need=("dslopes",)),
         lambda: normkit.adaptive_instance_norm(x, dy, out=out),
         lambda: normkit.adaptive_instance_norm_backward(dy, x, x, mean, rstd),
         lambda: normkit.instance_norm_double_backward(dy, weight, None, dy, x, mean, rstd, weight),
@@ -56,7 +59,7 @@ def steps(x, dy, weight, mean, rstd, out, running) -> list[Callable]:
     ]
 
 
-STEPS = range(20)
+STEPS = range(23)
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -320,6 +320,25 @@ def test_activated_parameters(mutant, rng):
     assert bounds.excess(found, truth, bound + bounds.stored(truth, F32)) > 1
 
 
+@pytest.mark.parametrize("mutant", {
+    "of-dz": lambda b: b.dz * np.minimum(b.z, 0),
+    "of-all": lambda b: b.dy * b.z,
+    "above": lambda b: b.dy * np.maximum(b.z, 0),
+    "of-x-hat": lambda b: np.where(b.z > 0, 0, b.dy * b.x_hat),
+    "without-bias": lambda b: b.dy * np.minimum(b.z - b.bias, 0),
+    "where-z-without-bias-is": lambda b: np.where(b.z - b.bias > 0, 0, b.dy * b.z),
+}.items(), ids=lambda item: item[0])  # fmt: skip
+def test_gradients_of_slopes(mutant, rng):
+    dy, x = few_bits(rng, SHAPE) + 3, few_bits(rng, SHAPE)
+    weight, bias, slopes = rng.standard_normal((3, 3))
+    op = OPERATIONS["instance"]
+    stats = op.reference(x)
+    b = op.reference_backward(dy, x, stats.mean, stats.rstd, weight, bias=bias, activation=("prelu", slopes))
+    terms = b.dslopes, bounds.dslopes(b, x.dtype, 512), mutant[1](b)
+    truth, bound, found = (op.to_weight(t, SHAPE, slopes) for t in terms)
+    assert bounds.excess(found, truth, bound + bounds.stored(truth, F32)) > 1
+
+
 def test_a_kink_excuses_no_more_than_its_own_elements(rng):
     """Where z is within its error of 0 the derivative may be that of either side; elsewhere the wrong side shows."""
     dy, x = few_bits(rng, SHAPE) + 1, uniform(rng, SHAPE)

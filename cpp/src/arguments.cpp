@@ -268,9 +268,12 @@ bool lies_along(const Array& a, std::span<const std::int64_t> x, AxisMask axes) 
   return found == std::popcount(axes);
 }
 
-/// The axes of x that weight or bias varies along: its shape is their extents, or these among ones.
-AxisMask match_params(const char* name, const Array& a, std::span<const std::int64_t> x, const Spec& spec) {
+/// The axes of x that weight, bias or slopes vary along: the shape is their extents, or these among ones. `one_for_all`: one element
+/// may stand for all.
+AxisMask match_params(const char* name, const Array& a, std::span<const std::int64_t> x, const Spec& spec,
+                      bool one_for_all) {
   if (spec.param_forms == 0) return broadcast_axes(name, a, x);
+  if (one_for_all && lies_along(a, x, 0)) return 0;
   std::vector<std::string> expected;
   for (int form = 0; form < spec.param_forms; ++form) {
     const std::vector<std::int64_t> extents = extents_of(x, spec.param_axes[form]);
@@ -278,26 +281,31 @@ AxisMask match_params(const char* name, const Array& a, std::span<const std::int
     if (expected.empty() || expected.back() != tuple(extents)) expected.push_back(tuple(extents));
   }
   value_error(std::string(name) + " has shape " + tuple(a.shape) + ", expected " + alternatives(expected) + ": " +
-              spec.param_meaning);
+              spec.param_meaning + (one_for_all ? ", or one for all" : ""));
 }
 
 Params judge_params(const Args& args, const Spec& spec) {
   const Array& x = args.x;
-  AxisMask axes[2] = {};
-  for (const int k : {kWeight, kBias}) {
+  AxisMask axes[3] = {};
+  for (const int k : {kWeight, kBias, kSlopes}) {
     const OperandRow& row = kOperandTable[k];
     const Array& a = args.*row.array;
     if (!a.present) continue;
     check_wide_dtype(row.name, a, x.dtype);
-    axes[k - kWeight] = match_params(row.name, a, x.shape, spec);
+    axes[k - kWeight] = match_params(row.name, a, x.shape, spec, k == kSlopes);
   }
-  return {axes[args.weight.present ? 0 : 1], axes[args.bias.present ? 1 : 0], x};
+  const AxisMask any = axes[args.weight.present ? 0 : args.bias.present ? 1 : 2];
+  return {any, args.bias.present ? axes[1] : any, args.slopes.present ? axes[2] : any, x};
 }
 
 }  // namespace
 
-Params::Params(AxisMask weight, AxisMask bias, const Array& x) : axes(weight), bias_axes(bias) {
-  for (int a = 0; a < x.ndim(); ++a) differ = differ || (x.shape[a] != 1 && (weight ^ bias) & axis_bit(a));
+Params::Params(AxisMask weight, AxisMask bias, AxisMask slopes, const Array& x)
+    : axes(weight), bias_axes(bias), slope_axes(slopes) {
+  AxisMask many = 0;
+  for (int a = 0; a < x.ndim(); ++a)
+    if (x.shape[a] != 1) many |= axis_bit(a);
+  differ = many & (weight ^ bias), slopes_repeat = many & weight & ~slopes, slopes_stray = many & slopes & ~weight;
 }
 
 AxisMask axes_of_absent(const Spec& spec) { return spec.param_forms ? spec.param_axes[0] : spec.reduce_axes; }
@@ -374,11 +382,14 @@ void check(const OperandRow& row, const Args& args, const Spec& spec, Op op, Dty
     case Role::param: {
       if (!written) break;  // judged with the axes that they vary along
       check_floating(row.name, a);
-      const bool is_of_bias = row.array == &Args::dbias && args.bias.present;
-      const Array& like = is_of_bias ? args.bias : args.weight;
+      const bool is_of_bias = row.array == &Args::dbias && args.bias.present,
+                 is_of_slopes = row.array == &Args::dslopes;
+      const Array& like = is_of_slopes ? args.slopes : is_of_bias ? args.bias : args.weight;
       const std::vector<std::int64_t> absent = extents_of(x.shape, axes_of_absent(spec));
       check_shape(row.name, a, like.present ? like.shape : absent,
-                  is_of_bias ? ", the shape of bias" : ", the shape of weight");
+                  is_of_slopes ? ", the shape of slopes"
+                  : is_of_bias ? ", the shape of bias"
+                               : ", the shape of weight");
       break;
     }
     default: break;
@@ -405,11 +416,19 @@ void judge_x(const Array& x, const Spec& spec, Op op) {
     value_error("momentum is " + number(spec.momentum) + ", expected a number from 0 to 1");
   if (!std::isfinite(spec.weight_offset))
     value_error("weight_offset is " + number(spec.weight_offset) + ", expected a finite number");
+  if (spec.activation.kind == ActivationKind::negative_part)
+    value_error("activation is negative_part, expected another: there is nothing that it makes of x");
   if (!std::isfinite(spec.activation.parameter))
     value_error("activation has parameter " + number(spec.activation.parameter) + ", expected a finite number");
 }
 
 Params judge(const Args& args, const Spec& spec, Op op, Dtype out_dtype, std::span<const std::int64_t> statistics) {
+  const bool has_slopes = spec.activation.kind == ActivationKind::prelu;
+  if (has_slopes && !args.slopes.present)
+    value_error("slopes is None, expected an array: the slope of prelu below zero for each parameter, or one for all");
+  for (const int k : {kSlopes, kDslopes})
+    if (!has_slopes && (args.*kOperandTable[k].array).present)
+      value_error(std::string(kOperandTable[k].name) + " is given, expected None: the activation is not prelu");
   const Params params = judge_params(args, spec);
   if (op == Op::forward) check_running(args, spec);
   if (args.residual.present && !is_floating(args.x.dtype))

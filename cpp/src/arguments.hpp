@@ -57,13 +57,15 @@ class Placement {
 
 // ---- the whole call ----------------------------------------------------------------------------------------------
 
-/// The axes of x that weight and bias vary along, and their gradients. One that is not there varies along those of the other.
+/// The axes of x that weight, bias and slopes vary along, and their gradients. One that is not there varies along those of another.
 struct Params {
-  AxisMask axes = 0, bias_axes = 0;
-  bool differ = false;  // in axes that x has more than one index of
+  AxisMask axes = 0, bias_axes = 0, slope_axes = 0;
+  // In axes that x has more than one index of:
+  bool differ = false;  // weight and bias
+  bool slopes_repeat = false, slopes_stray = false;  // slopes lack axes of weight, or have others
 
   Params() = default;
-  Params(AxisMask weight, AxisMask bias, const Array& x);
+  Params(AxisMask weight, AxisMask bias, AxisMask slopes, const Array& x);
 };
 
 /// The axis of x that axis `axis` of a parameter array of `ndim` axes lies along, which varies along `axes`: it has those alone,

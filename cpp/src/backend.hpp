@@ -78,6 +78,7 @@ struct Task {
   Operand where;             // one byte an element, members are those that are not 0; without data all are
   Operand source, residual;  // forward: x is written first, as source + residual. Backward: residual is added to dx
   Param weight, bias;
+  Param slopes;  // of prelu
   Given given;
   std::byte* mean = nullptr;  // of compute_dtype(x), one element per statistic; may be null
   std::byte* rstd = nullptr;
@@ -170,7 +171,7 @@ constexpr std::int64_t whole_vectors(std::int64_t columns) { return ceil_div(col
 constexpr std::int64_t array_of_columns(const Geometry& g) { return whole_vectors(table_period(g)) + 64; }
 
 /// Arrays of columns in the table of the lanes traversal.
-inline constexpr std::int64_t kTableColumns = 9;
+inline constexpr std::int64_t kTableColumns = 10;
 
 /// Doubles of one entry of Task::partials: moments, or the sums of backward and the count, of a span; of all columns of
 /// one in the lanes traversal.

@@ -384,14 +384,20 @@ void merge_moments(double* into, const double* from, std::int64_t n) { current_i
 
 std::size_t workspace_doubles(const Job& job) {
   Job copy = job;
-  if (!job.is_backward) unfold_steps(copy);
-  Carver carver{nullptr};
-  const Policy p = policy_for(copy.task, copy.threads, current_isa());
-  if (job.is_backward) carve_backward(carver, copy, p);
-  else carve_forward(carver, copy, p);
-  return carver.used;
+  std::size_t most = 0;
+  for_each_job(copy, [&](Job& one) {
+    if (!one.is_backward) unfold_steps(one);
+    Carver carver{nullptr};
+    const Policy p = policy_for(one.task, one.threads, current_isa());
+    if (one.is_backward) carve_backward(carver, one, p);
+    else carve_forward(carver, one, p);
+    if (carver.used > most) most = carver.used;
+  });
+  return most;
 }
 
-void run(Job& job, double* workspace) { job.is_backward ? run_backward(job, workspace) : run_forward(job, workspace); }
+void run(Job& job, double* workspace) {
+  for_each_job(job, [&](Job& one) { one.is_backward ? run_backward(one, workspace) : run_forward(one, workspace); });
+}
 
 }  // namespace normkit

@@ -30,8 +30,23 @@ struct Job {
   bool is_backward = false;
   int threads = 1;
   Running running;
-  ParamGradient dweight, dbias;
+  ParamGradient dweight, dbias, dslopes;
 };
+
+/// Calls f with the jobs that one job is made of, in their order. The gradient of slopes, a sum of dy * min(z, 0), has a job of its
+/// own: it is the dbias of an activation with this derivative. That job is the first, since dx may lie over x or dy.
+template <class F> void for_each_job(Job& job, F f) {
+  if (job.dslopes.data) {
+    Job first = job;
+    first.task.activation = {ActivationKind::negative_part}, first.task.slopes = {};
+    first.task.dx = first.task.residual = {};
+    first.dweight = first.dslopes = {}, first.dbias = job.dslopes;
+    f(first);
+    job.dslopes = {};
+    if (!job.dweight.data && !job.dbias.data) job.task.kind = ParamKind::none;
+  }
+  f(job);
+}
 
 /// Doubles of workspace that a run wants, and the run. `workspace` is aligned to 64 bytes.
 std::size_t workspace_doubles(const Job& job);

@@ -1,6 +1,7 @@
 // The functions of normkit.hpp, which pack nothing: a call whose arrays do not lie as the kernels want them is refused.
 #include "normkit/normkit.hpp"
 
+#include <algorithm>
 #include <memory>
 #include <new>
 #include <string>
@@ -25,6 +26,9 @@ void run_with_workspace(Job& job) {
 /// Statistics and parameters lie as the kernels count, dense in the order in which their axes lie in the memory of x.
 [[noreturn]] void bad_order(const Array& a, const Temporary& t) {
   const std::string name = kOperandTable[t.operand].name;
+  const std::span<const std::int64_t> shape(t.shape.data(), static_cast<std::size_t>(t.ndim));
+  if (!std::equal(a.shape.begin(), a.shape.end(), shape.begin(), shape.end()))
+    value_error(name + " has shape " + tuple(a.shape) + ", expected " + tuple(shape) + ": repeat it first");
   if (a.dtype != t.dtype) type_error(name + " has dtype " + name_of(a.dtype) + ", expected " + name_of(t.dtype));
   std::vector<std::int64_t> given, expected;
   for (int axis = 0; axis < a.ndim(); ++axis)
@@ -60,7 +64,7 @@ void call(const Args& args, const Spec& spec, Op op) {
   for (const OperandRow& row : kOperandTable) {
     if (contains(row.writes, op) && (args.*row.array).present)
       wanted |= operand_bit(static_cast<int>(&row - kOperandTable));
-    const bool is_dparam = row.array == &Args::dweight || row.array == &Args::dbias;
+    const bool is_dparam = row.role == Role::param && contains(row.writes, Op::backward);
     if (is_dparam && (args.*row.array).present && is_backward(op) && op != Op::backward)
       value_error(std::string(row.name) + " is given, expected None: phases have no such gradient");
     const bool needed = row.role == Role::triples || (row.array == &Args::out && op != Op::backward);

@@ -26,8 +26,8 @@ inline constexpr Ops kBackward = ops(Op::backward, Op::backward_sums, Op::apply_
 
 enum OperandIndex : std::uint8_t {
   // clang-format off
-  kX, kDy, kWeight, kBias, kRunningMean, kRunningVar, kResidual, kDresidual, kWhere, kMean, kRstd, kSums, kCount,
-  kOut, kSum, kMoments, kDweight, kDbias, kOperands
+  kX, kDy, kWeight, kBias, kSlopes, kRunningMean, kRunningVar, kResidual, kDresidual, kWhere, kMean, kRstd, kSums, kCount,
+  kOut, kSum, kMoments, kDweight, kDbias, kDslopes, kOperands
   // clang-format on
 };
 
@@ -38,7 +38,7 @@ constexpr OperandMask operand_bit(int operand) { return OperandMask{1} << operan
 enum class Role : std::uint8_t {
   x,
   like_x,  // the shape of x
-  param,  // weight, bias and their gradients
+  param,  // weight, bias, slopes and their gradients
   running,  // one element for each channel, read and written
   mask,  // broadcasts against x
   statistic,  // one element for each statistic; read, one may stand for all
@@ -60,6 +60,7 @@ inline constexpr OperandRow kOperandTable[] = {
     {"dy", &Args::dy, Role::like_x, kBackward, 0},
     {"weight", &Args::weight, Role::param, ops(Op::forward, Op::apply) | kBackward, 0},
     {"bias", &Args::bias, Role::param, ops(Op::forward, Op::apply) | kBackward, 0},
+    {"slopes", &Args::slopes, Role::param, ops(Op::forward, Op::apply) | kBackward, 0},
     {"running_mean", &Args::running_mean, Role::running, ops(Op::forward), ops(Op::forward)},
     {"running_var", &Args::running_var, Role::running, ops(Op::forward), ops(Op::forward)},
     {"residual", &Args::residual, Role::like_x, ops(Op::forward, Op::moments), 0},
@@ -75,6 +76,7 @@ inline constexpr OperandRow kOperandTable[] = {
     {"moments", &Args::moments, Role::triples, 0, ops(Op::moments)},
     {"dweight", &Args::dweight, Role::param, 0, ops(Op::backward)},
     {"dbias", &Args::dbias, Role::param, 0, ops(Op::backward)},
+    {"dslopes", &Args::dslopes, Role::param, 0, ops(Op::backward)},
     // clang-format on
 };
 static_assert(std::size(kOperandTable) == kOperands);

@@ -83,6 +83,14 @@ AxisOrder describe(const Array& x, const Blocks& blocks, Shapes& shapes) {
   return order;
 }
 
+/// Strides in C order.
+Extents c_strides(std::span<const std::int64_t> shape) {
+  Extents strides;
+  std::int64_t next = 1;
+  for (std::size_t axis = shape.size(); axis-- > 0; next *= shape[axis]) strides[axis] = next;
+  return strides;
+}
+
 /// The strides of a parameter array that lies as the kernels count.
 void put_param_strides(const Array& x, const Array& a, AxisMask axes, const AxisOrder& order, Extents& out) {
   const Extents strides = dense_strides(x.shape, axes, order);
@@ -92,7 +100,7 @@ void put_param_strides(const Array& x, const Array& a, AxisMask axes, const Axis
 
 /// The gradient of a parameter that varies along `axes`: like `a`, or like the one that is not there.
 void describe_param(const Array& x, const Array& a, AxisMask axes, const AxisOrder& order, Shapes::Param& gradient) {
-  gradient.ndim = a.ndim();
+  gradient.ndim = a.ndim(), gradient.dtype = a.present ? a.dtype : compute_dtype(x.dtype);
   if (a.present) {
     std::copy(a.shape.begin(), a.shape.end(), gradient.shape.begin());
     return put_param_strides(x, a, axes, order, gradient.strides);
@@ -200,6 +208,7 @@ struct Seen {
   Params params;
   std::vector<Temporary> temporaries = {};
   std::deque<Extents> kept = {};  // strides in bytes of what is put in the place of others: `args` looks into it
+  std::deque<Shapes::Param> described = {};  // and its shapes
 
   /// An operand, which is seen with strides `seen` in bytes, lies with `strides` instead. Where it does already, it stays.
   void put(OperandIndex k, Dtype dtype, std::span<const std::int64_t> shape, const Extents& strides,
@@ -276,8 +285,11 @@ void put_in_order(Seen& seen, Op op, const AxisOrder& order, const Shapes& shape
     if (!a.present || !(contains(row.reads, op) || contains(row.writes, op))) continue;
     Extents strides;
     if (row.role == Role::param) {
-      if (k == kBias && !bias_counts(seen, op)) continue;
-      const AxisMask axes = k == kBias || k == kDbias ? seen.params.bias_axes : seen.params.axes;
+      const bool is_of_slopes = k == kSlopes || k == kDslopes;
+      if ((k == kBias && !bias_counts(seen, op)) || (is_of_slopes && seen.params.slopes_repeat)) continue;
+      const AxisMask axes = is_of_slopes                ? seen.params.slope_axes
+                            : k == kBias || k == kDbias ? seen.params.bias_axes
+                                                        : seen.params.axes;
       put_param_strides(args.x, a, axes, order, strides);
     } else if (row.role == Role::triples) {
       for (int axis = 0; axis < shapes.stat_ndim; ++axis) strides[axis] = 3 * shapes.stat_strides[axis];
@@ -295,6 +307,27 @@ void put_in_order(Seen& seen, Op op, const AxisOrder& order, const Shapes& shape
     seen.put(static_cast<OperandIndex>(k), row.role == Role::count ? Dtype::float64 : a.dtype,
              is_one_for_all ? shapes.statistics() : a.shape, strides, bytes);
   }
+}
+
+/// Slopes that lack axes of weight, and their gradient, have elements for those too.
+void repeat_slopes(Seen& seen, Plan& p, const AxisOrder& order) {
+  const Array &x = seen.args.x, slopes = seen.args.slopes;
+  Shapes::Param& lying = seen.described.emplace_back();
+  describe_param(x, {}, seen.params.axes, order, lying);
+  const auto put = [&](OperandIndex k, Dtype dtype, auto bytes_of) {
+    const auto of = [&](int axis) { return param_axis(seen.params.slope_axes, x.ndim(), slopes.ndim(), axis); };
+    Extents bytes, along;
+    for (int axis = 0; axis < slopes.ndim(); ++axis) bytes[axis] = bytes_of(axis);
+    const Extents all = repeated(x.ndim(), slopes.shape, bytes, of);
+    for (int axis = 0, next = 0; axis < x.ndim(); ++axis)
+      if (seen.params.axes & axis_bit(axis)) along[next++] = all[axis];
+    seen.put(k, dtype, lying.extents(), lying.strides, along);
+  };
+  put(kSlopes, slopes.dtype, [&](int axis) { return slopes.stride(axis); });
+  Shapes::Param& dslopes = p.shapes.dslopes;
+  dslopes.strides = c_strides(dslopes.extents());
+  if (p.writes(kDslopes))
+    put(kDslopes, compute_dtype(x.dtype), [&](int axis) { return dslopes.strides[axis] * size_of(dslopes.dtype); });
 }
 
 Running running_of(const Args& args, const Spec& spec, const AxisOrder& order) {
@@ -316,15 +349,17 @@ Running running_of(const Args& args, const Spec& spec, const AxisOrder& order) {
 bool schedule(Plan& p, Seen& seen) {
   const Args& args = seen.args;
   const Spec& spec = seen.spec;
-  const bool backward = is_backward(p.op), wants_params = p.writes(kDweight) || p.writes(kDbias);
+  const bool backward = is_backward(p.op), has_slopes = args.slopes.present;
+  const bool wants_params = p.writes(kDweight) || p.writes(kDbias) || p.writes(kDslopes);
   Shapes& shapes = p.shapes;
   const Blocks blocks(args.x, spec);
   const AxisOrder order = describe(args.x, blocks, shapes);
-  shapes.param_dtype = args.weight.present ? args.weight.dtype : compute_dtype(args.x.dtype);
   describe_param(args.x, args.weight, seen.params.axes, order, shapes.dweight);
   describe_param(args.x, args.bias.present ? args.bias : args.weight, seen.params.bias_axes, order, shapes.dbias);
+  if (has_slopes) describe_param(args.x, args.slopes, seen.params.slope_axes, order, shapes.dslopes);
+  shapes.dbias.dtype = shapes.dweight.dtype;
   if (shapes.empty) return true;
-  const bool expand = seen.params.differ && bias_counts(seen, p.op);
+  const bool expand = (seen.params.differ && bias_counts(seen, p.op)) || (has_slopes && seen.params.slopes_stray);
   if (expand || !fits(args.out.present ? args.out.dtype : shapes.out_dtype, shapes.x_dtype)) return false;
 
   p.job = Job{};
@@ -336,13 +371,16 @@ bool schedule(Plan& p, Seen& seen) {
   // Parameters shape the geometry, and with it the order of sums, also where there are none: bits do not depend on `need`.
   if (!place(p, seen, seen.params.axes, blocks)) return false;
   if (wants_params && !choose_kind(t)) return false;
-  t.weight.dtype = args.weight.dtype, t.weight.offset = spec.weight_offset, t.bias.dtype = args.bias.dtype;
+  t.weight.dtype = args.weight.dtype, t.weight.offset = spec.weight_offset, t.bias.dtype = args.bias.dtype,
+  t.slopes.dtype = args.slopes.dtype;
   if (backward || p.op == Op::apply)
     t.given = {nullptr, nullptr, args.mean.dtype, args.rstd.dtype, 1, t.geometry.statistics(), false};
   if (p.op == Op::forward && args.running_mean.present) p.job.running = running_of(args, spec, order);
-  p.job.dweight.dtype = args.dweight.present ? args.dweight.dtype : shapes.param_dtype;
-  p.job.dbias.dtype = args.dbias.present ? args.dbias.dtype : shapes.param_dtype;
   put_in_order(seen, p.op, order, shapes);
+  if (has_slopes && seen.params.slopes_repeat) repeat_slopes(seen, p, order);
+  p.job.dweight.dtype = args.dweight.present ? args.dweight.dtype : shapes.dweight.dtype;
+  p.job.dbias.dtype = args.dbias.present ? args.dbias.dtype : shapes.dbias.dtype;
+  p.job.dslopes.dtype = args.dslopes.present ? args.dslopes.dtype : shapes.dslopes.dtype;
   return true;
 }
 
@@ -382,15 +420,7 @@ void put_mask(Seen& seen, const Extents& strides) {
   seen.put(kWhere, Dtype::boolean, seen.args.x.shape, strides, repeated(seen.args.x.ndim(), where.shape, bytes, of));
 }
 
-/// Strides in C order.
-Extents c_strides(std::span<const std::int64_t> shape) {
-  Extents strides;
-  std::int64_t next = 1;
-  for (std::size_t axis = shape.size(); axis-- > 0; next *= shape[axis]) strides[axis] = next;
-  return strides;
-}
-
-/// Weight, bias and their gradients have an element for each of x. A weight that is not there but has a gradient is 1.
+/// Weight, bias, slopes and their gradients have an element for each of x. A weight that is not there but has a gradient is 1.
 void repeat_params(Seen& seen, const Plan& p, const Shapes& own, const Extents& strides) {
   const Args given = seen.args;
   const Params params = seen.params;
@@ -402,37 +432,41 @@ void repeat_params(Seen& seen, const Plan& p, const Shapes& own, const Extents& 
     seen.put(k, dtype, given.x.shape, strides, repeated(ndim, shape, bytes, of));
   };
   for (const auto& [k, a, axes] :
-       {std::tuple{kWeight, &given.weight, params.axes}, std::tuple{kBias, &given.bias, params.bias_axes}}) {
+       {std::tuple{kWeight, &given.weight, params.axes}, std::tuple{kBias, &given.bias, params.bias_axes},
+        std::tuple{kSlopes, &given.slopes, params.slope_axes}}) {
     Extents bytes;
     for (int axis = 0; axis < a->ndim(); ++axis) bytes[axis] = a->stride(axis);
-    if (a->present || (k == kWeight && (p.writes(kDweight) || p.writes(kDbias)))) put(k, *a, axes, a->shape, bytes);
+    if (a->present || (k == kWeight && (p.writes(kDweight) || p.writes(kDbias) || p.writes(kDslopes))))
+      put(k, *a, axes, a->shape, bytes);
   }
   if (!given.weight.present) seen.spec.weight_offset = 0;
-  for (const auto& [k, mine, axes] :
-       {std::tuple{kDweight, &own.dweight, params.axes}, std::tuple{kDbias, &own.dbias, params.bias_axes}}) {
-    Extents bytes = c_strides(mine->extents());
-    for (int axis = 0; axis < mine->ndim; ++axis) bytes[axis] *= size_of(own.param_dtype);
-    if (p.writes(k)) put(k, given.weight, axes, mine->extents(), bytes);
+  for (const auto& [k, like, axes] :
+       {std::tuple{kDweight, &given.weight, params.axes}, std::tuple{kDbias, &given.weight, params.bias_axes},
+        std::tuple{kDslopes, &given.slopes, params.slope_axes}}) {
+    const Shapes::Param& mine = own.of(k);
+    Extents bytes = c_strides(mine.extents());
+    for (int axis = 0; axis < mine.ndim; ++axis) bytes[axis] *= size_of(mine.dtype);
+    if (p.writes(k)) put(k, *like, axes, mine.extents(), bytes);
   }
-  seen.params = {~AxisMask{0}, ~AxisMask{0}, given.x};
+  seen.params = {~AxisMask{0}, ~AxisMask{0}, ~AxisMask{0}, given.x};
 }
 
 /// Gradients are handed out in C order.
 void put_gradients_in_order(Seen& seen, Plan& p, const Shapes& own) {
-  p.shapes.param_dtype = own.param_dtype;
   for (const auto& [k, mine, gradient] :
-       {std::tuple{kDweight, &own.dweight, &p.shapes.dweight}, std::tuple{kDbias, &own.dbias, &p.shapes.dbias}}) {
+       {std::tuple{kDweight, &own.dweight, &p.shapes.dweight}, std::tuple{kDbias, &own.dbias, &p.shapes.dbias},
+        std::tuple{kDslopes, &own.dslopes, &p.shapes.dslopes}}) {
     const Extents lying = gradient->strides;
-    gradient->ndim = mine->ndim, gradient->shape = mine->shape;
+    gradient->ndim = mine->ndim, gradient->shape = mine->shape, gradient->dtype = mine->dtype;
     gradient->strides = c_strides(mine->extents());
     bool lies = true;
     Extents bytes;
     for (int axis = 0; axis < mine->ndim; ++axis) {
       lies = lies && (mine->shape[axis] == 1 || lying[axis] == gradient->strides[axis]);
-      bytes[axis] = gradient->strides[axis] * size_of(own.param_dtype);
+      bytes[axis] = gradient->strides[axis] * size_of(mine->dtype);
     }
     if (p.writes(k) && !lies && !(seen.args.*kOperandTable[k].array).present)
-      seen.put(k, own.param_dtype, mine->extents(), lying, bytes);
+      seen.put(k, mine->dtype, mine->extents(), lying, bytes);
   }
 }
 
@@ -442,7 +476,7 @@ void add_up_dy(Seen& seen, Plan& p) {
   Shapes::Param& dbias = p.shapes.dbias;
   dbias.strides = c_strides(dbias.extents());
   Extents bytes;
-  for (int axis = 0; axis < dbias.ndim; ++axis) bytes[axis] = dbias.strides[axis] * size_of(p.shapes.param_dtype);
+  for (int axis = 0; axis < dbias.ndim; ++axis) bytes[axis] = dbias.strides[axis] * size_of(dbias.dtype);
   Temporary& t = seen.temporaries.emplace_back(Temporary{kDbias, x.dtype, x.ndim(), {}, {}, {}});
   t.shape = p.shapes.x_shape;
   t.seen_strides = repeated(x.ndim(), dbias.extents(), bytes,
@@ -468,7 +502,8 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted) {
   Seen seen = Seen{args, spec, params};
   if (is_backward(op) && !args.weight.present) {  // whatever is wanted, lest the bits of dx depend on it
     const AxisMask absent = axes_of_absent(spec);
-    seen.params = params = {absent, args.bias.present ? params.bias_axes : absent, x};
+    seen.params = params = {absent, args.bias.present ? params.bias_axes : absent,
+                            args.slopes.present ? params.slope_axes : absent, x};
   }
   const bool adds_up_dy = p.writes(kDbias) && params.differ && !bias_counts(seen, op);
   if (adds_up_dy) p.makes &= ~operand_bit(kDbias);
@@ -508,13 +543,13 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted) {
 void point(Job& job, Op op, const Addresses& at) {
   Task& t = job.task;
   t.x.data = at[kX];
-  t.weight.data = at[kWeight];
+  t.weight.data = at[kWeight], t.slopes.data = at[kSlopes];
   t.where.data = t.frozen ? nullptr : at[kWhere];
   if (is_backward(op)) {
     t.dy.data = at[kDy], t.dx.data = at[kOut], t.residual.data = at[kDresidual];
     t.bias.data = t.activation.kind == ActivationKind::none ? nullptr : at[kBias];
     t.sums = reinterpret_cast<double*>(at[kSums]), t.counts = reinterpret_cast<const double*>(at[kCount]);
-    job.dweight.data = at[kDweight], job.dbias.data = at[kDbias];
+    job.dweight.data = at[kDweight], job.dbias.data = at[kDbias], job.dslopes.data = at[kDslopes];
   } else {
     t.y.data = at[kOut], t.bias.data = at[kBias];
     if (at[kResidual]) {  // the sum is written where x will be read: into `sum`, or into y itself

@@ -15,7 +15,7 @@ namespace normkit {
 
 /// How the arrays that a call makes lie in memory. Strides in elements, dense.
 struct Shapes {
-  Dtype x_dtype = Dtype::float32, out_dtype = Dtype::float32, param_dtype = Dtype::float32;
+  Dtype x_dtype = Dtype::float32, out_dtype = Dtype::float32;
   Extents x_shape, out_strides;  // y or dx, and x + residual: the memory order of x
   int ndim = 0;
   Extents stat_shape, stat_strides;
@@ -23,11 +23,15 @@ struct Shapes {
   struct Param {
     Extents shape, strides;
     int ndim = 0;
+    Dtype dtype = Dtype::float32;
 
     std::span<const std::int64_t> extents() const { return {shape.data(), static_cast<std::size_t>(ndim)}; }
-  } dweight, dbias;
+  } dweight, dbias, dslopes;
   bool empty = false;      // x has no elements: nothing to run
 
+  const Param& of(OperandIndex gradient) const {
+    return gradient == kDslopes ? dslopes : gradient == kDbias ? dbias : dweight;
+  }
   std::span<const std::int64_t> statistics() const { return {stat_shape.data(), static_cast<std::size_t>(stat_ndim)}; }
 };
 

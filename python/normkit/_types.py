@@ -35,8 +35,8 @@ Named: TypeAlias = Literal[
     "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "elu", "sigmoid", "tanh", "relu6", "hardswish", "mish",
     "softplus",
 ]  # fmt: skip
-Activation: TypeAlias = Named | tuple[Literal["leaky_relu", "elu"], float] | None
-Gradient: TypeAlias = Literal["dx", "dweight", "dbias"]
+Activation: TypeAlias = Named | tuple[Literal["leaky_relu", "elu"], float] | tuple[Literal["prelu"], Statistics] | None
+Gradient: TypeAlias = Literal["dx", "dweight", "dbias", "dslopes"]
 Gradients: TypeAlias = tuple[Gradient, ...] | Collection[Gradient]
 AdaptiveGradient: TypeAlias = Literal["dcontent", "dstyle"]
 AdaptiveGradients: TypeAlias = tuple[AdaptiveGradient, ...] | Collection[AdaptiveGradient]

@@ -113,8 +113,9 @@ def instance_norm(
         fewer than two. No part of the backward of such an instance is NaN.
     activation
         Applied to y before it is rounded: "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "elu", "sigmoid",
-        "tanh", "relu6", "hardswish", "mish" or "softplus", as PyTorch defines them, or a pair ("leaky_relu", slope) or
-        ("elu", alpha).
+        "tanh", "relu6", "hardswish", "mish" or "softplus", as PyTorch defines them, or a pair: ("leaky_relu", slope),
+        ("elu", alpha) or ("prelu", slopes). Slopes have a shape that weight may have, and its dtypes, or are one
+        element or a number, for all. softplus is log(1 + exp(y)) beyond 20 too, where PyTorch has y.
     residual : the shape and dtype of x, optional
         Added to x before the statistics, with the bits of ``x + residual`` in the dtype of x.
     return_residual
@@ -160,7 +161,7 @@ def instance_norm_backward(
     activation: Activation = None,
     weight_offset: float = 0.0,
     dresidual: Array | None = None,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """The gradient of `instance_norm`.
 
         dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)),    g = dy * weight,    x_hat = (x - mean) * rstd
@@ -180,7 +181,9 @@ def instance_norm_backward(
     use_input_stats
         False: the statistics are constants.
     need
-        Names of the gradients that are wanted; the others are None and cost nothing.
+        Names of the gradients that are wanted; the others are None and cost nothing. "dslopes" too, where activation is
+        ("prelu", slopes): the sum of ``dy * min(z, 0)``, where z is what prelu was applied to. It walks over dy and x
+        once more.
     out
         Where to write dx. May be dy or x itself; any other overlap is refused.
     where : bool, broadcasts against x, optional
@@ -197,7 +200,8 @@ def instance_norm_backward(
     -------
     (dx, dweight, dbias)
         dx is like x, dweight like weight. dbias has the shape of bias where it is passed, else that of weight, and the
-        dtype of weight. Without weight they are (C,), of the dtype of the statistics.
+        dtype of weight. Without weight they are (C,), of the dtype of the statistics. With "dslopes" in `need` that is
+        the last, like slopes.
 
     Examples
     --------
@@ -327,7 +331,7 @@ def group_norm_backward(
     activation: Activation = None,
     weight_offset: float = 0.0,
     dresidual: Array | None = None,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """The gradient of `group_norm`, by the formulas of `instance_norm_backward`.
 
     Its averages are those over the members of a group.
@@ -450,7 +454,7 @@ def layer_norm_backward(
     activation: Activation = None,
     weight_offset: float = 0.0,
     dresidual: Array | None = None,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """The gradient of `layer_norm`, by the formulas of `instance_norm_backward`.
 
     Its averages are those over `axis`.
@@ -576,7 +580,7 @@ def rms_norm_backward(
     activation: Activation = None,
     weight_offset: float = 0.0,
     dresidual: Array | None = None,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """The gradient of `rms_norm`.
 
         dx = rstd * (g - x_hat * mean(g * x_hat)),    g = dy * weight,    x_hat = x * rstd
@@ -713,7 +717,7 @@ def batch_norm_backward(
     activation: Activation = None,
     weight_offset: float = 0.0,
     dresidual: Array | None = None,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """The gradient of `batch_norm`, by the formulas of `instance_norm_backward`.
 
     With ``training=False`` the statistics are constants: dx = rstd * dy * weight.
@@ -822,13 +826,15 @@ def adaptive_instance_norm(
     >>> nk.adaptive_instance_norm(content, style).round(2).tolist()
     [[[6.58, 15.53, 24.47, 33.42]]]
     """
-    v, memory = views_of(content=content, style=style, out=out, where=where, residual=residual)
+    slopes = _slopes_of(activation)
+    v, memory = views_of(content=content, style=style, out=out, where=where, residual=residual, slopes=slopes)
     with memory:
         _, std, mean_of_style = _style_of(v["content"], v["style"], channel_axis, eps)
         with _called("content"):
             result = instance_norm(
                 v["content"], std, mean_of_style, eps=eps, channel_axis=channel_axis, out=v["out"],
-                out_dtype=out_dtype, return_stats=return_stats, where=v["where"], activation=activation,
+                out_dtype=out_dtype, return_stats=return_stats, where=v["where"],
+                activation=activation if slopes is None else ("prelu", v["slopes"]),
                 residual=v["residual"], return_residual=return_residual,
             )  # fmt: skip
         return _hand_back(result, memory, out)
@@ -885,9 +891,11 @@ def adaptive_instance_norm_backward(
     unknown = [name for name in need if name not in ("dcontent", "dstyle")]
     if unknown:
         raise ValueError(f"need has {unknown[0]!r}, expected names from ('dcontent', 'dstyle')")
+    slopes = _slopes_of(activation)
     v, memory = views_of(
-        content=content, style=style, dy=dy, mean=mean, rstd=rstd, out=out, where=where, dresidual=dresidual
-    )
+        content=content, style=style, dy=dy, mean=mean, rstd=rstd, out=out, where=where, dresidual=dresidual,
+        slopes=slopes,
+    )  # fmt: skip
     kind = str(v["style"].dtype).rpartition(".")[2]
     if kind.startswith(("bool", "int", "uint")):
         raise TypeError(f"style has dtype {kind}, expected float32, float64, float16 or bfloat16")
@@ -897,7 +905,8 @@ def adaptive_instance_norm_backward(
         with _called("content"):
             dcontent, dweight, dbias = instance_norm_backward(
                 v["dy"], v["content"], v["mean"], v["rstd"], std, channel_axis=channel_axis, need=wanted,
-                out=v["out"], where=v["where"], bias=mean_of_style, activation=activation, dresidual=v["dresidual"],
+                out=v["out"], where=v["where"], bias=mean_of_style, dresidual=v["dresidual"],
+                activation=activation if slopes is None else ("prelu", v["slopes"]),
             )  # fmt: skip
         dstyle = None
         if "dstyle" in need:  # sqrt(var + eps) and mean of style are weight and bias of content
@@ -924,6 +933,14 @@ def _apply_channels(
     channel_axis: int,
 ) -> Any:
     """`apply` over the axes of instance norm."""
+
+
+def _slopes_of(activation: Any) -> Any:
+    """Those of prelu, where they are no number."""
+    is_pair = isinstance(activation, tuple | list) and len(activation) == 2 and isinstance(activation[0], str)
+    if not is_pair or activation[0] != "prelu" or isinstance(activation[1], int | float | np.number):
+        return None
+    return activation[1]
 
 
 def _style_of(content: Any, style: Any, channel_axis: int, eps: float) -> tuple[Moments, Any, Any]:
@@ -1105,7 +1122,7 @@ def normalize_backward(
     activation: Activation = None,
     weight_offset: float = 0.0,
     dresidual: Array | None = None,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """The gradient of `normalize`, by the formulas of `instance_norm_backward`.
 
     Without centering dx = rstd * (g - x_hat * mean(g * x_hat)).

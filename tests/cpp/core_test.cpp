@@ -67,6 +67,47 @@ struct Case {
   const char* name;
 };
 
+/// prelu on what the call without it gives: to the last bit, and its slopes' gradient to the roundings of a sum.
+void run_prelu(const Case& c, const std::string& label) {
+  std::mt19937 random(11);
+  std::normal_distribution<float> normal(0, 1);
+  const Shape per_channel{c.shape[1]}, per_statistic{c.shape[0], c.shape[1]};
+  Buffer x(c.shape, c.order), dy(x), z(x), y(x), dx(x);
+  Buffer bias(per_channel, {0}), slopes(bias), dslopes(bias), alone(bias), mean(per_statistic, {0, 1}), rstd(mean);
+  for (Buffer* b : {&x, &dy, &bias, &slopes})
+    for (std::size_t k = 0; k < b->size(); ++k) b->data()[k] = normal(random);
+  normkit::Spec spec = normkit::instance_spec(3);
+  normkit::Args forward;
+  forward.x = x.view(), forward.bias = bias.view(), forward.out = z.view();
+  forward.mean = mean.view(), forward.rstd = rstd.view();
+  normkit::forward(forward, spec);
+  spec.activation = {normkit::ActivationKind::prelu};
+  forward.slopes = slopes.view(), forward.out = y.view();
+  normkit::forward(forward, spec);
+  normkit::Args backward;
+  backward.x = x.view(), backward.dy = dy.view(), backward.bias = bias.view(), backward.slopes = slopes.view();
+  backward.mean = mean.view(), backward.rstd = rstd.view(), backward.dslopes = alone.view();
+  normkit::backward(backward, spec);
+  backward.dslopes = dslopes.view(), backward.out = dx.view();
+  normkit::backward(backward, spec);
+  bool same = true;
+  long double worst = 0;
+  for (std::int64_t k = 0; k < c.shape[1]; ++k) {
+    long double sum = 0, scale = 1;
+    for (std::int64_t n = 0; n < c.shape[0]; ++n)
+      for (std::int64_t s = 0; s < c.shape[2]; ++s) {
+        const float at = z(n, k, s), product = slopes.data()[k] * at;
+        same = same && y(n, k, s) == (at > 0 ? at : product);
+        if (at > 0) continue;
+        sum += static_cast<long double>(dy(n, k, s)) * at, scale += std::fabs(dy(n, k, s)) * (1 + std::fabs(at));
+      }
+    worst = std::fmax(worst, std::fabs(dslopes.data()[k] - sum) / scale);
+    same = same && dslopes.data()[k] == alone.data()[k];
+  }
+  expect(same && worst <= std::ldexp(256.0L, -24), label);
+  for (Buffer* b : {&y, &dx, &dslopes}) expect(b->guards_whole(), label + ": a write out of bounds");
+}
+
 void run_case(const Case& c, const std::string& label) {
   std::mt19937 random(7);
   std::normal_distribution<float> normal(3, 2);
@@ -367,6 +408,21 @@ void run_errors() {
   const std::string message = message_of([&] { normkit::forward(args, normkit::instance_spec(3)); });
   expect(message == "weight has shape (4,), expected (3,), (2, 3) or (2, 3, 4): one element per channel of x",
          "message: " + message);
+  Buffer channels({3}, {0}), one({1}, {0});
+  args.weight = channels.view();
+  const auto wrong = [&](normkit::ActivationKind kind, const Array& slopes, const std::string& wanted) {
+    normkit::Spec spec = normkit::instance_spec(3);
+    spec.activation = {kind}, args.slopes = slopes;
+    const std::string found = message_of([&] { normkit::forward(args, spec); });
+    expect(found == wanted, "message: " + found + ", wanted: " + wanted);
+  };
+  using normkit::ActivationKind;
+  wrong(ActivationKind::prelu, one.view(), "slopes has shape (1,), expected (3,): repeat it first");
+  wrong(ActivationKind::prelu, {},
+        "slopes is None, expected an array: the slope of prelu below zero for each parameter, or one for all");
+  wrong(ActivationKind::relu, channels.view(), "slopes is given, expected None: the activation is not prelu");
+  wrong(ActivationKind::negative_part, {},
+        "activation is negative_part, expected another: there is nothing that it makes of x");
   for (std::size_t k = 0; k < y.size(); ++k) expect(std::isnan(y.data()[k]), "an error came after a write");
 }
 
@@ -480,6 +536,8 @@ int main() {
       normkit::set_num_threads(threads);
       const std::string label = isa + ", " + std::to_string(threads) + " threads, ";
       for (const Case& c : cases) run_case(c, label + c.name);
+      for (const int k : {1, 2, 3, 4, 7})
+        run_prelu(cases[static_cast<std::size_t>(k)], label + "prelu, " + cases[k].name);
       for (const OptionCase& c : options) run_options(c, label + "options, " + c.name);
     }
   }

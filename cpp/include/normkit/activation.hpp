@@ -27,11 +27,14 @@ enum class ActivationKind : std::uint8_t {
   relu6,
   hardswish,
   mish,
-  softplus
+  softplus,
+  prelu,
+  negative_part,  // for the gradient of prelu's slopes: its derivative is min(z, 0)
 };
-constexpr int kActivationKinds = static_cast<int>(ActivationKind::softplus) + 1;
+constexpr int kActivationKinds = static_cast<int>(ActivationKind::negative_part) + 1;
 
-/// An activation; `parameter` is the slope of leaky_relu below zero (usually 0.01) or the alpha of elu (usually 1).
+/// An activation; `parameter` is the slope of leaky_relu below zero (usually 0.01) or the alpha of elu (usually 1). That of prelu
+/// is an array of its own, from which each element has it.
 struct Activation {
   ActivationKind kind = ActivationKind::none;
   double parameter = 0;
@@ -204,11 +207,13 @@ template <class V> NORMKIT_HD V relu(V z) {
 
 template <class V> NORMKIT_HD V relu6(V z) { return at_most(relu(z), 6); }
 
-/// 1 above zero, `slope` below and at it.
-template <class V> NORMKIT_HD V kink_slope(V z, double slope) {
-  const V below = constant(z, slope);
+template <class V> NORMKIT_HD V prelu(V z, V slope) { return positive(z, z, slope * z); }
+
+/// 1 above zero, `below` below and at it.
+template <class V> NORMKIT_HD V prelu_slope(V z, V below) {
   return positive(z, constant(z, 1), positive(constant(z, 0) - z, below, z + below));
 }
+template <class V> NORMKIT_HD V kink_slope(V z, double below) { return prelu_slope(z, constant(z, below)); }
 
 /// 0 at both of its kinks, as PyTorch has it.
 template <class V> NORMKIT_HD V relu6_slope(V z) { return kink_slope(z, 0) * kink_slope(constant(z, 6) - z, 0); }
@@ -281,9 +286,11 @@ template <class V> NORMKIT_HD V gated_slope(V z, Sigmoid<V> s, V inner_slope) {
 template <class V> NORMKIT_HD V activate(Activation a, V z) {
   using F = FormatOf<V>;
   switch (a.kind) {
-    case ActivationKind::none: break;
+    case ActivationKind::none:
+    case ActivationKind::negative_part: break;
     case ActivationKind::relu: return relu(z);
-    case ActivationKind::leaky_relu: return positive(z, z, constant(z, a.parameter) * z);
+    case ActivationKind::leaky_relu:
+    case ActivationKind::prelu: return prelu(z, constant(z, a.parameter));
     case ActivationKind::silu: {  // from below `lowest` on it is -0, also for -Inf
       const V c = at_least(z, F::lowest);
       return c * sigmoid(c).value;
@@ -310,7 +317,9 @@ template <class V> NORMKIT_HD V activation_slope(Activation a, V z) {
   switch (a.kind) {
     case ActivationKind::none: break;
     case ActivationKind::relu: return kink_slope(z, 0);
-    case ActivationKind::leaky_relu: return kink_slope(z, a.parameter);
+    case ActivationKind::leaky_relu:
+    case ActivationKind::prelu: return kink_slope(z, a.parameter);
+    case ActivationKind::negative_part: return positive(z, constant(z, 0), z);
     case ActivationKind::silu: {
       const V c = at_least(at_most(z, F::highest), F::lowest);
       return gated_slope(c, sigmoid(c), constant(z, 1));

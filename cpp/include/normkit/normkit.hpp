@@ -110,6 +110,7 @@ Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 /// dy                  bsd   like x
 /// weight, bias        fabsd float32, float64 or the dtype of x; absent means 1 and 0. In backward bias says what shape dbias
 ///                           has, and counts where there is an activation
+/// slopes              fabsd like weight, of prelu alone; one element may stand for all
 /// mean, rstd          absd  float32 or float64, one element per statistic; shape: the kept axes of x. mean is absent where
 ///                           spec.centered is false
 ///                     fm    of compute_dtype(x), written
@@ -127,12 +128,13 @@ Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 /// moments             m     float64, the kept axes of x and 3, written: mean, sum of squared deviations, count
 /// dweight, dbias      b     the shapes of weight and bias, any floating dtype, written. Without bias dbias is like dweight; without
 ///                           weight dweight has the extents of the first form, or of the normalized axes
+/// dslopes             b     the shape of slopes, any floating dtype, written
 ///
 /// What is written lies apart from everything else. Statistics, parameters and their gradients are dense, their axes in the order
 /// in which they lie in x.
 struct Args {
-  Array x, dy, weight, bias, mean, rstd, running_mean, running_var, residual, dresidual, where, sums, count, out, sum,
-      moments, dweight, dbias;
+  Array x, dy, weight, bias, slopes, mean, rstd, running_mean, running_var, residual, dresidual, where, sums, count,
+      out, sum, moments, dweight, dbias, dslopes;
   Dtype out_dtype = Dtype::other;  // what y is to have; `other`: that of x, or float32 for an integer x
   /// Asked where the memory of two arrays interleaves: true where they share an element. Null: they may.
   bool (*share_elements)(const Array& a, const Array& b) = nullptr;
@@ -154,6 +156,7 @@ void forward(const Args& args, const Spec& spec);
 ///
 ///     dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat))     g = dz * weight, x_hat = (x - mean) * rstd
 ///     dweight = sum(dz * x_hat)    dbias = sum(dz)            over all elements that share the parameter
+///     dslopes = sum(dy * min(z, 0))                           of prelu, where z = x_hat * weight + bias
 ///
 /// dz is dy, or with an activation dy times its slope. With a mask the averages are sums over all elements, divided by the
 /// number of members, and only members have them in their dx. With spec.use_input_stats false, dx = rstd * g. `mean` is
@@ -166,7 +169,7 @@ void backward(const Args& args, const Spec& spec);
 void moments(const Args& args, const Spec& spec);
 void apply(const Args& args, const Spec& spec);
 
-/// The two phases of backward(): the sums of parts add. Neither writes dweight or dbias: given, they are refused.
+/// The two phases of backward(): the sums of parts add. Neither writes dweight, dbias or dslopes: given, they are refused.
 void backward_sums(const Args& args, const Spec& spec);
 void apply_backward(const Args& args, const Spec& spec);
 

@@ -146,7 +146,16 @@ template <class S> struct ParamBuffer {
     for (std::int64_t i = 0; i < n; ++i) value[i] = static_cast<S>(element(p, index + i, absent));
     return value;
   }
+  /// The parameters in this buffer, past whose last one the rest of a vector can be read.
+  const S* copy(const Param& p, std::int64_t index, std::int64_t n, S absent) {
+    const S* const from = read(p, index, n, absent);
+    for (std::int64_t i = 0; i < n && from != value; ++i) value[i] = from[i];
+    return value;
+  }
 };
+
+/// Room for the parameters of one piece.
+template <class S> struct ParamBuffers { ParamBuffer<S> weights, biases, slopes; };
 
 /// Loads and stores of one position, so that one lambda serves whole vectors and tails.
 struct Full {
@@ -316,21 +325,30 @@ template <int kKind = 1, class F> NORMKIT_LOCAL void with_kind(const Activation&
   }
 }
 
-/// z <- the activation of z, in whole vectors; a register at a time, since most formulas are long.
-template <class S> [[gnu::noinline]] void activate_all(const Activation& a, S* z, std::int64_t n) {
+/// z <- the activation of z, in whole vectors; a register at a time, since most formulas are long. `slopes`: those of prelu, where
+/// they follow the elements; else null.
+template <class S>
+[[gnu::noinline]] void activate_all(const Activation& a, const S* slopes, S* z, std::int64_t n) {
   using One = RegisterOf<S>;
-  with_kind(a, [&](auto known) NORMKIT_INLINE_LAMBDA {
-    for (std::int64_t i = 0; i < n; i += kRegLanes<VectorOf<S>>)
-      reg_store(z + i, activate(known(), One{{reg_load(z + i)}}).r[0]);
-  });
+  for (std::int64_t i = 0; slopes && i < n; i += kRegLanes<VectorOf<S>>)
+    reg_store(z + i, prelu(One{{reg_load(z + i)}}, One{{reg_load(slopes + i)}}).r[0]);
+  if (!slopes)
+    with_kind(a, [&](auto known) NORMKIT_INLINE_LAMBDA {
+      for (std::int64_t i = 0; i < n; i += kRegLanes<VectorOf<S>>)
+        reg_store(z + i, activate(known(), One{{reg_load(z + i)}}).r[0]);
+    });
 }
 /// g <- g times the slope of the activation at z, likewise.
-template <class S> [[gnu::noinline]] void multiply_by_slopes(const Activation& a, const S* z, S* g, std::int64_t n) {
+template <class S>
+[[gnu::noinline]] void multiply_by_slopes(const Activation& a, const S* slopes, const S* z, S* g, std::int64_t n) {
   using One = RegisterOf<S>;
-  with_kind(a, [&](auto known) NORMKIT_INLINE_LAMBDA {
-    for (std::int64_t i = 0; i < n; i += kRegLanes<VectorOf<S>>)
-      reg_store(g + i, reg_mul(reg_load(g + i), activation_slope(known(), One{{reg_load(z + i)}}).r[0]));
-  });
+  for (std::int64_t i = 0; slopes && i < n; i += kRegLanes<VectorOf<S>>)
+    reg_store(g + i, reg_mul(reg_load(g + i), prelu_slope(One{{reg_load(z + i)}}, One{{reg_load(slopes + i)}}).r[0]));
+  if (!slopes)
+    with_kind(a, [&](auto known) NORMKIT_INLINE_LAMBDA {
+      for (std::int64_t i = 0; i < n; i += kRegLanes<VectorOf<S>>)
+        reg_store(g + i, reg_mul(reg_load(g + i), activation_slope(known(), One{{reg_load(z + i)}}).r[0]));
+    });
 }
 
 /// z = x_hat * weight + bias, to which an activation is applied. A constant weight and bias are in scale and shift; those that
@@ -338,7 +356,8 @@ template <class S> [[gnu::noinline]] void multiply_by_slopes(const Activation& a
 template <class X> struct Preactivation {
   using V = VectorOf<X>;
   V mean, scale, shift;
-  const ScalarOf<X>*weight = nullptr, *bias = nullptr;
+  const ScalarOf<X>*weight = nullptr, *bias = nullptr, *slopes = nullptr;
+  Activation activation = {};  // with the slope of prelu, where it is constant
 
   NORMKIT_LOCAL V constant(V x) const { return forward(x, mean, scale, shift); }
   template <class P> NORMKIT_LOCAL V linear(P place, V x) const {
@@ -349,16 +368,31 @@ template <class X> struct Preactivation {
 
 /// That of one piece of a run.
 template <class X, class S>
-NORMKIT_LOCAL Preactivation<X> preactivation(const Task& t, Piece piece, Statistic<S> s, ParamBuffer<S>& weights,
-                                             ParamBuffer<S>& biases) {
+NORMKIT_LOCAL Preactivation<X> preactivation(const Task& t, Piece piece, Statistic<S> s, ParamBuffers<S>& params) {
   using V = VectorOf<X>;
   const double weight = piece.linear ? 1 : element(t.weight, piece.parameter, 1);
   const Affine<S> affine = forward_affine(s, weight, piece.linear ? 0 : element(t.bias, piece.parameter, 0));
   Preactivation<X> z{broadcast<V>(s.mean), broadcast<V>(affine.scale), broadcast<V>(affine.shift)};
   if (piece.linear) {
-    z.weight = weights.read(t.weight, piece.parameter, piece.n, 1);
-    z.bias = biases.read(t.bias, piece.parameter, piece.n, 0);
+    z.weight = params.weights.read(t.weight, piece.parameter, piece.n, 1);
+    z.bias = params.biases.read(t.bias, piece.parameter, piece.n, 0);
   }
+  return z;
+}
+
+/// The slopes of prelu along a piece; where the whole piece has one slope, `a` takes it, and there are none.
+template <class S>
+[[gnu::noinline]] const S* piece_slopes(const Task& t, Piece piece, ParamBuffer<S>& slopes, Activation& a) {
+  if (piece.linear) return slopes.copy(t.slopes, piece.parameter, piece.n, 1);
+  a.parameter = element(t.slopes, piece.parameter, 1);
+  return nullptr;
+}
+/// preactivation() where an activation is to come, with all that this activation wants to know.
+template <class X, class S>
+NORMKIT_LOCAL Preactivation<X> activation_input(const Task& t, Piece piece, Statistic<S> s, ParamBuffers<S>& params) {
+  Preactivation<X> z = preactivation<X>(t, piece, s, params);
+  z.activation = t.activation;
+  if (t.slopes.data) z.slopes = piece_slopes(t, piece, params.slopes, z.activation);
   return z;
 }
 
@@ -449,6 +483,12 @@ template <class Y, class F> NORMKIT_LOCAL void map(Y* y, std::int64_t n, Streame
     }
     if (i == n) return;
   }
+}
+
+/// Writes n values to y. A function of its own, since each loop over x would have a copy of it.
+template <class Y, class S>
+[[gnu::noinline]] void put_all(const S* value, Y* y, std::int64_t n, Streamer<Y>* streamer, Fetch fetch) {
+  map(y, n, streamer, fetch, [&](auto place) NORMKIT_INLINE_LAMBDA { return place.load(value); });
 }
 
 /// What is done beside sums, with every block of 4 vectors: nothing, or some of the outputs of what was summed before are

@@ -12,12 +12,14 @@ namespace {
 constexpr int kTile = kWide ? 4 : 1;  // vectors
 
 /// What is known of each column once its statistic is, as arrays of the compute type. Forward: y from mean, a, b. Backward: dx
-/// from mean, a, b, c; x_hat from mean, unit, origin; and z, to which an activation was applied, as forward had it.
+/// from mean, a, b, c; x_hat from mean, unit, origin; and z, to which an activation was applied, as forward had it. `slope` is that
+/// of prelu, in both.
 template <class S> struct Table {
-  S *mean, *a, *b, *c, *unit, *origin, *z_mean, *z_scale, *z_shift;
+  S *mean, *a, *b, *c, *unit, *origin, *z_mean, *z_scale, *z_shift, *slope;
   Table(double* memory, std::int64_t columns) {
     S* next = reinterpret_cast<S*>(memory);
-    for (S** array : {&mean, &a, &b, &c, &unit, &origin, &z_mean, &z_scale, &z_shift}) *array = next, next += columns;
+    for (S** array : {&mean, &a, &b, &c, &unit, &origin, &z_mean, &z_scale, &z_shift, &slope})
+      *array = next, next += columns;
   }
 };
 
@@ -325,9 +327,10 @@ template <class S> void lanes_finish(const Task& t, std::int64_t o, ColumnMoment
     for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k, parameter.next()) {
       const Affine<S> affine = column_affine(t, parameter, s);
       table.mean[k] = s.mean, table.a[k] = affine.scale, table.b[k] = affine.shift;
+      table.slope[k] = static_cast<S>(parameter.of(t.slopes, 1));
     }
   }
-  repeat_columns(g, {table.mean, table.a, table.b});
+  repeat_columns(g, {table.mean, table.a, table.b, table.slope});
 }
 
 /// Bytes that apply runs ahead of itself where it reads from memory.
@@ -375,6 +378,19 @@ struct Round {
   }
 };
 
+/// The slopes of prelu for n elements of a walk, where whole vectors can be read; null of other activations. `columns`: those of the
+/// table from its first column on.
+template <class S>
+[[gnu::noinline]] const S* walk_slopes(const Task& t, const S* columns, std::int64_t parameter, std::int64_t n,
+                                       ParamBuffer<S>& slopes) {
+  if (!t.slopes.data) return nullptr;
+  if (!constant_in_column(t.geometry)) return slopes.copy(t.slopes, parameter, n, 1);
+  const std::int64_t period = table_period(t.geometry);
+  for (std::int64_t begin = 0; begin < n; begin += period)
+    for (std::int64_t i = begin; i < least(n, begin + period); ++i) slopes.value[i] = columns[i - begin];
+  return slopes.value;
+}
+
 template <class X, class Y>
 void lanes_forward_span(const Task& t, std::int64_t o, std::int64_t span, Table<ScalarOf<X>> table, NextSteps fetch,
                         Streamer<Y>* streamer) {
@@ -384,13 +400,13 @@ void lanes_forward_span(const Task& t, std::int64_t o, std::int64_t span, Table<
   const bool by_column = constant_in_column(g);
   const bool curved = is_curved(t.activation), rectified = is_relu(t.activation);
   if (t.residual.data && t.frozen) form_sum<X>(t, o, begin, 0, end - begin, 0, g.columns());
-  ParamBuffer<S> weights, biases;
+  ParamBuffer<S> weights, biases, slopes;
   for_walks(g, begin, end, one_walk(g, {&t.x, &t.y}), curved || !by_column,
             [&](std::int64_t step, std::int64_t k, std::int64_t n) NORMKIT_INLINE_LAMBDA {
     const X *x = at<X>(t.x, o, step, 0) + k, *ahead = at<X>(fetch.from, fetch.o, step + fetch.shift, 0) + k;
     const S *mean = table.mean + k, *scale = table.a + k, *shift = table.b + k, *weight = nullptr, *bias = nullptr;
+    const std::int64_t parameter = by_column ? 0 : g.parameter(o, g.offset(o, step, 0, 0)) + k;
     if (!by_column) {
-      const std::int64_t parameter = g.parameter(o, g.offset(o, step, 0, 0)) + k;
       weight = weights.read(t.weight, parameter, n, 1), bias = biases.read(t.bias, parameter, n, 0);
     }
     Y* const y = at<Y>(t.y, o, step, 0) + k;
@@ -409,9 +425,8 @@ void lanes_forward_span(const Task& t, std::int64_t o, std::int64_t span, Table<
     if (!curved) return map(y, n, streamer, Fetch{}, any);
     alignas(64) S value[kBuffer];
     map(value, n, kPlain<S>, Fetch{}, any);
-    activate_all(t.activation, value, n);
-    map(y, n, streamer, Fetch{},
-        [&](auto place) NORMKIT_INLINE_LAMBDA { return place.load(static_cast<const S*>(value)); });
+    activate_all(t.activation, walk_slopes(t, table.slope + k, parameter, n, slopes), value, n);
+    put_all<Y, S>(value, y, n, streamer, Fetch{});
   });
 }
 

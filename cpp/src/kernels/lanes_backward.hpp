@@ -17,8 +17,8 @@ NORMKIT_LOCAL void add_columns(ColumnSums into, ColumnSums more, std::int64_t n)
     into.g[k] += more.g[k], into.gx[k] += more.gx[k], into.d[k] += more.d[k], into.n[k] += more.n[k];
 }
 
-/// What is known of columns before the sums: their given mean, which sums are taken about, and the factors of z.
-template <class S> struct Known { const S *mean, *scale, *shift; };
+/// What is known of columns before the sums: their given mean, which sums are taken about, the factors of z, and slopes of prelu.
+template <class S> struct Known { const S *mean, *scale, *shift, *slope; };
 
 /// Adds one block of one tile to the sums of columns k and on. kDetailed: there may be a mask, an activation, or weights that
 /// follow the elements.
@@ -30,7 +30,7 @@ NORMKIT_LOCAL void add_block(const Task& t, std::int64_t o, std::int64_t step, s
   const Geometry& g = t.geometry;
   const bool by_column = !kDetailed || constant_in_column(g), masked = kDetailed && t.where.data;
   const bool curved = kDetailed && is_curved(t.activation), active = kDetailed && has_activation(t);
-  ParamBuffer<S> weights, biases;
+  ParamBuffer<S> weights, biases, slopes;
   alignas(64) S reaching[kVectors * kLanes<V>], z_value[kVectors * kLanes<V>];
   const V zero = broadcast<V>(S(0)), one = broadcast<V>(S(1));
   V m[kVectors], count[kVectors];
@@ -55,7 +55,7 @@ NORMKIT_LOCAL void add_block(const Task& t, std::int64_t o, std::int64_t step, s
         store(z_value + place.i, z_of(m[j], place).at(place, place.load(x)));
         store(reaching + place.i, place.load(dy));
       });
-      multiply_by_slopes(t.activation, z_value, reaching, n);
+      multiply_by_slopes(t.activation, walk_slopes(t, known.slope + k, parameter, n, slopes), z_value, reaching, n);
     }
     for_vectors<V>(vectors, n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
       const V x_v = place.load(x);
@@ -100,7 +100,7 @@ void span_column_sums(const Task& t, std::int64_t o, std::int64_t span, Known<Sc
 }
 
 /// Fills in what is known of the columns of one outer index.
-template <class S> void know_columns(const Task& t, std::int64_t o, S* mean, S* scale, S* shift) {
+template <class S> void know_columns(const Task& t, std::int64_t o, S* mean, S* scale, S* shift, S* slope) {
   const Geometry& g = t.geometry;
   const bool active = has_activation(t);
   ColumnParameter parameter(t, o);
@@ -110,10 +110,10 @@ template <class S> void know_columns(const Task& t, std::int64_t o, S* mean, S* 
       mean[k] = s.mean;
       if (!active) continue;
       const Affine<S> affine = column_affine(t, parameter, s);
-      scale[k] = affine.scale, shift[k] = affine.shift;
+      scale[k] = affine.scale, shift[k] = affine.shift, slope[k] = static_cast<S>(parameter.of(t.slopes, 1));
     }
   }
-  if (active) repeat_columns(g, {mean, scale, shift});
+  if (active) repeat_columns(g, {mean, scale, shift, slope});
 }
 
 /// The sums of a statistic from those of its columns, times their weights; where a column has several, sums are taken with
@@ -179,7 +179,7 @@ void lanes_backward_span(const Task& t, std::int64_t o, std::int64_t span, Table
   const bool by_column = constant_in_column(g), active = has_activation(t);
   const bool plain = by_column && !has_detailed_ranges(t) && t.kind != ParamKind::element && t.dx.data;
   const NextSteps fetch = fetch_for<X>(t, o, span, last);
-  ParamBuffer<S> weights, biases;
+  ParamBuffer<S> weights, biases, slopes;
   for_walks(g, span_begin(span), span_end(g, span), !t.where.data && one_walk(g, {&t.x, &t.dy, &t.dx, &t.residual}),
             is_curved(t.activation) || !by_column,
             [&](std::int64_t step, std::int64_t k, std::int64_t n) NORMKIT_INLINE_LAMBDA {
@@ -217,7 +217,7 @@ void lanes_backward_span(const Task& t, std::int64_t o, std::int64_t span, Table
       map(reaching, n, kPlain<S>, Fetch{}, [=](auto place) NORMKIT_INLINE_LAMBDA { return place.load(dy); });
       map(z_value, n, kPlain<S>, Fetch{},
           [=] [[gnu::always_inline]] (auto place) mutable { return z_of(round(place)).at(place, place.load(x)); });
-      multiply_by_slopes(t.activation, z_value, reaching, n);
+      multiply_by_slopes(t.activation, walk_slopes(t, table.slope + k, parameter, n, slopes), z_value, reaching, n);
     }
     const S* const reached = reaching;
     map_or_walk(dx, n, streamer, [=, &t] [[gnu::always_inline]] (auto place) mutable {
@@ -244,8 +244,8 @@ void lanes_backward_span(const Task& t, std::int64_t o, std::int64_t span, Table
 
 /// What is known, of the columns that a table describes.
 template <class S> NORMKIT_LOCAL Known<S> know(const Task& t, std::int64_t o, Table<S> table) {
-  know_columns(t, o, table.z_mean, table.z_scale, table.z_shift);
-  return {table.z_mean, table.z_scale, table.z_shift};
+  know_columns(t, o, table.z_mean, table.z_scale, table.z_shift, table.slope);
+  return {table.z_mean, table.z_scale, table.z_shift, table.slope};
 }
 
 template <class X> void lanes_backward(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {

@@ -249,20 +249,19 @@ template <class X, class Y>
                                      Streamer<Y>* streamer, Fetch fetch) {
   using S = ScalarOf<X>;
   const bool curved = is_curved(t.activation);
-  ParamBuffer<S> weights, biases;
+  ParamBuffers<S> params;
   for_pieces(t, o, offset, begin, end, curved || follows_elements(t.geometry) ? kBuffer : end,
              [&](Piece piece) NORMKIT_INLINE_LAMBDA {
     const X* from = x + piece.begin;
     Y* to = y + piece.begin;
     const Fetch next = fetch.at((piece.begin - begin) * static_cast<std::int64_t>(sizeof(X)));
-    const Preactivation<X> z = preactivation<X>(t, piece, s, weights, biases);
+    const Preactivation<X> z = activation_input<X>(t, piece, s, params);
     if (curved) {
       alignas(64) S value[kBuffer];
       map(value, piece.n, kPlain<S>, Fetch{},
           [&](auto place) NORMKIT_INLINE_LAMBDA { return z.at(place, place.load(from)); });
-      activate_all(t.activation, value, piece.n);
-      map(to, piece.n, streamer, next,
-          [&](auto place) NORMKIT_INLINE_LAMBDA { return place.load(static_cast<const S*>(value)); });
+      activate_all(z.activation, z.slopes, value, piece.n);
+      put_all<Y, S>(value, to, piece.n, streamer, next);
     } else if (is_relu(t.activation)) {
       map(to, piece.n, streamer, next,
           [&](auto place) NORMKIT_INLINE_LAMBDA { return relu(z.at(place, place.load(from))); });
@@ -316,16 +315,16 @@ template <class Element, bool kLinear> struct ForwardOutputs {
   std::int64_t o, lane;
   Statistic<S> s;
   Streamer<X>& streamer;
-  ParamBuffer<S>&weights, &biases;
+  ParamBuffers<S>& params;
 
   Piece piece(std::int64_t step, std::int64_t begin) const {
-    const bool whole = !kLinear || (weights.reads_in_place(t.weight) && biases.reads_in_place(t.bias));
+    const bool whole = !kLinear || (ParamBuffer<S>::reads_in_place(t.weight) && ParamBuffer<S>::reads_in_place(t.bias));
     const std::int64_t run = t.geometry.run, offset = t.geometry.offset(o, step, lane, 0);
     return piece_at(t.geometry, o, offset, begin, run, whole ? run : kBuffer);
   }
   X* out(std::int64_t step) const { return at<X>(t.y, o, step, lane); }
   Formula formula(std::int64_t step, Piece piece) {
-    return {at<X>(t.x, o, step, lane) + piece.begin, preactivation<X>(t, piece, s, weights, biases)};
+    return {at<X>(t.x, o, step, lane) + piece.begin, preactivation<X>(t, piece, s, params)};
   }
   void write(std::int64_t step, std::int64_t begin, std::int64_t end) {
     forward_range(t, at<X>(t.x, o, step, lane), out(step), o, t.geometry.offset(o, step, lane, 0), begin, end, s,
@@ -338,10 +337,10 @@ template <class X, bool kLinear> void runs_forward_overlapped(const Task& t, std
   const Geometry& g = t.geometry;
   const Chunks c = chunks_of(g, Traversal::runs);
   Streamer<X> streamer;
-  ParamBuffer<ScalarOf<X>> weights, biases;
+  ParamBuffers<ScalarOf<X>> params;
   Statistic<ScalarOf<X>> s = forward_statistic<X>(t, begin, c);
   for (std::int64_t r = begin; r < end; ++r) {
-    ForwardOutputs<X, kLinear> outputs{t, r / g.lanes, r % g.lanes, s, streamer, weights, biases};
+    ForwardOutputs<X, kLinear> outputs{t, r / g.lanes, r % g.lanes, s, streamer, params};
     BesideWriter<ForwardOutputs<X, kLinear>> writer(outputs);
     const std::int64_t next = r + 1, o = next / g.lanes, lane = next % g.lanes;
     if (next < end)

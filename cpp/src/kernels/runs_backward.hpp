@@ -88,8 +88,8 @@ NORMKIT_LOCAL VectorOf<X> incoming(const Task& t, const Preactivation<X>& z, P p
 
 /// The same of any activation, for n <= kBuffer elements from element `begin` of a piece on.
 template <class X>
-NORMKIT_LOCAL void reach(const Task& t, const Preactivation<X>& z, const X* dy, const X* x, std::int64_t begin,
-                         std::int64_t n, ScalarOf<X>* reaching) {
+[[gnu::noinline]] void reach(const Task& t, const Preactivation<X>& z, const X* dy, const X* x, std::int64_t begin,
+                             std::int64_t n, ScalarOf<X>* reaching) {
   using S = ScalarOf<X>;
   map(reaching, n, kPlain<S>, Fetch{}, [&](auto place) NORMKIT_INLINE_LAMBDA {
     const auto here = place.back(-begin);
@@ -101,7 +101,7 @@ NORMKIT_LOCAL void reach(const Task& t, const Preactivation<X>& z, const X* dy, 
     const auto here = place.back(-begin);
     return z.at(here, here.load(x));
   });
-  multiply_by_slopes(t.activation, z_value, reaching, n);
+  multiply_by_slopes(z.activation, z.slopes ? z.slopes + begin : nullptr, z_value, reaching, n);
 }
 
 /// chunk_sums() where a mask or an activation has its say. What no gradient reaches adds nothing, even where it is NaN, as
@@ -148,18 +148,18 @@ struct Range { std::int64_t o, step, lane, rows, begin, end; };
 /// The sums of a range in which one parameter holds, or in which weights follow the elements.
 template <class X, class Beside>
 Sums<double> piece_sums(const Task& t, Range range, Piece piece, Statistic<ScalarOf<X>> s,
-                        ParamBuffer<ScalarOf<X>>& weights, ParamBuffer<ScalarOf<X>>& biases, Beside& beside) {
+                        ParamBuffers<ScalarOf<X>>& params, Beside& beside) {
   const X* x = at<X>(t.x, range.o, range.step, range.lane) + piece.begin;
   const X* dy = at<X>(t.dy, range.o, range.step, range.lane) + piece.begin;
   if (has_detailed_sums(t)) {
-    const Preactivation<X> z = preactivation<X>(t, piece, s, weights, biases);
+    const Preactivation<X> z = activation_input<X>(t, piece, s, params);
     const Masked members = members_at(t, range.o, range.step, range.lane, piece.begin);
     return detailed_sums(t, dy, x, range.rows, piece.n, s.mean, z, members);
   }
   const std::int64_t ahead = ahead_while_summing(t, beside);
   if (piece.linear)
-    return chunk_sums<X, true>(dy, 0, x, 0, 1, piece.n, s.mean, weights.read(t.weight, piece.parameter, piece.n, 1),
-                               ahead, beside);
+    return chunk_sums<X, true>(dy, 0, x, 0, 1, piece.n, s.mean,
+                               params.weights.read(t.weight, piece.parameter, piece.n, 1), ahead, beside);
   return chunk_sums<X, false>(dy, t.dy.strides.step, x, t.x.strides.step, range.rows, piece.n, s.mean, nullptr, ahead,
                               beside);
 }
@@ -169,11 +169,11 @@ Sums<double> piece_sums(const Task& t, Range range, Piece piece, Statistic<Scala
 template <class X, class Beside>
 Sums<double> piecewise_sums(const Task& t, Range range, Statistic<ScalarOf<X>> s, Beside& beside) {
   const Geometry& g = t.geometry;
-  ParamBuffer<ScalarOf<X>> weights, biases;
+  ParamBuffers<ScalarOf<X>> params;
   Sums<double> total{0, 0, 0};
   const std::int64_t offset = g.offset(range.o, range.step, range.lane, 0);
   for_pieces(t, range.o, offset, range.begin, range.end, follows_elements(g) ? kBuffer : range.end, [&](Piece piece) {
-    const Sums<double> sums = piece_sums<X>(t, range, piece, s, weights, biases, beside);
+    const Sums<double> sums = piece_sums<X>(t, range, piece, s, params, beside);
     const double w = piece.linear ? 1 : element(t.weight, piece.parameter, 1);
     total = total + Sums<double>{w * sums.g, w * sums.gx, sums.d};
     if (t.kind == ParamKind::piece) {
@@ -192,15 +192,14 @@ Reduced span_sums(const Task& t, std::int64_t o, std::int64_t lane, Chunks c, st
   const bool constant = constant_in_statistic(g);
   const std::int64_t parameter = constant ? g.parameter(o, g.offset(o, 0, lane, 0)) : 0;
   const std::int64_t first = span * kSpanChunks, last = least(c.count, first + kSpanChunks);
-  ParamBuffer<ScalarOf<X>> unused[2];
+  ParamBuffers<ScalarOf<X>> unused;
   Reduced total;
   for_chunks(g, c, first, last, [&](std::int64_t step, std::int64_t rows, std::int64_t begin, std::int64_t end) {
     total.n +=
         with_members(t, o, step, lane, begin, [&](const auto& members) { return members.count(rows, end - begin); });
     if (constant) {
       const Piece piece{begin, end - begin, parameter, false};
-      total.sums =
-          total.sums + piece_sums<X>(t, {o, step, lane, rows, begin, end}, piece, s, unused[0], unused[1], beside);
+      total.sums = total.sums + piece_sums<X>(t, {o, step, lane, rows, begin, end}, piece, s, unused, beside);
       return;
     }
     for (std::int64_t row = step; row < step + rows; ++row)
@@ -363,11 +362,11 @@ template <class X>
   using S = ScalarOf<X>;
   const V mean = broadcast<V>(known.statistic.mean);
   const V b = broadcast<V>(known.gradient.b), c = broadcast<V>(known.gradient.c);
-  ParamBuffer<S> weights, biases;
+  ParamBuffers<S> params;
   alignas(64) S reaching[kBuffer];
   for_pieces(t, o, offset, begin, end, kBuffer, [&](Piece piece) NORMKIT_INLINE_LAMBDA {
     const X *dy = rows.dy + piece.begin, *x = rows.x + piece.begin;
-    const Preactivation<X> z = preactivation<X>(t, piece, given, weights, biases);
+    const Preactivation<X> z = activation_input<X>(t, piece, given, params);
     reach(t, z, dy, x, 0, piece.n, reaching);
     if (writes_element_gradients(t)) {
       const ElementGradients<X> gradients(t, rows.row_sums, offset, piece.begin, known.statistic);
