@@ -29,14 +29,16 @@
 
 namespace normkit {
 
-/// Bad input. The message names the argument, what was given and what would be right. Thrown before anything is written.
+/// Bad input. The message names the argument, what was given and what would be right. An Error is thrown before anything is
+/// written.
 struct Error : std::runtime_error {
   enum class Kind { type, value, axis };
   Kind kind;
   Error(Kind k, const std::string& message) : std::runtime_error(message), kind(k) {}
 };
 
-/// A view of somebody's array on the CPU. Default: absent. Nothing is owned: the shape must outlive the view.
+/// A view of somebody's array on the CPU; a default view stands for an absent array. The view owns nothing: the elements, the
+/// shape and the strides must outlive it.
 struct Array {
   std::byte* data = nullptr;
   Dtype dtype = Dtype::float32;
@@ -44,7 +46,7 @@ struct Array {
   bool read_only = false;
   std::span<const std::int64_t> shape;
   std::span<const std::int64_t> strides;  // in bytes, any sign; empty: dense, the last axis fastest
-  std::string_view other_dtype = {};      // the name of Dtype::other
+  std::string_view other_dtype = {};      // what the type is called where dtype is Dtype::other
 
   /// A dense array in C order.
   static Array dense(const void* data, Dtype dtype, std::span<const std::int64_t> shape) {
@@ -64,22 +66,23 @@ struct Array {
 struct Spec {
   AxisMask reduce_axes = 0;  // axes that a statistic is taken over, one bit each
   bool centered = true;      // false: root mean square, no mean (Zhang and Sennrich, 2019)
-  bool divides_by_norm =
-      false;  // by the Euclidean norm or, where that is less, eps; mean and rstd stand for 0 and one over it
-  double eps = 1e-5;             // added to the variance
+  /// True: x is divided by its Euclidean norm, or by eps where the norm is less; rstd then stands for one over that divisor.
+  bool divides_by_norm = false;
+  double eps = 1e-5;  // added to the variance
   bool use_input_stats = true;  // false: running_mean and running_var (forward), mean and rstd (backward) are constants
   double momentum = 0.1;  // running <- (1 - momentum) * running + momentum * statistic
-  double weight_offset = 0;  // weight + weight_offset is used; an absent weight stays 1
+  double weight_offset = 0;  // added to weight where it is used; an absent weight stays 1
   Activation activation;  // of y
 
-  /// Shapes that weight and bias may have, as sets of axes of x; none: any shape that broadcasts against x.
+  /// The shapes that weight and bias may have, as sets of axes of x, of which the first `param_forms` count; where that is 0,
+  /// any shape that broadcasts against x.
   std::array<AxisMask, 3> param_axes{};
   int param_forms = 0;
-  /// What one element of weight belongs to, for messages.
+  /// What one element of weight belongs to, as messages say it.
   const char* param_meaning = "one element per channel of x";
   int channel_axis = 1;  // the axis that running statistics belong to, and that groups divide
-  std::int64_t num_groups =
-      0;  // more than 0: channels form groups, and a statistic is taken over those of one group too
+  /// More than 0: the channels form so many groups, and a statistic is taken over the channels of one group too.
+  std::int64_t num_groups = 0;
   const char* frozen_by = "use_input_stats";  // the option that clears use_input_stats, for messages
 };
 
@@ -88,7 +91,7 @@ struct Spec {
 Spec instance_spec(int ndim, std::int64_t channel_axis = 1);
 
 /// Group normalization (Wu and He, 2018): statistics over each of `num_groups` groups of channels of each image, and all
-/// positions. Weights as for instance normalization.
+/// positions. The shapes of weights are those of instance normalization.
 Spec group_spec(std::span<const std::int64_t> shape, std::int64_t num_groups, std::int64_t channel_axis = 1);
 
 /// Batch normalization (Ioffe and Szegedy, 2015): statistics over every axis but the channels. Weights: (C,).
@@ -97,14 +100,15 @@ Spec batch_spec(int ndim, std::int64_t channel_axis = 1);
 /// Layer normalization (Ba, Kiros and Hinton, 2016) over any axes. Weights: the shape of those axes.
 Spec layer_spec(int ndim, std::span<const std::int64_t> axes, bool centered = true);
 
-/// Any axes: each from -ndim to ndim - 1. Weights: any shape that broadcasts against x.
+/// Normalization over any axes, each from -ndim to ndim - 1. Weights: any shape that broadcasts against x.
 Spec normalize_spec(int ndim, std::span<const std::int64_t> axes, bool centered = true);
 
-/// x / max(norm, eps), the Euclidean norm over any axes. Backward wants eps as well.
+/// x / max(norm, eps), where norm is the Euclidean norm over any axes. Its backward must be given the eps of its forward.
 Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 
-/// The arrays of a call; what a call does not name here it leaves alone. f: forward(), m: moments(), a: apply(), b: backward(),
-/// s: backward_sums(), d: apply_backward(). Absent is what is not wanted, but where it says otherwise.
+/// The arrays of a call. Letters say which calls use an array; every other call leaves it alone. f: forward(), m: moments(),
+/// a: apply(), b: backward(), s: backward_sums(), d: apply_backward(). An array that is not wanted may be absent, except where
+/// the table says otherwise.
 ///
 /// x                   all   any dtype (backward: floating), any strides that the geometry holds (see canonicalise())
 /// dy                  bsd   like x
@@ -117,9 +121,9 @@ Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 /// residual            fm    like a floating x: x + residual is normalized
 /// dresidual           bd    like x, added to dx
 /// where               all   bool that broadcasts against x: the members of the statistics
-/// sums                d     of backward_sums(): float64, the kept axes of x and 3
+/// sums                d     what backward_sums() has written: float64, the kept axes of x and 3
 ///                     s     written
-/// count               d     float64, one element per statistic: all members that `sums` are over
+/// count               d     float64, one element per statistic: how many members `sums` were taken over
 /// out                 fa    y: like x in shape, of x's dtype or of compute_dtype(x); never absent. May be x itself
 ///                     bd    dx: like x. May be x or dy itself
 /// sum                 fm    like x, written: x + residual; may be x or residual itself. moments() needs it, and so does an out of
@@ -128,13 +132,14 @@ Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 /// dweight, dbias      b     the shapes of weight and bias, any floating dtype, written. Without bias dbias is like dweight; without
 ///                           weight dweight has the extents of the first form, or of the normalized axes
 ///
-/// What is written lies apart from everything else. Statistics, parameters and their gradients are dense, their axes in the order
-/// in which they lie in x.
+/// An array that is written must overlap no other, except where the table says so. Statistics, parameters and their gradients
+/// are dense, their axes in the order in which they lie in x.
 struct Args {
   Array x, dy, weight, bias, mean, rstd, running_mean, running_var, residual, dresidual, where, sums, count, out, sum,
       moments, dweight, dbias;
-  Dtype out_dtype = Dtype::other;  // what y is to have; `other`: that of x, or float32 for an integer x
-  /// Asked where the memory of two arrays interleaves: true where they share an element. Null: they may.
+  Dtype out_dtype = Dtype::other;  // the dtype that y is to have; `other`: the dtype of x, or float32 for an integer x
+  /// Called where the memory of two arrays interleaves; returns true where they share an element. Where it is null, they are
+  /// taken to share one.
   bool (*share_elements)(const Array& a, const Array& b) = nullptr;
 };
 
@@ -146,8 +151,8 @@ struct Args {
 /// own statistic. A mask says which elements are members; all are normalized. A statistic without members has mean 0 and
 /// rstd 0, so that y is bias. The bits of y do not depend on the number of threads, on what else is in the batch, or on
 /// alignment, and are the same on every instruction set that has a fused multiply-add.
-/// Allocates only scratch, on the heap. Throws Error, naming the argument, before any memory is written; also where
-/// the strides of the arrays do not fit the geometry (see canonicalise()): pack such arrays first.
+/// forward() allocates only scratch, on the heap. It throws Error, naming the argument, before any memory is written; also
+/// where the strides of the arrays do not fit the geometry (see canonicalise()): pack such arrays first.
 void forward(const Args& args, const Spec& spec);
 
 /// The gradient of forward().
@@ -173,14 +178,15 @@ void apply_backward(const Args& args, const Spec& spec);
 /// Merges n moments (mean, sum of squared deviations, count each) into as many others (Chan, Golub and LeVeque, 1979).
 void merge_moments(double* into, const double* from, std::int64_t n);
 
-/// The instruction set in use, all that this build and this machine have (best first), and the choice of one by name;
-/// false where there is no such name. NORMKIT_ISA in the environment makes the first choice.
+/// isa() names the instruction set in use, isas() all that this build and this machine have, the best first. use_isa()
+/// chooses one by its name, and returns false where there is none of that name. NORMKIT_ISA in the environment makes the
+/// first choice.
 std::string isa();
 std::vector<std::string> isas();
 bool use_isa(const std::string& name);
 
-/// Threads that a call may use, the calling one included. Starts at NORMKIT_NUM_THREADS, or at the CPUs of the affinity mask
-/// and the cgroup quota, at most OMP_NUM_THREADS. Results do not depend on it.
+/// How many threads a call may use, the calling one included. The number starts at NORMKIT_NUM_THREADS, or at the CPUs of
+/// the affinity mask and the cgroup quota, at most OMP_NUM_THREADS. Results do not depend on it.
 int num_threads();
 void set_num_threads(int n);
 
