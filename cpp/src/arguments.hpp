@@ -23,15 +23,16 @@ std::string tuple(std::span<const std::int64_t> values);
 /// Writes the strides of `a`, in elements, to `out`.
 void element_strides(const Array& a, Extents& out);
 bool same_strides(const Array& a, const Array& b);
-/// True where `a` lies on its elements with these strides, which count elements; that of an axis with one index is not compared.
+/// True where `a` lies on its elements with these strides, which count elements; that of an axis with one index is not
+/// compared.
 bool has_strides(const Array& a, const Extents& strides);
-/// Bytes of an element, also of a dtype that kernels do not read: the number in its name counts its bits; without one, an element
-/// is taken to have one byte.
+/// Bytes of an element, also of a dtype that kernels do not read: the number in its name counts its bits; without one,
+/// an element is taken to have one byte.
 std::int64_t element_bytes(const Array& a);
 /// True where the address of every element is a multiple of its size.
 bool on_elements(const Array& a);
-/// Throws where on_elements() is false and the array has elements. On a GPU a kernel that touches such an array fails, and so
-/// does everything that comes after it.
+/// Throws where on_elements() is false and the array has elements. On a GPU a kernel that touches such an array fails,
+/// and so does everything that comes after it.
 void check_on_elements(const std::string& name, const Array& a);
 
 // ---- where arrays lie --------------------------------------------------------------------------------------------
@@ -42,13 +43,14 @@ using Addresses = std::array<std::byte*, kOperands>;
 /// The bytes [first, last) that an array reaches over, counted from its address, and the bytes of one element.
 struct Reach { std::int64_t first = 0, last = 0, element = 1; };
 
-/// Judges where the arrays of a call lie, for calls that differ in nothing but addresses from one that has been judged in full.
+/// Judges where the arrays of a call lie, for calls that differ in nothing but addresses from one that has been judged
+/// in full.
 class Placement {
  public:
   Placement() = default;
   Placement(const Args& args, Op op);
-  /// True where every array lies on its elements, and every array that is written lies apart from the others or is one that it
-  /// may be. Where it is false, the call has to be judged in full.
+  /// True where every array lies on its elements, and every array that is written lies apart from the others or is one
+  /// that it may be. Where it is false, the call has to be judged in full.
   bool allows(const Addresses& at) const;
 
  private:
@@ -68,8 +70,8 @@ struct Params {
   Params(AxisMask weight, AxisMask bias, const Array& x);
 };
 
-/// The axis of x that axis `axis` of a parameter array lies along. The array varies along `axes` of x: it has these axes alone, or
-/// `ndim` axes that broadcast against x.
+/// The axis of x that axis `axis` of a parameter array lies along. The array varies along `axes` of x: it has these
+/// axes alone, or `ndim` axes that broadcast against x.
 int param_axis(AxisMask axes, int x_ndim, int ndim, int axis);
 
 /// The axes that an absent weight is taken to vary along: the first form of the spec, or the normalized axes.

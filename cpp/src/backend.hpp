@@ -19,15 +19,16 @@ struct Operand {
   Strides strides;
 };
 
-/// Weight or bias, dense in the order of Geometry::parameter; without data it stands for 1 or 0. `offset` is added to each element.
+/// Weight or bias, dense in the order of Geometry::parameter; without data it stands for 1 or 0. `offset` is added to
+/// each element.
 struct Param {
   const std::byte* data = nullptr;
   Dtype dtype = Dtype::float32;
   double offset = 0;
 };
 
-/// Statistics that are not computed but given: element (statistic / stride) % count of `mean` and of `scale`. `scale` holds
-/// variances where is_variance is true, else 1/std.
+/// Statistics that are not computed but given: element (statistic / stride) % count of `mean` and of `scale`. `scale`
+/// holds variances where is_variance is true, else 1/std.
 struct Given {
   const std::byte* mean = nullptr;
   const std::byte* scale = nullptr;
@@ -164,8 +165,8 @@ constexpr std::int64_t dparam_units(const Geometry& g, ParamKind kind) {
 /// Columns of the table that apply goes round: where there are few columns, the table repeats them for several steps.
 constexpr std::int64_t table_period(const Geometry& g) { return ceil_div(64, g.columns()) * g.columns(); }
 
-/// Elements of an array of columns in scratch: whole vectors, and four vectors more, so that four may begin anywhere in the period.
-/// The four also keep neighboring arrays from lying whole pages apart.
+/// Elements of an array of columns in scratch: whole vectors, and four vectors more, so that four may begin anywhere in
+/// the period. The four also keep neighboring arrays from lying whole pages apart.
 constexpr std::int64_t whole_vectors(std::int64_t columns) { return ceil_div(columns, 16) * 16; }
 constexpr std::int64_t array_of_columns(const Geometry& g) { return whole_vectors(table_period(g)) + 64; }
 
@@ -197,10 +198,11 @@ constexpr std::int64_t fused_units(const Geometry& g, Traversal traversal, Param
   return kind == ParamKind::row ? g.outer * row_groups(g) : g.statistics();
 }
 
-/// True of an instruction set whose registers hold `vectors` vectors of 16 floats, where that is enough for some loops; else
-/// policy.cpp does not ask for these, and they are not compiled. Loops over several vectors, loops of known length, and loops that
-/// read one statistic and write another want 8. With weights along the rows the last keep a dozen vectors at hand: with 8 (AVX2)
-/// layer norm (4096, 768) took 1.6 of a copy in tiles, 1.3 without; with 32 1.2 and 1.4.
+/// True of an instruction set whose registers hold `vectors` vectors of 16 floats, where that is enough for some loops;
+/// else policy.cpp does not ask for these, and they are not compiled. Loops over several vectors, loops of known
+/// length, and loops that read one statistic and write another want 8. With weights along the rows the last keep a
+/// dozen vectors at hand: with 8 (AVX2) layer norm (4096, 768) took 1.6 of a copy in tiles, 1.3 without; with 32 1.2
+/// and 1.4.
 constexpr bool is_wide(int vectors) { return vectors >= 8; }
 constexpr bool can_hold_rows(int vectors) { return vectors >= 16; }
 

@@ -17,8 +17,8 @@ struct Groups {
   int count = 0;
 };
 
-/// Merges neighboring axes that are both kept or both reduced, but never across `split`, the number of slowest axes that are to be
-/// `outer`.
+/// Merges neighboring axes that are both kept or both reduced, but never across `split`, the number of slowest axes
+/// that are to be `outer`.
 Groups merge_axes(std::span<const std::int64_t> shape, AxisMask reduce_axes, const AxisOrder& order, int split,
                   std::span<const std::span<const std::int64_t>> operands) {
   Groups groups;

@@ -1,4 +1,5 @@
-// Both traversals, forward and backward, compiled once for every row of isas.def. This file exports one symbol: the Isa.
+// Both traversals, forward and backward, compiled once for every row of isas.def. This file exports one symbol: the
+// Isa.
 #include <cstddef>
 #include <cstdint>
 

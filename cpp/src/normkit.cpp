@@ -22,8 +22,8 @@ void run_with_workspace(Job& job) {
   run(job, workspace.get());
 }
 
-/// Throws for statistics or parameters that do not lie as the kernels count them: dense, their axes in the order in which they lie
-/// in the memory of x.
+/// Throws for statistics or parameters that do not lie as the kernels count them: dense, their axes in the order in
+/// which they lie in the memory of x.
 [[noreturn]] void bad_order(const Array& a, const Temporary& t) {
   const std::string name = kOperandTable[t.operand].name;
   if (a.dtype != t.dtype) type_error(name + " has dtype " + name_of(a.dtype) + ", expected " + name_of(t.dtype));

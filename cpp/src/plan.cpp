@@ -21,7 +21,8 @@ Extents dense_strides(std::span<const std::int64_t> shape, AxisMask axes, const 
   return strides;
 }
 
-/// x as statistics see it: where channels form groups, the axis of channels is two axes, groups and channels of a group.
+/// x as statistics see it: where channels form groups, the axis of channels is two axes, groups and channels of a
+/// group.
 struct Blocks {
   Extents shape;
   int ndim;
@@ -48,8 +49,8 @@ struct Blocks {
     const AxisMask below = axis_bit(axis) - 1, both = axis_bit(axis) | axis_bit(axis + 1);
     return (axes & below) | (axes & axis_bit(axis) ? both : 0) | ((axes & ~below & ~axis_bit(axis)) << 1);
   }
-  /// The strides of the blocks, from strides of x. Only as many as there are axes are copied: whole Extents would cost more than a
-  /// small call.
+  /// The strides of the blocks, from strides of x. Only as many as there are axes are copied: whole Extents would cost
+  /// more than a small call.
   void split(const Extents& strides, Extents& out) const {
     for (int a = 0; a < ndim; ++a) out[a] = strides[axis >= 0 && a > axis ? a - 1 : a];
     if (axis >= 0) out[axis] = strides[axis] * group_size;
@@ -91,8 +92,8 @@ void put_param_strides(const Array& x, const Array& a, AxisMask axes, const Axis
     out[axis] = a.shape[axis] == 1 ? 1 : strides[param_axis(axes, x.ndim(), a.ndim(), axis)];
 }
 
-/// Describes the gradient of a parameter that varies along `axes`: it is like `a`, or, where `a` is absent, has the extents of
-/// these axes.
+/// Describes the gradient of a parameter that varies along `axes`: it is like `a`, or, where `a` is absent, has the
+/// extents of these axes.
 void describe_param(const Array& x, const Array& a, AxisMask axes, const AxisOrder& order, Shapes::Param& gradient) {
   gradient.ndim = a.ndim();
   if (a.present) {
@@ -184,8 +185,8 @@ struct Operands {
   }
 };
 
-/// The strides in bytes of an array that is seen in the shape of x: 0 along axes of x where it repeats itself. `of` maps the axes
-/// of the array to axes of x.
+/// The strides in bytes of an array that is seen in the shape of x: 0 along axes of x where it repeats itself. `of`
+/// maps the axes of the array to axes of x.
 template <class AxisOf>
 Extents repeated(int x_ndim, std::span<const std::int64_t> shape, const Extents& bytes, AxisOf of) {
   Extents seen;
@@ -203,8 +204,8 @@ struct Seen {
   std::vector<Temporary> temporaries = {};
   std::deque<Extents> kept = {};  // strides in bytes of the temporaries: `args` looks into it
 
-  /// Puts a temporary that lies with `strides`, in elements, in the place of an operand that is seen with strides `seen`, in bytes.
-  /// An operand that lies so already stays.
+  /// Puts a temporary that lies with `strides`, in elements, in the place of an operand that is seen with strides
+  /// `seen`, in bytes. An operand that lies so already stays.
   void put(OperandIndex k, Dtype dtype, std::span<const std::int64_t> shape, const Extents& strides,
            const Extents& seen) {
     Array& a = args.*kOperandTable[k].array;
@@ -230,8 +231,8 @@ bool bias_counts(const Seen& s, Op op) {
   return s.args.bias.present && (!is_backward(op) || s.spec.activation.kind != ActivationKind::none);
 }
 
-/// The arrays that have the shape of x, the first of which decides the order of the axes; an absent one will have the memory order
-/// of x.
+/// The arrays that have the shape of x, the first of which decides the order of the axes; an absent one will have the
+/// memory order of x.
 constexpr OperandIndex kForwardArrays[] = {kX, kOut, kResidual, kSum}, kBackwardArrays[] = {kX, kDy, kOut, kDresidual};
 std::span<const OperandIndex, 4> arrays_like_x(Op op) { return is_backward(op) ? kBackwardArrays : kForwardArrays; }
 
@@ -352,8 +353,8 @@ bool schedule(Plan& p, Seen& seen) {
 
 // ---- what kernels cannot take as it lies -------------------------------------------------------------------------
 
-/// Strides of a dense array whose kept axes are the slowest and whose normalized axes are the fastest. Such arrays always fit,
-/// whatever the parameters, once these are repeated for every element.
+/// Strides of a dense array whose kept axes are the slowest and whose normalized axes are the fastest. Such arrays
+/// always fit, whatever the parameters, once these are repeated for every element.
 Extents packed_strides(const Array& x, const Spec& spec) {
   AxisOrder order;
   const AxisMask channel = spec.num_groups > 0 ? axis_bit(spec.channel_axis) : 0;
@@ -440,8 +441,8 @@ void put_gradients_in_order(Seen& seen, Plan& p, const Shapes& own) {
   }
 }
 
-/// Has dy added up into dbias, beside the kernels: there is no activation, so that dbias is a sum of dy, and it is taken over other
-/// axes than dweight.
+/// Has dy added up into dbias, beside the kernels: there is no activation, so that dbias is a sum of dy, and it is
+/// taken over other axes than dweight.
 void add_up_dy(Seen& seen, Plan& p) {
   const Array& x = seen.args.x;
   Shapes::Param& dbias = p.shapes.dbias;

@@ -32,19 +32,20 @@ struct Shapes {
 };
 
 /// An array that the kernels work on in the place of an operand which does not lie as they want it. Its elements are copied from
-/// the operand before, or into it afterwards, each rounded once; along axes where the operand repeats itself they are added up. A
-/// temporary of a dbias that the kernels do not write stands for dy, which is added up into dbias.
+/// the operand before, or into it afterwards, each rounded once; along axes where the operand repeats itself they are
+/// added up. A temporary of a dbias that the kernels do not write stands for dy, which is added up into dbias.
 struct Temporary {
   OperandIndex operand;
   Dtype dtype;
   int ndim;
   Extents shape, strides;  // dense, in elements
-  /// Strides of the operand as it is seen in this shape, in bytes, 0 where it repeats itself; also of one that is yet to be made.
+  /// Strides of the operand as it is seen in this shape, in bytes, 0 where it repeats itself; also of one that is yet
+  /// to be made.
   Extents seen_strides;
 };
 
-/// How a call is done. `shapes` describes the arrays that are absent but wanted; point() puts the addresses of all arrays into the
-/// job. Everything else in a plan follows from what the arrays are, and is the same wherever they lie.
+/// How a call is done. `shapes` describes the arrays that are absent but wanted; point() puts the addresses of all
+/// arrays into the job. Everything else in a plan follows from what the arrays are, and is the same wherever they lie.
 struct Plan {
   Op op = Op::forward;
   Job job;
@@ -56,8 +57,8 @@ struct Plan {
   bool writes(OperandIndex k) const { return makes & operand_bit(k); }
 };
 
-/// Judges a call and says how it is done, whatever the layout of its arrays. Throws Error for what is wrong with the call.
-/// `wanted`: what the caller wants, of the operands that `op` can write.
+/// Judges a call and says how it is done, whatever the layout of its arrays. Throws Error for what is wrong with the
+/// call. `wanted`: what the caller wants, of the operands that `op` can write.
 Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted);
 /// Puts the addresses of a call's arrays into its job, and the number of threads.
 void point(Job& job, Op op, const Addresses& at);

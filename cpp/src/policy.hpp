@@ -17,8 +17,8 @@ struct Policy {
   std::int64_t spans = 1;       // spans of each statistic or outer index
 };
 
-/// The policy for one task. Outputs may still be absent from `t`, where the caller has not passed them: what the workspace depends
-/// on is the same then.
+/// The policy for one task. Outputs may still be absent from `t`, where the caller has not passed them: what the
+/// workspace depends on is the same then.
 Policy policy_for(const Task& t, int threads, const Isa& isa);
 
 }  // namespace normkit

@@ -5,9 +5,9 @@
 
 namespace normkit {
 
-/// The type of an array's elements. Kernels read the types before int32 as they are, and a copy in float32 of arrays of the
-/// other integers and of `boolean`; a mask of `boolean`, one byte an element, is read as it is. `other` is any type that the
-/// library does not compute with; it exists to be named in an error.
+/// The type of an array's elements. Kernels read the types before int32 as they are, and a copy in float32 of arrays of
+/// the other integers and of `boolean`; a mask of `boolean`, one byte an element, is read as it is. `other` is any type
+/// that the library does not compute with; it exists to be named in an error.
 enum class Dtype : std::uint8_t {
   float32,
   float64,

@@ -24,8 +24,8 @@ NORMKIT_HD float mul_add(float a, float b, float c) { return a * b + c; }
 NORMKIT_HD double mul_add(double a, double b, double c) { return a * b + c; }
 #endif
 
-/// The mean of a set of members, the sum of their squared deviations from it, and their number; all three are zero where
-/// there are no members. RMS keeps the mean at zero, so one merge rule serves both.
+/// The mean of a set of members, the sum of their squared deviations from it, and their number; all three are zero
+/// where there are no members. RMS keeps the mean at zero, so one merge rule serves both.
 struct Moments { double mean = 0, m2 = 0, n = 0; };
 
 /// The moments of the union of two disjoint sets (Chan, Golub and LeVeque, 1979). Either set may be empty. There is no
@@ -41,15 +41,16 @@ NORMKIT_HD Moments from_pivot_of_some(double pivot, double sum, double sum_squar
   return {pivot + delta, mul_add(-delta, sum, sum_squares), n};
 }
 
-/// The moments of n >= 0 members, from the sums that from_pivot_of_some() takes: n = 0 gives the moments of an empty set.
+/// The moments of n >= 0 members, from the sums that from_pivot_of_some() takes: n = 0 gives the moments of an empty
+/// set.
 NORMKIT_HD Moments from_pivot(double pivot, double sum, double sum_squares, double n) {
   const Moments m = from_pivot_of_some(pivot, sum, sum_squares, n == 0 ? 1 : n);
   return {n == 0 ? 0 : m.mean, m.m2, n};
 }
 
 /// True where sums of differences to a pivot, taken in the compute type S, hold the moments to within a few roundings: the pivot is
-/// at most 4 standard deviations from the mean, and no square has been lost to underflow or overflow. RMS, which has no pivot,
-/// passes sum = 0.
+/// at most 4 standard deviations from the mean, and no square has been lost to underflow or overflow. RMS, which has no
+/// pivot, passes sum = 0.
 template <class S> NORMKIT_HD bool trustworthy(double sum, double sum_squares, double n) {
   constexpr double vanishing = sizeof(S) == 8 ? 1e-280 : 1e-28, overflowing = sizeof(S) == 8 ? 1e300 : 1e38;
   const double spread = sum_squares - sum * sum / n;
@@ -76,8 +77,8 @@ struct Denominator {
   bool is_norm = false;
 };
 
-/// One over the denominator of a set of members, whose variance is the biased one, m2 / n. With a variance, an empty set
-/// has 0, so that its outputs are the bias.
+/// One over the denominator of a set of members, whose variance is the biased one, m2 / n. With a variance, an empty
+/// set has 0, so that its outputs are the bias.
 NORMKIT_HD double rstd_of(Moments m, Denominator d) {
   if (!d.is_norm) return m.n == 0 ? 0 : rstd_of(m.m2 / m.n, d.eps);
   const double norm = std::sqrt(m.m2), divisor = norm < d.eps ? d.eps : norm;  // NaN stays
@@ -101,8 +102,8 @@ template <class S> NORMKIT_HD Affine<S> forward_affine(Statistic<S> s, double we
 
 template <class V> NORMKIT_HD V forward(V x, V mean, V scale, V shift) { return mul_add(x - mean, scale, shift); }
 
-/// The sums of g and of g * (x - mean) over the elements of a statistic, and of x - mean over its members. The sums of two
-/// parts add up to the sums of the whole.
+/// The sums of g and of g * (x - mean) over the elements of a statistic, and of x - mean over its members. The sums of
+/// two parts add up to the sums of the whole.
 template <class V> struct Sums { V g, gx, d; };
 
 template <class V> NORMKIT_HD Sums<V> operator+(Sums<V> a, Sums<V> b) { return {a.g + b.g, a.gx + b.gx, a.d + b.d}; }
@@ -114,9 +115,9 @@ NORMKIT_HD Sums<double> recenter(Sums<double> s, double shift) { return {s.g, mu
 template <class V> struct Gradient { V a, b, c; };
 
 /// dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)), where g = dy * weight, as coefficients of g and x - mean.
-/// Averages are sums over all elements, divided by the number of members n: the output of an element that is no member depends
-/// on the statistics too. `sums` are taken about the true mean; RMS has no mean(g) term. A norm has sums in place of both averages;
-/// where it is below eps, the divisor is the constant eps, and only the first term is left.
+/// Averages are sums over all elements, divided by the number of members n: the output of an element that is no member
+/// depends on the statistics too. `sums` are taken about the true mean; RMS has no mean(g) term. A norm has sums in
+/// place of both averages; where it is below eps, the divisor is the constant eps, and only the first term is left.
 template <class S>
 NORMKIT_HD Gradient<S> gradient_of(Statistic<S> s, Sums<double> sums, double n, bool centered, Denominator d) {
   if (n == 0 || (d.is_norm && s.rstd >= static_cast<double>(static_cast<S>(1 / d.eps))))

@@ -20,8 +20,8 @@ using AxisMask = std::uint64_t;
 
 constexpr AxisMask axis_bit(int axis) { return AxisMask{1} << axis; }
 
-/// Says which element of weight and bias belongs to an element of x, by the formula for `parameter` at the top of this file.
-/// Where there are no weights it is {0, 1, 1}, which takes every element of x to parameter 0.
+/// Says which element of weight and bias belongs to an element of x, by the formula for `parameter` at the top of this
+/// file. Where there are no weights it is {0, 1, 1}, which takes every element of x to parameter 0.
 struct ParamMap { std::int64_t outer = 0, stride = 1, count = 1; };
 
 /// The four extents of a normalization, and where its parameters lie.
@@ -43,8 +43,8 @@ struct Geometry {
   constexpr std::int64_t parameters() const { return params.outer ? params.outer * outer : params.count; }
 };
 
-/// Where one array really lies: the number of elements from one index to the next along each extent. Along the run that is 1,
-/// or 0 where one element of a mask stands for the whole run.
+/// Where one array really lies: the number of elements from one index to the next along each extent. Along the run that
+/// is 1, or 0 where one element of a mask stands for the whole run.
 struct Strides { std::int64_t outer = 0, step = 0, lane = 0, run = 1; };
 
 /// The arrays that one walk visits together: x, two more of its kind, a residual and a mask at most.
@@ -65,18 +65,19 @@ struct AxisOrder {
 /// The order of the axes of an array with these strides; ties keep their logical order.
 AxisOrder memory_order(std::span<const std::int64_t> shape, std::span<const std::int64_t> strides);
 
-/// Finds the geometry of a call. It sorts the axes by stride, drops extents of 1 and merges neighboring axes that are both
-/// kept or both reduced; the axes that remain must fit the pattern kept, reduced, kept, reduced.
+/// Finds the geometry of a call. It sorts the axes by stride, drops extents of 1 and merges neighboring axes that are
+/// both kept or both reduced; the axes that remain must fit the pattern kept, reduced, kept, reduced.
 ///
 /// shape         extents of x, none of them 0
 /// reduce_axes   the axes that a statistic is taken over
 /// param_axes    the axes that the parameters vary along; 0 for none
-/// operands      strides of each array in elements, at most kMaxOperands arrays; the first array decides the order of the axes
+/// operands      strides of each array in elements, at most kMaxOperands arrays; the first one decides the axes' order
 /// mask          the index of the operand that may repeat itself along the run; -1 for none
 ///
-/// The result is empty where the geometry cannot hold the arrays (a run with gaps, kept and reduced axes that alternate too
-/// often, parameters along axes that are not neighbors): the caller then packs them into dense arrays whose reduced axes are
-/// the fastest. Such arrays always fit, whatever the parameters, once these are expanded to all kept axes or to all axes.
+/// The result is empty where the geometry cannot hold the arrays (a run with gaps, kept and reduced axes that alternate
+/// too often, parameters along axes that are not neighbors): the caller then packs them into dense arrays whose reduced
+/// axes are the fastest. Such arrays always fit, whatever the parameters, once these are expanded to all kept axes or
+/// to all axes.
 std::optional<Layout> canonicalise(std::span<const std::int64_t> shape, AxisMask reduce_axes, AxisMask param_axes,
                                    std::span<const std::span<const std::int64_t>> operands, int mask = -1);
 

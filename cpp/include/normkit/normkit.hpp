@@ -29,16 +29,16 @@
 
 namespace normkit {
 
-/// Bad input. The message names the argument, what was given and what would be right. An Error is thrown before anything is
-/// written.
+/// Bad input. The message names the argument, what was given and what would be right. An Error is thrown before
+/// anything is written.
 struct Error : std::runtime_error {
   enum class Kind { type, value, axis };
   Kind kind;
   Error(Kind k, const std::string& message) : std::runtime_error(message), kind(k) {}
 };
 
-/// A view of somebody's array on the CPU; a default view stands for an absent array. The view owns nothing: the elements, the
-/// shape and the strides must outlive it.
+/// A view of somebody's array on the CPU; a default view stands for an absent array. The view owns nothing: the
+/// elements, the shape and the strides must outlive it.
 struct Array {
   std::byte* data = nullptr;
   Dtype dtype = Dtype::float32;
@@ -66,7 +66,8 @@ struct Array {
 struct Spec {
   AxisMask reduce_axes = 0;  // axes that a statistic is taken over, one bit each
   bool centered = true;      // false: root mean square, no mean (Zhang and Sennrich, 2019)
-  /// True: x is divided by its Euclidean norm, or by eps where the norm is less; rstd then stands for one over that divisor.
+  /// True: x is divided by its Euclidean norm, or by eps where the norm is less; rstd then stands for one over that
+  /// divisor.
   bool divides_by_norm = false;
   double eps = 1e-5;  // added to the variance
   bool use_input_stats = true;  // false: running_mean and running_var (forward), mean and rstd (backward) are constants
@@ -74,8 +75,8 @@ struct Spec {
   double weight_offset = 0;  // added to weight where it is used; an absent weight stays 1
   Activation activation;  // of y
 
-  /// The shapes that weight and bias may have, as sets of axes of x, of which the first `param_forms` count; where that is 0,
-  /// any shape that broadcasts against x.
+  /// The shapes that weight and bias may have, as sets of axes of x, of which the first `param_forms` count; where that
+  /// is 0, any shape that broadcasts against x.
   std::array<AxisMask, 3> param_axes{};
   int param_forms = 0;
   /// What one element of weight belongs to, as messages say it.
@@ -103,12 +104,13 @@ Spec layer_spec(int ndim, std::span<const std::int64_t> axes, bool centered = tr
 /// Normalization over any axes, each from -ndim to ndim - 1. Weights: any shape that broadcasts against x.
 Spec normalize_spec(int ndim, std::span<const std::int64_t> axes, bool centered = true);
 
-/// x / max(norm, eps), where norm is the Euclidean norm over any axes. Its backward must be given the eps of its forward.
+/// x / max(norm, eps), where norm is the Euclidean norm over any axes. Its backward must be given the eps of its
+/// forward.
 Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 
-/// The arrays of a call. Letters say which calls use an array; every other call leaves it alone. f: forward(), m: moments(),
-/// a: apply(), b: backward(), s: backward_sums(), d: apply_backward(). An array that is not wanted may be absent, except where
-/// the table says otherwise.
+/// The arrays of a call. Letters say which calls use an array; every other call leaves it alone. f: forward(), m:
+/// moments(), a: apply(), b: backward(), s: backward_sums(), d: apply_backward(). An array that is not wanted may be
+/// absent, except where the table says otherwise.
 ///
 /// x                   all   any dtype (backward: floating), any strides that the geometry holds (see canonicalise())
 /// dy                  bsd   like x
@@ -132,14 +134,14 @@ Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 /// dweight, dbias      b     the shapes of weight and bias, any floating dtype, written. Without bias dbias is like dweight; without
 ///                           weight dweight has the extents of the first form, or of the normalized axes
 ///
-/// An array that is written must overlap no other, except where the table says so. Statistics, parameters and their gradients
-/// are dense, their axes in the order in which they lie in x.
+/// An array that is written must overlap no other, except where the table says so. Statistics, parameters and their
+/// gradients are dense, their axes in the order in which they lie in x.
 struct Args {
   Array x, dy, weight, bias, mean, rstd, running_mean, running_var, residual, dresidual, where, sums, count, out, sum,
       moments, dweight, dbias;
   Dtype out_dtype = Dtype::other;  // the dtype that y is to have; `other`: the dtype of x, or float32 for an integer x
-  /// Called where the memory of two arrays interleaves; returns true where they share an element. Where it is null, they are
-  /// taken to share one.
+  /// Called where the memory of two arrays interleaves; returns true where they share an element. Where it is null,
+  /// they are taken to share one.
   bool (*share_elements)(const Array& a, const Array& b) = nullptr;
 };
 
@@ -151,8 +153,8 @@ struct Args {
 /// own statistic. A mask says which elements are members; all are normalized. A statistic without members has mean 0 and
 /// rstd 0, so that y is bias. The bits of y do not depend on the number of threads, on what else is in the batch, or on
 /// alignment, and are the same on every instruction set that has a fused multiply-add.
-/// forward() allocates only scratch, on the heap. It throws Error, naming the argument, before any memory is written; also
-/// where the strides of the arrays do not fit the geometry (see canonicalise()): pack such arrays first.
+/// forward() allocates only scratch, on the heap. It throws Error, naming the argument, before any memory is written;
+/// also where the strides of the arrays do not fit the geometry (see canonicalise()): pack such arrays first.
 void forward(const Args& args, const Spec& spec);
 
 /// The gradient of forward().
@@ -164,7 +166,7 @@ void forward(const Args& args, const Spec& spec);
 /// number of members, and only members have them in their dx. With spec.use_input_stats false, dx = rstd * g. `mean` is
 /// rounded; it is corrected from the data, so that dx is as exact far from zero as it is near it; the slope of an activation
 /// is taken at the statistics as they are given. Deterministic: sums are taken in an order that depends on the shape alone.
-/// Aliasing, allocation and errors as for forward().
+/// Aliasing, allocation and errors are those of forward().
 void backward(const Args& args, const Spec& spec);
 
 /// The two phases of forward(), for data in parts: moments() of each part, merge_moments() of them, apply() to each.
@@ -179,14 +181,14 @@ void apply_backward(const Args& args, const Spec& spec);
 void merge_moments(double* into, const double* from, std::int64_t n);
 
 /// isa() names the instruction set in use, isas() all that this build and this machine have, the best first. use_isa()
-/// chooses one by its name, and returns false where there is none of that name. NORMKIT_ISA in the environment makes the
-/// first choice.
+/// chooses one by its name, and returns false where there is none of that name. NORMKIT_ISA in the environment makes
+/// the first choice.
 std::string isa();
 std::vector<std::string> isas();
 bool use_isa(const std::string& name);
 
-/// How many threads a call may use, the calling one included. The number starts at NORMKIT_NUM_THREADS, or at the CPUs of
-/// the affinity mask and the cgroup quota, at most OMP_NUM_THREADS. Results do not depend on it.
+/// How many threads a call may use, the calling one included. The number starts at NORMKIT_NUM_THREADS, or at the CPUs
+/// of the affinity mask and the cgroup quota, at most OMP_NUM_THREADS. Results do not depend on it.
 int num_threads();
 void set_num_threads(int n);
 
