@@ -1,4 +1,4 @@
-// From a job to a sequence of kernels on a stream: workspace, tilings, order.
+// Makes of a job a sequence of kernels on a stream: workspace, tilings, order.
 #include "cuda.hpp"
 
 #include "finish.cuh"

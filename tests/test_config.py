@@ -11,7 +11,7 @@ from normkit import _core
 
 
 def python(*arguments, **environment):
-    """What a fresh interpreter prints."""
+    """The output of a fresh interpreter."""
     plain = {k: v for k, v in os.environ.items() if not k.startswith("NORMKIT_")}
     done = subprocess.run(
         [sys.executable, *arguments], env=plain | environment, capture_output=True, text=True, check=True

@@ -20,7 +20,7 @@ CENTERED = [op for op in REGISTRY if op.center]
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
 def test_a_mean_of_a_million(op, layout, shape, isa, rng):
-    """Of a standard deviation of 1, in float32: forward, backward, with and without a mask."""
+    """The data have a standard deviation of 1, in float32: forward, backward, with and without a mask."""
     dy, x = lay(uniform(rng, shape), layout), lay((1e6 + rng.standard_normal(shape)).astype(np.float32), layout)
     check_forward(op, x)
     check_backward(op, dy, x)

@@ -29,7 +29,7 @@ TABLE = {
 
 
 def addresses(shape, strides):
-    """Where every element lies, by its logical index."""
+    """The place of every element, by its logical index."""
     index = np.indices(shape).reshape(len(shape), -1)
     return np.asarray(strides, np.int64) @ index if shape else np.zeros(1, np.int64)
 

@@ -483,7 +483,7 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted) {
     const Shapes own = shapes;
     bool done = false;
     if (args.residual.present && fits(own.out_dtype, x.dtype)) {
-      // In the order of x, so that its sum is summed as it would be without a residual.
+      // The arrays are packed in the order of x, so that the sum is summed as it would be without a residual.
       seen = Seen{args, spec, params};
       pack(seen, p, own, own.out_strides);
       done = schedule(p, seen);

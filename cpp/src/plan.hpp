@@ -1,4 +1,4 @@
-// From what the caller passed to what a backend runs. The judging of single arguments is arguments.hpp's.
+// Makes of what the caller passed the plan that a backend runs. arguments.hpp judges the single arguments.
 #pragma once
 
 #include <cstddef>

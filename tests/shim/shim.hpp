@@ -62,7 +62,7 @@ namespace shim {
 
 constexpr std::size_t kStackBytes = std::size_t{256} << 10;
 
-// Their list makes the enumeration and their names.
+// The list of mistakes makes the enumeration and the names.
 #define NORMKIT_MISTAKES(X)  \
   X(none)                    \
   X(missing_barrier)         \
