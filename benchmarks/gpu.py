@@ -167,7 +167,7 @@ class Sets:
         return (slice(k, k + self.step) for k in range(0, self.case.blocks[self.axis], self.step))
 
     def _at(self, shape: tuple[int, ...], piece: slice) -> tuple[slice, ...]:
-        """Where in an array that broadcasts against `case.blocks` a piece lies."""
+        """The slices of a piece in an array that broadcasts against `case.blocks`."""
         return tuple(piece if a == self.axis and extent > 1 else slice(None) for a, extent in enumerate(shape))
 
     def _wide(self, array: Any, shape: tuple[int, ...], piece: slice) -> Any:

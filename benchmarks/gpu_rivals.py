@@ -40,7 +40,7 @@ class Device(Rival):
 
 
 class Normkit(Device, rivals.Normkit):
-    """Into given outputs, with new statistics."""
+    """normkit, which writes into given outputs, with new statistics."""
 
     options = ACTIVATIONS
 

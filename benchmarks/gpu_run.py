@@ -130,8 +130,8 @@ def into(site: Path, wheels: list[object], **options: object) -> None:
 
 
 def install(arguments: list[str]) -> int:
-    """Into a folder of its own, as a virtual environment made from another does not see what that has. What is there
-    stays as it is, and pip says what is not."""
+    """Installs into a folder of its own, as a virtual environment made from another does not see the packages of that.
+    Packages that are there stay as they are, and pip says which are missing."""
     site, wheels = map(Path, arguments)
     shutil.rmtree(site, ignore_errors=True)
     if not any(wheels.glob("*.whl")):

@@ -145,7 +145,7 @@ def digit(error: float) -> str:
 
 
 def source(whole: dict[str, Any], results: Results) -> str:
-    """Where the figures are from."""
+    """A line that says where the figures are from."""
     first = results[0]
     versions = ", ".join(sorted({r["version"] for r in results}))
     return (

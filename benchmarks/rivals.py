@@ -72,7 +72,7 @@ class Rival:
 
 
 class Normkit(Rival):
-    """Into given outputs."""
+    """normkit, which writes into given outputs."""
 
     name, package = "normkit", "normkit"
     options = (*ACTIVATIONS, "residual", "where")
@@ -141,7 +141,7 @@ class Normkit(Rival):
 
 
 class NormkitNew(Normkit):
-    """Into new outputs, as every rival writes them that cannot be given any."""
+    """normkit, which writes into new outputs, as every rival does that cannot be given any."""
 
     name = "normkit, new y"
     given = False
@@ -215,7 +215,7 @@ class NumPy(Formulas):
 
 
 class Jax(Formulas):
-    """Compiled. It has a thread for every CPU from the start: fewer are had by keeping the process to fewer CPUs."""
+    """JAX, compiled. It has a thread for every CPU from the start: for fewer, the process is kept to fewer CPUs."""
 
     name, package = "jax", "jax"
     dtypes = ("float32", *HALVES)
@@ -380,7 +380,7 @@ class Torch(Rival):
         return self._backward(w, function)
 
     def rms_backward(self, w: Workload, threads: int) -> Call:
-        """Through autograd, which adds some microseconds: there is no native call."""
+        """The gradient of RMS norm through autograd, which adds some microseconds: there is no native call."""
         dy, x = self._seen(w, w.dy), [t.requires_grad_() for t in self._seen(w, w.x)]
         weight, bias = (self.torch.from_numpy(p).requires_grad_() for p in (w.weight, w.bias))
         y = [self.aten.rms_norm(t, weight.shape, weight, EPS) + bias for t in x]

@@ -58,7 +58,7 @@ CHANNELS_LAST = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where an array lies in its buffer, in bytes: `size` of them from the first to the last that it touches."""
+    """The place of an array in its buffer, in bytes: `size` of them from the first to the last that it touches."""
 
     size: int
     first: int

@@ -281,7 +281,7 @@ ERRORS = {
 
 @pytest.mark.parametrize(("style", "kind"), ERRORS.values(), ids=ERRORS)
 def test_errors(style, kind):
-    """Naming the argument, before anything is written."""
+    """Errors name the argument, and come before anything is written."""
     out, stats = Guarded(X.shape, np.float32), np.ones((2, 3), np.float32)
     with pytest.raises(kind, match=r"^style has "):
         normkit.adaptive_instance_norm(X, style, out=out.array)

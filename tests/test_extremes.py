@@ -59,7 +59,7 @@ def test_float16_at_its_limits(op, layout, kind, isa, rng):
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last", "crop"])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
 def test_constants(op, layout, value, dtype, isa, rng):
-    """Exactly the bias where there is a mean to subtract, of whatever eps; finite gradients."""
+    """y is exactly the bias where there is a mean to subtract, whatever eps is, and gradients are finite."""
     dy, x = lay(uniform(rng, SMALL, dtype), layout), lay(np.full(SMALL, value).astype(dtype), layout)
     bias = rng.standard_normal(op.weight_shape(SMALL, "channel")).astype(np.float32)
     if op.center:

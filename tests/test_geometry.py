@@ -142,7 +142,7 @@ def test_random_axes(data):
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_packed_arrays_always_fit(data):
-    """Dense, the reduced axes fastest, parameters along nothing, what is kept, or everything."""
+    """The arrays are dense, the reduced axes the fastest; parameters vary along no axis, the kept axes, or all."""
     shape = tuple(data.draw(EXTENTS))
     kept_count = data.draw(st.integers(0, len(shape) - 1))
     kept, reduced = tuple(range(kept_count)), tuple(range(kept_count, len(shape)))

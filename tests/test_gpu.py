@@ -518,7 +518,7 @@ def test_more_elements_than_an_int_counts(case, gpu):
 
 
 def test_one_statistic_of_more_elements_than_an_int_counts(gpu):
-    """Against moments that CuPy finds in doubles, piece by piece."""
+    """The statistic is compared with moments that CuPy finds in doubles, piece by piece."""
     shape = (1, (1 << 31) + 9)
     needs(gpu, 5 * 2 * shape[1] / 2**30)
     x = gpu.random.default_rng(0).standard_normal(shape, dtype=gpu.float32).astype(gpu.float16)

@@ -102,7 +102,7 @@ def test_out_dtype(dtype, out_dtype, isa, rng):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("layout", WRITABLE)
 def test_out(layout, dtype, isa, rng):
-    """Given, in place; the bits of a fresh result, and no byte beside them."""
+    """An out that is given, or x itself, has the bits of a fresh result, and no byte beside them is written."""
     x, residual = (lay(uniform(rng, SMALL, dtype), layout) for _ in range(2))
     y, s = INSTANCE.forward(x, residual=residual, return_residual=True)
     out = Guarded(SMALL, dtype, layout)
@@ -155,7 +155,7 @@ def test_empty(op, shape):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
 def test_gradient_of_the_returned_sum(op, layout, dtype, isa, rng):
-    """Rounded once: a gradient of half its digits, added after, would show."""
+    """dx is rounded once: a gradient of half its digits, added after that, would show."""
     dy, x, dresidual = (lay(uniform(rng, SMALL, dtype, std=std), layout) for std in (1, 1, 0.1))
     weight = rng.standard_normal(op.weight_shape(SMALL, "channel")).astype(np.float32)
     check_backward(op, dy, x, weight, dresidual=dresidual)

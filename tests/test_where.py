@@ -197,7 +197,7 @@ def test_the_first_member_is_a_bad_pivot(shape, outlier, layout, isa, rng):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in SHARED_MEMORY])
 def test_out(layout, dtype, isa, rng):
-    """Given, in place; the bits of a fresh result, and no byte beside them."""
+    """An out that is given, or x itself, has the bits of a fresh result, and no byte beside them is written."""
     dy, x = (lay(uniform(rng, SMALL, dtype), layout) for _ in range(2))
     where = MASKS["random"](rng, SMALL)
     y, mean, rstd = INSTANCE.statistics(x, where=where)
