@@ -360,8 +360,8 @@ int count_in(const char* text, char separator) {
 }
 
 /// NORMKIT_NUM_THREADS says how many threads a call may use; OMP_NUM_THREADS, which may go on with a comma and the
-/// threads of inner levels, says how many at most. A value that is no such number is ignored; _config.py warns of one
-/// in the former.
+/// threads of inner levels, says how many at most. A value that is no such number is ignored; where it is that of
+/// NORMKIT_NUM_THREADS, _config.py warns.
 void configure_threads() {
   const char *mine = std::getenv("NORMKIT_NUM_THREADS"), *general = std::getenv("OMP_NUM_THREADS");
   const int wanted = mine ? count_in(mine, 0) : 0, most = general ? count_in(general, ',') : 0;

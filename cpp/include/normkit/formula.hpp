@@ -15,7 +15,8 @@
 
 namespace normkit {
 
-// A GPU always has a fused multiply-add. So the shim, which runs its kernels on a CPU, has one everywhere: of libm, if need be.
+// mul_add(a, b, c) is a * b + c, rounded once where the machine has a fused multiply-add, else twice.
+// A GPU always has one. So the shim, which runs its kernels on a CPU, has one everywhere: of libm, if need be.
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__CUDA_ARCH__) || defined(NORMKIT_SHIM)
 NORMKIT_HD float mul_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 NORMKIT_HD double mul_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
@@ -85,13 +86,15 @@ NORMKIT_HD double rstd_of(Moments m, Denominator d) {
   return divisor == 0 ? 0 : 1 / divisor;
 }
 
+/// The Statistic with this mean and this 1/std: `mean_low` is the part of the mean that S has no digits for.
 template <class S> NORMKIT_HD Statistic<S> statistic_of(double mean, double rstd) {
   const S high = static_cast<S>(mean);
   // An infinite mean has no remainder: inf - inf would turn the Inf of a poisoned instance into another number.
   return {high, static_cast<S>(mean - static_cast<double>(high)), rstd};
 }
 
-/// y = (x - mean) * scale + shift: a whole normalization, once scale and shift are known.
+/// y = (x - mean) * scale + shift: a whole normalization, once scale and shift are known. A kernel finds them once for
+/// all elements that share a statistic and a parameter.
 template <class V> struct Affine { V scale, shift; };
 
 /// Scale and shift for x_hat * weight + bias; the low part of the mean moves into the shift.
@@ -100,6 +103,8 @@ template <class S> NORMKIT_HD Affine<S> forward_affine(Statistic<S> s, double we
   return {static_cast<S>(scale), static_cast<S>(bias - static_cast<double>(s.mean_low) * scale)};
 }
 
+/// y before its activation. The mean is subtracted first, and not folded into the shift: near the mean the difference
+/// is exact, while x * scale and a shift of mean * scale would cancel.
 template <class V> NORMKIT_HD V forward(V x, V mean, V scale, V shift) { return mul_add(x - mean, scale, shift); }
 
 /// The sums of g and of g * (x - mean) over the elements of a statistic, and of x - mean over its members. The sums of
@@ -111,7 +116,7 @@ template <class V> NORMKIT_HD Sums<V> operator+(Sums<V> a, Sums<V> b) { return {
 /// Moves sums that were taken about one mean to a mean that is `shift` above it.
 NORMKIT_HD Sums<double> recenter(Sums<double> s, double shift) { return {s.g, mul_add(-shift, s.g, s.gx), s.d}; }
 
-/// dx = g * a + (x - mean) * b + c, the last two for members only.
+/// The coefficients of dx = g * a + (x - mean) * b + c. The last two terms are for members only.
 template <class V> struct Gradient { V a, b, c; };
 
 /// dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)), where g = dy * weight, as coefficients of g and x - mean.
@@ -131,9 +136,11 @@ NORMKIT_HD Gradient<S> gradient_of(Statistic<S> s, Sums<double> sums, double n, 
 /// The part of dx that comes through the statistics; only members have it.
 template <class V> NORMKIT_HD V through_statistics(V x, V mean, V b, V c) { return mul_add(x - mean, b, c); }
 
+/// dx of an element: its own part, g * a, and `through`, which is what through_statistics() gives, or 0 if it is no
+/// member.
 template <class V> NORMKIT_HD V backward(V g, V a, V through) { return mul_add(g, a, through); }
 
-/// r <- (1 - momentum) * r + momentum * s.
+/// A running statistic r after another statistic s: r <- (1 - momentum) * r + momentum * s.
 NORMKIT_HD double running(double r, double s, double momentum) { return (1 - momentum) * r + momentum * s; }
 
 }  // namespace normkit

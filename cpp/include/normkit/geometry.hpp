@@ -5,7 +5,17 @@
 //     parameter = outer * params.outer + (offset / params.stride) % params.count
 //
 // `offset` counts elements in the order of memory, as if the array were dense. Where each extent really lies is in
-// Strides, one per array. Host only.
+// Strides, one per array. A statistic is taken over `steps` and `run`; `outer` and `lanes` tell statistics apart, so
+// that kept and reduced extents alternate. For example, by images, channels, groups and positions:
+//
+//                                           outer  steps  lanes    run     params.stride  params.count
+//     instance norm, (N, C, H, W)               1      1    N C    H W               H W             C
+//     instance norm, channels last              N    H W      C      1                 1             C
+//     group norm, channels last                 N    H W      G  C / G                 1             C
+//     batch norm, (N, C, H, W)                  1      N      C    H W               H W             C
+//     layer norm of N rows of M elements        1      1      N      M                 1             M
+//
+// This file is for the host only.
 #pragma once
 
 #include <array>
@@ -15,6 +25,7 @@
 
 namespace normkit {
 
+/// The most axes of an array, and a set of axes: bit a stands for axis a.
 inline constexpr int kMaxAxes = 64;
 using AxisMask = std::uint64_t;
 

@@ -32,6 +32,7 @@ namespace normkit {
 /// Bad input. The message names the argument, what was given and what would be right. An Error is thrown before
 /// anything is written.
 struct Error : std::runtime_error {
+  /// What is wrong: a dtype; a shape, a layout, a number or an array that is not there; an axis that x does not have.
   enum class Kind { type, value, axis };
   Kind kind;
   Error(Kind k, const std::string& message) : std::runtime_error(message), kind(k) {}
@@ -87,6 +88,11 @@ struct Spec {
   const char* frozen_by = "use_input_stats";  // the option that clears use_input_stats, for messages
 };
 
+// Each of these functions makes the Spec of a named normalization of an x with `ndim` axes, or of shape `shape`. An
+// axis is a number from -ndim to ndim - 1, where -1 is the last; any other throws Error. The other fields of the Spec,
+// such as eps, activation or use_input_stats, have their defaults, and the caller may change them. Weight and bias have
+// one of the shapes that are named, or one with ones among its extents, so that it broadcasts: (C, 1, 1) for (C,).
+
 /// Instance normalization (Ulyanov, Vedaldi and Lempitsky, 2016): statistics over every axis but the first and the
 /// channels, for each image apart. Weights: (C,), (N, C) or the shape of x.
 Spec instance_spec(int ndim, std::int64_t channel_axis = 1);
@@ -104,13 +110,13 @@ Spec layer_spec(int ndim, std::span<const std::int64_t> axes, bool centered = tr
 /// Normalization over any axes, each from -ndim to ndim - 1. Weights: any shape that broadcasts against x.
 Spec normalize_spec(int ndim, std::span<const std::int64_t> axes, bool centered = true);
 
-/// x / max(norm, eps), where norm is the Euclidean norm over any axes. Its backward must be given the eps of its
-/// forward.
+/// x / max(norm, eps), where norm is the Euclidean norm over any axes, and eps is 1e-12 by default. rstd is one over
+/// that divisor, and there is no mean. Its backward must be given the eps of its forward.
 Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 
-/// The arrays of a call. Letters say which calls use an array; every other call leaves it alone. f: forward(), m:
-/// moments(), a: apply(), b: backward(), s: backward_sums(), d: apply_backward(). An array that is not wanted may be
-/// absent, except where the table says otherwise.
+/// The arrays of a call. Letters say which calls use an array; other calls leave it alone: f forward(), m moments(),
+/// a apply(), b backward(), s backward_sums(), d apply_backward(). An array that is not wanted may be absent, unless
+/// the table says otherwise.
 ///
 /// x                   all   any dtype (backward: floating), any strides that the geometry holds (see canonicalise())
 /// dy                  bsd   like x
@@ -169,15 +175,39 @@ void forward(const Args& args, const Spec& spec);
 /// Aliasing, allocation and errors are those of forward().
 void backward(const Args& args, const Spec& spec);
 
-/// The two phases of forward(), for data in parts: moments() of each part, merge_moments() of them, apply() to each.
+/// The first phase of forward(), for data in parts: the moments of one part, for each statistic.
+///
+///     moments = (mean, m2, count)        m2 = sum((x - mean)^2), over the members of the part
+///
+/// A part is a piece of x along any axes, with all the axes of x. merge_moments() merges the moments of all parts; then
+/// apply() is called on each part, with the mean that was found and with rstd = 1 / sqrt(m2 / count + spec.eps), or 0
+/// where that does not exist (rstd_of() in formula.hpp). Where spec.centered is false, mean is 0 and m2 is the sum of
+/// squares. With a residual, Args::sum gets x + residual, and is the x of apply(). mean and rstd, if given, get those
+/// of the part alone. Allocation and errors are those of forward().
 void moments(const Args& args, const Spec& spec);
+
+/// The second phase of forward(): the y of one part, at statistics of the whole.
+///
+///     y = activation((x - mean) * rstd * weight + bias)
+///
+/// mean and rstd have one element for each statistic that the part has elements of, weight and bias one for each of its
+/// parameters. In float64 they lose no digits. spec.eps has no say: rstd holds it. Aliasing, allocation and errors are
+/// those of forward().
 void apply(const Args& args, const Spec& spec);
 
 /// The two phases of backward(): the sums of parts add. Neither writes dweight or dbias: given, they are refused.
 void backward_sums(const Args& args, const Spec& spec);
+/// The second phase: dx of one part, from what backward_sums() found of all parts, for each statistic.
+///
+///     sums = (sum(g), sum(g * (x - mean)), sum(x - mean))        g = dz * weight; the last one over members alone
+///
+/// The caller adds up the sums of all parts, and passes them with `count`, the number of members of all parts. Both
+/// phases take the same mean and rstd. That mean may be rounded: the third sum tells how far it is from the mean of the
+/// data, and corrects the other two. Allocation and errors are those of forward().
 void apply_backward(const Args& args, const Spec& spec);
 
-/// Merges n moments (mean, sum of squared deviations, count each) into as many others (Chan, Golub and LeVeque, 1979).
+/// Merges n moments (mean, sum of squared deviations, count each) into as many others (Chan, Golub and LeVeque, 1979):
+/// into[k] becomes the moments of the members of into[k] and from[k] together. Either may have none: (0, 0, 0).
 void merge_moments(double* into, const double* from, std::int64_t n);
 
 /// isa() names the instruction set in use, isas() all that this build and this machine have, the best first. use_isa()
