@@ -11,7 +11,7 @@ SHOWN = 8
 
 
 def sections(binary: bytes) -> Iterator[tuple[str, bytes]]:
-    """Of an ELF file of 64 bits, in the byte order of this machine."""
+    """The names and bytes of the sections of an ELF file of 64 bits, in the byte order of this machine."""
     if not binary.startswith(b"\x7fELF\x02"):
         return
     at, size, count, names = struct.unpack_from("=40xQ10x3H", binary)

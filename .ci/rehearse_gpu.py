@@ -81,7 +81,7 @@ PLANTS = {  # in a file, instead of some words, others
 
 
 def python_3_12() -> str | None:
-    """One that can make virtual environments."""
+    """The path of a Python 3.12 that can make virtual environments."""
     pyenv = sorted(Path.home().glob(".pyenv/versions/3.12*/bin/python3.12"))
     for path in (*pyenv, shutil.which("python3.12")):
         if path and subprocess.run([path, "-c", "import ensurepip"], capture_output=True).returncode == 0:
@@ -90,7 +90,7 @@ def python_3_12() -> str | None:
 
 
 def without_network() -> list[str] | None:
-    """What to put before a command."""
+    """The words that keep a command from the network when they stand before it; None where there are none."""
     for words in (["unshare", "--net"], ["unshare", "--net", "--map-root-user"]):
         if shutil.which("unshare") and subprocess.run([*words, "true"], capture_output=True).returncode == 0:
             return words
@@ -126,7 +126,7 @@ class Machine:
 
 
 def checkout(to: Path) -> Path:
-    """What git would have there, without git."""
+    """Makes a folder with the files that a checkout by git would have, but not git's own."""
     list_files = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(list_files, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
     for name in filter(lambda name: (ROOT / name).exists(), names):
@@ -145,7 +145,7 @@ def lines_of(path: Path) -> list:
 
 
 def rehearse(machine: Machine, tree: Path, wheels: Path, folder: Path) -> None:
-    """All that needs no GPU, then the first touch of one."""
+    """Runs all steps that need no GPU, then the first that touches one."""
     out, work, home = folder / "out", folder / "work", folder / "home"
     for made in (out, home):
         made.mkdir(parents=True)

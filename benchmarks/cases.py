@@ -49,7 +49,7 @@ class Case:
 
     @property
     def blocks(self) -> Shape:
-        """The same with the channels split into groups, where there are any."""
+        """The shape of x in memory, with the channels split into groups, where there are any."""
         a, shape = self.channel_axis, self.memory
         return (*shape[:a], self.groups, shape[a] // self.groups, *shape[a + 1 :]) if self.groups else shape
 
@@ -143,5 +143,5 @@ BACKWARD = [
     *(Case("rms", shape, direction="backward") for shape in ((4096, 768), (4096, 4096))),
 ]
 
-# From 1 KB to 1 GB of x and y together.
+# Cases from 1 KB to 1 GB of x and y together.
 SIZES = [Case("instance", (64, 1, 2**k)) for k in range(1, 22, 2)]

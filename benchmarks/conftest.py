@@ -126,7 +126,7 @@ def checked(w: Workload, rival: rivals.Rival, threads: int) -> paired.Pair:
 
 
 def far_error(case: Case, rival: rivals.Rival) -> float | None:
-    """Of the same case with x far from zero. Half types have no digits for that, given statistics no trouble."""
+    """The error of the case with x far from zero. Half types have no digits for that, given statistics no trouble."""
     if case.dtype != "float32" or case.operation == "eval" or case.option:
         return None
     w = far_workload(case)

@@ -45,7 +45,7 @@ TEMPORARIES = 10  # arrays of doubles of a piece, while its truth is found
 LOST = 3  # exit status
 
 F32, F16, BF16 = "float32", "float16", "bfloat16"
-# Those of the CPU, of which it is known how many bytes, blocks and waves they should take: tests/shim has the table.
+# Cases of which it is known what bytes, blocks and waves they should take: tests/test_gpu_table.py counts these.
 KNOWN = [
     *(Case("instance", (8, 64, 128, 128), dtype) for dtype in (F32, F16)),
     Case("instance", (16, 256, 32, 32)),
@@ -82,7 +82,8 @@ ROWS = [
 FORWARD = [*KNOWN, *ROWS, *IMAGES, *(replace(c, channels_last=True) for c in IMAGES), ONE_ROW, FUSED]
 CASES = [c for f in FORWARD for c in (f, replace(f, direction="backward")) if not (c.option and c is not f)]
 
-# Of a copy: what is read once; with two arrays of it; what is too large for the chip, and is read twice.
+# Shares of a copy to reach: where all is read once; where it is two arrays; where it is too large for the chip, and is
+# read twice.
 GOAL, GOAL_BACKWARD, GOAL_LARGE = 0.92, 0.85, 0.80
 ON_CHIP = 8 * 96 << 10  # bytes that a cluster of eight blocks holds
 SECTOR = 32  # bytes: the fewest side by side that memory gives
@@ -101,7 +102,7 @@ def goal(case: Case) -> float:
 
 
 def shrunk(case: Case) -> Case:
-    """The same with extents that a dry run has the time for."""
+    """The case with extents that a dry run has the time for."""
     n, c, *spatial = case.shape
     if case.rows:
         return replace(case, shape=(min(n, 4), min(c, 64)))
@@ -123,8 +124,8 @@ def pieces_of(case: Case) -> tuple[int, int]:
 
 
 def needed_bytes(case: Case, cache: int) -> int:
-    """Of the device, for all sets, statistics that are given and those that three rounds leave, and the truth about a
-    piece."""
+    """The bytes that a case needs on the device: for all sets, statistics that are given and those that three rounds
+    leave, and the truth about a piece."""
     axis, step = pieces_of(case)
     statistics_bytes = 2 * 4 * math.prod(case.statistics)
     truth = 8 * max(TEMPORARIES * case.elements * step // case.blocks[axis], 6 * math.prod(case.parameters))
@@ -166,7 +167,7 @@ class Sets:
         return (slice(k, k + self.step) for k in range(0, self.case.blocks[self.axis], self.step))
 
     def _at(self, shape: tuple[int, ...], piece: slice) -> tuple[slice, ...]:
-        """Where in an array that broadcasts against `case.blocks` a piece lies."""
+        """The slices of a piece in an array that broadcasts against `case.blocks`."""
         return tuple(piece if a == self.axis and extent > 1 else slice(None) for a, extent in enumerate(shape))
 
     def _wide(self, array: Any, shape: tuple[int, ...], piece: slice) -> Any:
@@ -256,7 +257,7 @@ class Cuda:
         return self.stream
 
     def recorded(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        """What `run` enqueues by way of CuPy, as a graph. Its memory is its own."""
+        """A graph of the work that `run` enqueues by way of CuPy. It has memory of its own."""
         pool = self.cupy.cuda.MemoryPool()
         with self.cupy.cuda.using_allocator(pool.malloc):
             run()
@@ -446,7 +447,7 @@ def measure(case: Case, rival: Any, timer: Any, xp: Any, pairs: int) -> dict[str
 
 
 def run(cases: list[Case], rivals: list[str], timer: Any, xp: Any, pairs: int, lines: Lines) -> int:
-    """The exit status."""
+    """Measures the cases and rivals that are asked for, and returns the exit status."""
     status = 0
     for name in rivals:
         rival = None
@@ -489,7 +490,7 @@ def profile(cases: list[Case], timer: Any, xp: Any) -> None:
 
 
 def commit() -> str:
-    """Of the checkout, where git is there to tell."""
+    """The commit of the checkout, where git is there to tell."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()

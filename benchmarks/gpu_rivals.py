@@ -20,7 +20,7 @@ FLOATS = ("float32", *HALVES)
 
 
 class Device(Rival):
-    """What uses CuPy's arrays."""
+    """A rival that uses CuPy's arrays."""
 
     dtypes = FLOATS
 
@@ -40,7 +40,7 @@ class Device(Rival):
 
 
 class Normkit(Device, rivals.Normkit):
-    """Into given outputs, with new statistics."""
+    """normkit, which writes into given outputs, with new statistics."""
 
     options = ACTIVATIONS
 
@@ -50,7 +50,7 @@ class Normkit(Device, rivals.Normkit):
         return super()._forward(w, function, *args, **options)
 
     def _backward(self, w: Any, function: Callable, *args: Any, **options: Any) -> Call:
-        """Of statistics that are each set's own, in the place of those of one set for all."""
+        """The call of a backward whose statistics are each set's own, and not those of one set for all."""
         count = 1 if w.case.operation == "rms" else 2
         first = args[:-count]
         saved = [[s.squeeze(w.case.reduced) for s in both][-count:] for both in w.all_statistics]
@@ -219,7 +219,7 @@ class Torch(Device):
         return launch
 
     def prepare(self, w: Any, threads: int) -> Call:
-        """On the stream that all happens on: autograd goes back to the stream that forward was on."""
+        """Prepares on the stream that all happens on: autograd goes back to the stream that forward was on."""
         cuda, stream = self.torch.cuda, self.stream()
         with cuda.stream(stream):
             call = super().prepare(w, threads)
@@ -236,20 +236,20 @@ class Torch(Device):
         return self.torch.from_dlpack(a)
 
     def seen(self, w: Any, arrays: list[Any]) -> list[Any]:
-        """As (N, C, *spatial), whatever the layout."""
+        """The arrays as tensors of (N, C, *spatial), whatever the layout."""
         tensors, last = map(self.tensor, arrays), w.case.channel_axis
         if not w.case.channels_last:
             return list(tensors)
         return [t.permute(0, last, *range(1, last)) for t in tensors]
 
     def params(self, w: Any) -> list[Any]:
-        """In the dtype of x, which the kernels of rows and groups want; float32 where cuDNN does the work."""
+        """Weight and bias in the dtype of x, as kernels of rows and groups want them; in float32 where cuDNN works."""
         own = w.case.operation in ("instance", "batch", "eval")
         dtype = self.torch.float32 if own else getattr(self.torch, w.case.dtype)
         return [self.tensor(p).to(dtype).requires_grad_() for p in (w.weight, w.bias)]
 
     def function(self, w: Any) -> Callable[..., Any]:
-        """Of x, weight and bias."""
+        """The function of x, weight and bias that is measured."""
         f, case = self.functional, w.case
         plain = {
             "instance": lambda x, weight, bias: f.instance_norm(x, weight=weight, bias=bias, eps=EPS),
@@ -275,7 +275,7 @@ class Torch(Device):
 
 
 class Inductor(Torch):
-    """The same, compiled; instance norm from the formula, as the call of cuDNN stays what it is."""
+    """The calls of Torch, compiled; instance norm from its formula, as the call of cuDNN would stay what it is."""
 
     name = "inductor"
 
@@ -408,7 +408,7 @@ class Cudnn(Torch):
 
 
 class Liger(Torch):
-    """Its Triton kernels, called as its autograd functions call them. Its RMS norm has no bias."""
+    """The Triton kernels of Liger, called as its autograd functions call them. Its RMS norm has no bias."""
 
     name, package = "liger", "liger-kernel"
     options = ()
@@ -539,5 +539,5 @@ class Jax(TwoLines):
         return time.perf_counter() - start
 
 
-# By name, the best known first.
+# All rivals by name, the best known first.
 RIVALS = {rival.name: rival for rival in (Normkit, TwoLines, Kernels, Torch, Inductor, Cudnn, Liger, Quack, Jax)}

@@ -73,7 +73,7 @@ def requirements() -> list[str]:
 
 
 def pip(*arguments: object, **options: object) -> str:
-    """What it says. Who calls it from a terminal sees its errors there."""
+    """Runs pip, and returns what it says. A caller in a terminal sees its errors there."""
     command = [PYTHON, "-m", "pip", "--disable-pip-version-check", "--no-input", *map(str, arguments)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, **options).stdout
 
@@ -130,8 +130,8 @@ def into(site: Path, wheels: list[object], **options: object) -> None:
 
 
 def install(arguments: list[str]) -> int:
-    """Into a folder of its own, as a virtual environment made from another does not see what that has. What is there
-    stays as it is, and pip says what is not."""
+    """Installs into a folder of its own, as a virtual environment made from another does not see the packages of that.
+    Packages that are there stay as they are, and pip says which are missing."""
     site, wheels = map(Path, arguments)
     shutil.rmtree(site, ignore_errors=True)
     if not any(wheels.glob("*.whl")):
@@ -149,7 +149,7 @@ def install(arguments: list[str]) -> int:
 
 
 def build(arguments: list[str]) -> int:
-    """Only where normkit does not import from the folder that it was installed into."""
+    """Builds normkit, if it does not import from the folder that it was installed into."""
     site = Path(arguments[0])
     command = [PYTHON, "-m", "normkit"]
     if (site / "normkit").is_dir() and subprocess.run(command).returncode == 0:
@@ -322,7 +322,7 @@ class Session:
         return status, last[0]
 
     def summary(self, of_commit: str) -> None:
-        """Of all steps, and of all times: a table of each."""
+        """Writes a table of all steps, and a table of all times."""
         lines = ["| step | result | s | |", "|---|---|---|---|"]
         lines += [f"| {k['step']} | {k['result']} | {k['seconds']} | {k['told']} |" for k in self.known.values()]
         results = ["--out", self.out / "results.jsonl", "--json", self.out / "results.json"]

@@ -28,13 +28,13 @@ class Argument(ctypes.Structure):
 
 
 class GlobalControl(ctypes.Structure):
-    """oneTBB's, whose constructor is these three and a call; parameter 0 is the most threads."""
+    """oneTBB's global_control, whose constructor is these three and a call; parameter 0 is the most threads."""
 
     _fields_ = (("value", ctypes.c_size_t), ("reserved", ctypes.c_ssize_t), ("parameter", ctypes.c_int))
 
 
 class Engine:
-    """On the CPU, which SYCL reaches through OpenCL: its driver is beside the library as well."""
+    """An engine of oneDNN on the CPU, which SYCL reaches through OpenCL: its driver is beside the library as well."""
 
     def __init__(self) -> None:
         folder = next(f.locate().resolve().parent for f in metadata.files("onednn") or () if f.name == LIBRARIES[-1])

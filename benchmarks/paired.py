@@ -25,7 +25,7 @@ def keep_memory() -> None:
 
 
 def error(w: Workload, rival: Rival, call: Call, judged: bool = True) -> float:
-    """Of the answer to set 0."""
+    """The error of the answer to set 0."""
     w.poison(0)
     answer: Any = call(0)
     answer = answer if isinstance(answer, tuple | list) else (answer,)
@@ -60,13 +60,13 @@ class Pair:
         self._kept[self._k] = self._call(self._k)
 
     def seconds(self) -> float:
-        """Of one turn."""
+        """The seconds that one turn takes."""
         start = time.perf_counter()
         self.turn()
         return time.perf_counter() - start
 
     def rounds(self, budget: float) -> int:
-        """So many pairs fit into so many seconds. First a quarter of that for first calls, which may cost more."""
+        """How many pairs fit into `budget` seconds. First calls, which may cost more, get a quarter of that before."""
         start = time.perf_counter()
         for k in range(min(self.w.sets, MOST)):
             self._call(k)

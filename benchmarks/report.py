@@ -55,8 +55,8 @@ Results = list[dict[str, Any]]
 
 
 def load(paths: list[Path]) -> dict[str, Any]:
-    """As `pytest --benchmark-json` or `--store` wrote them: date, commit, command and benchmarks, of which each has the
-    name and `extra_info`. Of repeated runs the last counts."""
+    """Results that `pytest --benchmark-json` or `--store` wrote: date, commit, command and benchmarks, each with its
+    name and `extra_info`. The last of repeated runs counts."""
     whole: dict[str, Any] = {}
     found, commands, commits = {}, [], []
     for path in paths:
@@ -76,7 +76,7 @@ def lines_of(path: Path) -> Results:
 
 
 def of_lines(lines: Results) -> dict[str, Any]:
-    """Of the lines that gpu.py wrote those with figures, as load() gives them."""
+    """The lines with figures that gpu.py wrote, as load() gives results."""
     measured = [line for line in lines if "ratio" in line]
     names = [f"gpu[{line['case']}-{line['rival']}]" for line in measured]
     return {
@@ -108,7 +108,7 @@ def names_in(results: Results) -> list[str]:
 
 
 def title(r: dict[str, Any]) -> str:
-    """Of a case, but for its direction."""
+    """The name of a case, but for its direction."""
     words = [r["operation"], f"({', '.join(map(str, r['shape']))})"]
     words += [f"G={r['groups']}"] * bool(r["groups"]) + ["channels-last"] * r["channels_last"]
     words += [r["dtype"]] * (r["dtype"] != "float32") + [r.get("option", "")] * bool(r.get("option"))
@@ -145,7 +145,7 @@ def digit(error: float) -> str:
 
 
 def source(whole: dict[str, Any], results: Results) -> str:
-    """Where the figures are from."""
+    """A line that says where the figures are from."""
     first = results[0]
     versions = ", ".join(sorted({r["version"] for r in results}))
     return (
@@ -194,7 +194,7 @@ def headlines(results: Results) -> list[str]:
 
 
 def tables(results: Results) -> str:
-    """For each number of threads: forward, then backward. Then the errors."""
+    """Tables for each number of threads, forward, then backward; then a table of the errors."""
     text = []
     for threads in sorted({r["threads"] for r in results}):
         text += [f"Time / limit, and in brackets the largest error, threads: {threads}", ""]
@@ -207,8 +207,8 @@ def tables(results: Results) -> str:
 
 
 def gpu(whole: dict[str, Any], results: Results) -> str:
-    """Of gpu.py: one line for each case, bold where normkit reaches the goal, one column for each rival, bold where it
-    is faster; the source above."""
+    """The table of gpu.py's results: one line for each case, bold where normkit reaches the goal, one column for each
+    rival, bold where it is faster; the source above."""
     if not results:
         return "nothing was measured"
     rivals = [name for name in dict.fromkeys(r["rival"] for r in results) if name != OURS]
@@ -237,7 +237,7 @@ def bold(text: str, so: bool) -> str:
 
 
 def write(path: Path, content: str) -> None:
-    """Between the markers."""
+    """Writes text between the markers of a page."""
     text = path.read_text()
     if BEGIN not in text or END not in text:
         raise SystemExit(f"{path} lacks the lines {BEGIN} and {END}")
@@ -334,7 +334,7 @@ def bars_of_cpu(whole: dict[str, Any], results: Results, path: Path) -> None:
 
 
 def order_on_gpu(results: Results) -> list[str]:
-    """As they come, with the colors of the CPU for ours."""
+    """The rivals as they come, but ours first, so that ours have the colors of the CPU's picture."""
     return list(dict.fromkeys([OURS, OURS_NEW, *(r["rival"] for r in results)]))
 
 

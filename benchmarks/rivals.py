@@ -55,7 +55,7 @@ class Rival:
 
     @contextmanager
     def threads(self, count: int) -> Iterator[None]:
-        """Within, calls use so many threads."""
+        """Has calls within the block use so many threads."""
         yield
 
     def to_numpy(self, array: Any) -> np.ndarray:
@@ -72,7 +72,7 @@ class Rival:
 
 
 class Normkit(Rival):
-    """Into given outputs."""
+    """normkit, which writes into given outputs."""
 
     name, package = "normkit", "normkit"
     options = (*ACTIVATIONS, "residual", "where")
@@ -141,7 +141,7 @@ class Normkit(Rival):
 
 
 class NormkitNew(Normkit):
-    """Into new outputs, as every rival writes them that cannot be given any."""
+    """normkit, which writes into new outputs, as every rival does that cannot be given any."""
 
     name = "normkit, new y"
     given = False
@@ -215,7 +215,7 @@ class NumPy(Formulas):
 
 
 class Jax(Formulas):
-    """Compiled. It has a thread for every CPU from the start: fewer are had by keeping the process to fewer CPUs."""
+    """JAX, compiled. It has a thread for every CPU from the start: for fewer, the process is kept to fewer CPUs."""
 
     name, package = "jax", "jax"
     dtypes = ("float32", *HALVES)
@@ -291,7 +291,7 @@ class Torch(Rival):
         return array.ndim == 4 and not array.is_contiguous() and array.permute(0, 2, 3, 1).is_contiguous()
 
     def _seen(self, w: Workload, arrays: list[np.ndarray]) -> list[Any]:
-        """As tensors of (N, C, *spatial), whatever the layout."""
+        """The arrays as tensors of (N, C, *spatial), whatever the layout."""
         torch, last = self.torch, w.case.channel_axis if w.case.channels_last else None
 
         def seen(a: np.ndarray) -> Any:
@@ -305,7 +305,7 @@ class Torch(Rival):
         return lambda k: function(*(sets[k] for sets in arrays), *constants)
 
     def _forward(self, w: Workload, function: Callable) -> Call:
-        """Of function(x, weight, bias), with what the option of the case adds."""
+        """The call of function(x, weight, bias), with what the option of the case adds."""
         arrays, option = [self._seen(w, w.x)], w.case.option
         constants = map(self.torch.from_numpy, (w.weight, w.bias))
         if option == "residual":
@@ -317,7 +317,7 @@ class Torch(Rival):
         return self._run(function, arrays, *constants)
 
     def _backward(self, w: Workload, function: Callable, *statistics: int) -> Call:
-        """Of function(dy, x, mean, rstd, weight); mean and rstd have the shape `statistics`, or their own."""
+        """The call of function(dy, x, mean, rstd, weight); mean and rstd have the shape `statistics`, or their own."""
         saved = [self.torch.from_numpy(s.reshape(statistics or s.shape)) for s in w.statistics]
         return self._run(function, [self._seen(w, w.dy), self._seen(w, w.x)], *saved, self.torch.from_numpy(w.weight))
 
@@ -380,7 +380,7 @@ class Torch(Rival):
         return self._backward(w, function)
 
     def rms_backward(self, w: Workload, threads: int) -> Call:
-        """Through autograd, which adds some microseconds: there is no native call."""
+        """The gradient of RMS norm through autograd, which adds some microseconds: there is no native call."""
         dy, x = self._seen(w, w.dy), [t.requires_grad_() for t in self._seen(w, w.x)]
         weight, bias = (self.torch.from_numpy(p).requires_grad_() for p in (w.weight, w.bias))
         y = [self.aten.rms_norm(t, weight.shape, weight, EPS) + bias for t in x]
@@ -388,7 +388,7 @@ class Torch(Rival):
 
 
 class Inductor(Torch):
-    """The same calls, compiled from what torch takes them apart into, which group norm's gradient is the better for."""
+    """The calls of Torch, compiled from what it takes them apart into: group norm's gradient is the better for it."""
 
     name = "inductor"
 
@@ -557,7 +557,7 @@ class OneDnn(Rival):
         given |= {"shift": bias} if forward else dict(zip(("diff_scale", "diff_shift"), gradients, strict=True))
 
         def seen(a: np.ndarray) -> np.ndarray:
-            """As (N, C, *spatial), whatever the layout."""
+            """The array as (N, C, *spatial), whatever the layout."""
             a = np.moveaxis(a, -1, 1) if w.case.channels_last else a
             return a if images == 1 else a.reshape(1, -1, *a.shape[2:])
 

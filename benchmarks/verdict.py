@@ -41,7 +41,7 @@ def left_out(pairs: int, mistakes: float) -> int:
 
 
 def fewest_pairs(mistakes: float) -> int:
-    """With which an interval has an end."""
+    """The fewest pairs with which an interval has an end."""
     return next(n for n in itertools.count(1) if left_out(n, mistakes))
 
 
@@ -56,7 +56,7 @@ class Interval:
 
 
 def interval(ratios: list[float], mistakes: float) -> Interval:
-    """Of the center of the ratios: their Hodges-Lehmann estimate, and the ends that go with it."""
+    """The interval of the center of the ratios: their Hodges-Lehmann estimate, and the ends that go with it."""
     logs = [math.log(ratio) for ratio in ratios]
     averages = sorted((a + b) / 2 for a, b in itertools.combinations_with_replacement(logs, 2))
     out, last = left_out(len(ratios), mistakes), len(averages) - 1

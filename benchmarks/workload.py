@@ -138,7 +138,7 @@ class Workload:
 
     @cached_property
     def truth(self) -> tuple[np.ndarray, ...]:
-        """What a call on set 0 should return, in float64: y, or dx, dweight, dbias."""
+        """The right answer of a call on set 0, in float64: y, or dx, dweight, dbias."""
         if self.case.direction == "forward":
             return (np.concatenate([self._forward(piece).y for piece in self._pieces()]),)
         dx, *parameters = zip(*map(self._gradients, self._pieces()), strict=True)

@@ -63,7 +63,7 @@ function(normkit_try_nvcc)
   endif()
   message(CHECK_FAIL "no")
   set(reason "nvcc failed")
-  # Of these the last that is found: a sentence of CMake, then what compilers say.
+  # The reason is the last of these that is found: a sentence of CMake, then what compilers say.
   foreach(words IN ITEMS "CMake Error[^\n]*\n +(([^.]|[.][^\n])*)" "error: ([^\n]*)" "#error -- ([^!]*![^!.]*)"
                          "nvcc fatal *: ([^\n]*)")
     if(output MATCHES "${words}")
@@ -111,7 +111,8 @@ if(normkit_cuda)
   message(STATUS "normkit: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${NORMKIT_CUDA_ARCHITECTURES}")
 elseif(NORMKIT_CUDA STREQUAL "shim")
   set_source_files_properties(cuda/launch.cu cuda/kernels.cu PROPERTIES LANGUAGE CXX)
-  # As for two sanitizers: tests/shim/count.cpp counts bytes in the place of one, aligned.cpp stops in that of the other.
+  # The kernels are compiled as for two sanitizers, in whose places are tests/shim/count.cpp, which counts bytes, and
+  # aligned.cpp, which stops at an address that no GPU reads.
   set(options -x c++ -O1 -ffp-contract=off -Wall -Wextra -DNORMKIT_SHIM -I${CMAKE_CURRENT_SOURCE_DIR}/tests/shim
     -DNORMKIT_SHIM_COUNTS -fsanitize=thread -fsanitize=alignment -fno-sanitize-recover=alignment)
   normkit_add_kernels(normkit_cuda_objects normkit_cuda_launch launch.cu ${options})

@@ -23,7 +23,7 @@
 #include <atomic>
 
 #define NORMKIT_DEVICE __device__ __forceinline__
-/// Called, not inlined: what is asked for in many places of a kernel, once or so for each thread.
+/// Marks a function that is called, not inlined: many places of a kernel ask for it, once or so for each thread.
 #define NORMKIT_CALLED static __device__ __noinline__
 #define NORMKIT_UNROLL _Pragma("unroll")
 #define NORMKIT_ROLL _Pragma("unroll 1")
@@ -43,7 +43,8 @@ NORMKIT_DEVICE std::int64_t block_count() { return gridDim.x; }
 
 NORMKIT_DEVICE int log2_of(int power_of_two) { return 31 - __clz(power_of_two); }
 
-/// v, but the compiler does not know it: what follows from it is computed again, and not kept in registers.
+/// Returns v in a way that hides its value from the compiler, which then computes anew what follows from v, and keeps
+/// none of it in registers.
 NORMKIT_DEVICE int computed_anew(int v) {
   asm volatile("" : "+r"(v));
   return v;
@@ -51,7 +52,7 @@ NORMKIT_DEVICE int computed_anew(int v) {
 
 /// Waits for all threads of the block; none of them may have left.
 NORMKIT_DEVICE void sync_block() { __syncthreads(); }
-/// The same of the lanes `members` of this warp, all of which come here.
+/// Waits for the lanes `members` of this warp, a mask; all of them come here.
 NORMKIT_DEVICE void sync_warp(unsigned members) { __syncwarp(members); }
 
 /// `v` of thread `lane` of this warp. All of `members`, a mask of the lanes that take part, call it together.
@@ -71,17 +72,17 @@ NORMKIT_DEVICE std::byte* shared_memory() {
   return reinterpret_cast<std::byte*>(memory);
 }
 
-/// 16 bytes to an address of global memory that is a multiple of 16, at once. An assignment would be taken apart, and its words
-/// merged with the stores of the other branch, element by element.
+/// Stores 16 bytes at once, to an address of global memory that is a multiple of 16. An assignment would be taken
+/// apart, and its words merged with the stores of the other branch, element by element.
 NORMKIT_DEVICE void store_words(void* to, const std::uint32_t (&word)[4]) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(word[0]), "r"(word[1]), "r"(word[2]),
                "r"(word[3])
                : "memory");
 }
 
-/// Copies kBytes, 4, 8 or 16 and aligned to as many, from global to shared memory, past the registers and on the side. They are
-/// there for this thread when it has waited; end_batch() closes a batch of copies, and wait_for_batches<n>() waits for all but the
-/// last n of them.
+/// Copies kBytes, 4, 8 or 16 and aligned to as many, from global to shared memory, past the registers and while the
+/// thread goes on. The bytes are there for this thread when it has waited for their batch; end_batch() closes a batch
+/// of copies, and wait_for_batches<n>() waits for all but the last n batches.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 template <int kBytes> NORMKIT_DEVICE void copy_aside(void* to, const void* from) {
   const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
@@ -107,12 +108,13 @@ template <int> NORMKIT_DEVICE void wait_for_batches() {}
 inline constexpr bool kHasClusters = true;
 NORMKIT_DEVICE int cluster_rank() { return static_cast<int>(__clusterRelativeBlockRank()); }
 /// The barrier of all threads of the cluster, in two halves: each thread says that it has come, then waits for all to have come.
-/// What was written before is read after it.
+/// What a thread has written before the first half, all threads read after the second.
 NORMKIT_DEVICE void arrive_at_cluster() { __cluster_barrier_arrive(); }
-/// The first half for a thread that only says that it runs: nothing that it has written is read after it.
+/// The first half of that barrier for a thread that only says that it runs: nobody reads what it has written after the
+/// barrier.
 NORMKIT_DEVICE void announce_to_cluster() { __cluster_barrier_arrive_relaxed(); }
 NORMKIT_DEVICE void wait_for_cluster() { __cluster_barrier_wait(); }
-/// The shared memory of block `rank` of the cluster: as long as that block is known to have started, and not to have left.
+/// The shared memory of block `rank` of the cluster. That block must be known to have started, and not to have left.
 NORMKIT_DEVICE std::byte* peer_memory(int rank) {
   return static_cast<std::byte*>(__cluster_map_shared_rank(shared_memory(), static_cast<unsigned>(rank)));
 }
@@ -130,11 +132,11 @@ NORMKIT_DEVICE float widen(Bfloat v) { return __bfloat162float(__ushort_as_bfloa
 NORMKIT_DEVICE Half narrow(const Half*, float v) { return {__half_as_ushort(__float2half_rn(v))}; }
 NORMKIT_DEVICE Bfloat narrow(const Bfloat*, float v) { return {__bfloat16_as_ushort(__float2bfloat16_rn(v))}; }
 
-/// Throws DeviceError where `status` is not success: what was done, and the shape of the launch if it was one.
+/// Throws DeviceError where `status` is not success: it says what was done, and the shape of the launch if it was one.
 void check(cudaError_t status, const char* what, Grid grid = {});
 
-/// Kernels may be loaded as long as this lives, even where the stream is being captured: their first launch does so, and a capture
-/// refuses what that takes, unless the thread has said that it knows what it does.
+/// Lets kernels be loaded as long as it lives, even where the stream is being captured. The first launch of a kernel
+/// loads it, and a capture refuses the calls that this takes, unless the thread has said that it knows what it does.
 class LoadingGuard {
  public:
   LoadingGuard() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode"); }
@@ -146,7 +148,7 @@ class LoadingGuard {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-/// A device is the current one as long as this lives; then the one that was before.
+/// Makes a device the current one as long as it lives, and then the one that was current before.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -175,8 +177,8 @@ inline bool has_device() {
   return cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
 }
 
-/// Kernel::kBlocks blocks of 256 threads fit the registers of a multiprocessor; for one more, registers would spill. Code for older
-/// GPUs takes more of them in places: kBlocksBefore90 is for these.
+/// How many blocks of 256 threads fit the registers of a multiprocessor: Kernel::kBlocks; for one more, registers would
+/// spill. Code for GPUs before 9.0 takes more registers in places: kBlocksBefore90 is for these GPUs.
 template <class Kernel> constexpr int resident_blocks() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   if constexpr (requires { Kernel::kBlocksBefore90; }) return Kernel::kBlocksBefore90;
@@ -217,8 +219,8 @@ template <class Kernel> void launch(const Kernel& kernel, Grid grid, Stream stre
 }
 
 /// What the current device gives a kernel that asks for it. There are clusters as far as there is code for them: code for older
-/// GPUs that was translated for a newer one has none. Those of more blocks than every GPU takes are taken where three quarters of
-/// the multiprocessors can be in one at once.
+/// GPUs that was translated for a newer one has none. Clusters of more blocks than every GPU takes are used where three
+/// quarters of the multiprocessors can be in such clusters at once.
 template <class Kernel> Room ask_room(int device) {
   const void* const kernel = symbol<Kernel>();
   const auto succeeds = [](cudaError_t status) {
@@ -247,7 +249,7 @@ template <class Kernel> Room ask_room(int device) {
   return room;
 }
 
-/// The same, asked once for each kernel and device, which is the current one.
+/// The Room of a kernel on `device`, which is the current one. The driver is asked once for each kernel and device.
 template <class Kernel> Room room_of(int device) {
   static std::atomic<Room> known[64];  // of no bytes: nothing is known yet
   static_assert(std::atomic<Room>::is_always_lock_free);

@@ -98,7 +98,8 @@ template <class T> NORMKIT_DEVICE T* at(const Operand& a, const Place& p) {
   return at<T>(a, p.tile) + (p.row * a.strides.step + p.i);
 }
 
-/// Width is asked of the address itself, so that any view is right and aligned ones are fast.
+/// True where a whole vector can be read at p at once. The address itself is asked, so that any view is right and
+/// aligned ones are fast.
 template <class X> NORMKIT_DEVICE bool is_wide(const X* p) {
   if (NORMKIT_PLANTED(misaligned_load)) return true;
   return reinterpret_cast<std::uintptr_t>(p) % alignof(Vector<X>) == 0;
@@ -125,7 +126,8 @@ template <class X> struct Slots {
   NORMKIT_DEVICE std::byte* address(int k) const { return first + k * block_threads() * kVectorBytes; }
   NORMKIT_DEVICE Vector<X>& operator[](int k) const { return *reinterpret_cast<Vector<X>*>(address(k)); }
 
-  /// Brings the first n elements from p on to slot k, on the side: what follows them may be anything.
+  /// Starts to copy the first n elements from p on to slot k, while the thread goes on; what follows them in the slot
+  /// is anything.
   NORMKIT_DEVICE void fetch(int k, const X* p, int n, bool whole = false) const {
     if (whole || (n == kVector<X> && is_wide(p))) copy_aside<kVectorBytes>(address(k), p);
     else fetch_elements(reinterpret_cast<X*>(address(k)), p, n);
@@ -139,8 +141,8 @@ template <class X> NORMKIT_CALLED Vector<X> load_elements(const X* p, int n) {
     if (e < n) v.put(e, p[e]);
   return v;
 }
-/// Calls fetch(slot, j), then f(slot, j), for all j < count: each of kSlots slots has what it is for on its way before it is
-/// wanted.
+/// Calls fetch(slot, j), then f(slot, j), for all j < count; fetch runs ahead of f, so that the contents of up to
+/// kSlots slots are on their way before f wants them.
 template <int kSlots, class Fetch, class F> NORMKIT_DEVICE void streamed(int count, Fetch fetch, F f) {
   NORMKIT_ROLL
   for (int j = 1 - kSlots; j < count; ++j) {
@@ -168,7 +170,7 @@ NORMKIT_DEVICE void wait_for_all_but(int n) {
   }
 }
 
-/// The first n elements from p on; zeros follow. `whole`: it is known to be a whole vector.
+/// Loads the first n elements from p on; zeros follow. `whole`: they are known to be a whole vector.
 template <class X> NORMKIT_DEVICE Vector<X> load(const X* p, int n, bool whole = false) {
   if (whole || (n == kVector<X> && is_wide(p))) return *reinterpret_cast<const Vector<X>*>(p);
   return load_elements(p, n);
@@ -191,7 +193,8 @@ template <class Y> NORMKIT_CALLED void store_elements(Y* p, Vector<Y> v, int n) 
   for (int e = 0; e < kVector<Y>; ++e)
     if (e < n) p[e] = v[e];
 }
-/// The first n of N values to p on: N may be several vectors of Y, or less than one. `whole`: they are whole ones.
+/// Stores the first n of N values from p on: N may be several vectors of Y, or less than one. `whole`: they are whole
+/// vectors.
 template <class Y, class S, int N> NORMKIT_DEVICE void store(Y* p, const S (&v)[N], int n, bool whole = false) {
   NORMKIT_UNROLL
   for (int first = 0; first < N; first += kVector<Y>) {
@@ -210,7 +213,8 @@ template <class S, int N> NORMKIT_DEVICE S take(S (&v)[N]) {
 }
 /// Takes the first of N values and puts it behind the others.
 template <class S, int N> NORMKIT_DEVICE S turn(S (&v)[N]) { return v[N - 1] = take(v); }
-/// f of each value, by turning them through the first place: one copy of f in the code, and no index into registers.
+/// Replaces each value by f of it, turning them through the first place: one copy of f in the code, and no index into
+/// registers.
 template <class S, int N, class F> NORMKIT_DEVICE void in_turn(S (&v)[N], F f) {
   NORMKIT_ROLL
   for (int turn = 0; turn < N; ++turn) v[N - 1] = f(take(v));
@@ -236,7 +240,7 @@ NORMKIT_CALLED double element(const std::byte* data, Dtype dtype, std::int64_t i
 NORMKIT_DEVICE double element(const Param& p, std::int64_t index, double absent) {
   return p.data ? p.offset + element(p.data, p.dtype, index) : absent;
 }
-/// The first n of N values to elements `index` and on.
+/// Writes the first n of N values to elements `index` and on of an array of any floating type.
 template <class S, int N>
 NORMKIT_DEVICE void put_elements(const ParamGradient& out, std::int64_t index, const S (&v)[N], int n) {
   visit_floating(out.dtype, [&](auto type) {
@@ -298,22 +302,22 @@ struct UnitParameters {
   }
 };
 
-/// How far into the memory of a dense x a vector lies.
+/// The number of elements before a vector, in the memory of a dense x.
 NORMKIT_DEVICE std::int64_t offset_of(const Geometry& g, const Place& p) {
   return g.offset(p.tile.o, p.tile.step, p.tile.lane, p.tile.i) + p.row * g.columns() + p.i;
 }
 
-/// Origin::phase, where the parameters of a unit differ.
+/// The value of Origin::phase, where the parameters of a unit differ.
 NORMKIT_DEVICE std::int64_t phase_of(const Geometry& g, const Origin& tile) {
   return remainder(g.offset(tile.o, tile.step, tile.lane, tile.i), g.params.stride * g.params.count);
 }
 
-/// How far from where the parameters begin.
+/// The number of elements from where the parameters begin to a vector.
 NORMKIT_DEVICE std::int64_t within_parameters(const Geometry& g, const Place& p) {
   return p.tile.phase + p.row * g.columns() + p.i;
 }
 
-/// Parameters `index` and on, one for each of n elements. visit(dtype, f) calls f with their type.
+/// Reads parameters `index` and on, one for each of n elements. visit(dtype, f) calls f with their type.
 template <class S, int N, class Visit>
 NORMKIT_DEVICE void read_along(const Param& p, std::int64_t index, int n, bool whole, double absent, S (&out)[N],
                                Visit visit) {
@@ -362,7 +366,8 @@ NORMKIT_DEVICE void read_parameters(const Work& work, const Place& p, const Para
     });
   }
 }
-/// Both, one after the other through the same code, which is most of a kernel; or the weights alone.
+/// The weights and the biases of the elements of a vector, one after the other through the same code, which is most of
+/// a kernel; or the weights alone.
 template <class S, int N>
 NORMKIT_DEVICE void read_parameters(const Work& work, const Place& p, bool both, S (&weight)[N], S (&bias)[N]) {
   NORMKIT_UNROLL
@@ -402,7 +407,7 @@ template <class S> struct Piece {
 /// once for all.
 template <class S, int N> struct Factors {
   S mean[N], scale[N], shift[N];
-  /// Puts those of one more element behind the others, which move up.
+  /// Puts the factors of one more element behind the others, which move up.
   NORMKIT_DEVICE void append(Statistic<S> s, double weight, double bias) {
     const Affine<S> affine = forward_affine(s, weight, bias);
     take(mean), take(scale), take(shift);
@@ -535,7 +540,8 @@ template <class X> NORMKIT_DEVICE Vector<X> read_x(const Task& t, const Place& p
   return load(at<X>(t.x, p), p.n);
 }
 
-/// The same, or where there is a residual, formed as source + residual, rounded to the type of x and written.
+/// x of one vector, read; or where there is a residual, formed as source + residual, rounded to the type of x and
+/// written.
 template <class X> NORMKIT_DEVICE Vector<X> form_x(const Task& t, const Place& p) {
   if (!t.residual.data) return read_x<X>(t, p);
   const Vector<X> source = load(at<X>(t.source, p), p.n), residual = load(at<X>(t.residual, p), p.n);
@@ -567,7 +573,7 @@ NORMKIT_DEVICE void make_y(const Work& work, const Factors<ComputeOf<X>, M>& fac
   for (ComputeOf<X>& one : y) one = kinked(activation, one);
 }
 
-/// y has the type of x, or the compute type.
+/// True where y has the type of x; else it has the compute type.
 template <class X> NORMKIT_DEVICE bool like_x(const Task& t) { return sizeof(X) != 2 || t.y.dtype == t.x.dtype; }
 /// merge() and rstd_of(), in one place of the code.
 NORMKIT_CALLED Moments merged(Moments a, Moments b) { return merge(a, b); }
@@ -612,7 +618,8 @@ NORMKIT_DEVICE void incoming(const Work& work, const Factors<S, M>& factors, con
   for (int e = 0; e < N; ++e) dz[e] *= z[e];
 }
 
-/// What no gradient reaches adds nothing, even where x is NaN, as what is no member may be.
+/// True where there may be elements that no gradient reaches. They add nothing, even where x is NaN, as an element that
+/// is no member may be.
 NORMKIT_DEVICE bool has_gaps(const Task& t) { return t.where.data || t.activation.kind != ActivationKind::none; }
 
 /// A statistic as backward has solved it: its mean and 1/std, and the coefficients of its gradient.
@@ -623,10 +630,10 @@ NORMKIT_DEVICE Solved solved_at(const Work& work, std::int64_t r) {
   return {work.solved[r], work.solved[all + r], work.solved[2 * all + r], work.solved[3 * all + r]};
 }
 
-/// The same as make_dx() wants it, for each of N elements, or once for all.
+/// A Solved as make_dx() wants it, in the compute type, for each of N elements, or once for all.
 template <class S, int N> struct Known {
   S mean[N], a[N], b[N], c[N], unit[N], origin[N];
-  /// As that of Factors.
+  /// Puts what belongs to one more element behind the others, which move up.
   NORMKIT_DEVICE void append(const Solved& solved, double weight) {
     const Statistic<S> s = statistic_of<S>(solved.mean, solved.rstd);
     const Affine<S> standard = forward_affine(s, 1, 0);

@@ -1,5 +1,6 @@
-// From what tiles found to statistics and gradients of parameters, and running statistics: small kernels on small arrays.
-// A few threads or a warp take a statistic, a channel or a parameter: what belongs to it in turn, then they merge as a tree.
+// Small kernels on small arrays, which make statistics, gradients of parameters and running statistics of what tiles
+// found. A few threads or a warp take a statistic, a channel or a parameter: they take its partial results in turn,
+// then merge as a tree.
 #pragma once
 
 #include "elements.cuh"
@@ -22,8 +23,8 @@ NORMKIT_DEVICE std::int64_t partial_of(const Work& work, std::int64_t r, std::in
 
 // ---- statistics --------------------------------------------------------------------------------------------------
 
-/// A statistic from the moments of its tiles, moments_of(unit, tile), to those who asked for it. All threads that meet come, and
-/// know its mean and rstd then.
+/// Makes a statistic of the moments of its tiles, moments_of(unit, tile), and writes it to the arrays that were asked
+/// for. All threads that meet come here, and know its mean and rstd then.
 template <class S, int kAhead = 1, class F>
 NORMKIT_DEVICE Solved finish_forward(const Work& work, std::int64_t r, Group meeting, F moments_of) {
   const Task& t = work.task;
@@ -37,9 +38,10 @@ NORMKIT_DEVICE Solved finish_forward(const Work& work, std::int64_t r, Group mee
   return {m.mean, rstd, 0, 0};
 }
 
-/// A statistic's gradient from what its tiles found, sums_of(unit, tile), and the gradients of its units' parameters. `s`: as it
-/// was given; weight_of(unit): what all of a unit share. Policy::sharing threads put a unit together, units next to each other. All
-/// threads that meet come; where they lead, they write.
+/// Makes a statistic's gradient of what its tiles found, sums_of(unit, tile), and the gradients of its units'
+/// parameters. `s`: the statistic as it was given; weight_of(unit): the weight that all of a unit share.
+/// Policy::sharing threads put a unit together, units next to each other. All threads that meet come here; they write
+/// where `leads` is true.
 template <class S, int kAhead = 1, class Weight, class F>
 NORMKIT_DEVICE Solved solve(const Work& work, std::int64_t r, Statistic<S> s, Group meeting, bool leads,
                             Weight weight_of, F sums_of) {
@@ -91,7 +93,7 @@ NORMKIT_DEVICE Solved solve(const Work& work, std::int64_t r, Statistic<S> s, Gr
   return solved;
 }
 
-/// solve() with what is in memory: the statistic as it was given, and the weights of its units.
+/// Calls solve() with the statistic as it was given and the weights of its units, all from memory.
 template <class S, int kAhead = 1, class F>
 NORMKIT_DEVICE Solved finish_backward(const Work& work, std::int64_t r, Group meeting, F sums_of) {
   const std::int64_t o = quotient(r, work.task.geometry.lanes), lane = r - o * work.task.geometry.lanes;
@@ -144,10 +146,10 @@ template <class S> struct BackwardFinish {
 
 // ---- gradients of parameters -------------------------------------------------------------------------------------
 
-/// Which units share parameter p: (repeat * count + p) * inner + k for all repeats and all k < inner.
+/// Says which units share parameter p: (repeat * count + p) * inner + k for all repeats and all k < inner.
 struct Share { std::int64_t repeats = 1, count = 1, inner = 1; };
 
-/// dweight and dbias from the pairs that their units left: in one order, in double.
+/// Adds up dweight and dbias from the pairs that their units left, in one order and in double.
 struct Totals {
   static constexpr const char* kName = "Totals";
   static constexpr int kBlocks = 2;
@@ -176,8 +178,9 @@ struct Totals {
   }
 };
 
-/// The same where rows share them, from what row groups left for each element of a run, as sums of `blocks` blocks one after another:
-/// a warp has neighbors, and its groups one by one, then warps meet.
+/// Adds up dweight and dbias where rows share them, from what row groups left for each element of a run: sums of
+/// `blocks` blocks, one after another. The threads of a warp take neighboring parameters, and each adds up some of the
+/// groups; then warps meet.
 template <class S> struct RowTotals {
   static constexpr const char* kName = "RowTotals";
   static constexpr int kBlocks = 2;
@@ -229,7 +232,8 @@ NORMKIT_DEVICE double running_value(const std::byte* data, Dtype dtype, std::int
 }
 
 /// The update that cpu.cpp's update_running() makes, channel by channel: the average over all statistics of a channel, the
-/// variance unbiased. Those of fewer than two members, which a mask may leave, have none and stay out.
+/// variance unbiased. A statistic of fewer than two members, which a mask may leave, has no unbiased variance and stays
+/// out.
 struct UpdateRunning {
   static constexpr const char* kName = "UpdateRunning";
   static constexpr int kBlocks = 2;
@@ -278,7 +282,7 @@ struct ReadRunning {
   }
 };
 
-/// Given statistics as the caller asked to see them: one for each statistic.
+/// Writes the given statistics to the arrays that the caller asked for, one element for each statistic.
 template <class S> struct CopyGiven {
   static constexpr const char* kName = "CopyGiven";
   static constexpr int kBlocks = 2;

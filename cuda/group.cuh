@@ -11,26 +11,27 @@ struct Group {
   int rank, size;
 
   NORMKIT_DEVICE static Group of(int size) { return {thread_index() & (size - 1), size}; }
-  /// The lanes of this warp that belong to the group, as a mask.
+  /// The threads of this warp that belong to the group, as a mask.
   NORMKIT_DEVICE unsigned members() const {
     if (size >= kWarp) return ~0u;
     return ((1u << size) - 1) << (thread_index() % kWarp - rank);
   }
   NORMKIT_DEVICE int width() const { return size < kWarp ? size : kWarp; }
-  /// Waits for all of its threads.
+  /// Waits for all threads of the group.
   NORMKIT_DEVICE void sync() const {
     if (size <= kWarp) sync_warp(members());
     else sync_block();
   }
 };
 
-/// The item of this thread's group, where groups of `size` threads take one each: a number beyond the last for some.
+/// The item of this thread's group, where groups of `size` threads take one item each. Some groups of the last block
+/// get a number beyond the last item.
 NORMKIT_DEVICE std::int64_t own_item(int size) {
   const int shift = log2_of(size);
   return block_index() * (block_threads() >> shift) + (thread_index() >> shift);
 }
 
-/// Waits for all threads of a team that has several tiles: all of them have posted what they found.
+/// Waits for all threads of a team that has several tiles; after it, what any of them posted before can be read.
 NORMKIT_DEVICE void meet_team(int blocks) {
   if (blocks == 1) return sync_block();
   if (NORMKIT_PLANTED(missing_cluster_barrier)) return;
@@ -38,16 +39,16 @@ NORMKIT_DEVICE void meet_team(int blocks) {
   if (!NORMKIT_PLANTED(early_leave)) wait_for_cluster();
 }
 
-/// Puts v at byte `at` of the shared memory of all blocks of a team, which are those of the cluster from rank `first` on and must be
-/// known to run. All threads of the group know it.
+/// Puts v at byte `at` of the shared memory of all blocks of a team: the blocks of the cluster from rank `first` on,
+/// which must be known to run. All threads of the group have v, and write to some of the blocks each.
 template <class T> NORMKIT_DEVICE void tell(Group group, int first, int blocks, int at, T v) {
   NORMKIT_ROLL
   for (int k = group.rank; k < blocks; k += group.size)
     *reinterpret_cast<T*>((blocks == 1 ? shared_memory() : peer_memory(first + k)) + at) = v;
 }
 
-/// What the tiles of a team found, in the shared memory of each of its blocks: nobody reads another block's copy, so that
-/// blocks may leave when they have read their own.
+/// What the tiles of a team found, as one T a tile. Each block of the team has a copy in its shared memory and reads no
+/// other, so that it may leave when it has read its own.
 template <class T> struct Board {
   static_assert(sizeof(T) <= kPostBytes);
 
@@ -61,15 +62,17 @@ template <class T> struct Board {
   }
 };
 
-/// Of kGroupBytes: what its warps found; and behind it what one of them makes of that, or of something else.
+/// The parts of kGroupBytes of shared memory: first kWarpBytes for what each warp found; from kMadeAt on two places of
+/// kMadeBytes, for what one warp makes for all.
 inline constexpr int kWarpBytes = 32, kMadeAt = kBlockThreads / kWarp * kWarpBytes, kMadeBytes = 96;
 static_assert(kMadeAt + 2 * kMadeBytes <= kGroupBytes);
 
 /// True in the threads of a group that made_once() calls f in.
 NORMKIT_DEVICE bool makes(Group group) { return group.size <= kWarp || group.rank < kWarp; }
 
-/// f(), in all threads of the group, of which the first warp alone calls it, or where `all` do, each: its lanes may join what they
-/// know. Between two calls with one `place` the block must meet once more.
+/// Returns f() in all threads of the group. The threads of the first warp alone call it, together, so that they may
+/// join what they know; where `all` is true, every thread does. Between two calls with one `place` the block must meet
+/// once more.
 template <int place, class F> NORMKIT_DEVICE auto made_once(Group group, F f, bool all = false) {
   using T = decltype(f());
   static_assert(sizeof(T) <= kMadeBytes);
@@ -83,7 +86,8 @@ template <int place, class F> NORMKIT_DEVICE auto made_once(Group group, F f, bo
   return *made;
 }
 
-/// f(join(...join(join(v of thread 0, v of 1), ...))), joined as a tree: neighbors first. Where join commutes, it saves to say so.
+/// f(join(...join(join(v of thread 0, v of thread 1), ...))) in all threads of the group, joined as a tree, neighbors
+/// first. kCommutes: join(a, b) and join(b, a) have the same bits, which saves two selections a step.
 template <bool kCommutes = false, class T, class Join, class F>
 NORMKIT_DEVICE auto all_join(Group group, T v, Join join, F f) {
   const int lane = thread_index() % kWarp;
@@ -114,13 +118,14 @@ template <class T> NORMKIT_DEVICE T all_sum(Group group, T v) {
   return all_join<true>(group, v, [](T a, T b) { return a + b; });
 }
 
-/// Where what tiles found meets: f(), which has a group of `meeting` threads join it, in all threads of the group that wants it.
+/// Returns f() in all threads of `group`. f joins what tiles found, by the threads of `meeting`.
 template <class F> NORMKIT_DEVICE auto met(Group group, Group meeting, F f) {
   return made_once<1>(group, f, meeting.size > kWarp);
 }
 
-/// at(0), at(1), .. at(count - 1) as one: threads take them in turn, then meet as a tree. Wherever tiles meet they meet here, in
-/// a group of Policy::meeting threads, so that no schedule shows in the bits. kAhead of them are read before they are joined.
+/// Joins at(0), at(1), .. at(count - 1): threads take them in turn, then meet as a tree. Wherever tiles meet they meet
+/// here, in a group of Policy::meeting threads, so that no schedule shows in the bits. A thread reads kAhead values
+/// before it joins them.
 template <class T, int kAhead = 1, class At, class Join>
 NORMKIT_DEVICE T joined(Group meeting, std::int64_t count, At at, Join join) {
   T all{};

@@ -1,5 +1,6 @@
-// The kernels of all storage types, of each a table. They are so alike that together they take a third less room when packed.
-// NORMKIT_STORAGE and its name: of one type alone, for compilers that have no use for that and can work side by side.
+// The kernels of all storage types, one table for each. They are so alike that together they take a third less room
+// when packed. With NORMKIT_STORAGE and its name, this file has the kernels of one type alone, for builds that do not
+// pack them and can compile the types side by side.
 #include "lanes.cuh"
 #include "runs.cuh"
 
@@ -12,8 +13,8 @@ template <class X, Special kSpecial, class F> auto with_runs(Direction direction
 template <class X, Special kSpecial, class F> auto with_lanes(Direction direction, F f) {
   return direction == Direction::forward ? f(Type<LanesForward<X, kSpecial>>{}) : f(Type<LanesBackward<X, kSpecial>>{});
 }
-/// f(Type<K>{}) with the kernel K that the work is for. double has the fewest: most GPUs compute it more slowly than they read it, and
-/// a wheel is to stay small.
+/// Calls f(Type<K>{}) with the kernel K for the work. double has the fewest kernels: most GPUs compute it more slowly
+/// than they read it, and a wheel is to stay small.
 template <class X, class F> auto with_kernel(const Work& work, F f) {
   constexpr bool kMany = sizeof(X) < 8;
   const Direction direction = work.policy.direction;

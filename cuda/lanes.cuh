@@ -14,7 +14,8 @@
 //             memory, so that all is read once. A team is a block or the blocks of a cluster.
 //     others: the sums of each tile in one launch; y or dx in another, when statistics are known (finish.cuh)
 //
-// Which columns and tiles share a block is left out of that order, so a column's bits do not depend on its neighbors.
+// The order in which strands merge does not depend on which columns and tiles share a block, so neither do the bits of
+// a column.
 #pragma once
 
 #include "finish.cuh"
@@ -26,8 +27,8 @@ NORMKIT_DEVICE int blocks_of_team(const Work& work) {
   return kHasClusters && has_teams(work) ? work.policy.team.blocks : 1;
 }
 
-/// What a team has, or a block that is alone: rows of tiles, from the first tile of an outer index on if it is a team, of the
-/// columns [first, first + columns). And which of its blocks this is.
+/// The part of x that a team has, or a block that is alone: rows of tiles, from `row` on, of the columns [first, first
+/// + columns). The rows of a team begin with the first tile of an outer index. `rank` is this block's in its team.
 struct Slab {
   std::int64_t row, first;
   int columns, rank;
@@ -43,19 +44,20 @@ template <class X> NORMKIT_DEVICE Slab slab_of(const Work& work, std::int64_t bl
   return slab;
 }
 
-/// What a thread has in a round: a vector of n columns of a tile, and in it every 16th step from `strand` on. n = 0: nothing.
+/// The part of a tile that a thread has in a round: a vector of n columns, and in it every 16th step from `strand` on.
+/// n = 0: none.
 struct Strand {
   std::int64_t tile;
   Origin at;  // the first step of the tile, the first column of the vector
   int n, strand, steps;
 
-  /// Its place j, j < steps.
+  /// The j-th place of the strand, j < steps.
   NORMKIT_DEVICE Place operator[](int j) const { return {at, strand + j * kStrands, 0, n}; }
 };
 
 NORMKIT_DEVICE int own_slot(const Work& work) { return computed_anew(thread_index()) & (work.policy.lanes.width - 1); }
 
-/// That of slot `slot` in a block that is in round `round`.
+/// The strand that this thread has in slot `slot` of its block, in round `round`.
 template <class X> NORMKIT_DEVICE Strand strand_of(const Work& work, const Slab& slab, int round, int slot) {
   const Geometry& g = work.task.geometry;
   const LanesTiling& tiling = work.policy.lanes;
@@ -76,27 +78,29 @@ template <class X> NORMKIT_DEVICE Strand strand_of(const Work& work, const Slab&
   return s;
 }
 
-/// What is left when statistics are known goes backwards, since what was summed last is still in the cache.
+/// The place of this block in the order of work. Stage::rest goes backwards, since what was summed last is still in the
+/// cache.
 NORMKIT_DEVICE std::int64_t own_block(const Work& work) {
   const std::int64_t block = computed_anew(static_cast<int>(block_index()));
   return work.stage == Stage::rest ? block_count() - 1 - block : block;
 }
 
-/// That of this block. Where registers are few, it is quickly made again.
+/// The slab of this block. Where registers are few, it is quickly made again.
 template <class X> NORMKIT_DEVICE Slab own_slab(const Work& work) { return slab_of<X>(work, own_block(work)); }
-/// What this thread has in round `round`.
+/// The strand of this thread in round `round`.
 template <class X> NORMKIT_DEVICE Strand own_strand(const Work& work, int round) {
   return strand_of<X>(work, own_slab<X>(work), round, own_slot(work));
 }
 
 // ---- what is held ------------------------------------------------------------------------------------------------
 
-/// So many steps arrive as one batch.
+/// Steps of a strand that arrive as one batch.
 inline constexpr int kBatchSteps = 4;
 
 NORMKIT_DEVICE bool holds(const Work& work) { return has_teams(work) && work.policy.lanes.holds; }
 
-/// Array `array` of what this thread holds of a round; or what passes by, kSlotsAhead vectors at a time.
+/// The slots for array `array` of a round: for all that this thread holds of it; or where nothing is held, for
+/// kSlotsAhead vectors that pass by.
 template <class X, int kSlotsAhead> NORMKIT_DEVICE Slots<X> held_of(const Work& work, int round, int array) {
   const LanesTiling& tiling = work.policy.lanes;
   const bool held = holds(work);
@@ -104,7 +108,8 @@ template <class X, int kSlotsAhead> NORMKIT_DEVICE Slots<X> held_of(const Work& 
                   held ? tiling.steps : kSlotsAhead);
 }
 
-/// Where the places of a strand lie in an array, and whether all are whole vectors. If not, they go element by element.
+/// Where the places of a strand lie in an array, and whether all are whole vectors. If they are not, they go element by
+/// element.
 template <class X> struct Column {
   X* first;
   std::int64_t apart;
@@ -128,7 +133,7 @@ template <class X> struct Column {
   }
 };
 
-/// Has what this thread holds brought, all of it at once: fetching(round, strand) makes what brings place j.
+/// Starts to bring everything that this thread holds: fetching(round, strand) returns a function that brings place j.
 template <class X, class Fetching> NORMKIT_DEVICE void fetch_all(const Work& work, Fetching fetching) {
   const LanesTiling& tiling = work.policy.lanes;
   NORMKIT_ROLL
@@ -143,7 +148,8 @@ template <class X, class Fetching> NORMKIT_DEVICE void fetch_all(const Work& wor
   }
 }
 
-/// Calls f(slot, j) for all steps of a strand: when what is held is there, or when fetch(slot, j) has brought it, as streamed() does.
+/// Calls f(slot, j) for all steps of a strand, when their vector is there: it is held, or fetch(slot, j) has brought
+/// it, as in streamed().
 template <int kSlotsAhead, class Fetch, class F>
 NORMKIT_DEVICE void for_steps(const Work& work, const Strand& s, int round, Fetch fetch, F f) {
   const LanesTiling& tiling = work.policy.lanes;
@@ -194,9 +200,9 @@ template <class T> struct Found {
   }
 };
 
-/// Joins what the strands of a block found, strand by strand: own() is what this thread has of its first column, then of its
-/// second, and so on. Calls put(slot, column within it, where the value is among what was found, value). All threads of the block
-/// come here.
+/// Joins what the strands of a block found, strand by strand. own() returns what this thread has of its first column,
+/// then of its second, and so on. Calls put(slot, column within the slot, index among what was found, value) for each
+/// column. All threads of the block come here.
 template <class X, class T, class Own, class Join, class Put>
 NORMKIT_DEVICE void join_strands(const Work& work, int round, Own own, Join join, Put put) {
   constexpr int kOnce = joined_columns(kVector<X>), kMeetings = kVector<X> / kOnce;
@@ -221,7 +227,8 @@ NORMKIT_DEVICE void join_strands(const Work& work, int round, Own own, Join join
   }
 }
 
-/// What the blocks of a team found of column `column` of its slab in its row `row`: all of them have met since.
+/// What the blocks of a team found of column `column` of its slab in its row `row`. All blocks of the team have met
+/// since they wrote it.
 template <class X, class T> NORMKIT_DEVICE T found_of(const Work& work, const Slab& slab, int row, int column) {
   constexpr int N = kVector<X>, kOnce = joined_columns(N), kMeetings = N / kOnce;
   const LanesTiling& tiling = work.policy.lanes;
@@ -234,12 +241,12 @@ template <class X, class T> NORMKIT_DEVICE T found_of(const Work& work, const Sl
   return Found<T>(work, memory)[(meeting * tiling.width + slot) * kOnce + e % kOnce];
 }
 
-/// What is known of a team's statistics, as a K, in the shared memory of each of its blocks.
+/// What is known of one of a team's statistics, as a K. Each block of the team has a copy in its shared memory.
 template <class K> NORMKIT_DEVICE K known_in_team(const Work& work, std::int64_t place) {
   return reinterpret_cast<const K*>(shared_memory() + work.policy.lanes.known_at)[place];
 }
 
-/// The columns of a strand, as known_in_team() wants their statistics.
+/// Goes through the columns of a strand, and gives the place of each one's statistic for known_in_team().
 template <class X> NORMKIT_DEVICE Cycle columns_in_team(const Work& work, const Slab& slab, const Strand& s) {
   const std::int64_t outer = s.at.o - quotient(slab.row, work.policy.lanes.tiles);
   return Cycle(outer * slab.columns + (s.at.i - slab.first), work.task.geometry.run, kAllBytes);
@@ -263,8 +270,8 @@ template <class F> NORMKIT_DEVICE void for_statistics(const Work& work, const Sl
   }
 }
 
-/// Has each statistic of a team solved by one of its blocks, which tells all: solve(r, meeting, found) makes a K of what they
-/// found, found(unit, tile). All threads of the team come here.
+/// Has each statistic of a team solved by one of its blocks, which tells all blocks: solve(r, meeting, found) makes a K
+/// of what the tiles found, found(unit, tile). All threads of the team come here.
 template <class X, class T, class K, class Solve>
 NORMKIT_DEVICE void solve_team(const Work& work, Solve solve) {
   const Slab slab = own_slab<X>(work);
@@ -282,14 +289,14 @@ NORMKIT_DEVICE void solve_team(const Work& work, Solve solve) {
   meet_team(blocks);  // no block leaves before all have read what it found
 }
 
-/// Where the partial result of a column of a tile belongs.
+/// The index of the partial result of column e of a strand's tile.
 NORMKIT_DEVICE std::int64_t partial_index(const Work& work, const Strand& s, int e) {
   return (s.at.o * work.policy.lanes.tiles + s.tile) * work.task.geometry.columns() + s.at.i + e;
 }
 
 // ---- forward -----------------------------------------------------------------------------------------------------
 
-/// One column of a strand again, in double and in two passes, about a member of it.
+/// The moments of one column of a strand, taken again in double and in two passes, about a member of it.
 template <class X>
 NORMKIT_DEVICE Moments careful_strand(const Task& t, const Strand& s, int e, double first, double n) {
   double pivot = t.centered ? first : 0;
@@ -311,7 +318,8 @@ NORMKIT_DEVICE Moments careful_strand(const Task& t, const Strand& s, int e, dou
   }
 }
 
-/// The parameters of the columns of a strand. Who reads them turns them once round.
+/// The parameters of the columns of a strand. A reader takes the first, which moves behind the others, and so goes once
+/// round.
 template <class S, int N> struct ColumnParameters {
   S weight[N], bias[N];
 
@@ -409,7 +417,7 @@ template <class X, Special kSpecial> struct LanesForward {
   }
 
  private:
-  /// Calls f(place, j, x). `forms`: where it is not held, x is still to be made of a sum.
+  /// Calls f(place, j, x) for the places of a strand. `forms`: an x that is not held is still to be formed from a sum.
   template <class F>
   NORMKIT_DEVICE static void for_x(const Work& work, const Strand& s, int round, bool forms, F f) {
     const Task& t = work.task;
@@ -424,7 +432,7 @@ template <class X, Special kSpecial> struct LanesForward {
     });
   }
 
-  /// About the first member of each column. A strand is short: its sums need no more care than that.
+  /// Sums about the first member of each column. A strand is short: its sums need no more care than that.
   NORMKIT_DEVICE static void sum(const Work& work, int round) {
     using S = ComputeOf<X>;
     constexpr int N = kVector<X>;
@@ -468,8 +476,8 @@ template <class X, Special kSpecial> struct LanesForward {
 
 // ---- backward ----------------------------------------------------------------------------------------------------
 
-/// Stage::all: sums, then dx. Stage::sums: those of every column of every tile. Stage::rest: dx, of statistics that are solved.
-/// kSpecial: what special_of() says.
+/// Stage::all: sums, then dx. Stage::sums: the sums of every column of every tile. Stage::rest: dx, of statistics that
+/// are solved. kSpecial: what special_of() says.
 template <class X, Special kSpecial> struct LanesBackward {
   static constexpr const char* kName = "LanesBackward";
   static constexpr int kBlocks = kSpecial == Special::none ? 2 : 1;
@@ -512,7 +520,7 @@ template <class X, Special kSpecial> struct LanesBackward {
   }
 
  private:
-  /// Calls f(place, j, x, dy).
+  /// Calls f(place, j, x, dy) for the places of a strand.
   template <class F> NORMKIT_DEVICE static void for_pairs(const Work& work, const Strand& s, int round, F f) {
     const Slots<X> x = held_of<X, kPairSlots>(work, round, 0), dy = held_of<X, kPairSlots>(work, round, 1);
     const Column<X> x_from(work.task.x, s), dy_from(work.task.dy, s);

@@ -1,4 +1,4 @@
-// From a job to a sequence of kernels on a stream: workspace, tilings, order.
+// Makes of a job a sequence of kernels on a stream: workspace, tilings, order.
 #include "cuda.hpp"
 
 #include "finish.cuh"
@@ -55,7 +55,7 @@ struct Carver {
 
 std::byte* bytes(double* p) { return reinterpret_cast<std::byte*>(p); }
 
-/// Given statistics as two arrays of doubles.
+/// The Given that reads statistics from two arrays of doubles.
 Given given_by(double* mean, double* scale, std::int64_t stride, std::int64_t count, bool is_variance) {
   return {bytes(mean), bytes(scale), Dtype::float64, Dtype::float64, stride, count, is_variance};
 }
@@ -74,7 +74,8 @@ bool begins_whole(const Operand& a, const Work& work) {
 
 bool is_whole(const Param& p) { return reinterpret_cast<std::uintptr_t>(p.data) % kVectorBytes == 0; }
 
-/// What both directions share. `pieces`: as policy_for() has it.
+/// The work of one task, as far as it does not depend on its direction. `pieces`: parameters change within a run, as in
+/// policy_for().
 Work work_for(const Task& t, Direction direction, bool pieces) {
   const Geometry& g = t.geometry;
   Work work;
@@ -130,7 +131,7 @@ ForwardSpace carve_forward(Carver& carver, const Job& job, Work& work) {
   return space;
 }
 
-/// Statistics that are given as running ones.
+/// Has a task read its statistics from running statistics.
 void use_running(Task& t, const Running& r, double* dense, Stream stream) {
   if (dense) {
     launch(ReadRunning{r, dense}, grid_for_items(r.count, 1), stream);
@@ -141,7 +142,8 @@ void use_running(Task& t, const Running& r, double* dense, Stream stream) {
   if (t.mean || t.rstd) launch_for<CopyGiven>(t, grid_for_items(t.geometry.statistics(), 1), stream, t);
 }
 
-/// Statistics and y in one launch by teams, else in three: moments of all tiles, statistics, y.
+/// Enqueues forward: statistics and y in one launch by teams, else in three launches: moments of all tiles, statistics,
+/// y.
 void run_forward(const Kernels& kernels, Work& work, int device, Stream stream) {
   Task& t = work.task;
   const std::int64_t statistics = t.geometry.statistics();
@@ -167,21 +169,21 @@ bool has_own_sums(ParamKind kind) {
   return kind == ParamKind::statistic || kind == ParamKind::piece || kind == ParamKind::column;
 }
 
-/// True where anybody needs the sums of a statistic: frozen ones leave none in dx.
+/// True where anybody needs the sums of a statistic: a frozen statistic has no part in dx.
 bool needs_sums(const Task& t) {
   const bool follows = t.dx.data || t.kind == ParamKind::row || t.kind == ParamKind::element;
   return t.phase != Phase::apply && (has_own_sums(t.kind) || t.phase == Phase::reduce || (!t.frozen && follows));
 }
 
-/// True where the parameters are constant over pieces of a run. Asked of the geometry, whatever gradients are wanted: the bits of
-/// dx must not depend on that.
+/// True where the parameters are constant over pieces of a run. It follows from the geometry, whatever gradients are
+/// wanted: the bits of dx must not depend on these.
 bool has_pieces(const Task& t) {
   const Geometry& g = t.geometry;
   return t.traversal == Traversal::runs && !constant_in_statistic(g) && g.params.stride > 1 && g.steps == 1 &&
          g.run % g.params.stride == 0;
 }
 
-/// Doubles of what row groups leave, where nobody joins their blocks.
+/// Doubles that the sums of all row groups take, where nobody joins the blocks of a group.
 std::int64_t row_doubles(const Work& work) {
   const Task& t = work.task;
   const std::int64_t sums = work.policy.row_blocks(t.geometry) * 2 * t.geometry.run;
@@ -199,8 +201,9 @@ void carve_backward(Carver& carver, Work& work) {
   else if (dparam_units(t.geometry, t.kind)) t.dparams = carver.take(2 * dparam_units(t.geometry, t.kind));
 }
 
-/// Sums, dx and the sums of rows that share parameters in one launch by teams, else in three or four: sums of all tiles, statistics,
-/// the sums of rows, for which x and dy must be as they were, then dx, which may lie over them.
+/// Enqueues backward: sums, dx and the sums of rows that share parameters in one launch by teams, else in three or four
+/// launches: sums of all tiles, statistics, the sums of rows, for which x and dy must be as they were, then dx, which
+/// may lie over x or dy.
 void run_backward(const Kernels& kernels, Work& work, int device, Stream stream) {
   const Task& t = work.task;
   const bool by_rows = t.kind == ParamKind::row && t.phase != Phase::reduce;
@@ -219,7 +222,7 @@ void run_backward(const Kernels& kernels, Work& work, int device, Stream stream)
   if (t.dx.data || t.kind == ParamKind::element) kernels.run(work, stream);
 }
 
-/// Which units share a parameter, within an outer index where these have parameters of their own.
+/// The units that share a parameter; within an outer index where outer indices have parameters of their own.
 Share share_of(const Geometry& g, ParamKind kind, std::int64_t units) {
   const ParamMap& p = g.params;
   Share share{1, p.count, 1};

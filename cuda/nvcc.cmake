@@ -10,5 +10,5 @@ set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
-# As on the CPU, a fused multiply-add happens where mul_add is written. GPUs are compiled for side by side.
+# A fused multiply-add happens where mul_add is written, as on the CPU. nvcc compiles for several GPUs side by side.
 set(normkit_nvcc_options --fmad=false --expt-relaxed-constexpr --compress-mode=size --threads=0 -Xcompiler=-Wall)

@@ -24,27 +24,29 @@ inline constexpr int kVectorBytes = 16;  // the widest load
 constexpr int vector_for(int element_bytes) { return kVectorBytes / element_bytes; }
 inline constexpr int kBlockThreads = 256;
 inline constexpr int kWarp = 32;
-/// Vectors that a block holds of each array, one (x) or two (x and dy), without the shared memory that a GPU gives to those who
-/// ask: 44 KB and 40 KB in all. A block of an H200 has three others beside it.
+/// Vectors that a block holds of each of one array (x) or two (x and dy), in the shared memory that every GPU gives a
+/// block without being asked: 44 KB and 40 KB in all. On an H200 four such blocks share a multiprocessor.
 constexpr int held_vectors(int arrays) { return (arrays == 1 ? 11 : 5) * kBlockThreads; }
-/// Where a statistic is larger: smaller tiles, of 32 KB in all, so that more of them are on their way.
+/// Vectors of a tile where a statistic is larger than that. Such tiles are smaller, 32 KB in all, so that more are on
+/// their way.
 constexpr int tile_vectors(int arrays) { return 2048 / arrays; }
-/// Where they walk down columns, threads have so many vectors of each array on their way.
+/// Vectors of each array that a thread has on their way when it walks down columns: of one array, and of each of two.
 inline constexpr int kSingleSlots = 8, kPairSlots = 4;
 inline constexpr int kStreamBytes = kSingleSlots * kBlockThreads * kVectorBytes;  // pairs take as many
 static_assert(2 * kPairSlots == kSingleSlots);
 
 // ---- tiles: the tree ---------------------------------------------------------------------------------------------
 
-/// Tiles of a statistic in the runs traversal: `rows` steps of one run each, or a part of one run.
+/// How a statistic is cut into tiles in the runs traversal. A tile is `rows` steps of one run each, or a part of one
+/// run.
 struct Tiling {
   int group = 1, shift = 0;  // threads of a tile, 2^shift
   int rows = 1;
   int width = 1;  // elements of each row
-  std::int64_t per_run = 1;  // tiles in a run; where it is more than one, rows is one
+  std::int64_t per_run = 1;  // tiles in a run; where there are several, `rows` is one
   std::int64_t tiles = 1;
 
-  /// Vectors of a tile that one thread holds at most.
+  /// The most vectors of a tile that one thread holds.
   constexpr int held(int vector) const { return static_cast<int>(ceil_div(rows * ceil_div(width, vector), group)); }
 };
 
@@ -54,8 +56,9 @@ constexpr int power_of_two_from(std::int64_t n) {
   return power;
 }
 
-/// Threads of a tile of so many vectors: up to eight vectors each, so that what a thread does once is shared by as many, and four
-/// where eight threads are enough for them, since these read neighbors; more vectors where a block is not enough.
+/// Threads of a tile of so many vectors. A thread takes up to eight vectors, so that what it does once serves many of
+/// them; four where eight threads are enough for the tile, since these read neighbors; more than eight where a block is
+/// not enough.
 constexpr int group_for(std::int64_t vectors) {
   if (vectors >= 8 * kBlockThreads) return kBlockThreads;
   return power_of_two_from(vectors <= 32 ? ceil_div(vectors, 4) : vectors <= 64 ? 8 : ceil_div(vectors, 8));
@@ -86,40 +89,41 @@ constexpr Tiling tiling_for(std::int64_t steps, std::int64_t run, int element_by
 // The lanes traversal: 16 strands of every sixteenth step, 16 steps long, for each column.
 inline constexpr int kStrands = 16, kStrandSteps = 16;
 inline constexpr int kTileSteps = kStrands * kStrandSteps;
-/// Vectors of columns that a block takes side by side, of one tile, or where they are few, of several: at most, and at least, where
-/// there are so many: 64 bytes are what memory reads at once.
+/// The most vectors of columns that a block takes side by side, of one tile or, where a row has few, of several tiles;
+/// and the least where a row has that many: they are 64 bytes, which memory reads at once.
 inline constexpr int kSlots = 16, kLeastSlots = 4;
 /// Columns of a vector whose strands meet at once.
 constexpr int joined_columns(int vector) { return vector < 4 ? vector : 4; }
 
-/// Rows are the tiles of one outer index after another.
+/// How the lanes traversal is cut into tiles and blocks. Its rows are the tiles of one outer index after another.
 struct LanesTiling {
-  std::int64_t tiles = 1;  // of kTileSteps
-  int steps = kStrandSteps;  // of the longest strand
+  std::int64_t tiles = 1;  // tiles of an outer index, of kTileSteps steps each
+  int steps = kStrandSteps;  // steps of the longest strand
 
   // The schedule.
   int width = kSlots;  // vectors side by side in a block, a power of two
-  int slots = 1;  // of them, of one row, of which the first and the last may be parts
-  std::int64_t columns = 1;  // that they hold
-  std::int64_t slabs = 1;  // of so many columns, in a row
-  std::int64_t rows = 1;  // of a team, or of a block that is alone
-  int abreast = 1;  // of them, side by side in a block
-  int rounds = 1;  // in which a block takes what it has
-  bool holds = false;  // teams hold all of it, and read it once
-  /// Bytes of shared memory before what strands found (the counts of it come first), before what is known of statistics, and before
-  /// what is held or passes by.
+  int slots = 1;  // vectors of one row in a block, of which the first and the last may be parts of vectors
+  std::int64_t columns = 1;  // columns in these slots, which are a slab
+  std::int64_t slabs = 1;  // slabs of a row
+  std::int64_t rows = 1;  // rows of a team, or of a block that is alone
+  int abreast = 1;  // rows side by side in a block
+  int rounds = 1;  // rounds in which a block takes its rows, `abreast` of them in each
+  bool holds = false;  // teams hold all that they work on, and read it once
+  /// Where parts of a block's shared memory begin, in bytes: what strands found (its counts lie before it), what is
+  /// known of statistics, and the vectors that are held or pass by.
   int found_at = 0, known_at = 0, held_at = 0;
 
   /// Rows that a block has.
   constexpr int own_rows() const { return rounds * abreast; }
   constexpr int threads() const { return kStrands * width; }
   constexpr std::int64_t teams(std::int64_t outer) const { return ceil_div(outer * tiles, rows) * slabs; }
-  /// Bytes of an array that a block holds of a round.
+  /// Bytes that a block holds of one array in one round.
   constexpr int round_bytes() const { return steps * threads() * kVectorBytes; }
 };
 
-/// Columns of a slab of `widest` slots: the most whole runs that fill slots of whole vectors; or that fit them, wherever they begin;
-/// or all that there is room for.
+/// Columns of a slab of at most `widest` slots: the most whole runs that fill slots of whole vectors; else the most
+/// whole runs that fit the slots wherever they begin; else, where not even one run fits, all columns that there is room
+/// for.
 constexpr std::int64_t slab_columns_for(std::int64_t run, int vector, int widest) {
   for (int slots = widest; slots > 0; --slots)
     if (slots * vector % run == 0) return slots * vector;
@@ -142,22 +146,23 @@ constexpr LanesTiling lanes_tiling_for(std::int64_t steps, std::int64_t columns,
 
 // ---- schedule ----------------------------------------------------------------------------------------------------
 
-/// Who holds a whole statistic between them, so that it is read once: one block, with one tile or several, or the blocks of a
-/// cluster; a tile may belong to fewer threads than a block. No blocks: nobody; tiles are summed in one launch and applied in
-/// another.
+/// The blocks that hold a whole statistic between them, so that it is read once: one block, with one tile or several,
+/// or the blocks of a cluster; a tile may belong to fewer threads than a block. Where there are no blocks, there is no
+/// team: tiles are summed in one launch and applied in another.
 struct Team {
   int blocks = 0;
-  int tiles = 0;  // that each block holds
+  int tiles = 0;  // tiles that each block holds
 
   constexpr bool exists() const { return blocks > 0; }
 };
 
-/// What every GPU gives a block without being asked.
+/// Bytes of shared memory that every GPU gives a block without being asked.
 inline constexpr int kFreeSharedBytes = 48 << 10;
-/// Blocks of a cluster that every GPU with clusters can have, and that some can.
+/// The most blocks of a cluster on every GPU that has clusters, and on some.
 inline constexpr int kPortableCluster = 8, kMostClusterBlocks = 16;
 
-/// What a device gives those who ask: shared memory of a block, and clusters of so many blocks that have as much; 1: none.
+/// What a device gives a kernel that asks for it: bytes of shared memory for each block; the most blocks of a cluster
+/// in which each has so much, 1 where there are no clusters; and its number of multiprocessors.
 struct Room {
   std::int32_t shared_bytes = 0;
   std::int16_t cluster = 0, processors = 0;
@@ -167,20 +172,21 @@ inline constexpr Room kPlainRoom{kFreeSharedBytes, 1, 132};
 /// Shared memory that a block keeps for what its warps tell each other: 8 values of up to 64 bytes; and for what each tile of a
 /// team found.
 inline constexpr int kGroupBytes = 512, kPostBytes = 32;
-/// Tiles of a team: each block of it knows what all of them found.
+/// The most tiles of a team, each of whose blocks has room for what all of its tiles found.
 inline constexpr int kMostTeamTiles = 256;
 constexpr int head_bytes(std::int64_t posts) { return kGroupBytes + static_cast<int>(posts) * kPostBytes; }
 
-/// Blocks of a team, and bytes that each holds, from the best on. With 64 KB to a block three share a multiprocessor of an H200, with
-/// 96 KB two do, and each loads while another reduces; clusters of more than eight are harder to place.
+/// The most blocks of a team, and the most bytes that each holds, the best limit first. With 64 KB to a block three
+/// blocks share a multiprocessor of an H200, with 96 KB two do, and each loads while another reduces; clusters of more
+/// than eight are harder to place.
 struct Limit { int blocks, bytes; };
 inline constexpr int kAllBytes = 1 << 30;
 inline constexpr Limit kLimits[] = {{kPortableCluster, 64 << 10},   {kPortableCluster, 96 << 10},
                                     {kMostClusterBlocks, 64 << 10}, {kMostClusterBlocks, 96 << 10},
                                     {kPortableCluster, kAllBytes},  {kMostClusterBlocks, kAllBytes}};
 
-/// The team of a statistic of so many tiles, of which a block has room for `most` and takes `abreast` side by side. Few statistics
-/// are spread over more blocks, until there are eight to each multiprocessor.
+/// The team of a statistic of so many tiles, of which a block has room for `most` and takes `abreast` side by side.
+/// Where statistics are few, each is spread over more blocks, until there are eight blocks to each multiprocessor.
 constexpr Team team_within(Limit limit, std::int64_t tiles, std::int64_t statistics, int most, int abreast, Room room) {
   const int blocks_at_most = limit.blocks < room.cluster ? limit.blocks : room.cluster;
   Team team;
@@ -194,7 +200,8 @@ constexpr Team team_within(Limit limit, std::int64_t tiles, std::int64_t statist
   return team;
 }
 
-/// The best team where a tile has tile_bytes; it has `boards` of what its tiles post.
+/// The best team for tiles of tile_bytes. Each of its blocks has `boards` boards, on which all tiles of the team post
+/// what they found.
 constexpr Team team_for(std::int64_t tiles, std::int64_t statistics, int tile_bytes, int abreast, Room room,
                         int boards) {
   if (tiles > kMostTeamTiles) return {};
@@ -207,25 +214,27 @@ constexpr Team team_for(std::int64_t tiles, std::int64_t statistics, int tile_by
   return {};
 }
 
-/// Blocks that a launch may have; one of more is refused. Each has 32 elements or more, so that an array must have 2^36 to come
-/// there, and mostly has a hundred times as many.
+/// The most blocks of a launch; a launch of more is refused. A block has 32 elements or more, so that it takes an array
+/// of 2^36 elements to come there, and mostly of a hundred times as many.
 inline constexpr std::int64_t kMostBlocks = 0x7fffffff;
 
 enum class Direction : std::uint8_t { forward, backward };
 
-/// Which part of a traversal a launch is: all of it by teams, or the sums of every tile, or what is left when statistics are
-/// known.
+/// The part of a traversal that a launch is: all of it, by teams; or the sums of every tile; or the rest of the work,
+/// when statistics are known.
 enum class Stage : std::uint8_t { all, sums, rest };
 
-/// Rows whose gradients of parameters, one of each for every element of a run, become one pair for each: `blocks` blocks or teams
-/// take `turns` rows with each of their groups. All that is part of the tree.
+/// Groups of rows that share parameters, one for each element of a run. The terms of dweight and dbias of all rows of a
+/// group become one pair for each element: `blocks` blocks or teams take the group, `turns` rows with each of their
+/// groups of threads. All that is part of the tree.
 struct RowGroups {
-  std::int64_t rows = 1, count = 1;  // that share their parameters, and how many groups they are
+  std::int64_t rows = 1, count = 1;  // rows that share their parameters, and groups of rows that they make
   int blocks = 1, turns = 1;
 };
 
-/// Row groups are many enough to keep an H200 busy, and have so many rows that what is written and read for a group is less than a
-/// twentieth of all bytes: 64 rows of halves, 32 of floats. No more than 64 rows are summed one after another.
+/// The row groups of rows that share parameters. There are enough groups to keep an H200 busy, and each has so many
+/// rows that what is written and read for a group is less than a twentieth of all bytes: 64 rows of halves, 32 of
+/// floats. No more than 64 rows are summed one after another.
 inline constexpr int kMostRowBlocks = 4;
 constexpr RowGroups row_groups_for(std::int64_t rows, std::int64_t tiles, int abreast, int element_bytes) {
   const std::int64_t all = ceil_div(rows, abreast), blocks = tiles <= 2 ? kMostRowBlocks : tiles <= 4 ? 2 : 1;
@@ -239,31 +248,32 @@ constexpr RowGroups row_groups_for(std::int64_t rows, std::int64_t tiles, int ab
   return r;
 }
 
-/// How one task is gone about. A unit is what is summed for itself: a statistic, or where gradients of parameters are summed,
-/// what shares one of them: a piece of its run (runs) or a column (lanes; there always).
+/// How one task is done. A unit is a set of elements that has sums of its own: a statistic; or in the runs traversal,
+/// where parameters change within a run, a piece of the run that shares one; in the lanes traversal always a column.
 struct Policy {
   Traversal traversal = Traversal::runs;
   Direction direction = Direction::forward;
   int element_bytes = 4;
-  std::int64_t units = 1;  // in a statistic
+  std::int64_t units = 1;  // units of a statistic
   std::int64_t unit_run = 1;  // elements of a unit's run
   Tiling runs;
   LanesTiling lanes;
   RowGroups rows;
-  int sharing = 1, meeting = 1;  // threads that put together what the tiles of a unit, and of a statistic, found
+  int sharing = 1, meeting = 1;  // threads that join what the tiles of a unit, and of a statistic, have found
 
   // The schedule.
   Team team;
   bool collects = false;  // teams sum the gradients of parameters of their rows on the way
-  int depth = 1;  // rows of a group that are there or on their way at once
+  int depth = 1;  // rows of a group of threads that are there or on their way at once
   bool joins_rows = false;  // the blocks of a row group are a cluster, and leave one pair for all of them
 
   constexpr std::int64_t tiles() const { return traversal == Traversal::lanes ? lanes.tiles : runs.tiles; }
   /// Tiles of a statistic.
   constexpr std::int64_t parts() const { return units * tiles(); }
-  /// What backward holds: x and dy.
+  /// Arrays that are held: x, and in backward dy too.
   constexpr int arrays() const { return direction == Direction::backward ? 2 : 1; }
-  /// Threads of a block, and tiles that its groups take side by side: as many as there are, where a team has them.
+  /// Threads of a block. Its groups() take one tile each, side by side: no more of them than there are tiles, where a
+  /// team has these.
   constexpr int threads(Stage stage) const {
     if (runs.group > kWarp) return runs.group;
     const int most = kBlockThreads / arrays();  // eight vectors for each thread are 32 KB then
@@ -271,7 +281,7 @@ struct Policy {
     return parts() * runs.group < kWarp ? kWarp : power_of_two_from(parts() * runs.group);
   }
   constexpr int groups(Stage stage) const { return threads(stage) >> runs.shift; }
-  /// Vectors of a tile that each thread has, and the bytes of one such tile for each group of a block.
+  /// The vectors of a tile that each thread has, and the bytes of one tile for each group of a block.
   constexpr int held() const { return runs.held(vector_for(element_bytes)); }
   constexpr int tile_bytes(Stage stage) const { return held() * threads(stage) * kVectorBytes; }
 
@@ -281,9 +291,11 @@ struct Policy {
   constexpr int held_tiles(Stage stage) const {
     return shares(stage) ? static_cast<int>(ceil_div(team.tiles, groups(stage))) : 1;
   }
-  /// Bytes before the tiles. Where rows follow each other, one posts while another is still read.
+  /// Bytes of shared memory before the tiles. Where rows follow each other there are two boards: the tiles of one row
+  /// post while what those of the row before found is still read.
   constexpr int head(Stage stage) const { return head_bytes(shares(stage) ? (collects ? 2 : 1) * parts() : 0); }
-  /// Vectors of sums for each vector of elements, where they are collected: of two floats or doubles for each element.
+  /// Vectors of sums for each vector of elements, where gradients are collected: an element has two sums, floats or
+  /// doubles.
   constexpr int sum_vectors() const { return !collects ? 0 : element_bytes == 2 ? 4 : 2; }
 
   constexpr int shared_bytes(Stage stage) const {
@@ -318,8 +330,9 @@ struct Policy {
   }
 };
 
-/// Where what strands found, and what else a team knows, has its place. Pairs of strands meet, joined_columns() of each vector at a
-/// time; what they found stays, in front of the next that meet. When all have met, statistics take the place behind it.
+/// Lays out the shared memory of a block for what strands found and for what a team knows. Pairs of strands meet,
+/// joined_columns() of each vector at a time; the results stay, in front of what is found by the next that meet. When
+/// all have met, statistics take the place behind the results.
 constexpr void lay_out(Policy& p) {
   LanesTiling& t = p.lanes;
   const int vector = vector_for(p.element_bytes), joined = joined_columns(vector), columns = t.width * joined;
@@ -327,14 +340,15 @@ constexpr void lay_out(Policy& p) {
   const std::int64_t outers = t.rows < t.tiles ? 1 : t.rows / t.tiles;
   const auto statistics = static_cast<int>(outers * (t.columns / p.units));
   const bool backward = p.direction == Direction::backward;
-  const int found_bytes = backward ? 24 : 16, known_bytes = backward ? 32 : 16;  // a count apart
+  const int found_bytes = backward ? 24 : 16, known_bytes = backward ? 32 : 16;  // without counts, which lie apart
   const auto whole = [](int bytes) { return (bytes + kVectorBytes - 1) / kVectorBytes * kVectorBytes; };
   t.found_at = whole(2 * entries), t.known_at = t.found_at + whole(found_bytes * results);
   const int found_end = t.found_at + found_bytes * entries, known_end = t.known_at + known_bytes * statistics;
   t.held_at = whole(found_end > known_end ? found_end : known_end);
 }
 
-/// The tree. `pieces`: parameters change within a run, and each piece of it is a unit.
+/// The policy of a task, but for its schedule: the tree. `pieces`: parameters change within a run, and each piece of it
+/// is a unit.
 constexpr Policy policy_for(const Geometry& g, Traversal traversal, int element_bytes, Direction direction,
                             bool pieces) {
   Policy p;
@@ -357,14 +371,14 @@ constexpr Policy policy_for(const Geometry& g, Traversal traversal, int element_
   return p;
 }
 
-/// True where a block, or fewer threads, have all of a statistic, on every GPU.
+/// True where a block, or fewer threads, has all of a statistic, on every GPU.
 constexpr bool is_alone(const Policy& p, const Geometry& g) {
   if (p.traversal == Traversal::runs) return p.parts() == 1;
   return p.lanes.tiles == 1 && (p.lanes.slabs == 1 || p.lanes.columns % g.run == 0);
 }
 
-/// Has teams collect, if there is room for sums beside the rows: two rows at once, then more, where blocks that share a
-/// multiprocessor leave room for them.
+/// Has teams collect the gradients of parameters of their rows, and returns true, if there is room for sums beside the
+/// rows: two rows at once, then more, where blocks that share a multiprocessor leave room for them.
 constexpr bool settle_rows(Policy& p, const Geometry& g, Room room) {
   p.collects = true;
   const int bytes = p.tile_bytes(Stage::all);
@@ -430,7 +444,8 @@ constexpr void settle_lanes(Policy& p, const Geometry& g, Room room) {
   if (is_alone(p, g)) p.team = {1, apart.own_rows()};
 }
 
-/// The schedule: who holds whole statistics, in the room that there is. `collects`: gradients of parameters are summed over rows.
+/// Settles the schedule: who holds whole statistics, in the room that there is. `collects`: gradients of parameters are
+/// summed over rows.
 constexpr void settle(Policy& p, const Geometry& g, Room room, bool collects) {
   p.team = {};
   if (p.traversal == Traversal::lanes) return settle_lanes(p, g, room);

@@ -40,12 +40,12 @@ struct Turn {
   std::int64_t statistic, end, o, lane, first;  // no statistic from `end` on is a row of the group
   int apart, count;
 
-  /// Of its first tile, among all.
+  /// The index of the first tile of the turn, among all tiles.
   NORMKIT_DEVICE std::int64_t index(const Work& work) const { return statistic * work.shape.parts + first; }
   NORMKIT_DEVICE void locate(const Geometry& g) {
     o = g.outer == 1 ? 0 : quotient(statistic, g.lanes), lane = statistic - o * g.lanes;
   }
-  /// The same of the row that the group takes `turns` later, where rows follow each other.
+  /// The Turn of the row that the group takes `turns` later, where rows follow each other.
   NORMKIT_DEVICE Turn after(const Work& work, int turns) const {
     Turn turn = *this;
     if (!work.policy.collects) return turn;
@@ -61,8 +61,8 @@ NORMKIT_DEVICE int team_rank(const Work& work) {
   return kHasClusters && work.policy.team.blocks > 1 ? cluster_rank() % work.policy.team.blocks : 0;
 }
 
-/// What is left when statistics are known goes backwards, since what was summed last is still in the cache. Where rows follow each
-/// other, the first.
+/// The tiles that this group has; where rows follow each other, those of its first row. Stage::rest goes backwards,
+/// since what was summed last is still in the cache.
 NORMKIT_DEVICE Turn own_turn(const Work& work, Group group) {
   const Policy& policy = work.policy;
   const std::int64_t parts = work.shape.parts;
@@ -147,7 +147,7 @@ template <class X, class F> NORMKIT_DEVICE void for_own(const Work& work, const 
     f(k, place_of<X>(work, t, c));
 }
 
-/// The same, and where each vector lies in array `a`.
+/// Calls f(k, place, address) for this thread's vectors of a tile, where `address` is the vector's in array `a`.
 template <class X, class F>
 NORMKIT_DEVICE void for_own(const Work& work, const Tile& t, Group group, const Operand& a, F f) {
   const std::int64_t step = a.strides.step;
@@ -170,15 +170,15 @@ NORMKIT_DEVICE void for_own(const Work& work, const Tile& t, Group group, const 
 
 // ---- what is held ------------------------------------------------------------------------------------------------
 
-/// A tile of an array in shared memory. A thread works on its own vectors; where rows do not begin with whole ones, its group
-/// brings them element by element, neighbors by neighbors, and takes them away so too.
+/// A tile of an array in shared memory. A thread works on its own vectors; where rows do not begin with whole vectors,
+/// its group brings the tile element by element, neighboring threads neighboring elements, and takes it away so too.
 template <class X> struct Held {
   Slots<X> slots;
   int shift;  // 2^shift threads of the group
 
   NORMKIT_DEVICE Held(const Work& work, int place)
       : slots(shared_memory() + work.shape.head, place, work.shape.held), shift(work.policy.runs.shift) {}
-  /// A copy: a reference would be read word by word.
+  /// Vector k of this thread, as a copy: a reference would be read word by word.
   NORMKIT_DEVICE Vector<X> operator[](int k) const { return slots[k]; }
   NORMKIT_DEVICE void put(int k, const Vector<X>& v) const { slots[k] = v; }
 
@@ -190,20 +190,20 @@ template <class X> struct Held {
     for_elements(tile, group, a, [](X* here, X* there) { fetch_element(here, there); });
   }
 
-  /// Takes away what the group has written, all of it.
+  /// Copies the whole tile, which the group has written, to array `a`.
   NORMKIT_DEVICE void take_away(const Tile& tile, Group group, const Operand& a) const {
     group.sync();
     for_elements(tile, group, a, [](X* here, X* there) { *there = *here; });
   }
 
  private:
-  /// Where an element lies: in a vector of some thread of the group.
+  /// The address of an element, which lies in a vector of some thread of the group.
   NORMKIT_DEVICE X* address(const Tile& tile, Group group, const Cursor& c) const {
     const int v = c.row * tile.own.columns + c.column / kVector<X>, k = v >> shift;
     const int vectors = k * block_threads() + (v - (k << shift)) - group.rank;
     return at<X>(slots.first, vectors * kVector<X> + c.column % kVector<X>);
   }
-  /// Calls f(here, there) for the elements that this thread moves.
+  /// Calls f(address in shared memory, address in `a`) for the elements that this thread moves.
   template <class F> NORMKIT_DEVICE void for_elements(const Tile& tile, Group group, const Operand& a, F f) const {
     X* const first = at<X>(a, tile.at);
     Cursor c = Cursor::of(group.rank, group.size, tile.width, tile.rows == 1);
@@ -211,7 +211,7 @@ template <class X> struct Held {
     for (int e = group.rank; e < tile.rows * tile.width + NORMKIT_PLANTED(long_tail); e += group.size, c.next())
       f(address(tile, group, c), first + (c.row * a.strides.step + c.column));
   }
-  /// Elements that are not copied aside, eight on their way at a time.
+  /// Brings elements that cannot be copied past the registers, eight at a time.
   NORMKIT_DEVICE void fetch_in_turns(const Tile& tile, Group group, const Operand& a) const {
     constexpr int kTurn = 8;
     const X* const first = at<X>(a, tile.at);
@@ -230,8 +230,8 @@ template <class X> struct Held {
   }
 };
 
-/// Waits until all but the last n tiles that a group has fetched are there: each thread for its own, or, where others have brought
-/// it, for them.
+/// Waits until all but the last n tiles that a group has fetched are there. Each thread waits for its own copies, and
+/// where other threads have brought its vectors, for the group.
 NORMKIT_DEVICE void wait_for_tiles(Group group, int n, bool own) {
   if (!NORMKIT_PLANTED(missing_wait)) wait_for_all_but(n + (n > 0 && NORMKIT_PLANTED(early_tile)));
   if (!own && !NORMKIT_PLANTED(missing_group_barrier)) group.sync();
@@ -241,13 +241,13 @@ NORMKIT_DEVICE void wait_for_tiles(Group group, int n, bool own) {
 
 struct PivotSums { double sum, squares; };
 NORMKIT_DEVICE PivotSums operator+(PivotSums a, PivotSums b) { return {a.sum + b.sum, a.squares + b.squares}; }
-/// The same, and how many members differ from the first.
+/// PivotSums, and how many members differ from the first.
 struct CarefulSums { double sum, squares, others; };
 NORMKIT_DEVICE CarefulSums operator+(CarefulSums a, CarefulSums b) {
   return {a.sum + b.sum, a.squares + b.squares, a.others + b.others};
 }
 
-/// A member of a tile: the first of the thread that has one and comes first; and how many members there are.
+/// A member of a tile, which is the first member of the first thread that has any; and how many members the tile has.
 struct FirstMember { double value, n; };
 
 /// A tile that is held, as far as its moments are concerned.
@@ -288,7 +288,7 @@ template <class X> struct HeldTile {
     });
   }
 
-  /// f(sums about the pivot): in the compute type, over threads in double.
+  /// f(sums about the pivot). A thread sums in the compute type; the sums of threads are added up in double.
   template <class F> NORMKIT_DEVICE auto sums_about(ComputeOf<X> pivot, F f) const {
     using S = ComputeOf<X>;
     S sum = 0, squares = 0;
@@ -300,7 +300,8 @@ template <class X> struct HeldTile {
     return all_join<true>(group, PivotSums{static_cast<double>(sum), static_cast<double>(squares)}, add, f);
   }
 
-  /// For data that defeats the pivot: all equal, or once more in double and in two passes.
+  /// The moments of data that defeats the pivot: all members are equal, or they are summed once more in double and in
+  /// two passes.
   NORMKIT_DEVICE Moments careful_moments(FirstMember first, bool centered) const {
     double pivot = centered ? first.value : 0;
     NORMKIT_ROLL
@@ -319,7 +320,7 @@ template <class X> struct HeldTile {
     }
   }
 
-  /// What make(moments of the tile) says of them, in all threads of the group; the first warp makes it, if not all do.
+  /// make(moments of the tile), in all threads of the group; the first warp calls it, if not all threads do.
   /// `begin`: the first element of the tile.
   template <class F> NORMKIT_DEVICE auto made_of(ComputeOf<X> begin, F make) const {
     using S = ComputeOf<X>;
@@ -387,7 +388,8 @@ template <class X, Special kSpecial> struct RunsForward {
     Factors<S, 1> factors{};
     if (work.stage == Stage::rest)
       factors = made_once<1>(whole, [&] { return factors_of(given_statistic<S>(t, turn.statistic)); });
-    // From memory, where nobody has to wait for those that bring it. Whoever writes y has met all that read this.
+    // The first element is read from memory, so that nobody waits for the threads that bring it. It is still x where y
+    // lies over x: whoever writes y has met all threads that read this.
     const auto begin_of = [&](int k) -> S {
       if (work.forms_x || k >= turn.count) return 0;
       return value_of(*at<X>(t.x, tile_of<X>(work, group, turn, k).at));
@@ -457,7 +459,7 @@ template <class X> struct RowSums {
     NORMKIT_ROLL
     for (int k = 0; k < all; ++k) slots[k] = zeros<S>();
   }
-  /// Adds those of vector v of tile k of a turn; x_hat_of(e): of its elements.
+  /// Adds the terms of vector v of tile k of a turn; x_hat_of(e) is x_hat of element e of the vector.
   template <class F> NORMKIT_DEVICE void add(int k, int v, F x_hat_of, const S (&dz)[kVector<X>]) const {
     const int first = (k * shape.held + v) * 2 * kVectors;
     NORMKIT_UNROLL
@@ -473,8 +475,9 @@ template <class X> struct RowSums {
     }
   }
 
-  /// Leaves one pair for each element of the tiles of a turn: first each block joins its groups, then, where the blocks of the row
-  /// group are a cluster, some of it joins the blocks. All threads of the block come here, and of such a cluster.
+  /// Leaves one pair for each element of the tiles of a turn. First each block joins its groups; then, where the blocks
+  /// of the row group are a cluster, each block joins a part of the pairs over all blocks. All threads of the block
+  /// come here, and all of such a cluster.
   NORMKIT_DEVICE void leave(const Work& work, Group group, const Turn& turn) const {
     const int teams = policy.joins_rows ? policy.rows.blocks : 1, blocks = policy.team.blocks;
     const int team = policy.joins_rows ? divided(cluster_rank(), blocks) : 0, rank = cluster_rank() - team * blocks;
@@ -514,7 +517,8 @@ template <class X> struct RowSums {
   /// A vector of sums: slot `slot` of the threads with rank `thread` in their groups, of which n are of elements that exist.
   struct Item { int slot, thread, n; };
 
-  /// Calls f(item, where it goes) for those of the tiles of a turn that fall to this thread, if this is block `part` of `parts`.
+  /// Calls f(item, address that it goes to) for the items of a turn's tiles that fall to this thread, if this is block
+  /// `part` of `parts`.
   template <class Y, class F>
   NORMKIT_DEVICE void for_items(const Work& work, Group group, const Turn& turn, int part, int parts, F f,
                                 S* out) const {
@@ -531,22 +535,23 @@ template <class X> struct RowSums {
       }
     });
   }
-  /// An item of group g of this block.
+  /// The address of an item of group g of this block.
   NORMKIT_DEVICE Vector<S>* own(const Item& item, int g) const {
     const int thread = (g << policy.runs.shift) + item.thread;
     return reinterpret_cast<Vector<S>*>(slots.first +
                                         (item.slot * block_threads() + thread - thread_index()) * kVectorBytes);
   }
-  /// What lies there in the block with that rank in the cluster.
+  /// The address in the shared memory of the block with rank `rank` in the cluster that corresponds to `here` in this
+  /// block's.
   NORMKIT_DEVICE static const Vector<S>* theirs(int rank, const Vector<S>* here) {
     return reinterpret_cast<const Vector<S>*>(peer_memory(rank) +
                                               (reinterpret_cast<const std::byte*>(here) - shared_memory()));
   }
 };
 
-/// Stage::all: sums about the given mean, without the weight where it is constant, then dx. Stage::sums: those of every tile.
-/// Stage::rest: dx, of statistics that are solved, or that need no sums. Where rows follow each other, all that for one after
-/// another, of which the next are on their way.
+/// Stage::all: sums about the given mean, without the weight where it is constant, then dx. Stage::sums: the sums of
+/// every tile. Stage::rest: dx, of statistics that are solved, or that need no sums. Where rows follow each other, a
+/// group does all that for one row after another, while the next rows are on their way.
 /// kSpecial: what special_of() says.
 template <class X, Special kSpecial> struct RunsBackward {
   using S = ComputeOf<X>;
@@ -580,7 +585,7 @@ template <class X, Special kSpecial> struct RunsBackward {
   }
 
  private:
-  /// Where x of tile k of a row lies, and after it dy.
+  /// The first slot of x of tile k of a row; the slots of dy follow.
   NORMKIT_DEVICE static int place_of_tile(const Work& work, int row, int k) {
     return (row * work.shape.held_tiles + k) * 2;
   }
@@ -601,7 +606,7 @@ template <class X, Special kSpecial> struct RunsBackward {
     }
   }
 
-  /// Row j, which has been fetched, as have `depth` - 1 after it.
+  /// Solves row j, and writes its dx. The row has been fetched, as have the `depth` - 1 rows after it.
   NORMKIT_DEVICE static void solve_row(const Work& work, Group group, const Turn& turn, int j, int depth, int blocks) {
     constexpr int N = kVector<X>;
     const Task& t = work.task;
@@ -618,7 +623,7 @@ template <class X, Special kSpecial> struct RunsBackward {
     const RowSums<X> row_sums(work);
     const bool active = t.activation.kind != ActivationKind::none;
     const Group block{thread_index(), block_threads()}, whole = shares ? block : group;
-    // What all threads need of the statistic as it was given, and then of what has become of it.
+    // What all threads need of the statistic as it was given, and of the statistic as it is solved.
     struct Before {
       Statistic<S> s;
       UnitParameters parameters;
@@ -713,7 +718,8 @@ template <class X, Special kSpecial> struct RunsBackward {
   }
 };
 
-/// ParamKind::row where teams do not collect: what they would, from memory, once statistics are solved.
+/// The sums of gradients over row groups, in ParamKind::row, where teams do not collect them: they are taken from
+/// memory, once statistics are solved.
 ///
 ///     thread = one vector of elements of the runs of the rows of one block, which it walks down group by group
 template <class X> struct RowGradients {

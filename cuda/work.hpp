@@ -6,12 +6,12 @@
 
 namespace normkit::cuda {
 
-/// What the policy of the runs traversal comes to in one stage, so that no thread has to divide.
+/// Numbers that follow from the policy of the runs traversal in one stage, so that no thread has to divide.
 struct Shape {
-  std::int64_t parts = 1, all = 1;  // tiles of a statistic, and of all
-  bool shares = false;  // a team has several of a statistic's
-  int groups = 1, held = 1, held_tiles = 1, head = 0;  // as Policy's functions of these names say
-  int steps = 1, columns = 1;  // of a tile that is all of its unit: its rows, and the vectors of each
+  std::int64_t parts = 1, all = 1;  // tiles of one statistic, and of all statistics
+  bool shares = false;  // a team has several tiles of a statistic
+  int groups = 1, held = 1, held_tiles = 1, head = 0;  // what Policy's functions of these names return
+  int steps = 1, columns = 1;  // the rows of a tile that is all of its unit, and the vectors of each row
 
   constexpr static Shape of(const Policy& p, const Geometry& g, Stage stage) {
     Shape s;
@@ -25,34 +25,34 @@ struct Shape {
   }
 };
 
-/// A task, how it is gone about, and which part of it one launch is.
+/// All that a kernel is told: a task, the policy for it, and which part of it this launch is.
 struct Work {
   Task task;
   Policy policy;
   Stage stage = Stage::all;
-  Shape shape;  // of that stage
+  Shape shape;  // the numbers for `stage`
   bool constant = true;  // all elements of a unit share one weight
-  std::int64_t units_per_parameter = 1;  // where it is
-  bool forms_x = false;  // from a sum, or from integers, which become floats when they are read
-  bool elementwise = false;  // backward: gradients of parameters of which every element has its own
-  bool reads_whole = true;  // rows of x and dy, and of what is written, begin with whole vectors
-  bool writes_whole = true;
-  bool all_whole = false;  // so they end, and parameters change between them, or from element to element
-  bool params_whole = false;  // and there are whole vectors of them, one for each element
+  std::int64_t units_per_parameter = 1;  // units that share one weight, where `constant` is true
+  bool forms_x = false;  // x is formed from a sum, or from integers, which become floats when they are read
+  bool elementwise = false;  // backward: every element has parameters of its own, whose gradients are wanted
+  bool reads_whole = true;  // rows of x and dy begin with whole vectors
+  bool writes_whole = true;  // rows of y and dx begin with whole vectors
+  bool all_whole = false;  // rows also end with whole vectors; parameters change between these, or at each element
+  bool params_whole = false;  // all_whole, and parameters, one for each element, lie in whole vectors too
   bool only_whole = false;  // the compiler knows all_whole
   bool summed = true;    // backward: somebody needs the sums
-  double* partials = nullptr;  // of each unit and tile: moments, or what Reduced holds
-  double* solved = nullptr;  // of each statistic: mean and rstd, in backward then b and c, one array each; may be null
+  double* partials = nullptr;  // for each unit and tile: moments, or what Reduced holds
+  double* solved = nullptr;  // for each statistic: mean and rstd, in backward then b and c, one array each; may be null
   ParamGradient dweight, dbias;  // ParamKind::element
 
   constexpr Grid grid() const { return policy.grid(task.geometry, stage); }
 };
 
-/// What kernels are compiled for, of which those that know more have half the code and registers. In the runs traversal these have
-/// nothing but whole vectors; forward, they may have an activation that is_kink().
+/// What kernels are compiled for. A kernel for less than `anything` has half the code and registers; in the runs
+/// traversal it has nothing but whole vectors and, forward, may have an activation that is_kink().
 enum class Special : std::uint8_t {
   anything,
-  along,  // weights that change along a statistic's only run, and nothing else: layer norm; forward, group norm too
+  along,  // weights that change along the only run of a statistic, and nothing else: layer norm; forward, group norm too
   none,  // constant parameters, every element a member, no more arrays than x, dy and what is made of them, and no activation
 };
 
@@ -76,7 +76,7 @@ constexpr Special special_of(const Work& w) {
   return g.steps == 1 && g.outer == 1 && along ? Special::along : Special::anything;
 }
 
-/// The same work, where the compiler sees what it is.
+/// A copy of the work in which the compiler sees what follows from kSpecial, and drops the code for anything else.
 template <Special kSpecial> constexpr Work known_as(Work w) {
   w.only_whole = false;
   if constexpr (kSpecial == Special::anything) return w;
@@ -90,7 +90,7 @@ template <Special kSpecial> constexpr Work known_as(Work w) {
   w.task.where.data = w.task.residual.data = nullptr;
   return w;
 }
-/// The same of the runs traversal.
+/// known_as() for the runs traversal, where less than `anything` means whole vectors as well.
 template <Special kSpecial> constexpr Work known_runs(const Work& given) {
   Work w = known_as<kSpecial>(given);
   w.only_whole = kSpecial != Special::anything;
@@ -102,7 +102,7 @@ struct Kernels {
   /// Enqueues the kernel of the direction and traversal, for the stage that the work is of.
   void (*run)(const Work&, Stream);
   void (*row_gradients)(const Work&, Stream);
-  /// What the device, which is the current one, gives the kernel of the direction and traversal.
+  /// The Room that `device`, which is the current one, gives the kernel of the direction and traversal.
   Room (*room)(const Work&, int device);
 };
 

@@ -43,7 +43,7 @@ Dtype dtype_of(PyArray_Descr* descr, std::string& name) {
   return name == "bfloat16" || name == kBits ? Dtype::bfloat16 : Dtype::other;
 }
 
-/// By its name; what the core does not know keeps it.
+/// The dtype with a name. A name that the core does not know is put into `other`.
 Dtype dtype_named(std::string name, std::string& other) {
   for (int k = 0; k < static_cast<int>(Dtype::other); ++k)
     if (name == normkit::name_of(static_cast<Dtype>(k))) return static_cast<Dtype>(k);
@@ -59,7 +59,7 @@ int type_number(Dtype dtype) {
 
 const std::int64_t* extents(const npy_intp* p) { return reinterpret_cast<const std::int64_t*>(p); }
 
-/// While it lives, NumPy takes the memory of large arrays from the cache of outputs.
+/// Has NumPy take the memory of a large array from the cache of outputs, as long as it lives.
 class CachedMemory {
  public:
   explicit CachedMemory(npy_intp bytes) {
@@ -84,7 +84,7 @@ void check_axes(const char* name, std::int64_t ndim) {
                 std::to_string(normkit::kMaxAxes));
 }
 
-/// Extents and bytes that memory can have. `v.array` has the other half.
+/// Throws where memory cannot have such extents and strides.
 void check_reach(const char* name, const View& v) {
   std::int64_t reach = 0;
   for (int axis = 0; axis < v.array.ndim(); ++axis) {
@@ -221,7 +221,7 @@ nb::object to_dlpack(nb::handle array) {
 
 namespace {
 
-/// How DLPack 1 begins what a versioned capsule holds: all that nanobind does not tell of it.
+/// The beginning of what a versioned capsule of DLPack 1 holds, which nanobind does not tell.
 struct Versioned {
   std::uint32_t major, minor;
   void *manager, *deleter;

@@ -35,17 +35,17 @@ struct Library {
   bool frozen;  // its arrays never change
 };
 
-/// That of the base class which speaks DLPack: subclasses belong to the library of their base.
+/// The library of arrays of a type. A subclass belongs to the library of its base: of the class which speaks DLPack.
 const Library& library_of_type(nb::handle type);
 inline const Library& library_of(nb::handle array) {
   return library_of_type(reinterpret_cast<PyObject*>(Py_TYPE(array.ptr())));
 }
 
-/// An array of a call, which somebody else keeps alive. Stays where it is: `array` looks into it.
+/// An array of a call, which somebody else keeps alive. A View is never moved or copied: its `array` looks into it.
 struct View {
   Array array;
   nb::handle object;
-  nb::object held;  // what came of the object where its memory is not its value
+  nb::object held;  // the object, or another with its values where its memory does not hold these
   nb::ndarray<nb::ro> imported;
   std::string other_dtype;
   normkit::Extents shape, strides;
@@ -55,11 +55,11 @@ struct View {
   View& operator=(const View&) = delete;
 };
 
-/// An array of NumPy, but for masked ones. False for anything else.
+/// Fills in the view of an array of NumPy, and returns true; false for anything else.
 bool view_numpy(nb::handle array, View& v);
 
-/// What an array exports by DLPack. `stream`, if any, is the one that will work on it: the producer sees to it that what is still
-/// to be written comes first.
+/// Fills in the view of what an array exports by DLPack. `stream`, if any, is the stream that will work on it: the
+/// producer sees to it that what is still to be written comes first.
 void import_dlpack(const char* name, nb::handle array, nb::handle stream, View& v);
 
 /// What CuPy and PyTorch tell of an array on a GPU.
@@ -69,7 +69,8 @@ struct OnDevice {
   nb::object dtype, shape, strides;  // strides in bytes, but in elements for PyTorch
 };
 void read_device(nb::handle array, const Library& library, OnDevice& into);
-/// False for anything else, and for what these two hand to nobody as it is: a tensor that requires grad, say.
+/// Reads an array of CuPy or PyTorch, and returns true. False for anything else, and for an array that its library does
+/// not hand out as it is: a tensor that requires grad, say.
 bool read_if_plain(nb::handle array, const Library& library, OnDevice& into);
 void view_device(const char* name, nb::handle array, const Library& library, View& v);
 std::byte* device_data(nb::handle array, const Library& library);
@@ -81,10 +82,11 @@ nb::object new_numpy(Dtype dtype, int ndim, const std::int64_t* shape, const std
 nb::object numpy_over(void* data, nb::handle dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides,
                       bool writable, nb::handle base);
 
-/// The same memory as an array of NumPy.
+/// An array of NumPy over the memory of a view.
 nb::object as_numpy(const View& v);
 
-/// The dtype of NumPy; for bfloat16 that of ml_dtypes, or where there is none two bytes that NumPy moves and never looks into.
+/// NumPy's object for a dtype. For bfloat16 it is that of ml_dtypes, or without ml_dtypes two bytes that NumPy moves
+/// and never looks into.
 nb::object numpy_dtype(Dtype dtype);
 
 /// A NumPy array as something that other libraries import, whatever its dtype.

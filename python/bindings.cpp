@@ -1,4 +1,4 @@
-// The module: what is not a call of the core, which calls.cpp has.
+// The module, and its functions that are no calls of the core: calls.cpp has these.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -38,7 +38,7 @@ nb::object merge_moments(nb::handle a, nb::handle b) {
   return result;
 }
 
-/// 1 / sqrt(var + eps) of triples, or sqrt(var + eps).
+/// sqrt(var + eps) of each triple (mean, m2, count), or, where `inverse` is true, 1 / sqrt(var + eps).
 nb::object deviation_of_moments(nb::handle triples, nb::handle eps, bool inverse) {
   const double value = options::number("eps", eps, "a number that is at least 0");
   if (!(value >= 0) || std::isinf(value))
@@ -78,7 +78,7 @@ nb::object geometry(const std::vector<std::int64_t>& shape, const std::vector<st
 
 }  // namespace
 
-/// By this name threadpoolctl knows the library again.
+/// The function by whose name threadpoolctl knows the library.
 extern "C" [[gnu::visibility("default")]] int normkit_num_threads() { return normkit::num_threads(); }
 
 NB_MODULE(_core, m) {

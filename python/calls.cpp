@@ -76,7 +76,7 @@ std::pair<int, std::int64_t> device_of(const char* name, nb::handle array, const
 
 bool is_cuda(int kind) { return kind == kCuda || kind == kManaged; }
 
-/// Whose arrays those of a call are, told by the first; and the arrays as it shows them.
+/// The library and the device of a call's arrays, which the first array tells; and the views of the arrays.
 class Arrays {
  public:
   Arrays(const char* name, nb::handle first) : name_(name), first_(first), library_(arrays::library_of(first)) {
@@ -86,7 +86,8 @@ class Arrays {
     if (is_cuda(kind)) device_ = number;
   }
 
-  /// To be done once all arrays of a call have been judged.
+  /// Returns the memory of the call; on a GPU its device becomes the current one. All arrays must have been judged
+  /// before.
   const Memory& open() {
     if (device_ >= 0) return memory_.emplace<memory::Device>(first_, library_, device_);
     if (library_.kind == Library::Kind::numpy) return memory::of_numpy();
@@ -157,7 +158,7 @@ class Arrays {
   std::variant<std::monostate, memory::Other, memory::Device> memory_;
 };
 
-/// Where memory of two arrays interleaves, NumPy can tell whether they share an element.
+/// True where two arrays whose memory interleaves share an element, as NumPy tells.
 bool share_elements(const Array& a, const Array& b) {
   const auto seen = [](const Array& array) {
     return arrays::numpy_over(array.data, arrays::numpy_dtype(array.dtype), array.ndim(), array.shape.data(),
@@ -170,7 +171,7 @@ bool share_elements(const Array& a, const Array& b) {
 
 using Views = std::array<View, normkit::kOperands>;
 
-/// An output that the caller has not passed.
+/// Makes an output that the caller has not passed.
 nb::object made(OperandIndex k, const Plan& plan, const Memory& memory) {
   const normkit::Shapes& s = plan.shapes;
   const normkit::Dtype compute = normkit::compute_dtype(s.x_dtype);
@@ -196,7 +197,7 @@ nb::object made(OperandIndex k, const Plan& plan, const Memory& memory) {
   return array;
 }
 
-/// Outputs, by operand: no input is behind kMean.
+/// The outputs of a call, by operand. All of them are kMean or come after it.
 class Results {
  public:
   nb::object& operator[](int operand) { return results_[static_cast<std::size_t>(operand - normkit::kMean)]; }
@@ -206,7 +207,7 @@ class Results {
   std::array<nb::object, normkit::kOperands - normkit::kMean> results_;
 };
 
-/// With other arrays in the place of those that kernels do not take as they lie.
+/// Runs a plan that has temporaries, in the place of the arrays that kernels do not take as they lie.
 [[gnu::noinline, gnu::cold]] void run_packed(const Plan& plan, Addresses at, const Results& results,
                                              PyObject* const* values, const Memory& memory, const Views& views) {
   std::vector<nb::object> temporaries;
@@ -252,11 +253,12 @@ class Results {
     if (plan.writes(plan.temporaries[k].operand)) copy_out(plan.temporaries[k], temporaries[k]);
 }
 
-/// What the caller gets: the outputs in this order.
+/// The outputs that a call returns, in this order.
 constexpr OperandIndex kForwardResults[] = {normkit::kOut, normkit::kMean, normkit::kRstd, normkit::kSum};
 constexpr OperandIndex kBackwardResults[] = {normkit::kOut, normkit::kDweight, normkit::kDbias, normkit::kDslopes};
 
-/// `alone`: dx, where there are no parameters whose gradients could be wanted.
+/// What a call returns. `alone`: a backward returns dx and no tuple, as there are no parameters whose gradients could
+/// be wanted.
 nb::object returned(const Plan& plan, Results& results, bool alone) {
   if (plan.op == Op::moments) return std::move(results[normkit::kMoments]);
   if (plan.op == Op::backward_sums) return std::move(results[normkit::kSums]);
@@ -312,17 +314,17 @@ nb::object run(const Plan& plan, Addresses& at, PyObject* const* values, const M
 
 std::int64_t epoch = 0;
 
-/// True of a mask that is True, of Python or of NumPy: all are members, as without one.
+/// True where a mask is True itself, of Python or of NumPy: all elements are members, as without a mask.
 bool is_every(nb::handle where) {
   return where.ptr() == Py_True || (PyArray_IsScalar(where.ptr(), Bool) && PyObject_IsTrue(where.ptr()) == 1);
 }
 
-/// One that keeps the plans of its last calls.
+/// The body of one function, which keeps the plans of its last calls.
 class Function final : public function::Body {
  public:
   Function(Op op, options::Kind kind) : op_(op), kind_(kind) {}
 
-  /// The signature has such a parameter.
+  /// Learns of a parameter of the signature.
   void take(int slot, options::Type type, const char* name) {
     if (slot < normkit::kOperands) arrays_.push_back(static_cast<OperandIndex>(slot)), names_[slot] = name;
     else if (type == options::Type::flag) flags_.emplace_back(slot, name);
@@ -371,7 +373,8 @@ class Function final : public function::Body {
     key.add(values[options::kCenter]);
   }
 
-  /// With arrays of a GPU, as far as their library tells of them; else as if it were the first call.
+  /// Calls with arrays that are not all NumPy's: by a plan that is known where they are on a GPU and their library
+  /// tells enough of them, else as if it were the first call.
   [[gnu::noinline, gnu::cold]] nb::object call_elsewhere(PyObject* const* values) {
     const Library* library = nullptr;
     std::int64_t device = 0;
@@ -405,7 +408,8 @@ class Function final : public function::Body {
     return plan_and_run(values, &key, std::move(held));
   }
 
-  /// `key`: of a call that can be known by it; `held` keeps alive what it names, beside options.
+  /// Plans and runs a call. `key`: by which a like call will find the plan; may be null. `held` keeps alive the objects
+  /// that the key names, beside options.
   [[gnu::noinline]] nb::object plan_and_run(PyObject* const* values, const recent::Key* key,
                                             std::vector<nb::object> held = {}) {
     Arrays whose("x", values[normkit::kX]);
@@ -449,7 +453,7 @@ class Function final : public function::Body {
     return op_ == Op::moments ? nb::object(nb::make_tuple(result, whose.python())) : result;
   }
 
-  /// Not where anything has to be copied first, or could change unseen.
+  /// Keeps a plan for like calls, unless anything has to be copied first, or could change unseen.
   void keep(const recent::Key& key, PyObject* const* values, const Plan& plan, const Args& args, const Views& views,
             std::vector<nb::object> held) {
     if (plan.shapes.empty || !plan.temporaries.empty() || op_ == Op::moments) return;

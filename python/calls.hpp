@@ -12,15 +12,15 @@ namespace calls {
 
 namespace nb = nanobind;
 
-/// What a function with this name in `function` does: "forward", "moments", ...; of a kind of options.hpp. `fixed`: options that it
-/// does not have, and their values.
+/// Makes a function whose signature is that of `python`. `op`: "forward", "moments", ..., which it does; `kind`: one of
+/// options.hpp's kinds; `fixed`: options that the signature does not have, and their values.
 nb::object function(nb::handle type, nb::handle python, const char* op, const char* kind, nb::dict fixed);
 
-/// Arrays of one library and device, by name, as those that Python code computes with: of NumPy, or of a GPU. And what makes
-/// arrays of that library of them.
+/// Takes arrays of one library and device, by name. Returns them as the arrays that Python code computes with, of NumPy
+/// or of a GPU, and the object of _memory.py or _cuda.py that makes arrays of that library of such arrays.
 nb::object views(nb::kwargs arrays);
 
-/// Calls that are like earlier ones are planned anew from here on.
+/// Has every call from here on planned anew, also where it is like an earlier one.
 void forget_plans();
 
 }  // namespace calls

@@ -24,7 +24,7 @@ struct Function {
 
 Function* as_function(PyObject* self) { return reinterpret_cast<Function*>(self); }
 
-/// Python finds out what is wrong with the arguments.
+/// Refuses a call whose arguments are wrong: the function in Python is called, and raises what is wrong with them.
 PyObject* refuse(PyObject* python, PyObject* const* args, Py_ssize_t count, PyObject* names) {
   const nb::object positional = nb::steal(PyTuple_New(count)), by_name = nb::steal(PyDict_New());
   if (!positional.is_valid() || !by_name.is_valid()) return nullptr;
@@ -86,7 +86,7 @@ void destroy(PyObject* self) {
   Py_DECREF(type);
 }
 
-/// As a function does: an attribute of a class becomes a method.
+/// Binds to an instance, as functions do: one that is an attribute of a class becomes a method.
 PyObject* bind(PyObject* self, PyObject* instance, PyObject*) {
   if (!instance || instance == Py_None) return Py_NewRef(self);
   const nb::object types = nb::steal(PyImport_ImportModule("types"));
@@ -96,7 +96,7 @@ PyObject* bind(PyObject* self, PyObject* instance, PyObject*) {
 
 PyObject* represent(PyObject* self) { return PyObject_Repr(as_function(self)->python); }
 
-/// Pickled as what it is called where it is defined.
+/// Has a function pickled by its name in the module that defines it.
 PyObject* reduce(PyObject* self, PyObject*) { return PyObject_GetAttrString(self, "__qualname__"); }
 
 PyMethodDef methods[] = {{"__reduce__", reduce, METH_NOARGS, nullptr}, {}};

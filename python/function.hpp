@@ -15,7 +15,7 @@ namespace function {
 
 namespace nb = nanobind;
 
-/// What is called with one value for each slot, which it may change. Throws.
+/// The body of a function. It is called with one value for each slot; it may change the values, and throw.
 class Body {
  public:
   virtual ~Body() = default;
@@ -29,7 +29,7 @@ class Arguments {
 
   explicit Arguments(int slots) : slots_(slots) {}
   void set(int slot, nb::handle value);
-  /// Of the parameters of `function`, for each of which `slot_of` has a slot.
+  /// Takes names and defaults from the signature of `function`; slot_of(name) is the slot of a parameter.
   void read_signature(nb::handle function, const std::function<int(const char*)>& slot_of);
   /// Puts the arguments of a call into slots; false where they are wrong.
   bool place(PyObject* const* args, Py_ssize_t count, PyObject* names, PyObject** values) const;
@@ -42,12 +42,12 @@ class Arguments {
   nb::list held_;  // the values: a list counts its references as the interpreter does
 };
 
-/// The type of such functions: one for each interpreter.
+/// Makes the type of the functions that make() makes: one type for each interpreter.
 nb::object new_type();
 
 nb::object make(nb::handle type, nb::handle python, Arguments arguments, std::unique_ptr<Body> body);
 
-/// Sets the error of Python that an exception of C++ stands for; within a catch clause.
+/// Sets the error of Python that stands for the exception of C++ that is being caught. Called in a catch clause.
 void set_error();
 
 }  // namespace function

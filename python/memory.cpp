@@ -26,8 +26,8 @@ class Workspace {
   std::unique_ptr<double[], Delete> heap_;
 };
 
-/// Elements from which other Python threads get to run meanwhile: letting go of the lock and taking it back costs as much as
-/// some thousands of elements.
+/// Elements of x from which on other Python threads get to run during a call: letting go of the lock and taking it back
+/// costs as much as some thousands of elements.
 constexpr std::int64_t kReleaseElements = 16384;
 
 nb::object tuple_of(const std::int64_t* numbers, int count, std::int64_t unit = 1) {

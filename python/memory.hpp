@@ -1,4 +1,5 @@
-// What a call has done to memory: by NumPy, by NumPy for another library of the CPU, or by the library of arrays on a GPU.
+// Who makes and copies arrays for a call: NumPy, NumPy for another library of the CPU, or the library of arrays on a
+// GPU.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -18,7 +19,7 @@ using arrays::View;
 using normkit::Dtype;
 using normkit::Job;
 
-/// That of NumPy.
+/// The memory of a call on arrays of NumPy.
 class Memory {
  public:
   virtual ~Memory() = default;
@@ -26,29 +27,30 @@ class Memory {
   virtual nb::object empty(Dtype dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides) const {
     return arrays::new_numpy(dtype, ndim, shape, strides);
   }
-  /// Of an array of empty(), or of an output that the caller passed.
+  /// The address of an array that empty() made, or of an output that the caller passed.
   virtual std::byte* data_of(nb::handle array) const { return arrays::data_of(array); }
   /// The array in another shape and with other strides, in bytes.
   virtual nb::object seen(nb::handle array, Dtype dtype, int ndim, const std::int64_t* shape,
                           const std::int64_t* strides) const {
     return arrays::numpy_over(arrays::data_of(array), arrays::numpy_dtype(dtype), ndim, shape, strides, true, array);
   }
-  /// What seen() and copies take for an array of the call.
+  /// The array of a view, as seen() and copy() take it.
   virtual nb::object of_view(const View& v) const { return arrays::as_numpy(v); }
   virtual void run(Job& job) const;
-  /// An array of empty() as the caller gets it.
+  /// What the caller gets for an array that empty() made.
   virtual nb::object handed_over(nb::object array) const { return array; }
 
-  /// into[...] = from, each element rounded once; `axes`: their elements are added up first.
+  /// into[...] = from, each element rounded once; the elements along `axes` are added up first.
   virtual void copy(nb::handle into, nb::handle from, nb::handle axes) const;
 };
 
 const Memory& of_numpy();
 
-/// From now on calls on the CPU use as many threads as this context variable says where it is not None. The first one stays.
+/// Has calls on the CPU use as many threads as this context variable says, where its value is not None. Only the first
+/// call of this function counts.
 void follow_threads_of(nb::object variable);
 
-/// That of another library on the CPU.
+/// The memory of a call on arrays of another library on the CPU.
 class Other final : public Memory {
  public:
   explicit Other(nb::handle first);
@@ -60,7 +62,8 @@ class Other final : public Memory {
   nb::object arrays_;
 };
 
-/// That of a GPU, whose library's objects _cuda.py has. The device is the current one as long as this lives.
+/// The memory of a call on arrays of a GPU, by an object of _cuda.py. The device is the current one as long as this
+/// lives.
 class Device final : public Memory {
  public:
   Device(nb::handle first, const Library& library, std::int64_t device);
@@ -82,7 +85,7 @@ class Device final : public Memory {
   int device_;
   nb::object arrays_;
   std::uintptr_t stream_;
-  const Library& maker_;  // of outputs
+  const Library& maker_;  // the library that makes outputs
 };
 
 }  // namespace memory

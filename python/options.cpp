@@ -24,7 +24,8 @@ std::int64_t integer(const char* name, nb::handle h) {
   return value;
 }
 
-/// One axis, several in anything that can be iterated over, or None: all of them.
+/// The axes that `h` stands for: one axis, several in anything that can be iterated over, or None, which stands for all
+/// axes.
 std::vector<std::int64_t> axes_of(nb::handle h, int ndim) {
   std::vector<std::int64_t> axes;
   for (int axis = 0; h.is_none() && axis < ndim; ++axis) axes.push_back(axis);

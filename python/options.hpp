@@ -1,4 +1,4 @@
-// What calls of functional.py and phases.py take beside arrays, as a table, and what it means.
+// The options that calls of functional.py and phases.py take beside arrays, as a table, and what they mean.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -18,7 +18,8 @@ enum Slot {
   // clang-format on
 };
 
-/// How calls are told apart by a value: by the number that it is, as an object, or as True or False.
+/// How a call is told from others by the value of an option: by the number that it is, as an object, or as True or
+/// False.
 enum class Type { number, object, flag };
 
 struct Row {
@@ -45,23 +46,23 @@ inline constexpr Row kTable[] = {
     {"rnorm", static_cast<Slot>(normkit::kRstd), Type::object},
 };
 
-/// What is normalized. functional.py has the same names.
+/// The kinds of normalization, by which a Spec is made. functional.py names them so too.
 enum Kind { kNormalize, kInstance, kGroup, kBatch, kLayer, kL2 };
 inline constexpr const char* kKindNames[] = {"normalize", "instance", "group", "batch", "layer", "l2"};
 
 /// ("prelu", slopes) becomes its name and an array of the call, which is returned: `values` borrow it.
 nb::object take_slopes(PyObject** values);
 
-/// All that `values` say of a call on x.
+/// The Spec of a call on x, from all options in `values`.
 normkit::Spec spec_of(Kind kind, normkit::Op op, PyObject* const* values, const normkit::Array& x);
 
-/// What a call writes, of what the caller can ask for.
+/// The operands that a call is asked to write, by its options.
 normkit::OperandMask wanted_of(normkit::Op op, PyObject* const* values);
 
 /// `expected` says in messages what `h` should have been.
 double number(const char* name, nb::handle h, const char* expected);
 
-/// A name, a dtype of any library, or None: Dtype::other.
+/// The dtype that `h` stands for: a name, or a dtype of any library. None gives Dtype::other.
 Dtype dtype_named(nb::handle h);
 
 }  // namespace options

@@ -20,10 +20,10 @@ namespace {
 
 constexpr std::size_t kLine = 64;
 constexpr std::size_t kDefaultLimit = std::size_t{256} << 20;
-/// Memory of this size is worth the system's large pages: 32 times fewer of them to fill.
+/// Bytes from which on memory is worth the system's large pages, of which there are fewer to fill.
 constexpr std::size_t kHugePages = std::size_t{4} << 20;
 
-/// In front of the elements, which begin at the next line.
+/// Lies in front of the elements, which begin at the next line of memory.
 struct Header { std::size_t capacity; };
 
 Header* header_of(void* elements) { return reinterpret_cast<Header*>(static_cast<std::byte*>(elements) - kLine); }
@@ -46,7 +46,8 @@ void* from_system(std::size_t bytes) {
   return elements_of(h);
 }
 
-/// What has been freed, the oldest first. Never destroyed: arrays may be freed after everything else is gone.
+/// Memory that has been freed, the oldest first. The cache is never destroyed: arrays may be freed after everything
+/// else is gone.
 class Cache {
  public:
   std::mutex mutex;
@@ -59,7 +60,8 @@ class Cache {
     if (read.ec == std::errc{} && !*read.ptr) limit_ = bytes;  // else _config.py warns
   }
 
-  /// The newest that is large enough, as it may still be in the processor's caches, but not twice as large.
+  /// Takes the newest memory, which may still be in the processor's caches, that is large enough, and at most twice as
+  /// large.
   void* take(std::size_t bytes) {
     const std::lock_guard lock(mutex);
     for (std::size_t k = free_.size(); k-- > 0;) {
@@ -71,7 +73,7 @@ class Cache {
     }
     return nullptr;
   }
-  /// Keeps what fits, and lets the oldest go for it.
+  /// Keeps memory that has been freed, if it fits, and lets the oldest go for it.
   void give(void* elements) {
     Header* h = header_of(elements);
     const std::lock_guard lock(mutex);
@@ -133,7 +135,7 @@ void release(void*, void* elements, std::size_t) {
   if (elements) cache().give(elements);
 }
 
-/// For ndarray.resize, which may change an array of ours.
+/// Moves elements to memory of another size: ndarray.resize calls this on an array of ours.
 void* reallocate(void*, void* elements, std::size_t bytes) {
   void* fresh = from_system(bytes);
   if (!fresh || !elements) return fresh;

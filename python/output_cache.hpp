@@ -15,11 +15,12 @@ inline constexpr std::size_t kLeastBytes = std::size_t{1} << 20;
 /// A PyDataMem_Handler, for PyDataMem_SetHandler; called with or without the interpreter lock, from any thread.
 void* handler();
 
-/// The most that is kept of what has been freed; 0 switches the cache off. Starts at NORMKIT_CACHE_BYTES, or 256 MB.
+/// The most bytes of freed memory that are kept; 0 switches the cache off. The limit starts at NORMKIT_CACHE_BYTES, or
+/// 256 MB.
 std::size_t limit();
 void set_limit(std::size_t bytes);
 
-/// What is kept at the moment.
+/// The bytes that are kept at the moment.
 std::size_t held();
 
 }  // namespace output_cache

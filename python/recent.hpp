@@ -1,4 +1,5 @@
-// What a function was called with lately, and what came of planning it: a call that differs in addresses alone skips that.
+// The last calls of a function and their plans: a call that differs from one of them in addresses alone is not planned
+// again.
 #pragma once
 
 #include <array>
@@ -18,13 +19,13 @@ namespace nb = nanobind;
 /// All that a plan depends on but for addresses, as words: two calls with the same words have the same plan.
 class Key {
  public:
-  static constexpr int kMostArrays = 12, kMostOptions = 24;  // a number counts as two
+  static constexpr int kMostArrays = 12, kMostOptions = 24;  // an option that is a number counts as two
   static constexpr int kMostAxes = 8;
 
   void put(std::int64_t word) { words_[count_++] = word; }
 
-  /// None or a NumPy array: its dtype, extents, strides, and whether it may be written. False for anything else, and where
-  /// there is too much to tell.
+  /// Adds None, or of a NumPy array its dtype, extents, strides, and whether it may be written. False for anything
+  /// else, and for an array of more axes than a key has room for.
   bool add_array(nb::handle h) {
     if (h.is_none()) return put(0), true;
     if (!PyArray_CheckExact(h.ptr())) return false;
@@ -37,7 +38,7 @@ class Key {
     for (int axis = 0; axis < ndim; ++axis) put(dims[axis]), put(strides[axis]);
     return true;
   }
-  /// Extents, then strides, in whatever units. False where there is too much to tell.
+  /// Adds extents, then strides, in whatever units. False where there are more axes than a key has room for.
   bool add_layout(nb::handle shape, nb::handle strides) {
     const Py_ssize_t ndim = PyTuple_Size(shape.ptr());
     if (ndim < 0 || PyTuple_Size(strides.ptr()) != ndim) throw nb::python_error();
@@ -47,7 +48,7 @@ class Key {
       for (Py_ssize_t axis = 0; axis < ndim; ++axis) put(PyLong_AsLongLong(PyTuple_GetItem(tuple.ptr(), axis)));
     return true;
   }
-  /// A number by its value, anything else by what it is.
+  /// Adds a number by its value, and anything else by its address.
   void add_number(nb::handle h) {
     enum : std::int64_t { kObject, kFloat, kInteger };
     int overflows = 0;
@@ -56,7 +57,7 @@ class Key {
     else if (PyLong_CheckExact(h.ptr()) && !overflows) put(kInteger), put(integer);
     else put(kObject), add(h);
   }
-  /// Anything by what it is, which says all only of what never changes.
+  /// Adds an object by its address, which tells its value only where that never changes.
   void add(nb::handle h) { put(reinterpret_cast<std::intptr_t>(h.ptr())); }
 
   void copy_to(std::vector<std::int64_t>& words) const { words.assign(words_.begin(), words_.begin() + count_); }
@@ -64,7 +65,7 @@ class Key {
     const std::size_t count = static_cast<std::size_t>(count_);
     return words.size() == count && std::memcmp(words_.data(), words.data(), count * sizeof(std::int64_t)) == 0;
   }
-  /// Of the first array: in a program the shapes differ more often than the options.
+  /// A hash of the first words, which are those of the first array: in a program shapes differ more often than options.
   std::size_t hash() const {
     std::uint64_t h = 0;
     for (int k = 0; k < count_ && k < kHashed; ++k) h = h * 31 + static_cast<std::uint64_t>(words_[k]);
@@ -77,10 +78,10 @@ class Key {
   int count_ = 0;
 };
 
-/// True of what is there for ever. From Python 3.12 on its references are not counted, but by extensions of the 3.11 ABI.
+/// True of an object that is there for ever. From Python 3.12 on only extensions of the 3.11 ABI count its references.
 inline bool is_single(nb::handle h) { return h.is_none() || PyBool_Check(h.ptr()); }
 
-/// True of what never changes: None, numbers, strings and tuples of those.
+/// True of an object that never changes: None, a number, a string, or a tuple of such objects.
 inline bool immutable(nb::handle h) {
   PyObject* const o = h.ptr();
   if (is_single(h) || PyFloat_CheckExact(o) || PyLong_CheckExact(o) || PyUnicode_CheckExact(o)) return true;
@@ -93,13 +94,14 @@ inline bool immutable(nb::handle h) {
 /// The last few calls: sets of places, of which the first array of a call chooses one. The interpreter lock guards it.
 template <class Plan> class Recent {
  public:
-  /// Shared: while the caller works with it, another call may push it out.
+  /// The plan of a call with this key, or null. It is shared: while the caller works with it, another call may push it
+  /// out.
   std::shared_ptr<const Plan> find(const Key& key) const {
     for (const std::shared_ptr<Entry>& entry : sets_[key.hash() % kSets])
       if (entry && key.same(entry->words)) return {entry, &entry->plan};
     return nullptr;
   }
-  /// `held` are the objects that the key names; `fill` makes a plan of whatever was in its place.
+  /// Keeps a plan: fill(plan) makes it of whatever was in its place. `held` are the objects that the key names.
   template <class Fill> void keep(const Key& key, std::vector<nb::object> held, Fill fill) {
     std::shared_ptr<Entry>& entry = sets_[key.hash() % kSets][turn_++ % kPlaces];
     if (!entry || entry.use_count() > 1) entry = std::make_shared<Entry>();

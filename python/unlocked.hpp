@@ -9,8 +9,8 @@
 namespace unlocked {
 
 /// Takes the lock back. Where the interpreter has ended meanwhile, Python 3.11 to 3.13 end the thread instead, by an exception that
-/// runs through frames which may not throw, and past objects that want the lock. Such a thread waits for the process to end, as
-/// it does from Python 3.14 on.
+/// runs through frames which may not throw, and past objects that want the lock. Here such a thread waits for the
+/// process to end, as Python has it do from 3.14 on.
 inline void take_lock(PyThreadState* state) {
   try {
     PyEval_RestoreThread(state);
@@ -19,7 +19,7 @@ inline void take_lock(PyThreadState* state) {
   }
 }
 
-/// Other Python threads get to run during work().
+/// Calls work() without the lock, so that other Python threads get to run meanwhile.
 template <class Work> void run(Work work) {
   PyThreadState* const state = PyEval_SaveThread();
   try {

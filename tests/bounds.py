@@ -49,7 +49,7 @@ STEEPEST = {
     "softplus": (1, 0.25),
     "prelu": (1, 0),
 }
-# Where a derivative jumps, and by how much. Of those with a parameter, at 0.
+# Where a derivative jumps, and by how much. That of an activation with a parameter jumps at 0.
 KINKS = {"relu": {0: 1.0}, "relu6": {0: 1.0, 6: 1.0}, "hardswish": {-3: 0.5, 3: 0.5}}
 
 
@@ -104,7 +104,7 @@ def _sum(x: Any, like: SimpleNamespace) -> Any:
 
 
 def _average(x: Any, like: SimpleNamespace) -> Any:
-    """Over the members, of a sum over all elements: the outputs of all of them depend on the statistics."""
+    """A sum over all elements, whose outputs all depend on the statistics, divided by the number of members."""
     return _sum(x, like) / np.maximum(like.members, 1)
 
 
@@ -116,16 +116,16 @@ def _pivot(f: SimpleNamespace) -> Any:
 
 
 def mean_error(f: SimpleNamespace, dtype: Any, *, exact: bool = False) -> Any:
-    """Of the mean before it is rounded: h u times the average |x - pivot|, at most sqrt(1 + k^2) standard deviations;
-    then one rounding of doubles for every merge, at most one for 128 elements and 18 more. `exact`: the sums round
-    nowhere."""
+    """The error of the mean before it is rounded: h u times the average |x - pivot|, at most sqrt(1 + k^2) standard
+    deviations; then one rounding of doubles for every merge, at most one for 128 elements and 18 more. `exact`: the
+    sums round nowhere."""
     h = 0 if exact else depth(f.members, longest=FORWARD)
     merges = DOUBLE * (f.elements / 128 + 18) * f.largest
     return h * unit(dtype) * np.sqrt((1 + _pivot(f) ** 2) * f.var) + merges
 
 
 def rstd_error(f: SimpleNamespace, dtype: Any, *, exact: bool = False) -> Any:
-    """Of rstd, relative, before it is rounded.
+    """The relative error of rstd before it is rounded.
 
     n var = sum of d^2 - (sum of d)^2 / n, with d = x - pivot. The first is n (1 + k^2) var with h roundings, the second
     n k^2 var with 2 h, where |sum of d| is at most sqrt(n sum of d^2). Merging chunks whose means are E off changes
@@ -149,15 +149,15 @@ def rstd(f: SimpleNamespace, dtype: Any) -> Any:
 
 
 def _offset(f: SimpleNamespace, dtype: Any) -> Any:
-    """Of weight + weight_offset: each rounded to the compute type, and their sum."""
+    """The error of weight + weight_offset: each is rounded to the compute type, and so is their sum."""
     if f.weight_offset == 0:
         return 0.0
     return unit(dtype) * (np.abs(f.weight - f.weight_offset) + np.abs(f.weight_offset) + np.abs(f.weight))
 
 
 def z(f: SimpleNamespace, dtype: Any) -> Any:
-    """Of z = fma(x - mean, scale, shift), or fma of that and of weight and bias that follow the elements. What given
-    statistics are off comes on top.
+    """The error of z = fma(x - mean, scale, shift), or of an fma of that with a weight and a bias that follow the
+    elements. The errors of given statistics come on top.
 
     Relative to x_hat * weight: the difference, the scale, the weight, two products and two sums, 7 u. Bias: 2 u. The
     rounded mean is u |mean| off, which the shift makes good but for 4 more roundings of it.
@@ -177,9 +177,9 @@ def y(
     off_weight: Any = 0,
     off_bias: Any = 0,
 ) -> Any:
-    """Of y, the activation of z. Statistics that are not given (they have a var) add their errors, and so do weight and
-    bias where they are off by `off_weight` and `off_bias`. The activation passes on what z is off, times its steepest
-    derivative, and adds its own."""
+    """The error of y, the activation of z. Statistics that are not given (they have a var) add their errors, and so do
+    weight and bias where they are off by `off_weight` and `off_bias`. The activation passes the error of z on, times
+    its steepest derivative, and adds its own."""
     error = z(f, dtype) + np.abs(f.x_hat) * off_weight + off_bias
     if f.var is not None:
         error = error + np.abs(f.weight) * f.rstd * mean_error(f, dtype, exact=exact)
@@ -219,7 +219,7 @@ def dz(b: SimpleNamespace, dtype: Any) -> Any:
 
 
 def _through(b: SimpleNamespace, off_g: Any) -> Any:
-    """What dx is off where g is off by off_g: dx is linear in g."""
+    """The error of dx where g is off by off_g: dx is linear in g."""
     if b.frozen:
         return b.rstd * off_g
     averages = _average(off_g, b) * b.center + np.abs(b.x_hat) * _average(off_g * np.abs(b.x_hat), b)
@@ -227,7 +227,7 @@ def _through(b: SimpleNamespace, off_g: Any) -> Any:
 
 
 def dx(b: SimpleNamespace, dtype: Any, *, exact: bool = False, off_weight: Any = 0) -> Any:
-    """Of dx = fma(g, a, fma(x - mean, b, c)), and of dresidual added to it.
+    """The error of dx = fma(g, a, fma(x - mean, b, c)), and of dresidual added to it.
 
     Roundings: 7 u of g * rstd and of (x - mean) * b, 4 u of c. The sums: mean(g) meets h roundings, mean(g (x - mean))
     too; taken about a mean that is e off, the latter is recentered with mean(x - mean), and both errors enter by e.
@@ -253,8 +253,8 @@ def dx(b: SimpleNamespace, dtype: Any, *, exact: bool = False, off_weight: Any =
 
 
 def dweight(b: SimpleNamespace, dtype: Any, count: int, *, exact: bool = False) -> Any:
-    """Of the terms of dweight = sum of dz * x_hat, `count` of them to a parameter: h roundings each, about a mean that
-    is off by what the sums of the statistic leave. For every element; the caller adds them up as it adds the terms."""
+    """The error of each term of dweight = sum of dz * x_hat, `count` terms to a parameter: h roundings, about a mean
+    that is off by what the sums of the statistic leave. The caller adds the errors up as it adds the terms."""
     u, h = unit(dtype), 6 if exact else depth(max(b.elements, count), longest=BACKWARD)
     far, e = _deviation(b, dtype)
     off_mean = 0
@@ -265,7 +265,7 @@ def dweight(b: SimpleNamespace, dtype: Any, count: int, *, exact: bool = False) 
 
 
 def dbias(b: SimpleNamespace, dtype: Any, count: int) -> Any:
-    """Of the terms of dbias = sum of dz."""
+    """The error of each term of dbias = sum of dz."""
     return depth(count, longest=BACKWARD) * unit(dtype) * np.abs(b.dz) + dz(b, dtype) + np.zeros_like(b.x)
 
 
@@ -276,7 +276,7 @@ def dslopes(b: SimpleNamespace, dtype: Any, count: int) -> Any:
 
 
 def double_backward(d: SimpleNamespace) -> tuple[Any, Any, Any]:
-    """Of d_dy, d_x and the terms of d_weight, before they are rounded to their dtypes. All arithmetic is in double.
+    """The errors of d_dy, d_x and the terms of d_weight before they are rounded to their dtypes. All is in double.
 
     Every operation, on numbers that are taken for positive, makes a relative error of one unit: so the error is the
     formula of absolute values, with + for every -, times the most roundings that stand behind any of its terms. Sums

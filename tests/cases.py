@@ -18,7 +18,7 @@ except ImportError:
 
 DTYPES = {name: np.dtype(name) for name in ("float32", "float64", "float16")} | BFLOAT16
 INTEGERS = {name: np.dtype(name) for name in ("uint8", "int8", "uint16", "int16")}
-# What is converted to float32 before a kernel reads it.
+# The dtypes of arrays that are converted to float32 before a kernel reads them.
 CONVERTED = {name: np.dtype(name) for name in ("bool", "int32", "uint32", "int64", "uint64")}
 
 # The reduced run of instance norm is what follows the second axis.
@@ -58,7 +58,7 @@ CHANNELS_LAST = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where an array lies in its buffer, in bytes: `size` of them from the first to the last that it touches."""
+    """The place of an array in its buffer, in bytes: `size` of them from the first to the last that it touches."""
 
     size: int
     first: int
@@ -168,7 +168,7 @@ def few_bits(rng: np.random.Generator, shape: Shape, dtype: Any = np.float32) ->
 
 
 def bits(x: np.ndarray) -> bytes:
-    """What two arrays must share to be the same to the last bit."""
+    """The bytes that two arrays share where they are the same to the last bit."""
     return np.ascontiguousarray(x).tobytes()
 
 

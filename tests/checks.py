@@ -105,7 +105,7 @@ def check_backward(
 
 
 def statistics_of(*, mean: Any, var: Any, members: int, farthest: Any, largest: Any, eps: float = 1e-5) -> Any:
-    """Of data too large for the reference: what bounds want to know of statistics that were found some other way."""
+    """What bounds want to know of statistics that were found without the reference, as the data is too large for it."""
     return SimpleNamespace(
         mean=mean,
         var=var,

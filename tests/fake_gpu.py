@@ -23,7 +23,7 @@ PROTECT.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class Memory:
-    """That of a device: poisoned, with guards around each piece, and closed but within `with memory:`."""
+    """The memory of a device: poisoned, with guards around each piece, and closed but within `with memory:`."""
 
     def __init__(self) -> None:
         self.bytes = np.frombuffer(mmap.mmap(-1, ROOM), np.uint8)
@@ -74,11 +74,11 @@ class Memory:
 
 
 class Piece(np.ndarray):
-    """What OpenMemory gives."""
+    """An array over a piece of OpenMemory."""
 
 
 class OpenMemory(Memory):
-    """Poisoned and never closed; a piece goes when nobody has it any more. For whole suites."""
+    """Memory for whole suites: poisoned and never closed; a piece goes when nobody has it any more."""
 
     def __init__(self) -> None:
         pass
@@ -102,7 +102,7 @@ class OpenMemory(Memory):
 
 
 class Pointer:
-    """As cupy.cuda.MemoryPointer."""
+    """A stand-in for cupy.cuda.MemoryPointer."""
 
     def __init__(self, memory: np.ndarray, address: int, device_id: int = 0) -> None:
         self.memory, self.ptr, self.device_id = memory, address, device_id
@@ -195,7 +195,7 @@ class Library(ModuleType):
             return np.array(array._numpy, order="K", copy=True)
 
     def pointer_of(self, values: np.ndarray) -> Pointer:
-        """That of an array that is in this memory."""
+        """The pointer of an array that is in this memory."""
         root: Any = values
         while type(root) is np.ndarray and isinstance(root.base, np.ndarray):
             root = root.base
@@ -210,7 +210,7 @@ class Library(ModuleType):
 
 
 class ndarray(Array):  # noqa: N801
-    """As cupy.ndarray."""
+    """A stand-in for cupy.ndarray."""
 
     __module__ = "cupy"
 
@@ -293,7 +293,7 @@ def fake_cupy() -> FakeCupy:
 
 
 class Tensor(Array):
-    """As torch.Tensor."""
+    """A stand-in for torch.Tensor."""
 
     __module__ = "torch"
 

@@ -14,7 +14,7 @@ import numpy as np
 from hostile import Producer
 
 EXTENTS = (0, 1, 1, 2, 3, 4, 5, 17)
-# What memory cannot have: a lie that could be true cannot be found out.
+# Numbers that no memory has: a lie that could be true cannot be found out.
 ODD = {"extent": (-1, 2**62, -(2**63), 2**63 - 1), "stride": (2**62, -(2**63), 2**63 - 1)}
 DTYPES = ("f4", "f4", "f4", "f8", "f2", "u1", "i2", "c8", "i8", "?")
 FIELDS: dict[str, tuple[Any, ...]] = {
@@ -51,7 +51,7 @@ def one_of(rng: np.random.Generator, *choices: Any) -> Any:
 
 
 def array(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Of this shape, in some layout, in memory of its own."""
+    """An array of this shape, in some layout, in memory of its own."""
     dtype = np.dtype(one_of(rng, *DTYPES[:3]) if rng.random() < 0.8 else one_of(rng, *DTYPES))
     steps = [int(one_of(rng, 1, 1, 2)) for _ in shape]
     whole = np.ones([extent * step for extent, step in zip(shape, steps, strict=True)], dtype)
@@ -62,7 +62,7 @@ def array(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def producer(rng: np.random.Generator, values: np.ndarray) -> tuple[Producer, bool]:
-    """One that shows `values`, or does not: True where what it says of them is so."""
+    """A producer that shows `values`, or does not: True where what it says of them is so."""
     options: dict[str, Any] = {"versioned": rng.random() < 0.7, "flags": int(rng.random() < 0.05)}
     if rng.random() < 0.85:
         if rng.random() < 0.2 and values.flags.c_contiguous:

@@ -49,7 +49,7 @@ def numbers(seed: int, shape: Shape) -> np.ndarray:
 
 
 def data(seed: int, shape: Shape, dtype: Any = np.float32) -> np.ndarray:
-    """About 0.5, or over the range of an integer."""
+    """An array of numbers about 0.5, or over the range of an integer."""
     dtype, values = np.dtype(dtype), numbers(seed, shape)
     if dtype.kind in "iu":
         return np.floor((values + 1) / 2 * 2.0 ** (8 * dtype.itemsize)).astype(np.int64).astype(dtype)
@@ -61,7 +61,7 @@ def shortened(state: Any) -> str:
 
 
 def digits(results: Any) -> str:
-    """Of arrays, and of what is in them."""
+    """Digits of a hash of arrays: of what is in them, and of their dtypes, shapes and strides."""
     state = hashlib.sha256()
 
     def add(result: Any) -> None:

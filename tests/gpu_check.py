@@ -32,7 +32,7 @@ TEAM, SPLIT = 84_000, 3_600_000  # bytes of a statistic: for a cluster of any di
 
 
 def numbers(shape: tuple[int, ...], seed: int, dtype: Any = "float32") -> np.ndarray:
-    """From -2 to 2 in steps of 2^-22, then rounded; as integers where those are wanted."""
+    """Numbers from -2 to 2 in steps of 2^-22, then rounded; as integers where those are wanted."""
     n = np.arange(1, int(np.prod(shape)) + 1, dtype=np.uint32) * np.uint32(0x9E3779B9) + np.uint32(
         seed * 0x85EBCA6B % 2**32
     )
@@ -141,7 +141,7 @@ class Judged:
         getattr(self, call.kind.replace("-", "_"))()  # one of the methods below
 
     def bits(self) -> str:
-        """Of each result, or of many together."""
+        """The bits of each result, or of many together, as digits of a hash."""
 
         def digits(arrays: list[np.ndarray]) -> str:
             return hashlib.blake2b(b"".join(map(np.ndarray.tobytes, arrays)), digest_size=4).hexdigest()
@@ -169,7 +169,7 @@ class Judged:
             check(self.op, self.dy, self.x, slopes, self.weight, self.bias)
 
     def long(self) -> None:
-        """Without gradients of weights, of which there may be many. The bits that have been judged before suffice."""
+        """Leaves out gradients of weights, which may be many. Bits that have been judged before suffice."""
         options, dtype = self.call.options, self.x.dtype
         y, mean, rstd = self.op.statistics(self.x, weight=self.weight, bias=self.bias, **options)
         given = {"bias": self.bias, **options} if options else {}
@@ -212,7 +212,7 @@ class Judged:
         check(self.op, dds, self.dy, self.x, self.weight)
 
     def running(self) -> None:
-        """y does not know of them. They are means of means, which are within their bounds, rounded twice."""
+        """Running statistics do not change y. They are means of means, which are within their bounds, rounded twice."""
         before = numbers((3, self.weight.size), 10, "float64") + 3
         (mean, var), truth = before[:2].copy(), self.op.reference(self.x)
         y = self.op.forward(self.x, running_mean=mean, running_var=var, momentum=0.25)
@@ -230,7 +230,7 @@ class Judged:
         self.notes["forward"] += [mean, var]
 
     def frozen(self) -> None:
-        """By statistics that lie apart, and side by side."""
+        """Running statistics whose elements lie apart give the bits of those that lie side by side."""
         mean, var = numbers((self.weight.size, 2), 11).T + np.float32(3)
         apart = {"running_mean": mean, "running_var": var, "use_input_stats": False}
         close = {**apart, "running_mean": mean.copy(), "running_var": var.copy()}

@@ -17,7 +17,7 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Traffic:
-    """As threads ask; in sectors of 32 bytes, each once for a block between two barriers; in sectors, each once."""
+    """Bytes as threads ask for them; in sectors of 32 bytes, each once for a block between two barriers; each once."""
 
     asked: Bytes
     by_block: Bytes

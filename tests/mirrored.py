@@ -112,7 +112,7 @@ def _arrays_in(arguments: Any) -> list[np.ndarray]:
 
 @contextmanager
 def refusal_of(arrays: list[np.ndarray]) -> Any:
-    """Of elements that no GPU reads, if there are any: that is all then that there is to test."""
+    """Expects a refusal where arrays have elements that no GPU reads: the rest of the test is skipped then."""
     if all(a.flags.aligned for a in arrays):
         yield
         return
@@ -191,7 +191,7 @@ def cupy_or_fake(name: str) -> Any:
 
 
 def install(name: str) -> None:
-    """For the whole process."""
+    """Has every function of normkit work on arrays of a GPU, for the whole process."""
     cupy = sys.modules["cupy"] = cupy_or_fake(name)
     if name != "fake":
         poisoned(cupy).__enter__()

@@ -451,7 +451,7 @@ def groups_of(channels: int) -> int:
 
 
 def per_group(name: str, channel: int) -> Operation:
-    """Like instance norm, but for the split axis and what is reduced."""
+    """Group norm, which is like instance norm but for the split axis and what is reduced."""
     instance = per_instance(name, channel)
 
     def blocks(shape: Shape) -> Shape:

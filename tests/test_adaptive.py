@@ -97,7 +97,7 @@ def check_backward(op, dy, content, style, *, eps=1e-5, **options):
 
 
 def op_backward(b, weight):
-    """The same gradient, with one weight for each statistic."""
+    """The gradient `b` of the reference, but with one weight for each statistic."""
     g = b.g * weight
     mean_g, mean_gx = (t.mean(b.axis, keepdims=True) for t in (g, g * b.x_hat))
     dx = b.rstd * (g - mean_g - b.x_hat * mean_gx)
@@ -238,7 +238,7 @@ def test_need_leaves_out_what_is_not_named(need, op, rng):
 
 
 def test_gradients_are_differences(op, rng):
-    """Of the function itself, in float64: no reference between."""
+    """The gradients are compared with differences of the function itself, in float64: no reference is between."""
     content, style = (uniform(rng, place(s, op), np.float64) for s in SHAPES["small"])
     dy, options = uniform(rng, content.shape, np.float64), {"channel_axis": CHANNEL[op.name]}
     gradients = normkit.adaptive_instance_norm_backward(dy, content, style, *op.statistics(content)[1:], **options)
@@ -281,7 +281,7 @@ ERRORS = {
 
 @pytest.mark.parametrize(("style", "kind"), ERRORS.values(), ids=ERRORS)
 def test_errors(style, kind):
-    """Naming the argument, before anything is written."""
+    """Errors name the argument, and come before anything is written."""
     out, stats = Guarded(X.shape, np.float32), np.ones((2, 3), np.float32)
     with pytest.raises(kind, match=r"^style has "):
         normkit.adaptive_instance_norm(X, style, out=out.array)

@@ -1,4 +1,4 @@
-"""The same bits: on every instruction set with fused multiply-add, thread count, batch, alignment and run."""
+"""Results have the same bits on every instruction set with fused multiply-add, whatever the threads, batch and run."""
 
 import normkit
 import numpy as np
@@ -165,7 +165,7 @@ def test_runs_repeat(case, rng):
 @pytest.mark.parametrize("layout", ["crop", "reversed", "step"])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
 def test_gaps_are_not_read(op, layout, rng):
-    """It repeats, and does not see what lies between."""
+    """The result has the same bits whatever lies between the elements of x."""
     values = uniform(rng, (3, 5, 4, 7))
     x = lay(values, layout)
     expected = bits(op.forward(x))

@@ -132,7 +132,7 @@ def test_clear(rng):
 
 @pytest.mark.parametrize(("rows", "reused"), [(256, True), (250, True), (128, True), (127, False), (257, False)])
 def test_only_what_fits_well_is_reused(rows, reused, rng):
-    """At least as large, at most twice as large."""
+    """Memory that is reused is at least as large as an output, and at most twice as large."""
     y = normkit.instance_norm(uniform(rng, (1, 16, 256, 256)))
     first = address(y)
     del y

@@ -218,7 +218,7 @@ def test_repeated_calls_are_like_first_ones(direction, part, rng):
 
 
 def test_memory_is_judged_each_time(rng):
-    """Where arrays are the same but for their addresses, an output may come to lie over an input."""
+    """An output may come to lie over an input where the arrays of a call differ in their addresses alone."""
     buffer = rng.standard_normal(512).astype(np.float32)
     x, far = buffer[:32].reshape(2, 2, 8), buffer[256:288].reshape(2, 2, 8)
     padded_over_x, padded_far = (buffer[at : at + 64].reshape(2, 2, 16)[..., :8] for at in (0, 256))

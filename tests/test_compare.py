@@ -36,7 +36,7 @@ def drift(rng, shape):
 
 
 def modes(rng, shape):
-    """Where its arrays lie makes a process fast or slow for life."""
+    """A process is fast or slow for life, by where its arrays lie."""
     return rng.choice([0, 0.08], shape) + rng.normal(0, 0.01, shape)
 
 
@@ -50,7 +50,7 @@ NOISES = [tails, drift, modes, episodes]
 
 
 def alarms(noise, rng, slowdown):
-    """What a run names, where head of the first case is slower by that."""
+    """The cases that a run names, where head is slower by `slowdown` on the first case."""
 
     def measure(names, pairs):
         times = noise(rng, (2 * pairs, len(names))).reshape(pairs, 2, -1)
@@ -76,15 +76,15 @@ def test_a_slowdown_is_named(noise, rng):
 
 
 def test_small_slowdowns_are_not_judged(rng):
-    """What is within the margin is no regression, however sure."""
+    """A slowdown within the margin is no regression, however sure it is."""
     assert not any(alarms(lambda rng, shape: rng.normal(0, 0.001, shape), rng, verdict.MARGIN) for _ in range(100))
 
 
 @pytest.mark.parametrize("pairs", [1, 2, 6, 9, 12])
 @pytest.mark.parametrize("mistakes", [0.001, 0.025, 0.3])
 def test_an_interval_errs_as_often_as_it_says(pairs, mistakes):
-    """Over every way to sign the ratios: its lower end is above 1 in at most that share, and one average more would not
-    do."""
+    """The lower end is above 1 for at most the share `mistakes` of all ways to sign the ratios; with one average more
+    left out, it would be for more."""
     size = np.arange(1, pairs + 1) * 0.01  # distinct averages would do as well: ranks are all that counts
     out = verdict.left_out(pairs, mistakes)
 

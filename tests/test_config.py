@@ -11,7 +11,7 @@ from normkit import _core
 
 
 def python(*arguments, **environment):
-    """What a fresh interpreter prints."""
+    """The output of a fresh interpreter."""
     plain = {k: v for k, v in os.environ.items() if not k.startswith("NORMKIT_")}
     done = subprocess.run(
         [sys.executable, *arguments], env=plain | environment, capture_output=True, text=True, check=True
@@ -92,7 +92,7 @@ def test_cuda_is_there_or_the_report_says_why_not():
 
 
 def test_import_takes_numpy_alone():
-    """Whatever is installed: torch, CuPy and ml_dtypes are recognized by the arrays, never imported first."""
+    """torch, CuPy and ml_dtypes may be installed: they are recognized by the arrays, never imported first."""
     code = """import sys
 import numpy
 before = set(sys.modules)

@@ -36,7 +36,7 @@ def memory(monkeypatch):
     memory.ran = []
 
     def entered(array, device, enter=_cuda.entered):
-        """What the core runs by itself ends with __exit__() of what this returns."""
+        """The memory of a call; a call that the core runs by itself ends with its __exit__()."""
         found = enter(array, device)
         memory.__enter__()
         found.__exit__ = lambda *error: (memory.__exit__(), type(found).__exit__(found, *error))
@@ -104,7 +104,7 @@ def library(request):
 
 
 def same(library, found, wanted):
-    """The same bits in the same places."""
+    """Asserts that results have the bits that are wanted, in the same places."""
     if not isinstance(wanted, tuple):
         found, wanted = (found,), (wanted,)
     assert len(found) == len(wanted)
@@ -202,7 +202,7 @@ def test_every_dtype(dtype, library, rng):
 @on_shim
 @pytest.mark.parametrize("layout", ["contiguous", "step"])
 def test_phases_have_the_bits_of_numpy(layout, library, rng):
-    """But for merges and rstd, which are of the library: a rounding here or there."""
+    """All phases but merges and rstd have them: the library computes these, with a rounding here or there."""
     x, dy = (lay(uniform(rng, SHAPE), layout) for _ in range(2))
     where = rng.random((5, 1)) < 0.6
     weight, bias = rng.standard_normal((2, 4, 1, 1)).astype(np.float32)
@@ -258,7 +258,7 @@ def test_moments_merge(library, rng):
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 @pytest.mark.parametrize("op", ["instance", "group-last", "batch", "rms", "over-channels"])
 def test_double_backward_matches_numpy(op, dtype, library, rng, monkeypatch):
-    """In blocks; but for the sums over the batch the same operations in the same order."""
+    """It runs in blocks, with the same operations in the same order as on NumPy, but for the sums over the batch."""
     monkeypatch.setattr("normkit._cuda.Device.block", 100)
     op = OPERATIONS[op]
     ddx, dy, x = (lay(uniform(rng, SHAPE, dtype), "channels-last") for _ in range(3))
@@ -407,7 +407,7 @@ def test_no_launch_keeps_other_threads_waiting(name, request, rng):
 
 @on_shim
 def test_launches_know_of_the_lock(rng):
-    """Else no test here would see who holds it: in calls on small NumPy arrays it is kept."""
+    """A small call on NumPy keeps the lock, and the record says so: else no test here would see who holds it."""
     with recorded(ctypes.pythonapi.PyGILState_Check) as found:
         normkit.instance_norm(uniform(rng, SHAPE))
     assert [launch.answer for launch in found] == [1]
@@ -463,7 +463,7 @@ def test_a_tensor_that_requires_grad_is_refused(torch):
 
 @on_shim
 def test_a_tensor_that_is_negated_lazily(torch, rng):
-    """Its memory holds other numbers."""
+    """The memory of such a tensor holds other numbers than the tensor."""
     values = uniform(rng, (2, 3, 4))
     x, out = torch.array(values), torch.array(values)
     normkit.instance_norm(x)
@@ -503,7 +503,7 @@ assert not {"cupy", "torch", "jax"} & {*sys.modules}
 
 
 def test_memory_of_the_device_is_closed(memory):
-    """Else no test here would see a host that looks into it."""
+    """A host that looks into memory of the device ends at once: else no test here would see that it does."""
     code = "from fake_gpu import FakeCupy, Memory; import numpy; FakeCupy(Memory()).array(numpy.ones(3))._numpy.sum()"
     done = subprocess.run([sys.executable, "-c", code], cwd=__file__.rpartition("/")[0], capture_output=True)
     assert done.returncode < 0
@@ -593,7 +593,7 @@ def test_elements_have_the_size_of_their_dtype(name, dtype, request):
 
 @pytest.mark.parametrize("name", ["cupy", "torch", "other"])
 def test_numbers_of_members_lie_on_their_elements_too(name, request, rng):
-    """Their dtype may be one that kernels do not read."""
+    """A count may have a dtype that kernels do not read."""
     library = request.getfixturevalue(name)
     arrays, options = operands("apply_backward", rng)
     count = np.full(SHAPE[:2], 35, np.int64)
@@ -616,7 +616,7 @@ def test_moments_are_made_of_what_lies_on_its_elements(cupy):
 
 @on_shim
 def test_what_lies_on_its_elements_is_taken(library, rng):
-    """Beside whole vectors, and a mask anywhere."""
+    """Arrays may lie on any element beside whole vectors, and a mask anywhere."""
     x, where = uniform(rng, (3, 1, 50)), rng.random((3, 1, 50)) < 0.8
     wanted = normkit.instance_norm(x, where=where)
     buffer = np.zeros(3 * 50 * 4 + 128, np.uint8)
@@ -640,7 +640,7 @@ def test_strides_that_are_not_used_may_be_anything(cupy, rng):
 @on_shim
 @pytest.mark.parametrize(("plant", "code"), [("none", 0), ("misaligned_load", 70)])
 def test_a_kernel_that_reads_off_an_element_ends_the_process(plant, code):
-    """As a GPU would. Else no test of values here would see it: a CPU reads anywhere."""
+    """The shim ends such a process, as a GPU would: else no test of values would see it, as a CPU reads anywhere."""
     program = (
         "import normkit, numpy; normkit.instance_norm(numpy.ones(2 * 400 + 1, numpy.float32)[1:].reshape(2, 1, 400))"
     )

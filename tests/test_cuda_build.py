@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.skipif(not CMAKE, reason="no CMake"),
 ]
 
-# What an nvcc says before it fails, and what the build makes of it.
+# The words that an nvcc says before it fails, and what the build makes of them.
 UNWILLING = {
     "silent": ("", "nvcc failed"),
     "too old": ("nvcc fatal   : Unsupported gpu architecture 'sm_120'", "Unsupported gpu architecture 'sm_120'"),

@@ -29,7 +29,7 @@ SOURCES = {
 TESTS = ("core_test", "shim_test")
 CORE = ("launch", "float32", "others", "backend", *PLANNING)
 SANITIZERS = {
-    # As in CMakeLists.txt: what the left out checks would find, the address sanitizer does.
+    # The address sanitizer finds all that the left out checks would find, as CMakeLists.txt has it.
     "address": ("-fsanitize=address,undefined", "-fno-sanitize=null,object-size,pointer-overflow"),
     "thread": ("-fsanitize=thread",),
 }

@@ -203,7 +203,7 @@ def test_a_library_with_a_namespace_gets_its_own_arrays(rng):
 
 
 def arrays_of(library):
-    """From NumPy to the library, and back."""
+    """The functions that take an array from NumPy to the library, and back."""
     if library == "torch":
         torch = pytest.importorskip("torch", reason="torch is not installed")
         return torch.from_numpy, torch.Tensor.numpy
@@ -211,7 +211,7 @@ def arrays_of(library):
 
 
 def same(found, expected, to_numpy):
-    """The same bits in the same places, as arrays of the library."""
+    """Asserts that results are arrays of the library with the bits that are expected, in the same places."""
     if not isinstance(expected, tuple):
         found, expected = (found,), (expected,)
     assert len(found) == len(expected)

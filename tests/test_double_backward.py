@@ -9,7 +9,7 @@ from checks import same_order, unchanged
 from reference import OPERATIONS, REGISTRY, compute, derivative_along, gradient
 
 SMALL = (2, 4, 3, 5)
-# Of more than one block: of statistics along an inner and an outer axis, of few members and of many.
+# Shapes of more than one block: with statistics along an inner and an outer axis, of few members and of many.
 LARGE = {"many-statistics": (3, 70, 11, 19), "many-members": (2, 4, 91, 89), "few-members": (70, 40, 4, 3)}
 NAMES = ("d_dy", "d_x", "d_weight")
 
@@ -277,8 +277,8 @@ THEIRS = {
 
 @pytest.mark.parametrize("name", THEIRS)
 def test_values_are_those_of_torch(torch, name, rng):
-    """No farther apart than both are from the truth, with statistics of their own: a relative change of rstd enters at
-    most five times, in c * x_hat * rstd**2."""
+    """Values are no farther apart than both are from the truth, with statistics of their own: a relative change of rstd
+    enters at most five times, in c * x_hat * rstd**2."""
     op = OPERATIONS[name]
     dds, dy, x, weight = inputs(op, SMALL, rng, dtype=np.float64)
     mean, rstd = op.statistics(x)[1:]

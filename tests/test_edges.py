@@ -171,7 +171,7 @@ def test_an_outlier_is_a_bad_pivot(outlier, shape, layout, isa, rng):
 
 @pytest.mark.parametrize("layout", RUNS)
 def test_statistics_depend_on_no_neighbor(layout, isa, rng):
-    """What a channel holds has no part in the bits of the next, even where it takes another path."""
+    """The values of a channel have no part in the bits of the next, even where that channel takes another path."""
     shape = (2, 40, 300)
     x = lay(uniform(rng, shape), layout)
     others = np.arange(40) != 7
@@ -203,7 +203,7 @@ def test_momentum_of_zero_takes_no_unbiased_variance_from_nan(rng):
 
 
 def test_running_statistics_average_over_images(rng):
-    """In another order of N the mean is the same but for rounding; one image alone gives its own statistics."""
+    """The mean is the same in another order of N, but for rounding; one image alone gives its own statistics."""
     x = uniform(rng, (1, 3, 8, 8))
     mean, var = np.zeros(3), np.ones(3)
     normkit.instance_norm(x, running_mean=mean, running_var=var, momentum=1.0)

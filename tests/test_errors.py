@@ -563,7 +563,7 @@ OPTION_CASES = {
 
 @pytest.mark.parametrize("case", OPTION_CASES)
 def test_options_of_every_function(case):
-    """To the letter, and nothing is written before."""
+    """Every message is right to the letter, and nothing is written before it."""
     call, name, option, value, kind, message = OPTION_CASES[case]
     out = Guarded(X, np.float32)
     if name not in WITHOUT_OUT:
@@ -600,7 +600,7 @@ OVERLAPS = {
 
 @pytest.mark.parametrize("case", OVERLAPS)
 def test_out_overlaps_an_option(case):
-    """Its last element lies where the option begins."""
+    """The last element of out lies where the option begins."""
     call, argument = OVERLAPS[case]
     buffer = np.ones(4 * 800, np.uint8)
     out = buffer[: 4 * 384].view(np.float32).reshape(X)

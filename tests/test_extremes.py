@@ -20,7 +20,7 @@ CENTERED = [op for op in REGISTRY if op.center]
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
 def test_a_mean_of_a_million(op, layout, shape, isa, rng):
-    """Of a standard deviation of 1, in float32: forward, backward, with and without a mask."""
+    """The data have a standard deviation of 1, in float32: forward, backward, with and without a mask."""
     dy, x = lay(uniform(rng, shape), layout), lay((1e6 + rng.standard_normal(shape)).astype(np.float32), layout)
     check_forward(op, x)
     check_backward(op, dy, x)
@@ -59,7 +59,7 @@ def test_float16_at_its_limits(op, layout, kind, isa, rng):
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last", "crop"])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
 def test_constants(op, layout, value, dtype, isa, rng):
-    """Exactly the bias where there is a mean to subtract, of whatever eps; finite gradients."""
+    """y is exactly the bias where there is a mean to subtract, whatever eps is, and gradients are finite."""
     dy, x = lay(uniform(rng, SMALL, dtype), layout), lay(np.full(SMALL, value).astype(dtype), layout)
     bias = rng.standard_normal(op.weight_shape(SMALL, "channel")).astype(np.float32)
     if op.center:

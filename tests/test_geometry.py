@@ -29,7 +29,7 @@ TABLE = {
 
 
 def addresses(shape, strides):
-    """Where every element lies, by its logical index."""
+    """The place of every element, by its logical index."""
     index = np.indices(shape).reshape(len(shape), -1)
     return np.asarray(strides, np.int64) @ index if shape else np.zeros(1, np.int64)
 
@@ -142,7 +142,7 @@ def test_random_axes(data):
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_packed_arrays_always_fit(data):
-    """Dense, the reduced axes fastest, parameters along nothing, what is kept, or everything."""
+    """The arrays are dense, the reduced axes the fastest; parameters vary along no axis, the kept axes, or all."""
     shape = tuple(data.draw(EXTENTS))
     kept_count = data.draw(st.integers(0, len(shape) - 1))
     kept, reduced = tuple(range(kept_count)), tuple(range(kept_count, len(shape)))

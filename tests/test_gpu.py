@@ -174,7 +174,7 @@ def test_teams_of_any_size(tiles, dtype, cupy, rng):
 
 @pytest.mark.parametrize("shape", [(1100, 1, 12225), (2200, 16384)], ids=str)
 def test_a_thousand_runs_of_blocks_alone(shape, cupy, rng):
-    """So many rows of two tiles that a block has all of one, and its threads tell each other."""
+    """There are so many rows of two tiles that a block has all of a row, whose tiles its threads tell each other."""
     runs = 1000 if hasattr(cupy, "RawKernel") else 2
     if runs == 2:
         shape = (2, *shape[1:])
@@ -189,7 +189,7 @@ def test_a_thousand_runs_of_blocks_alone(shape, cupy, rng):
 @pytest.mark.parametrize("last", [False, True], ids=["rows", "columns"])
 @pytest.mark.parametrize("bytes_each", [100_000, 4_500_000])
 def test_workspace_is_a_fifth_of_x_at_most(bytes_each, last, cupy, rng, monkeypatch):
-    """Of what is asked for, not of what a pool makes of it: for a row, or 64 bytes a step."""
+    """The size is what is asked for, not what a pool makes of it. x is a long row, or has 64 bytes a step."""
     sizes, workspace = [], _cuda.CuPy.workspace
     monkeypatch.setattr(_cuda.CuPy, "workspace", lambda self, size: (sizes.append(size), workspace(self, size))[1])
     values = uniform(rng, (bytes_each // 64, 32) if last else (1, bytes_each // 2), np.float16)
@@ -372,7 +372,7 @@ def first_calls(gpu):
 
 @pytest.mark.parametrize("first", FIRST_CALLS, ids="-".join)
 def test_a_graph_of_the_first_call_of_a_process(first, first_calls):
-    """Its kernels are loaded while the stream is captured."""
+    """The first call of a process loads its kernels while the stream is captured."""
     said, _ = first_calls[first].communicate(timeout=100)
     assert "captured" in said, said
 
@@ -518,7 +518,7 @@ def test_more_elements_than_an_int_counts(case, gpu):
 
 
 def test_one_statistic_of_more_elements_than_an_int_counts(gpu):
-    """Against moments that CuPy finds in doubles, piece by piece."""
+    """The statistic is compared with moments that CuPy finds in doubles, piece by piece."""
     shape = (1, (1 << 31) + 9)
     needs(gpu, 5 * 2 * shape[1] / 2**30)
     x = gpu.random.default_rng(0).standard_normal(shape, dtype=gpu.float32).astype(gpu.float16)

@@ -163,7 +163,7 @@ def made_up(gpu, ratios):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """Those that are drawn meanwhile."""
+    """The figures that are drawn during a test."""
     matplotlib = pytest.importorskip("matplotlib", reason="no pictures without matplotlib")
     matplotlib.use("agg")
     from matplotlib import pyplot
@@ -176,7 +176,7 @@ def figures(monkeypatch):
 
 
 def test_bars_are_shares_of_a_copy(modules, figures, tmp_path):
-    """Of each operation, and only where a rival can do all of its cases; next to each other, as they come."""
+    """A rival has a bar for each operation whose cases it can all do; bars stand next to each other, as they come."""
     gpu, report = modules
     results = made_up(gpu, {"normkit": 1.25, "torch": 2.0, "rows alone": 4.0})
     report.bars_of_gpu({"date": "", "commit": ""}, results, tmp_path / "bars.png")
@@ -241,7 +241,7 @@ def test_a_wrong_answer_of_ours_is_a_failure(lost, modules, monkeypatch, tmp_pat
 
 
 def test_packages_of_a_rival_may_lie_deeper(modules, tmp_path):
-    """Where a .pth file says, as it does in a folder of Python's own."""
+    """A .pth file in the folder says where, as it does in a folder of Python's own."""
     gpu, _ = modules
     (tmp_path / "deep/er").mkdir(parents=True)
     (tmp_path / "deep/er/only_here_for_this_test.py").write_text("")
@@ -270,7 +270,7 @@ MEMORY = [  # of each kind of arrays and of truth, in pieces and whole
 
 @pytest.mark.parametrize(("operation", "shape", "options"), MEMORY, ids=lambda p: str(p))
 def test_memory_is_counted(operation, shape, options, modules, monkeypatch):
-    """Of NumPy, all that a case has at a time. It may be less than was counted, but not by half."""
+    """NumPy's memory is counted while a case runs. It may have less at a time than gpu.py says, but not by half."""
     gpu, _ = modules
     monkeypatch.setattr(gpu, "PIECE", 1 << 16)
     case = gpu.Case(operation, shape, **options)
@@ -294,14 +294,14 @@ def test_what_does_not_fit_is_said(modules):
 
 
 def test_every_case_fits_80_gigabytes(modules):
-    """With the 60 MB of cache of an H200, and with all that the largest leaves behind."""
+    """The cases fit with the 60 MB of cache of an H200, and with all that the largest case leaves behind."""
     gpu, _ = modules
     assert max(1.2 * gpu.needed_bytes(case, 60 << 20) for case in gpu.CASES) < 60 << 30
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_the_copy_moves_random_bytes(direction, modules):
-    """Of those of the case: half of them are read, or two thirds."""
+    """The copy moves as many bytes as the case: half of them are read, or two thirds."""
     gpu, _ = modules
     sets = gpu.Sets(gpu.Case("layer", (64, 512), direction=direction), np, gpu.Dry.cache)
     ((_, copy),) = gpu.Dry().copies(sets)
@@ -346,7 +346,7 @@ class Interpreted:
 
 
 def test_kernels_of_cupy_are_right(modules):
-    """As far as their formulas go."""
+    """The formulas of the kernels are right, as Python runs them."""
     gpu, _ = modules
     cupy = SimpleNamespace(
         ReductionKernel=Interpreted.reduction, ElementwiseKernel=Interpreted.elementwise, zeros=np.zeros
@@ -386,7 +386,7 @@ class TorchOfStreams:
 
 
 def test_answers_of_torch_are_looked_at_on_their_stream(modules):
-    """They are still under way when they are converted."""
+    """Answers are still under way when they are converted, so that must happen on their stream."""
     gpu, _ = modules
     torch = TorchOfStreams()
     rival = object.__new__(gpu.gpu_rivals.Torch)

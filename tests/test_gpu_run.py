@@ -36,7 +36,7 @@ def python(words):
 
 
 def test_what_is_worth_most_takes_five_minutes(gpu_run, tmp_path):
-    """Where normkit need not be built."""
+    """The steps that come first take five minutes at most, where normkit need not be built."""
     steps = {step.name: step for step in gpu_run.steps_of(tmp_path, tmp_path, tmp_path, "")}
     names = list(steps)
     first = ["install", "build", "check", "tests", "cases", "values", *gpu_run.SANITIZERS]
@@ -89,7 +89,8 @@ def test_no_step_is_begun_when_the_time_is_over(gpu_run, session):
 
 
 def test_a_run_goes_on_where_the_last_one_stopped(gpu_run, session, tmp_path):
-    """What has passed or failed is known; what was cut or skipped is done, and what lies elsewhere than in --out."""
+    """Steps that have passed or failed are known. Steps that were cut or skipped are done, and steps whose results lie
+    elsewhere than in --out are done again."""
     counted = tmp_path / "count"
 
     def step(name, **options):

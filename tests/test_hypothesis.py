@@ -1,4 +1,4 @@
-"""Whatever hypothesis thinks of: shapes, strides, axes, weights, dtypes and values, against the reference."""
+"""Calls that hypothesis thinks of, of any shape, strides, axes, weights, dtypes and values, against the reference."""
 
 import normkit
 import numpy as np

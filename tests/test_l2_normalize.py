@@ -73,7 +73,7 @@ def test_options_of_rms_norm_give_the_same_bits(last, shape, dtype, isa, rng):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_options_eps_is_the_least_divisor(dtype, isa, rng):
-    """Of rows of norm 0, below eps, and above it. Below it the gradient is that of a constant divisor."""
+    """Rows have norms of 0, below eps, and above it. Below eps the gradient is that of a constant divisor."""
     x, dy = (uniform(rng, (4, 300), dtype) for _ in range(2))
     x[0], x[2] = 0, x[2] * 4
     norms = np.sqrt((x.astype(np.float64) ** 2).sum(1))

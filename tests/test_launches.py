@@ -1,4 +1,4 @@
-"""That launches are counted as they are: by arithmetic, on kernels of which it is known what they read and write."""
+"""Launches are counted as they are: arithmetic tells what some kernels must read and write."""
 
 import normkit
 import numpy as np
@@ -69,7 +69,7 @@ def test_what_blocks_share_is_counted_for_each_and_once(rng):
 
 
 def test_sectors_are_whole(rng):
-    """Of an array that begins and ends within sectors, all of both are read."""
+    """Sectors in which an array begins or ends are read as a whole."""
     x = aligned((1, 1, 264), np.float32, rng)[..., 4:260]
     with recorded() as launches:
         normkit.instance_norm(x)

@@ -340,7 +340,7 @@ def test_gradients_of_slopes(mutant, rng):
 
 
 def test_a_kink_excuses_no_more_than_its_own_elements(rng):
-    """Where z is within its error of 0 the derivative may be that of either side; elsewhere the wrong side shows."""
+    """The derivative may be that of either side where z is within its error of 0; elsewhere the wrong side shows."""
     dy, x = few_bits(rng, SHAPE) + 1, uniform(rng, SHAPE)
     op = OPERATIONS["instance"]
     stats = op.reference(x)
@@ -372,7 +372,7 @@ def test_weight_offsets(mutant, weight_offset, rng):
 
 
 def test_a_residual_gradient_added_after_rounding(rng):
-    """In float16, where dx and dresidual nearly cancel: two roundings, and the first is of a larger number."""
+    """Two roundings show in float16 where dx and dresidual nearly cancel: the first is of a larger number."""
     dy, x = uniform(rng, SHAPE, "float16"), uniform(rng, SHAPE, "float16")
     op = OPERATIONS["instance"]
     stats = op.reference(x)

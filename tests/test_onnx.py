@@ -79,7 +79,7 @@ CASES = list(collect())
 
 
 def attributes(model):
-    """Those of the only node, with the defaults of its opset."""
+    """The attributes of the only node, with the defaults of its opset."""
     (node,), (opset,) = model.graph.node, model.opset_import
     schema = onnx.defs.get_schema(node.op_type, opset.version, node.domain)
     defaults = [a.default_value for a in schema.attributes.values() if a.default_value.name]
@@ -118,7 +118,7 @@ def test_like_onnx(model, inputs, outputs):
 
 
 def test_every_operator_has_cases():
-    """And those that say more than one thing have it said: statistics of layer norm, both modes of batch norm."""
+    """Operators that do more than one thing have cases of each: statistics of layer norm, both modes of batch norm."""
     found = {(model.graph.node[0].op_type, len(outputs)) for _, model, _, outputs in CASES}
     assert {operator for operator, _ in found} == set(OPERATORS)
     assert found >= {("LayerNormalization", 3), ("BatchNormalization", 1), ("BatchNormalization", 3)}

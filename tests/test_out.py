@@ -34,7 +34,7 @@ def test_out_lies_like_x(op, layout, dtype, isa, rng):
 @pytest.mark.parametrize("layout", WRITABLE)
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
 def test_out_lies_otherwise(op, layout, dtype, isa, rng):
-    """Another geometry, so other bits, within the same bounds."""
+    """Such an out changes the geometry, and so the bits, within the same bounds."""
     dy, x = uniform(rng, SMALL, dtype), uniform(rng, SMALL, dtype)
     out, dout = Guarded(SMALL, dtype, layout), Guarded(SMALL, dtype, layout)
     assert check_forward(op, x, out=out.array) is out.array
@@ -141,7 +141,7 @@ def test_what_out_held_does_not_matter(op, dtype, fill, rng):
 @pytest.mark.parametrize("kind", ["channel", "pixel"])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
 def test_fresh_memory_may_hold_anything(op, kind, dtype, rng, monkeypatch):
-    """What the library allocates may hold NaNs: the same bits whatever np.empty returns."""
+    """Memory that the library allocates may hold NaNs: results have the same bits whatever np.empty returns."""
     dy, x = uniform(rng, SMALL, dtype), uniform(rng, SMALL, dtype)
     weight = rng.standard_normal(op.weight_shape(SMALL, kind)).astype(np.float32)
 

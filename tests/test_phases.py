@@ -31,7 +31,7 @@ def moments(op, x, **options):
 
 
 def mean_of(op, m):
-    """What apply and the backward take: no mean where nothing is centered."""
+    """The mean that apply and the backward take: None where nothing is centered."""
     return m.mean if op.center else None
 
 
@@ -103,7 +103,7 @@ def test_whole_arrays(op, layout, dtype, isa, rng):
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last", "crop"])
 @pytest.mark.parametrize("op", NORMALIZE, ids=repr)
 def test_whole_arrays_have_the_bits_of_one_call(op, layout, isa, rng):
-    """Without weights: those of some shapes have x packed first, which sums in another order."""
+    """There are no weights, as weights of some shapes have x packed first, which sums in another order."""
     x = lay(uniform(rng, (3, 5, 6, 70), offset=0.25), layout)
     m = moments(op, x)
     y = normkit.apply(x, mean_of(op, m), m.rstd(1e-5), axis=axis_of(op, x.shape))
@@ -147,7 +147,7 @@ def test_moments_of_nothing(op):
 
 @pytest.mark.parametrize("op", CENTERED, ids=repr)
 def test_nothing_changes_nothing(op, rng):
-    """Merged with the moments of no members, from either side."""
+    """Moments stay as they are when they are merged with the moments of no members, from either side."""
     x = uniform(rng, SMALL)
     m, nothing = moments(op, x), moments(op, x, where=np.zeros(SMALL, bool))
     for found in (m.merge(nothing), nothing.merge(m), normkit.merge([nothing, m, nothing])):
@@ -171,7 +171,7 @@ def test_merge_changes_neither(op, rng):
 @pytest.mark.skipif("NORMKIT_TEST_ARRAYS" in os.environ, reason="what mirrors Moments is no value")
 @pytest.mark.parametrize("op", NORMALIZE, ids=repr)
 def test_moments_are_values(op, rng):
-    """They travel, are equal or not, and nobody reaches into them."""
+    """Moments are pickled and copied, are equal or not, and nobody reaches into them."""
     x = uniform(rng, SMALL)
     m = moments(op, x)
     before = bits(m.m2)
@@ -225,7 +225,7 @@ def test_a_constant_has_no_variance_and_no_infinite_rstd():
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("op", NORMALIZE, ids=repr)
 def test_tiles_merge(op, dtype, size, isa, rng):
-    """Along every reduced axis: the bound of the whole, and a rounding of doubles for every merge."""
+    """Tiles along every reduced axis keep the bound of the whole, and a rounding of doubles for every merge."""
     x = uniform(rng, SMALL, dtype, offset=0.25)
     for axis in op.reduced(SMALL):
         parts = [moments(op, x[part]) for part in tiles(SMALL, axis, size)]
@@ -265,7 +265,7 @@ def test_masked_tiles_merge(op, mask, isa, rng):
 @pytest.mark.parametrize("length", [16384, 3 * 16384, 3 * 16384 + 5000, 100_000])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_tiles_that_are_spans_have_the_bits_of_the_whole(rows, length, isa, rng):
-    """Merged from left to right, as one call merges them."""
+    """Tiles are merged from left to right, as one call merges its spans."""
     if isa == "shim" or "NORMKIT_TEST_ARRAYS" in os.environ:
         pytest.skip("spans are the CPU's: on a GPU tiles meet as a tree")
     x = uniform(rng, (rows, length), offset=0.3)
@@ -358,7 +358,7 @@ def test_counts_of_any_dtype(dtype, rng):
 @pytest.mark.parametrize("kind", ["channel", "kept"])
 @pytest.mark.parametrize("op", NORMALIZE, ids=repr)
 def test_sums_of_tiles_add(op, kind, size, isa, rng):
-    """Along every reduced axis, with the mean rounded far from zero: tiles find together what it lacks."""
+    """Tiles lie along every reduced axis, and the mean is rounded, far from zero: together they find what it lacks."""
     dy, x = uniform(rng, SMALL), uniform(rng, SMALL, offset=1e3)
     weight = parameters(op, SMALL, rng, kind)[0]
     m = moments(op, x)

@@ -227,7 +227,7 @@ def test_no_two_outputs_share_memory(of):
 @pytest.mark.parametrize("layout", ["C", "F"])
 @pytest.mark.parametrize("shape", ["channel", "conditional", "pixel"])
 def test_an_offset_of_a_weight_that_is_not_there(shape, layout, rng):
-    """It stays 1, in the backward as in the forward: nothing but the bias and the activation have a part in dx."""
+    """An absent weight stays 1, in the backward as in the forward: of the parameters only bias has a part in dx."""
     values, dy = (np.asarray(uniform(rng, (2, 3, 5)), order=layout) for _ in range(2))
     bias = uniform(rng, {"channel": (3,), "conditional": (2, 3), "pixel": (2, 3, 5)}[shape])
     _, mean, rstd = normkit.instance_norm(values, return_stats=True)

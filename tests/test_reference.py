@@ -72,13 +72,13 @@ def test_registry_names_are_unique():
 
 @pytest.mark.parametrize("t", [0.0, 1e-9, 0.3, 1.4999, 1.5, 1.5001, 3.0, 9.0, 26.0])
 def test_erfc(t):
-    """Against the C library's, which is exact to a few roundings of a double."""
+    """erfc is compared with the C library's, which is exact to a few roundings of a double."""
     for dtype in (np.float64, np.longdouble):
         assert abs(float(erfc(dtype(t))) - math.erfc(t)) <= 2.0**-48 * math.erfc(t)
 
 
 def test_erfc_is_smooth_where_its_formulas_meet():
-    """In long double: what the last digits of a double are compared with."""
+    """The formulas meet smoothly in long double, with which the last digits of a double are compared."""
     t = np.longdouble(1.5) + np.arange(-4, 5) * np.longdouble(1e-6)
     third = np.diff(erfc(t), 3)
     # The third derivative there is 0.83; a jump of d would show in two of the differences, three times.
@@ -124,7 +124,7 @@ def test_activations_by_another_formula():
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
 def test_statistics_of_members_by_another_way(op, mask, rng):
-    """Member by member, statistic by statistic."""
+    """Statistics are taken once more, member by member, statistic by statistic."""
     x, where = rng.standard_normal(SHAPE), MASKS[mask](rng, SHAPE)
     f = op.reference(x, where=where)
     reduced = op.reduced(SHAPE)

@@ -57,7 +57,7 @@ def test_a_residual_that_lies_otherwise(op, layout, other, isa, rng):
 @pytest.mark.parametrize("layout", sorted(SHARED_MEMORY))
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
 def test_an_x_that_shares_memory(op, layout, isa, rng):
-    """Its sum does not: another geometry, the same bounds."""
+    """The sum shares no memory, which makes another geometry, with the same bounds."""
     x, residual = lay(uniform(rng, SMALL), layout), uniform(rng, SMALL)
     y, s = op.forward(x, residual=residual, return_residual=True)
     assert bits(s) == bits(x + residual)
@@ -76,7 +76,7 @@ def test_a_broadcast_residual(op, broadcast, isa, rng):
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_length(shape, layout, dtype, isa, rng):
-    """Of very different sizes, so that the sum is rounded."""
+    """x and the residual are of very different sizes, so that their sum is rounded."""
     x, residual = (lay(uniform(rng, SHAPES[shape], dtype, std=std), layout) for std in (1, 37))
     check_residual(INSTANCE, x, residual, layout)
 
@@ -92,7 +92,7 @@ def test_with_all_other_options(op, isa, rng):
 @pytest.mark.parametrize("out_dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_out_dtype(dtype, out_dtype, isa, rng):
-    """That of y; the sum keeps the dtype of x."""
+    """out_dtype is the dtype of y; the sum keeps the dtype of x."""
     x, residual = uniform(rng, SMALL, dtype), uniform(rng, SMALL, dtype)
     y, s = INSTANCE.forward(x, residual=residual, return_residual=True, out_dtype=out_dtype)
     assert (y.dtype, s.dtype) == (out_dtype, dtype)
@@ -102,7 +102,7 @@ def test_out_dtype(dtype, out_dtype, isa, rng):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("layout", WRITABLE)
 def test_out(layout, dtype, isa, rng):
-    """Given, in place; the bits of a fresh result, and no byte beside them."""
+    """An out that is given, or x itself, has the bits of a fresh result, and no byte beside them is written."""
     x, residual = (lay(uniform(rng, SMALL, dtype), layout) for _ in range(2))
     y, s = INSTANCE.forward(x, residual=residual, return_residual=True)
     out = Guarded(SMALL, dtype, layout)
@@ -155,7 +155,7 @@ def test_empty(op, shape):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
 def test_gradient_of_the_returned_sum(op, layout, dtype, isa, rng):
-    """Rounded once: a gradient of half its digits, added after, would show."""
+    """dx is rounded once: a gradient of half its digits, added after that, would show."""
     dy, x, dresidual = (lay(uniform(rng, SMALL, dtype, std=std), layout) for std in (1, 1, 0.1))
     weight = rng.standard_normal(op.weight_shape(SMALL, "channel")).astype(np.float32)
     check_backward(op, dy, x, weight, dresidual=dresidual)

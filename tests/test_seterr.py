@@ -24,7 +24,7 @@ def hard(rng, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
 def test_calls_are_silent(op, layout, dtype, rng):
-    """Also what is packed or converted on its way: other bits or an error would show that NumPy had a say."""
+    """Arrays are packed or converted on their way, too: other bits or an error would show that NumPy had a say."""
     dy, x = (lay(hard(rng, dtype), layout) for _ in range(2))
     weight, bias = (1e30 * rng.standard_normal((2, *op.weight_shape(SHAPE, "channel")))).astype(np.float32)
     where = x == x

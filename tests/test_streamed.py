@@ -105,7 +105,7 @@ OVERLAPPED = {
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("name", OVERLAPPED)
 def test_overlapped_has_the_bits_of_in_place(name, offset, dtype, weight_dtype, isa, rng):
-    """In place nothing goes past the caches, so each statistic is read, solved and written before the next."""
+    """A call in place stores nothing past the caches, so each statistic is read, solved and written before the next."""
     shape, arguments, options = OVERLAPPED[name]
     x, dy = uniform(rng, shape, np.dtype(dtype)), uniform(rng, shape, np.dtype(dtype))
 

@@ -1,4 +1,4 @@
-"""What means the same is taken, however it is written, and gradients have the shape of what they belong to."""
+"""Arguments that mean the same are all taken, and a gradient has the shape of the argument that it belongs to."""
 
 import itertools
 import re
@@ -89,7 +89,7 @@ def test_what_is_no_mask(where, rng):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
 def test_what_is_converted(op, layout, dtype, rng):
-    """It has the bits of x.astype(np.float32), which rounds once, and the memory order of x."""
+    """A converted x has the bits of x.astype(np.float32), which rounds once, and the memory order of x."""
     shape = (3, 5, 4, 7)
     x = lay(uniform(rng, shape, dtype), layout)
     same, before = x.astype(np.float32), bits(x)  # in the order of x
@@ -126,7 +126,7 @@ def test_what_is_converted_by_other_functions(dtype, rng):
 
 @pytest.mark.parametrize("value", [2**24 + 1, 2**24 + 3, 2**53 + 2**29 + 1, 2**63 - 1, -(2**63)], ids=str)
 def test_each_integer_is_rounded_once(value):
-    """To the nearest float32; 2**53 + 2**29 + 1 would come out lower by way of float64."""
+    """An integer becomes the nearest float32; 2**53 + 2**29 + 1 would come out lower by way of float64."""
     x = np.array([[value, 0]], np.int64)
     mean = nk.moments(x[:, :1], axis=1).mean
     nearest = min((np.float32(value), *(np.nextafter(np.float32(value), s) for s in (-np.inf, np.inf))),
@@ -193,7 +193,7 @@ def test_numbers_as_statistics(layout, kind, axis, isa, rng):
 
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
 def test_arrays_without_axes_as_statistics(op, rng):
-    """Of every backward and double backward."""
+    """Every backward and double backward takes such statistics."""
     dy, x, ddx = (uniform(rng, SHAPE) for _ in range(3))
     given = [np.array(v, np.float32) for v in rng.uniform(0.5, 2, 2)]
     arrays = [np.full(op.statistics_shape(SHAPE), v) for v in given]
@@ -232,7 +232,7 @@ def test_what_is_no_statistic(given, kind, message, rng):
 
 
 def spelled(op: Operation, weight: np.ndarray) -> list[np.ndarray]:
-    """The same weight with ones, so that it broadcasts against x: with all of the axes of x, and without the first."""
+    """A weight with ones, so that it broadcasts against x: with all of the axes of x, and without the first."""
     full = weight.reshape(op.aligned(weight.shape, SHAPE))
     return [full, full[0]] if full.shape[0] == 1 else [full]
 
@@ -283,7 +283,7 @@ def kinds_of(op: Operation) -> list[str]:
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last", "crop"])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
 def test_dbias_has_the_shape_of_bias(op, layout, rng):
-    """Whatever that of weight, whether an activation depends on bias or not."""
+    """The shape of weight does not matter, nor whether an activation depends on bias."""
     dy, x = (lay(uniform(rng, SHAPE), layout) for _ in range(2))
     for weight, bias, activation in itertools.product([None, *kinds_of(op)], kinds_of(op), [None, "silu"]):
         check_backward(op, dy, x, param(op, weight, rng), bias=param(op, bias, rng), activation=activation)
@@ -304,7 +304,7 @@ def test_dbias_of_every_dtype(activation, dtype, bias_dtype, isa, rng):
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
 def test_gradients_of_parameters_whatever_else_is_wanted(op, activation, layout, rng):
-    """Nor on whether dx is written over dy."""
+    """Gradients of parameters do not depend on what else is wanted, nor on whether dx is written over dy."""
     dy, x = (lay(uniform(rng, SHAPE), layout) for _ in range(2))
     stats, names = op.statistics(x)[1:], ("dx", "dweight", "dbias")
     for weight, bias in itertools.product([None, *kinds_of(op)], kinds_of(op)):

@@ -226,10 +226,10 @@ def test_values_of_half_types(name, dtype, rng):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("name", "given"), GIVEN, ids=IDS)
 def test_gradients(name, given, dtype, rng):
-    """Of a scalar through y, at the statistics that either library kept of its forward.
+    """Gradients of a scalar through y agree, at the statistics that either library kept of its forward.
 
-    Those in normkit are rounded: rstd is off by rstd_error and one rounding, and dx is a sum of rstd * (g - mean_g) and
-    of a part that goes with its third power.
+    The statistics of normkit are rounded: rstd is off by rstd_error and one rounding, and dx is a sum of
+    rstd * (g - mean_g) and of a part that goes with the third power of rstd.
     """
     case, x, dy = CASES[name], tensor(rng, SHAPE, dtype), tensor(rng, SHAPE, dtype)
     params = parameters(rng, case, given, dtype)
@@ -345,8 +345,8 @@ def test_running_statistics(name, dtype, momentum, rng):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rms_norm_default_eps(dtype, rng):
-    """That of the type PyTorch computes in: 2^-23 also for float16 and bfloat16, whatever finfo says of those. Members
-    of the size of 1e-4 would be far off with another one."""
+    """The default eps is that of the type PyTorch computes in: 2^-23 also for float16 and bfloat16, whatever finfo says
+    of these. Members of the size of 1e-4 would be far off with another eps."""
     x = tensor(rng, SHAPE, dtype, std=1e-4)
     eps = 2.0**-52 if dtype == "float64" else 2.0**-23
     truth = CASES["rms"].truth(x, None, None, eps=eps)

@@ -92,7 +92,7 @@ def test_weights_longer_than_a_buffer(op, kind, isa, rng):
 
 @pytest.mark.parametrize("length", [96, 1024, 1100, 1101])
 def test_a_row_of_several_pieces(length, isa, rng):
-    """Whose weights change from piece to piece, of which each is longer than what is worked on at a time, or not."""
+    """Weights change from piece to piece of a row, and pieces are longer than what is worked on at a time, or not."""
     op, shape = OPERATIONS["over-all-but-first"], (5, 12, length)
     dy, x = uniform(rng, shape), uniform(rng, shape)
     weight, bias = parameters(op, shape, "channel", rng)
@@ -135,7 +135,7 @@ def test_exact_sums_leave_only_the_roundings_of_apply(op, shape, isa, rng):
 
 @pytest.mark.parametrize("shape", ["square-tail", "vector", "vector-and-one", "register-row"])
 def test_exact_sums_across_lanes(shape, isa, rng):
-    """At most a chunk of 128 steps: the pivot of the next would be a mean that has no few bits."""
+    """Shapes have at most a chunk of 128 steps: the pivot of the next would be a mean that has no few bits."""
     check_forward(INSTANCE, lay(few_bits(rng, SHAPES[shape]), "channels-last"), exact=True)
 
 
@@ -247,7 +247,8 @@ def test_running_statistics(momentum, running_dtype, layout, dtype, isa, rng):
     assert y.tobytes() == INSTANCE.forward(x).tobytes()
 
     def rounded(values):
-        """What is as exact as forward is averaged and added in double, and rounded; half types by float32."""
+        """The rounding of a running statistic: numbers as exact as forward's are averaged and added in double, and
+        rounded; half types by way of float32."""
         return bounds.stored(values, running_dtype) + bounds.stored(values, compute(running_dtype))
 
     relative = 2 * bounds.rstd_error(truth, dtype).max()
@@ -322,7 +323,7 @@ RANKS = {
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("op", [OPERATIONS["over-last"], OPERATIONS["over-first"]], ids=repr)
 def test_weight_and_bias_have_different_ranks(op, ranks, layout, rng):
-    """Each broadcasts by itself; that of the other says nothing about its strides."""
+    """Weight and bias broadcast each by itself: the rank of one says nothing about the strides of the other."""
     x, dy = (lay(uniform(rng, (2, 3, 5)), layout) for _ in range(2))
     weight, bias = (None if shape is None else rng.standard_normal(shape).astype(np.float32) for shape in RANKS[ranks])
     check_forward(op, x, weight, bias)

@@ -175,7 +175,7 @@ def test_one_member_gives_its_own_mean(shape, layout, isa, rng):
 @pytest.mark.parametrize("value", [0.0, -0.1, 1e6, 3e4])
 @pytest.mark.parametrize("shape", [(3, 5, 4, 7), (2, 17, 300), (1, 2, 9000)], ids=str)
 def test_constant_members_give_exactly_the_bias(shape, value, layout, isa, rng):
-    """Whatever the others hold, of which a kernel must not make its pivot."""
+    """Elements that are no members may hold anything: a kernel must not make its pivot of them."""
     x, where = lay(uniform(rng, shape), layout), MASKS["random"](rng, shape)
     x[where] = value
     bias = rng.standard_normal(shape[1]).astype(np.float32)
@@ -197,7 +197,7 @@ def test_the_first_member_is_a_bad_pivot(shape, outlier, layout, isa, rng):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in SHARED_MEMORY])
 def test_out(layout, dtype, isa, rng):
-    """Given, in place; the bits of a fresh result, and no byte beside them."""
+    """An out that is given, or x itself, has the bits of a fresh result, and no byte beside them is written."""
     dy, x = (lay(uniform(rng, SMALL, dtype), layout) for _ in range(2))
     where = MASKS["random"](rng, SMALL)
     y, mean, rstd = INSTANCE.statistics(x, where=where)
@@ -366,7 +366,7 @@ ERRORS = {
 @pytest.mark.parametrize(("where", "kind", "message"), ERRORS.values(), ids=ERRORS)
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
 def test_errors(op, where, kind, message):
-    """To the letter, and nothing is written before them."""
+    """Messages are right to the letter, and nothing is written before them."""
     x = np.ones((2, 3, 8), np.float32)
     out = Guarded(x.shape, np.float32)
     stats = op.statistics(x)[1:]

@@ -60,7 +60,7 @@ bool equal(std::span<const std::int64_t> a, std::span<const std::int64_t> b) {
   type_error(name + " has dtype " + given + ", expected " + (swapped ? "native byte order" : expected));
 }
 
-/// True of floating types and integers, of those too that kernels do not read.
+/// True where `a` has a floating type or integers, also where kernels do not read the type.
 bool is_real(const Array& a) {
   const std::string_view name = a.dtype == Dtype::other ? a.other_dtype : name_of(a.dtype);
   const bool swapped = name.starts_with('>') && name.find_first_of("fiu") == 1;
@@ -75,7 +75,7 @@ void check_floating(const std::string& name, const Array& a) {
   if (!is_floating(a.dtype)) bad_dtype(name, a, "float32, float64, float16 or bfloat16");
 }
 
-/// float32 or float64, or a half type where `narrow` is one.
+/// Throws where the dtype of `a` is neither float32 nor float64, nor `narrow`, if that is a half type.
 void check_wide_dtype(const std::string& name, const Array& a, Dtype narrow = Dtype::other) {
   const bool has_narrow = narrow == Dtype::float16 || narrow == Dtype::bfloat16;
   if (a.dtype == Dtype::float32 || a.dtype == Dtype::float64 || (has_narrow && a.dtype == narrow)) return;
@@ -243,7 +243,7 @@ bool Placement::allows(const Addresses& at) const {
 
 namespace {
 
-/// The axes of x that an array varies along which broadcasts against it.
+/// The axes of x along which an array varies that broadcasts against x.
 AxisMask broadcast_axes(const char* name, const Array& a, std::span<const std::int64_t> x) {
   AxisMask axes = 0;
   const int shift = static_cast<int>(x.size()) - a.ndim();
@@ -348,7 +348,7 @@ void check_running(const Args& args, const Spec& spec) {
     value_error("x has 1 member per statistic, expected at least 2: running_var takes an unbiased variance");
 }
 
-/// Of one that is there, for its role.
+/// Throws where an operand that is there has not the shape or the dtype that its role asks for.
 void check(const OperandRow& row, const Args& args, const Spec& spec, Op op, Dtype out_dtype,
            std::span<const std::int64_t> statistics) {
   const Array &a = args.*row.array, &x = args.x;

@@ -20,16 +20,19 @@ using Extents = std::array<std::int64_t, kMaxAxes>;
 /// "(2, 3)", as Python writes a shape.
 std::string tuple(std::span<const std::int64_t> values);
 
-/// Strides in elements.
+/// Writes the strides of `a`, in elements, to `out`.
 void element_strides(const Array& a, Extents& out);
 bool same_strides(const Array& a, const Array& b);
-/// `strides` count elements. True too where an axis has one index, whatever its stride.
+/// True where `a` lies on its elements with these strides, which count elements; that of an axis with one index is not
+/// compared.
 bool has_strides(const Array& a, const Extents& strides);
-/// Bytes of an element, also of a dtype that kernels do not read: its name has its bits, or it is taken to have one byte.
+/// Bytes of an element, also of a dtype that kernels do not read: the number in its name counts its bits; without one,
+/// an element is taken to have one byte.
 std::int64_t element_bytes(const Array& a);
-/// True where every element lies where one of its size may.
+/// True where the address of every element is a multiple of its size.
 bool on_elements(const Array& a);
-/// Throws where that is false: for a GPU, on which whatever touches such an array fails, and all that comes after it.
+/// Throws where on_elements() is false and the array has elements. On a GPU a kernel that touches such an array fails,
+/// and so does everything that comes after it.
 void check_on_elements(const std::string& name, const Array& a);
 
 // ---- where arrays lie --------------------------------------------------------------------------------------------
@@ -37,21 +40,22 @@ void check_on_elements(const std::string& name, const Array& a);
 /// The addresses of a call's arrays; null where there is none.
 using Addresses = std::array<std::byte*, kOperands>;
 
-/// The bytes that an array reaches over, seen from its address, and those of an element.
+/// The bytes [first, last) that an array reaches over, counted from its address, and the bytes of one element.
 struct Reach { std::int64_t first = 0, last = 0, element = 1; };
 
-/// What was judged of the addresses of a call's arrays, for like calls whose arrays lie elsewhere.
+/// Judges where the arrays of a call lie, for calls that differ in nothing but addresses from one that has been judged
+/// in full.
 class Placement {
  public:
   Placement() = default;
   Placement(const Args& args, Op op);
-  /// True where all arrays that there are lie on their elements, and those that are written apart from the others or on one that
-  /// they may be. Where it is false, they have to be judged.
+  /// True where every array lies on its elements, and every array that is written lies apart from the others or is one
+  /// that it may be. Where it is false, the call has to be judged in full.
   bool allows(const Addresses& at) const;
 
  private:
   std::array<Reach, kOperands> reach_;
-  std::array<OperandMask, kOperands> same_;  // for each that is written: those that it may be itself, lying alike
+  std::array<OperandMask, kOperands> same_;  // for each array that is written: those that it need not lie apart from
   OperandMask present_ = 0, written_ = 0;
 };
 
@@ -68,17 +72,17 @@ struct Params {
   Params(AxisMask weight, AxisMask bias, AxisMask slopes, const Array& x);
 };
 
-/// The axis of x that axis `axis` of a parameter array of `ndim` axes lies along, which varies along `axes`: it has those alone,
-/// or broadcasts.
+/// The axis of x that axis `axis` of a parameter array lies along. The array varies along `axes` of x: it has these
+/// axes alone, or `ndim` axes that broadcast against x.
 int param_axis(AxisMask axes, int x_ndim, int ndim, int axis);
 
-/// The axes of a weight that is not there: the first form, or the normalized ones.
+/// The axes that an absent weight is taken to vary along: the first form of the spec, or the normalized axes.
 AxisMask axes_of_absent(const Spec& spec);
 
 /// Judges all arrays and options, and throws for what is wrong. `statistics` are the extents of the statistics.
 Params judge(const Args& args, const Spec& spec, Op op, Dtype out_dtype, std::span<const std::int64_t> statistics);
 
-/// Of x and the spec alone: what has to be right before the statistics have a shape.
+/// Judges x and the numbers of the spec, which have to be right before the statistics have a shape.
 void judge_x(const Array& x, const Spec& spec, Op op);
 
 }  // namespace normkit

@@ -19,15 +19,16 @@ struct Operand {
   Strides strides;
 };
 
-/// Weight or bias; nothing stands for 1 or 0. Dense, in the order of Geometry::parameter. `offset` is added to what is there.
+/// Weight or bias, dense in the order of Geometry::parameter; without data it stands for 1 or 0. `offset` is added to
+/// each element.
 struct Param {
   const std::byte* data = nullptr;
   Dtype dtype = Dtype::float32;
   double offset = 0;
 };
 
-/// Statistics that are not computed but given: element (statistic / stride) % count of `mean` and of `scale`,
-/// which holds variances or 1/std.
+/// Statistics that are not computed but given: element (statistic / stride) % count of `mean` and of `scale`. `scale`
+/// holds variances where is_variance is true, else 1/std.
 struct Given {
   const std::byte* mean = nullptr;
   const std::byte* scale = nullptr;
@@ -37,7 +38,7 @@ struct Given {
 };
 
 /// `runs` reduces along the contiguous run; `lanes` reduces across steps, with vectors along the contiguous columns,
-/// and then folds neighbours.
+/// and then folds neighboring columns into one statistic.
 enum class Traversal : std::uint8_t { runs, lanes };
 
 /// How the parameters meet a statistic, which decides where their gradients are summed.
@@ -53,15 +54,15 @@ enum class ParamKind : std::uint8_t {
 /// What a task does: all of it, or one of its two halves. Forward: moments, then y. Backward: sums, then dx.
 enum class Phase : std::uint8_t { both, reduce, apply };
 
-/// How memory is walked: what policy.cpp chooses, and what the results do not depend on.
+/// How memory is walked: policy.cpp chooses it, and results do not depend on it.
 struct Walk {
   bool stream_stores = false;  // outputs go past the caches
   bool overlapped = false;     // each statistic (runs) or outer index (lanes) is written while the next is read
   bool batched = false;        // statistics of short runs are solved together
-  bool tiled = false;          // and written side by side
+  bool tiled = false;          // rows that are solved together are written side by side
   bool whole_lines = false;    // rows of the output begin and end with lines of memory
   std::int64_t fetch_bytes =
-      0;  // so far ahead is fetched while a statistic is written; lanes: as much of the next slab is
+      0;  // how far fetches run ahead while a statistic is written; lanes: how much of the next slab is fetched
 };
 
 struct Task {
@@ -89,16 +90,16 @@ struct Task {
   std::byte* dweight_out = nullptr;  // ParamKind::element: final values of compute_dtype(x), written in place
   std::byte* dbias_out = nullptr;
   double* partials = nullptr;  // split schedule: what each span found
-  double* solved = nullptr;    // split schedule: what finish() made of them, solved_doubles() per unit
+  double* solved = nullptr;    // split schedule: what finish() made of the partials, solved_doubles() per unit
 };
 
 // The reduction tree. A chunk is summed in the compute type, chunks are merged in order to spans and spans to a
-// statistic in double. All of it is a function of one statistic's geometry: never of the batch, of the thread count or
+// statistic in double. The tree is a function of one statistic's geometry: never of the batch, of the thread count or
 // of the addresses. The sizes: 4096 floats and their gradient fit the first-level cache twice over; a span is what one
 // thread takes at a time.
 inline constexpr std::int64_t kChunk = 4096;
 inline constexpr std::int64_t kSpanChunks = 4;
-/// Lanes: the steps of a span, which is one chunk for all columns.
+/// The steps of a span in the lanes traversal, where a span is one chunk for all columns.
 inline constexpr std::int64_t kSpanSteps = 512;
 
 /// The chunks of one statistic (runs) or of one outer index (lanes).
@@ -162,11 +163,11 @@ constexpr std::int64_t dparam_units(const Geometry& g, ParamKind kind) {
   }
 }
 
-/// Columns of the table that apply goes round: those of several steps where they are few.
+/// Columns of the table that apply goes round: where there are few columns, the table repeats them for several steps.
 constexpr std::int64_t table_period(const Geometry& g) { return ceil_div(64, g.columns()) * g.columns(); }
 
-/// Elements of an array of columns in scratch: whole vectors, and four more, so that so many may begin anywhere in the period. They
-/// also keep neighboring arrays from lying whole pages apart.
+/// Elements of an array of columns in scratch: whole vectors, and four vectors more, so that four may begin anywhere in
+/// the period. The four also keep neighboring arrays from lying whole pages apart.
 constexpr std::int64_t whole_vectors(std::int64_t columns) { return ceil_div(columns, 16) * 16; }
 constexpr std::int64_t array_of_columns(const Geometry& g) { return whole_vectors(table_period(g)) + 64; }
 
@@ -198,10 +199,11 @@ constexpr std::int64_t fused_units(const Geometry& g, Traversal traversal, Param
   return kind == ParamKind::row ? g.outer * row_groups(g) : g.statistics();
 }
 
-/// What an instruction set gets whose registers hold so many vectors of 16 floats: neither does policy.cpp ask for more, nor is
-/// more compiled. Loops over several vectors, loops of known length, and loops that read one statistic and write another want
-/// 8. With weights along the rows those keep a dozen vectors at hand: with 8 (AVX2) layer norm (4096, 768) took 1.6 of a copy in
-/// tiles, 1.3 without; with 32 1.2 and 1.4.
+/// True of an instruction set whose registers hold `vectors` vectors of 16 floats, where that is enough for some loops;
+/// else policy.cpp does not ask for these, and they are not compiled. Loops over several vectors, loops of known
+/// length, and loops that read one statistic and write another want 8. With weights along the rows the last keep a
+/// dozen vectors at hand: with 8 (AVX2) layer norm (4096, 768) took 1.6 of a copy in tiles, 1.3 without; with 32 1.2
+/// and 1.4.
 constexpr bool is_wide(int vectors) { return vectors >= 8; }
 constexpr bool can_hold_rows(int vectors) { return vectors >= 16; }
 
@@ -243,7 +245,7 @@ struct Isa {
   void (*backward_apply)(const Task&, std::int64_t begin, std::int64_t end);
   /// Merges n sets of moments (mean, m2, count each) into as many others.
   void (*merge)(double* into, const double* from, std::int64_t n);
-  /// How many vectors of 16 floats its registers hold.
+  /// How many vectors of 16 floats the registers hold.
   int vectors;
 };
 

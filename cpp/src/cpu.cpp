@@ -153,7 +153,7 @@ void read_running(Task& t, const Running& r, double* given) {
              true};
 }
 
-/// Frozen statistics as the caller asked to see them: one for each statistic.
+/// Writes the given statistics to the arrays that the caller asked for, one element for each statistic.
 void copy_given(const Task& t, std::int64_t statistics) {
   const Dtype dtype = compute_dtype(t.x.dtype);
   for (std::int64_t k = 0; k < statistics; ++k) {
@@ -166,8 +166,9 @@ void copy_given(const Task& t, std::int64_t statistics) {
   }
 }
 
-/// Given statistics need no walk over all members of one before the next: the steps join the outer indices, so that memory is
-/// walked in its order. Evaluation of batch norm, (32, 256, 14, 14): 2.1 of a copy before, 1.3 after.
+/// Joins the steps to the outer indices, so that memory is walked in its order: where statistics are given, nothing has
+/// to walk over all members of one before the next. Evaluation of batch norm, (32, 256, 14, 14): 2.1 of a copy before,
+/// 1.3 after.
 void unfold_steps(Job& job) {
   Task& t = job.task;
   Geometry& g = t.geometry;
@@ -181,8 +182,8 @@ void unfold_steps(Job& job) {
   g.outer *= g.steps, g.steps = 1;
 }
 
-/// Running statistics take the average over all statistics of a channel, the variance unbiased. Those of fewer than two
-/// members, which a mask may leave, have none and stay out.
+/// Running statistics take the average over all statistics of a channel, the variance unbiased. A statistic of fewer
+/// than two members, which a mask may leave, has no unbiased variance and stays out.
 void update_running(const Task& t, const Running& r) {
   const std::int64_t per_channel = t.geometry.statistics() / r.count;
   for (std::int64_t c = 0; c < r.count; ++c) {
@@ -350,7 +351,7 @@ bool use_isa(const std::string& name) {
 
 namespace {
 
-/// A number of threads, at least 1, that a text is, or begins with if `separator` follows; 0 where it is none.
+/// Reads a number of threads, at least 1, that is all of a text or is followed by `separator`; 0 where there is none.
 int count_in(const char* text, char separator) {
   int count = 0;
   const std::from_chars_result read = std::from_chars(text, text + std::strlen(text), count);
@@ -358,8 +359,9 @@ int count_in(const char* text, char separator) {
   return read.ec == std::errc{} && count > 0 && ends ? count : 0;
 }
 
-/// NORMKIT_NUM_THREADS says how many; OMP_NUM_THREADS, which may go on with a comma and the threads of inner levels, how
-/// many at most. What says nothing of the kind is as if it were not there; _config.py warns of the former.
+/// NORMKIT_NUM_THREADS says how many threads a call may use; OMP_NUM_THREADS, which may go on with a comma and the
+/// threads of inner levels, says how many at most. A value that is no such number is ignored; where it is that of
+/// NORMKIT_NUM_THREADS, _config.py warns.
 void configure_threads() {
   const char *mine = std::getenv("NORMKIT_NUM_THREADS"), *general = std::getenv("OMP_NUM_THREADS");
   const int wanted = mine ? count_in(mine, 0) : 0, most = general ? count_in(general, ',') : 0;

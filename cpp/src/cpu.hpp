@@ -48,7 +48,7 @@ template <class F> void for_each_job(Job& job, F f) {
   f(job);
 }
 
-/// Doubles of workspace that a run wants, and the run. `workspace` is aligned to 64 bytes.
+/// workspace_doubles() says how many doubles of workspace run() wants. `workspace` is aligned to 64 bytes.
 std::size_t workspace_doubles(const Job& job);
 void run(Job& job, double* workspace);
 

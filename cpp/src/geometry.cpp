@@ -5,7 +5,7 @@ namespace {
 
 constexpr std::int64_t magnitude(std::int64_t v) { return v < 0 ? -v : v; }
 
-/// A maximal set of neighbouring axes of one kind that every array walks with one stride.
+/// A maximal set of neighboring axes, all kept or all reduced, that every array walks with one stride.
 struct Group {
   bool reduced;
   std::int64_t extent;
@@ -17,7 +17,8 @@ struct Groups {
   int count = 0;
 };
 
-/// Merges neighbours of one kind, but never across `split`, the number of slowest axes that are to be `outer`.
+/// Merges neighboring axes that are both kept or both reduced, but never across `split`, the number of slowest axes
+/// that are to be `outer`.
 Groups merge_axes(std::span<const std::int64_t> shape, AxisMask reduce_axes, const AxisOrder& order, int split,
                   std::span<const std::span<const std::int64_t>> operands) {
   Groups groups;
@@ -36,7 +37,7 @@ Groups merge_axes(std::span<const std::int64_t> shape, AxisMask reduce_axes, con
   return groups;
 }
 
-/// The map of parameters along `param_axes`, ignoring the first `split` axes; empty unless they are neighbours.
+/// The map of parameters along `param_axes`, ignoring the first `split` axes; empty unless these axes are neighbors.
 std::optional<ParamMap> map_params(std::span<const std::int64_t> shape, AxisMask param_axes, const AxisOrder& order,
                                    int split) {
   ParamMap map;

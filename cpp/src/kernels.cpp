@@ -1,4 +1,5 @@
-// Both traversals, forward and backward, compiled once for every row of isas.def. Exports one symbol: the Isa.
+// Both traversals, forward and backward, compiled once for every row of isas.def. This file exports one symbol: the
+// Isa.
 #include <cstddef>
 #include <cstdint>
 
@@ -20,7 +21,7 @@
 namespace normkit {
 namespace {
 
-/// The output of forward is like x, or of the compute type.
+/// Calls f with the types of x and of y: y has the type of x, or the compute type.
 template <class F> void visit_output(const Task& t, F f) {
   visit(t.x.dtype, [&](auto x) {
     using X = typename decltype(x)::type;
@@ -31,7 +32,7 @@ template <class F> void visit_output(const Task& t, F f) {
   });
 }
 
-/// The input of backward is floating.
+/// Calls f with the type of x, which in backward is floating.
 template <class F> void visit_floating(const Task& t, F f) {
   visit(t.x.dtype, [&](auto x) {
     using X = typename decltype(x)::type;

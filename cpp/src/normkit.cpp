@@ -23,7 +23,8 @@ void run_with_workspace(Job& job) {
   run(job, workspace.get());
 }
 
-/// Statistics and parameters lie as the kernels count, dense in the order in which their axes lie in the memory of x.
+/// Throws for statistics or parameters that do not lie as the kernels count them: dense, their axes in the order in
+/// which they lie in the memory of x.
 [[noreturn]] void bad_order(const Array& a, const Temporary& t) {
   const std::string name = kOperandTable[t.operand].name;
   const std::span<const std::int64_t> shape(t.shape.data(), static_cast<std::size_t>(t.ndim));
@@ -52,7 +53,7 @@ void run_with_workspace(Job& job) {
   value_error("x has strides that the geometry cannot hold, expected dense arrays: pack them first");
 }
 
-/// What is summed over no elements at all.
+/// Writes zeros, which is what a sum over no elements is.
 void zero(const Array& a) {
   std::int64_t bytes = size_of(a.dtype);
   for (const std::int64_t extent : a.shape) bytes *= extent;

@@ -16,7 +16,7 @@ enum class Op : std::uint8_t { forward, moments, apply, backward, backward_sums,
 constexpr bool is_backward(Op op) { return op >= Op::backward; }
 constexpr Phase phase_of(Op op) { return static_cast<Phase>(static_cast<int>(op) % 3); }
 
-/// A set of them.
+/// A set of operations, one bit each.
 using Ops = std::uint8_t;
 template <class... Op> constexpr Ops ops(Op... of) { return static_cast<Ops>((0 | ... | (1 << static_cast<int>(of)))); }
 constexpr bool contains(Ops set, Op op) { return set >> static_cast<int>(op) & 1; }
@@ -34,7 +34,7 @@ enum OperandIndex : std::uint8_t {
 using OperandMask = std::uint32_t;
 constexpr OperandMask operand_bit(int operand) { return OperandMask{1} << operand; }
 
-/// What an operand is to x, from which follow its shape, its dtype and how it lies.
+/// What an operand is to x. Its shape, its dtype and how it lies follow from that.
 enum class Role : std::uint8_t {
   x,
   like_x,  // the shape of x
@@ -42,8 +42,8 @@ enum class Role : std::uint8_t {
   running,  // one element for each channel, read and written
   mask,  // broadcasts against x
   statistic,  // one element for each statistic; read, one may stand for all
-  count,  // a statistic of float64
-  triples,  // three of float64
+  count,  // one element of float64 for each statistic: its members
+  triples,  // three elements of float64 for each statistic
 };
 
 struct OperandRow {
@@ -51,7 +51,7 @@ struct OperandRow {
   Array Args::* array;
   Role role;
   Ops reads, writes;
-  OperandMask may_be = 0;  // written elementwise, it may be one of these itself; else it lies apart from all others
+  OperandMask may_be = 0;  // written elementwise, it may be one of these itself; it lies apart from all others
 };
 
 inline constexpr OperandRow kOperandTable[] = {

@@ -21,12 +21,13 @@ Extents dense_strides(std::span<const std::int64_t> shape, AxisMask axes, const 
   return strides;
 }
 
-/// x as statistics see it: where channels form groups, their axis is two, groups and channels of a group.
+/// x as statistics see it: where channels form groups, the axis of channels is two axes, groups and channels of a
+/// group.
 struct Blocks {
   Extents shape;
   int ndim;
   AxisMask reduce_axes;
-  int axis;                 // the one that is split; -1: none
+  int axis;                 // the axis of x that is split in two; -1: none
   std::int64_t group_size;  // channels of a group
 
   Blocks(const Array& x, const Spec& spec)
@@ -48,14 +49,15 @@ struct Blocks {
     const AxisMask below = axis_bit(axis) - 1, both = axis_bit(axis) | axis_bit(axis + 1);
     return (axes & below) | (axes & axis_bit(axis) ? both : 0) | ((axes & ~below & ~axis_bit(axis)) << 1);
   }
-  /// Strides of x likewise. Copies as many as there are: whole Extents would cost more than a small call.
+  /// The strides of the blocks, from strides of x. Only as many as there are axes are copied: whole Extents would cost
+  /// more than a small call.
   void split(const Extents& strides, Extents& out) const {
     for (int a = 0; a < ndim; ++a) out[a] = strides[axis >= 0 && a > axis ? a - 1 : a];
     if (axis >= 0) out[axis] = strides[axis] * group_size;
   }
 };
 
-/// Shapes of outputs and statistics, and whether x has elements at all.
+/// Fills in the shapes of outputs and statistics, and whether x has elements at all. Returns the memory order of x.
 AxisOrder describe(const Array& x, const Blocks& blocks, Shapes& shapes) {
   Extents strides;
   element_strides(x, strides);
@@ -98,7 +100,8 @@ void put_param_strides(const Array& x, const Array& a, AxisMask axes, const Axis
     out[axis] = a.shape[axis] == 1 ? 1 : strides[param_axis(axes, x.ndim(), a.ndim(), axis)];
 }
 
-/// The gradient of a parameter that varies along `axes`: like `a`, or like the one that is not there.
+/// Describes the gradient of a parameter that varies along `axes`: it is like `a`, or, where `a` is absent, has the
+/// extents of these axes.
 void describe_param(const Array& x, const Array& a, AxisMask axes, const AxisOrder& order, Shapes::Param& gradient) {
   gradient.ndim = a.ndim(), gradient.dtype = a.present ? a.dtype : compute_dtype(x.dtype);
   if (a.present) {
@@ -113,14 +116,14 @@ void describe_param(const Array& x, const Array& a, AxisMask axes, const AxisOrd
     }
 }
 
-/// The dtypes that kernels write y in.
+/// True where kernels can write y as `out`, for an x of dtype `x`.
 bool fits(Dtype out, Dtype x) { return out == compute_dtype(x) || (out == x && is_floating(x)); }
 
 // ---- what kernels are told ---------------------------------------------------------------------------------------
 
 bool narrow_pieces(const Geometry& g) { return g.params.stride > 1 && g.params.stride < 8 && g.run > g.params.stride; }
 
-/// True where a mask lies along the columns as they lie, or has one element for all of them.
+/// True where a mask lies along the columns as x does, or has one element for all columns of a step.
 bool mask_fits_columns(Strides& s, const Geometry& g) {
   if (g.run == 1) s.run = s.lane;
   return s.run == 0 ? s.lane == 0 : s.run == 1 && s.lane == g.run;
@@ -139,7 +142,7 @@ bool choose_traversal(Task& t, int operands, const Layout& layout, bool masked) 
   return !narrow_pieces(g);
 }
 
-/// Where gradients of the parameters are summed; none fits: false.
+/// Chooses where gradients of the parameters are summed; false where no kind fits.
 bool choose_kind(Task& t) {
   const Geometry& g = t.geometry;
   const bool lanes = t.traversal == Traversal::lanes, linear = g.params.stride == 1 && g.params.count > 1;
@@ -161,13 +164,13 @@ struct Operands {
   int mask = -1;
 
   explicit Operands(const Blocks& b) : blocks(b) {}
-  /// Where `a` is absent, it will have the strides `otherwise`. Returns its index.
+  /// Adds an array, which will have the strides `otherwise` where it is absent. Returns its index.
   std::size_t add(const Array& a, const Extents& otherwise) {
     Extents elements;
     if (a.present) element_strides(a, elements);
     return put(a.present ? elements : otherwise);
   }
-  /// A mask, broadcast against x.
+  /// Adds a mask as it broadcasts against x, if there is one.
   void add_mask(const Array& where, const Array& x) {
     if (!where.present) return;
     Extents elements;
@@ -190,8 +193,8 @@ struct Operands {
   }
 };
 
-/// The strides of an array that is seen in the shape of x: 0 along axes of x where it repeats itself. `of` maps its own axes to
-/// those.
+/// The strides in bytes of an array that is seen in the shape of x: 0 along axes of x where it repeats itself. `of`
+/// maps the axes of the array to axes of x.
 template <class AxisOf>
 Extents repeated(int x_ndim, std::span<const std::int64_t> shape, const Extents& bytes, AxisOf of) {
   Extents seen;
@@ -201,16 +204,17 @@ Extents repeated(int x_ndim, std::span<const std::int64_t> shape, const Extents&
   return seen;
 }
 
-/// A call as the kernels are to see it: what the caller passed, or other arrays in the place of some.
+/// A call as the kernels are to see it: the arrays that the caller passed, or temporaries in the place of some.
 struct Seen {
   Args args;
   Spec spec;
   Params params;
   std::vector<Temporary> temporaries = {};
-  std::deque<Extents> kept = {};  // strides in bytes of what is put in the place of others: `args` looks into it
-  std::deque<Shapes::Param> described = {};  // and its shapes
+  std::deque<Extents> kept = {};  // strides in bytes of the temporaries: `args` looks into it
+  std::deque<Shapes::Param> described = {};  // and their shapes
 
-  /// An operand, which is seen with strides `seen` in bytes, lies with `strides` instead. Where it does already, it stays.
+  /// Puts a temporary that lies with `strides`, in elements, in the place of an operand that is seen with strides
+  /// `seen`, in bytes. An operand that lies so already stays.
   void put(OperandIndex k, Dtype dtype, std::span<const std::int64_t> shape, const Extents& strides,
            const Extents& seen) {
     Array& a = args.*kOperandTable[k].array;
@@ -236,11 +240,12 @@ bool bias_counts(const Seen& s, Op op) {
   return s.args.bias.present && (!is_backward(op) || s.spec.activation.kind != ActivationKind::none);
 }
 
-/// The arrays that have the shape of x, the leading one first; what is absent there will have the memory order of x.
+/// The arrays that have the shape of x, the first of which decides the order of the axes; an absent one will have the
+/// memory order of x.
 constexpr OperandIndex kForwardArrays[] = {kX, kOut, kResidual, kSum}, kBackwardArrays[] = {kX, kDy, kOut, kDresidual};
 std::span<const OperandIndex, 4> arrays_like_x(Op op) { return is_backward(op) ? kBackwardArrays : kForwardArrays; }
 
-/// Puts the arrays into one geometry; false where none holds them.
+/// Puts the arrays into one geometry; false where no geometry holds them.
 bool place(Plan& p, const Seen& seen, AxisMask param_axes, const Blocks& blocks) {
   const Args& args = seen.args;
   const Shapes& shapes = p.shapes;
@@ -267,7 +272,7 @@ bool place(Plan& p, const Seen& seen, AxisMask param_axes, const Blocks& blocks)
     if (args.dresidual.present) t.residual = operand(kDresidual, dtype);
   } else {
     t.y = operand(kOut, args.out.present ? args.out.dtype : shapes.out_dtype);
-    if (args.residual.present) {  // x is then what becomes of the two, see point()
+    if (args.residual.present) {  // t.x is then the sum, see point()
       t.source = t.x, t.residual = operand(kResidual, dtype);
       t.x = operand(p.writes(kSum) ? kSum : kOut, dtype);
     }
@@ -276,7 +281,7 @@ bool place(Plan& p, const Seen& seen, AxisMask param_axes, const Blocks& blocks)
   return choose_traversal(t, dense, *layout, operands.mask >= 0);
 }
 
-/// What is dense in an order of its own, statistics and parameters, in that order.
+/// Has statistics and parameters lie in the order in which the kernels count them, which is dense.
 void put_in_order(Seen& seen, Op op, const AxisOrder& order, const Shapes& shapes) {
   const Args& args = seen.args;
   for (int k = 0; k < kOperands; ++k) {
@@ -345,7 +350,7 @@ Running running_of(const Args& args, const Spec& spec, const AxisOrder& order) {
           spec.momentum};
 }
 
-/// The job that does the call on the arrays as they are seen; false where kernels cannot.
+/// Makes the job that does the call on the arrays as they are seen; false where kernels cannot do it.
 bool schedule(Plan& p, Seen& seen) {
   const Args& args = seen.args;
   const Spec& spec = seen.spec;
@@ -386,8 +391,8 @@ bool schedule(Plan& p, Seen& seen) {
 
 // ---- what kernels cannot take as it lies -------------------------------------------------------------------------
 
-/// The kept axes are the slowest, the normalized ones the fastest. Such arrays always fit, whatever the parameters, once those are
-/// repeated for every element.
+/// Strides of a dense array whose kept axes are the slowest and whose normalized axes are the fastest. Such arrays
+/// always fit, whatever the parameters, once these are repeated for every element.
 Extents packed_strides(const Array& x, const Spec& spec) {
   AxisOrder order;
   const AxisMask channel = spec.num_groups > 0 ? axis_bit(spec.channel_axis) : 0;
@@ -398,7 +403,7 @@ Extents packed_strides(const Array& x, const Spec& spec) {
   return dense_strides(x.shape, ~AxisMask{0}, order);
 }
 
-/// All that has the shape of x lies with `strides`.
+/// Has every array that has the shape of x lie with `strides`.
 void pack(Seen& seen, const Plan& p, const Shapes& own, const Extents& strides) {
   const Dtype x = read_dtype(seen.args.x.dtype);
   for (const OperandIndex k : {kResidual, kDresidual, kDy})
@@ -451,7 +456,7 @@ void repeat_params(Seen& seen, const Plan& p, const Shapes& own, const Extents& 
   seen.params = {~AxisMask{0}, ~AxisMask{0}, ~AxisMask{0}, given.x};
 }
 
-/// Gradients are handed out in C order.
+/// Has the gradients of parameters come out in C order.
 void put_gradients_in_order(Seen& seen, Plan& p, const Shapes& own) {
   for (const auto& [k, mine, gradient] :
        {std::tuple{kDweight, &own.dweight, &p.shapes.dweight}, std::tuple{kDbias, &own.dbias, &p.shapes.dbias},
@@ -470,7 +475,8 @@ void put_gradients_in_order(Seen& seen, Plan& p, const Shapes& own) {
   }
 }
 
-/// dbias is the sum of dy, since no activation depends on bias, over other axes than those of dweight: the kernels leave it out.
+/// Has dy added up into dbias, beside the kernels: there is no activation, so that dbias is a sum of dy, and it is
+/// taken over other axes than dweight.
 void add_up_dy(Seen& seen, Plan& p) {
   const Array& x = seen.args.x;
   Shapes::Param& dbias = p.shapes.dbias;
@@ -512,7 +518,7 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted) {
     const Shapes own = shapes;
     bool done = false;
     if (args.residual.present && fits(own.out_dtype, x.dtype)) {
-      // In the order of x, so that its sum is summed as it would be without a residual.
+      // The arrays are packed in the order of x, so that the sum is summed as it would be without a residual.
       seen = Seen{args, spec, params};
       pack(seen, p, own, own.out_strides);
       done = schedule(p, seen);

@@ -1,4 +1,4 @@
-// From what the caller passed to what a backend runs. The judging of single arguments is arguments.hpp's.
+// Makes of what the caller passed the plan that a backend runs. arguments.hpp judges the single arguments.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@
 
 namespace normkit {
 
-/// How the arrays that a call makes lie in memory. Strides in elements, dense.
+/// The arrays that a call makes, and how they lie in memory: dense, with strides in elements.
 struct Shapes {
   Dtype x_dtype = Dtype::float32, out_dtype = Dtype::float32;
   Extents x_shape, out_strides;  // y or dx, and x + residual: the memory order of x
@@ -36,33 +36,35 @@ struct Shapes {
 };
 
 /// An array that the kernels work on in the place of an operand which does not lie as they want it. Its elements are copied from
-/// the operand before, or into it afterwards, each rounded once; along axes where the operand repeats itself they are added up. One
-/// of a dbias that the plan does not write stands for dy.
+/// the operand before, or into it afterwards, each rounded once; along axes where the operand repeats itself they are
+/// added up. A temporary of a dbias that the kernels do not write stands for dy, which is added up into dbias.
 struct Temporary {
   OperandIndex operand;
   Dtype dtype;
   int ndim;
   Extents shape, strides;  // dense, in elements
-  Extents
-      seen_strides;  // of the operand as it is seen in this shape, in elements, 0 where it repeats; of one to be made too
+  /// Strides of the operand as it is seen in this shape, in bytes, 0 where it repeats itself; also of one that is yet
+  /// to be made.
+  Extents seen_strides;
 };
 
-/// Arrays that are absent but wanted are described by `shapes`; point() puts all into the job. All but the addresses in the job is
-/// a function of what the arrays are, and the same wherever they are.
+/// How a call is done. `shapes` describes the arrays that are absent but wanted; point() puts the addresses of all
+/// arrays into the job. Everything else in a plan follows from what the arrays are, and is the same wherever they lie.
 struct Plan {
   Op op = Op::forward;
   Job job;
   Shapes shapes;
-  OperandMask wanted = 0;  // of what it can write
-  OperandMask makes = 0;  // that, and where it needs one an array of its own for x + residual
+  OperandMask wanted = 0;  // what the caller wants, of the operands that `op` can write
+  OperandMask makes = 0;  // what the kernels write: `wanted` and, where x + residual needs one, an array for it
   std::vector<Temporary> temporaries;
 
   bool writes(OperandIndex k) const { return makes & operand_bit(k); }
 };
 
-/// Judges a call, and says how it is done: always, whatever the layout. Throws Error for what is wrong with it. `wanted`: of what
-/// it can write.
+/// Judges a call and says how it is done, whatever the layout of its arrays. Throws Error for what is wrong with the
+/// call. `wanted`: what the caller wants, of the operands that `op` can write.
 Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted);
+/// Puts the addresses of a call's arrays into its job, and the number of threads.
 void point(Job& job, Op op, const Addresses& at);
 
 }  // namespace normkit

@@ -45,14 +45,15 @@ std::int64_t sum_row_bytes() { return second_level_cache() / 4; }
 
 bool in_place(const Task& t, const Operand& out) { return out.data == t.x.data || out.data == t.dy.data; }
 
-/// What may be written while the next is read: both pass through the caches meanwhile, if not the second-level one, then the one
-/// behind it. Rows of 1 MB: 1.5 of a copy without, 1.2 with; of 4 MB 1.4 and 1.2, of 8 MB no difference.
+/// The largest statistic that is written while the next is read: both pass through the caches meanwhile, if not the
+/// second-level one, then the one behind it. Rows of 1 MB: 1.5 of a copy without, 1.2 with; rows of 4 MB 1.4 and 1.2,
+/// of 8 MB no difference.
 std::int64_t overlapped_bytes() { return 8 * second_level_cache(); }
 
 /// A run shorter than this has too few whole blocks.
 constexpr std::int64_t kOverlappedRun = 512;
 
-/// True where nothing is asked for that the plain loops do not do.
+/// True where the plain loops do all that is asked for.
 bool is_plain(const Task& t) {
   return !t.frozen && t.phase == Phase::both && !t.where.data && !t.residual.data &&
          t.activation.kind == ActivationKind::none;
@@ -79,7 +80,8 @@ bool has_whole_lines(const Operand& a, const Geometry& g) {
          (g.lanes == 1 || is_whole(a.strides.lane)) && (g.outer == 1 || is_whole(a.strides.outer));
 }
 
-/// True where rows of whole vectors can be written side by side. Forward, those of up to 8 vectors stay in registers instead.
+/// True where rows of whole vectors can be written side by side. Forward, rows of up to 8 vectors stay in registers
+/// instead.
 bool has_tiles(const Task& t, const Operand& out, const Walk& walk, const Isa& isa) {
   const Geometry& g = t.geometry;
   const std::int64_t vector = t.x.dtype == Dtype::float64 ? 8 : 16;
@@ -88,8 +90,8 @@ bool has_tiles(const Task& t, const Operand& out, const Walk& walk, const Isa& i
          g.run * size_of(t.x.dtype) % 64 == 0 && t.x.dtype == out.dtype && (!walk.stream_stores || walk.whole_lines);
 }
 
-/// True where rows go in batches: short ones, and longer ones that can be written side by side. Rows whose parameters are
-/// constant are better off overlapped, one by one.
+/// True where rows go in batches: short rows, and longer rows that can be written side by side. Rows whose parameters
+/// are constant are better off overlapped, one by one.
 bool has_batches(const Task& t, const Operand& out, const Walk& walk) {
   const Geometry& g = t.geometry;
   const int element_bytes = size_of(t.x.dtype);

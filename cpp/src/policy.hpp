@@ -11,13 +11,14 @@ struct Policy {
   int threads = 1;
   bool split = false;           // statistics are shared among threads
   Walk walk;
-  std::int64_t sum_row = 0;     // doubles of a row of each thread that x + residual is formed in; 0: formed in y
+  std::int64_t sum_row = 0;     // doubles of the row in which each thread forms x + residual; 0: it is formed in y
   std::int64_t units = 1;       // fused_units()
   std::int64_t statistics = 1;  // entries of `solved`: statistics (runs) or outer indices (lanes)
-  std::int64_t spans = 1;       // of each
+  std::int64_t spans = 1;       // spans of each statistic or outer index
 };
 
-/// Outputs that the caller has not passed yet may be absent from `t`: what workspace depends on is the same then.
+/// The policy for one task. Outputs may still be absent from `t`, where the caller has not passed them: what the
+/// workspace depends on is the same then.
 Policy policy_for(const Task& t, int threads, const Isa& isa);
 
 }  // namespace normkit

@@ -51,10 +51,10 @@ class Pool {
       spin < kSpins ? relax() : std::this_thread::yield();
   }
 
-  /// One call at a time; whoever does not get in works alone.
+  /// Set while a call uses the threads: one call can at a time, and any other works alone.
   std::atomic_flag busy = ATOMIC_FLAG_INIT;
 
-  /// Ends all threads, and returns when they are gone. Only for the one that holds `busy`.
+  /// Ends all threads, and returns when they are gone. The caller holds `busy`.
   void stop() {
     stopping_.store(true, std::memory_order_relaxed);
     claim_.store(((claim_.load(std::memory_order_relaxed) >> 32) + 1) << 32, std::memory_order_release);
@@ -65,7 +65,7 @@ class Pool {
   }
 
  private:
-  /// Where the system gives no more threads, the call makes do with those there are: the caller takes every task left.
+  /// Starts threads until there are `wanted`. Where the system gives no more, the caller takes every task that is left.
   void start_workers(int wanted) {
     try {
       for (int count = static_cast<int>(workers_.size()); count < wanted; ++count)
@@ -135,7 +135,7 @@ void after_fork() {
 [[maybe_unused]] const int registered = pthread_atfork(before_fork, after_fork, after_fork);
 #endif
 
-/// Never destroyed: workers may outlive static destructors.
+/// The pool of this process. It is never destroyed: workers may outlive static destructors.
 Pool& pool() {
   Pool* existing = current_pool.load(std::memory_order_acquire);
   if (existing) return *existing;

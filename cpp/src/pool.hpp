@@ -12,7 +12,7 @@ namespace normkit {
 /// Threads that this process may use: the CPUs of its affinity mask, less where a cgroup quota allows less.
 int usable_cpus();
 
-/// How many threads a call may use, the calling one included; at least 1. Starts at usable_cpus().
+/// How many threads a call may use, the calling one included; at least 1. The number starts at usable_cpus().
 int max_threads();
 void set_max_threads(int n);
 

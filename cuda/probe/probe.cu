@@ -1,4 +1,4 @@
-// What the kernels include, and a kernel.
+// A kernel, and what the kernels of the library include: nvcc is tried on them.
 #include "device.cuh"
 
 __global__ void nothing() {}

@@ -18,7 +18,7 @@ from ._memory import Memory, dtype_name, dtype_named, library_of, namespace_of
 
 
 def _dense_strides(shape: tuple[int, ...], itemsize: int, order: Any = None) -> tuple[int, ...]:
-    """Those of axes that lie in `order`, the slowest first."""
+    """The strides in bytes of a dense array whose axes lie in `order`, the slowest first; None: in C order."""
     strides, step = [0] * len(shape), itemsize
     for axis in reversed(order or range(len(shape))):
         strides[axis], step = step, step * max(shape[axis], 1)
@@ -26,7 +26,7 @@ def _dense_strides(shape: tuple[int, ...], itemsize: int, order: Any = None) -> 
 
 
 class Device(Memory):
-    """That of a GPU."""
+    """The memory of a call on arrays of a GPU."""
 
     block = 1 << 22  # the fewer, the fewer launches
 
@@ -45,7 +45,7 @@ class Device(Memory):
         into[...] = values if axes is None else self.wide(values, "float64").sum(axis=axes, keepdims=True)
 
     def merged(self, a: Any, b: Any) -> Any:
-        """As merge() of formula.hpp, rounded once more where it fuses."""
+        """The moments of two sets as one, by merge() of formula.hpp, but rounded once more where that fuses."""
         n = a[..., 2] + b[..., 2]
         share, delta = b[..., 2] / (n + (n == 0)), b[..., 0] - a[..., 0]
         m2 = a[..., 1] + (delta * (delta * (a[..., 2] * share)) + b[..., 1])
@@ -81,13 +81,13 @@ class CuPy(Device):
         return self.xp.ndarray(shape, dtype_named(dtype), array.data, strides)
 
     def workspace(self, size: int) -> int:
-        """The pool takes it back after the call, and gives it anew only to what comes later on the same stream."""
+        """The address of a workspace. After the call the pool gives it to nothing but later work on the same stream."""
         self._workspace = self.xp.cuda.alloc(size)
         return int(self._workspace.ptr)
 
 
 class ThroughCuPy(CuPy):
-    """That of any library that speaks DLPack."""
+    """The memory of a call on arrays of any other library that speaks DLPack."""
 
     def __init__(self, first: Any, device: int) -> None:
         try:
@@ -135,7 +135,7 @@ class Torch(Device):
         return array.to(getattr(self.xp, dtype), copy=True)
 
     def workspace(self, size: int) -> int:
-        """As with CuPy's pool."""
+        """The address of a workspace. PyTorch's pool takes it back after the call, as CuPy's does."""
         self._workspace = self.xp.empty(size, dtype=self.xp.uint8, device=self._place)
         return int(self._workspace.data_ptr())
 

@@ -57,7 +57,7 @@ def _backward(
 
 
 class _Frame:
-    """Where the axes of x go: those that are kept first, those that are normalized last. All of it is views."""
+    """Moves the axes of x: the axes that are kept come first, the normalized ones last. All that it makes are views."""
 
     def __init__(self, memory: Memory, kind: str, axes: Any, num_groups: int, x: Any) -> None:
         self.memory, self.shape, ndim = memory, tuple(x.shape), x.ndim
@@ -103,7 +103,7 @@ class _Frame:
         return tuple(self.shape[axis] for axis in self.channels[-1:] or self.reduced)
 
     def param(self, array: Any, *, like_absent: bool) -> Any:
-        """A weight, or what has its shape; `like_absent`: there is no weight."""
+        """A weight, or an array of its shape, with the axes of x; `like_absent`: there is no weight."""
         ndim, shape = len(self.shape), tuple(array.shape)
         along: Sequence[int] = range(ndim - len(shape), ndim)  # as broadcasting has it
         forms = (
@@ -116,7 +116,7 @@ class _Frame:
         return self.data(array.reshape([extents.get(axis, 1) for axis in range(ndim)]))
 
     def blocks(self, x: Any, elements: int) -> Iterator[Block]:
-        """Blocks of whole statistics, of about so many elements."""
+        """Blocks of whole statistics, each of about `elements` elements."""
         # Where neighbors in memory belong to different statistics, a block of few would read every line many times.
         last = self.memory.strides(self.data(x))[: len(self.kept)][-1:]
         least = _LINE // last[0] if last and 0 < last[0] <= 8 else 1
@@ -132,7 +132,7 @@ class _Frame:
 
 
 def _part(array: Any, block: Block) -> Any:
-    """The part of a view that belongs to a block. What does not vary along an axis belongs to every part of it."""
+    """The part of a view that belongs to a block: all of it along axes where the view does not vary."""
     return array[tuple(slice(None) if extent == 1 else cut for cut, extent in zip(block, array.shape, strict=False))]
 
 
@@ -158,7 +158,7 @@ def _of_block(
     members = math.prod(x.shape) // rows
 
     def average(u: Any) -> Any:
-        """By the core, whose sums do not depend on how many rows there are."""
+        """The average over the members, by the core, whose sums do not depend on how many rows there are."""
         return _moments(u.reshape(rows, members), axis=1)[0][..., 0].reshape(rstd.shape)
 
     def constant(shape: tuple[int, ...], value: float) -> Any:
@@ -209,7 +209,7 @@ def _of_block(
 
 
 def _check_dtype(name: str, array: Any, x: Any, *, wide: bool) -> None:
-    """`wide`: float32 and float64 will do, whatever x is."""
+    """Refuses an array of another dtype than x. `wide`: float32 and float64 are taken, whatever x is."""
     if not getattr(array.dtype, "isnative", True):
         raise TypeError(f"{name} has dtype {array.dtype.str}, expected native byte order")
     found, like = dtype_name(array.dtype), dtype_name(x.dtype)

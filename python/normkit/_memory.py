@@ -1,4 +1,4 @@
-"""What calls have Python do to memory: of the CPU by NumPy, here; of a GPU by its arrays' library, in _cuda.py.
+"""What calls have Python do to memory: memory of the CPU is NumPy's, here; of a GPU its arrays' library's, in _cuda.py.
 
 The core reads arrays of any library as they are. Python sees those of the CPU as NumPy arrays where it computes with
 them, and those of a GPU as their library's own.
@@ -26,7 +26,7 @@ _FROZEN = ("jax", "tensorflow")  # libraries whose arrays never change
 def library_of_type(kind: type) -> tuple[str, bool]:
     """The library that arrays of a type belong to, by the root of a module, and whether they never change.
 
-    Subclasses belong to the library of their base: the one which speaks DLPack.
+    A subclass belongs to the library of its base: of the class which speaks DLPack.
     """
     base = next((c for c in reversed(kind.__mro__) if "__dlpack__" in vars(c)), kind)
     root = base.__module__.partition(".")[0]
@@ -39,7 +39,7 @@ def library_of(array: Any) -> str:
 
 
 def readable(name: str, array: Any, is_written: bool) -> Any:
-    """The array, or one of the same values, whose memory is its value; else it is refused, with the way out."""
+    """The array, or another of its values, with memory that holds these; an array that has none is refused in words."""
     library = library_of(array)
     torch = sys.modules.get("torch")
     if library == "torch" and torch is not None:
@@ -76,7 +76,7 @@ def _tensor(torch: Any, name: str, tensor: Any, is_written: bool) -> Any:
 
 
 def _keys(torch: Any, tensor: Any) -> list[str]:
-    """What PyTorch dispatches its calls by: it says all of a tensor that is more than dense memory."""
+    """The keys by which PyTorch dispatches calls: they tell where a tensor is more than dense memory."""
     try:
         keys = str(torch._C._dispatch_keys(tensor))
     except AttributeError:  # a private function that is gone
@@ -91,7 +91,7 @@ BFLOAT16_BITS = np.dtype([("bfloat16", "<u2")])
 
 @cache
 def bfloat16_dtype() -> np.dtype[Any]:
-    """That of ml_dtypes, or where there is none two bytes that NumPy moves and never looks into."""
+    """The dtype of ml_dtypes, or where that is not installed two bytes that NumPy moves and never looks into."""
     try:
         import ml_dtypes
     except ImportError:
@@ -138,7 +138,7 @@ def share_memory(a: NDArray, b: NDArray) -> bool:
 
 
 class Memory:
-    """That of the CPU. Python code works between `with memory:` and the end of that block.
+    """The memory of a call on arrays of the CPU. Python code works between `with memory:` and the end of that block.
 
     `xp` computes on its arrays; `hand_over` makes of them what the caller gets.
     """
@@ -165,11 +165,11 @@ class Memory:
         return np.empty(shape, dtype_named(dtype))
 
     def empty_like(self, x: Any) -> Any:
-        """In the order of x, dense."""
+        """A new array, dense in the order of x."""
         return np.empty_like(x, order="K")
 
     def strides(self, x: Any) -> tuple[int, ...]:
-        """In bytes."""
+        """The strides of x in bytes."""
         return tuple(x.strides)
 
     def transposed(self, x: Any, order: list[int]) -> Any:
@@ -177,7 +177,7 @@ class Memory:
 
     @np.errstate(all="ignore")  # as kernels: what overflows is infinite, whatever np.seterr says
     def copy(self, into: Any, values: Any, axes: tuple[int, ...] | None = None) -> None:
-        """into[...] = values, each rounded once; along `axes` they are added up first."""
+        """into[...] = values, each rounded once; values along `axes` are added up first."""
         if axes is not None:
             values = self.wide(values, "float64").sum(axis=axes, keepdims=True)
         if getattr(values, "dtype", None) != into.dtype:
@@ -185,16 +185,16 @@ class Memory:
         into[...] = values
 
     def wide(self, array: Any, dtype: str) -> Any:
-        """The same numbers in float32 or float64, as an array of its own in C order."""
+        """A copy of the array in float32 or float64, in C order."""
         return _computable(array).astype(dtype, order="C")
 
-    # Of moments: mean, m2 and count along the last axis.
+    # The arrays of these are moments: mean, m2 and count along the last axis.
 
     def merged(self, a: Any, b: Any) -> Any:
         return _core.merge_moments(np.ascontiguousarray(a), np.ascontiguousarray(b))
 
     def deviation(self, triples: Any, eps: float, *, inverse: bool) -> Any:
-        """1 / sqrt(var + eps), or sqrt(var + eps)."""
+        """sqrt(var + eps) of each triple of moments, or, where `inverse` is true, 1 / sqrt(var + eps)."""
         return _core.deviation_of_moments(np.ascontiguousarray(triples), eps, inverse)
 
 
@@ -202,7 +202,7 @@ NUMPY = Memory()
 
 
 def memory_of(first: Any) -> Memory:
-    """How results of NumPy become arrays of the library of `first`."""
+    """The memory that makes results of NumPy arrays of the library of `first`."""
     namespace = namespace_of(first)
     if not hasattr(namespace, "from_dlpack"):  # a producer that takes nothing back
         return NUMPY
@@ -210,14 +210,14 @@ def memory_of(first: Any) -> Memory:
 
 
 def namespace_of(array: Any) -> Any:
-    """Its functions, from_dlpack() among them; None where it has none."""
+    """The module of an array's functions, from_dlpack() among them; None where the array has no such module."""
     if hasattr(array, "__array_namespace__"):
         return array.__array_namespace__()
     return sys.modules.get(library_of(array))
 
 
 def views_of(**arrays: Any) -> tuple[dict[str, Any], Memory]:
-    """The arrays of a call as those that Python computes with, and their memory. The first one says which library and
-    device it is."""
+    """The arrays of a call as arrays that Python computes with, and their memory. The first array says which library
+    and device that is of."""
     views, memory = _core.views(**arrays)
     return views, memory or NUMPY

@@ -8,7 +8,7 @@
 
 namespace {
 
-/// What the compiler tells, as far as it is of interest.
+/// The part that is used here of what the compiler passes.
 struct Mismatch {
   const char* file;
   std::uint32_t line, column;

@@ -112,7 +112,8 @@ void __tsan_vptr_update(void**, void*) {}
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
-/// All launches since the last call as JSON, for tests in Python: see tests/launches.py. Those that come are asked `question`.
+/// All launches since the last call as JSON, for tests in Python: see tests/launches.py. Later launches call `question`
+/// first.
 [[gnu::visibility("default")]] const char* normkit_shim_launches(int (*question)()) {
   static std::string text;
   std::ostringstream out;

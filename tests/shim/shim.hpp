@@ -62,7 +62,7 @@ namespace shim {
 
 constexpr std::size_t kStackBytes = std::size_t{256} << 10;
 
-// Their list makes the enumeration and their names.
+// The list of mistakes makes the enumeration and the names.
 #define NORMKIT_MISTAKES(X)  \
   X(none)                    \
   X(missing_barrier)         \
@@ -245,7 +245,7 @@ template <class Kernel> int in_flight_bytes(const Kernel& kernel) {
   else return 0;
 }
 
-/// All launches from the moment that `records` is set.
+/// Whether launches are kept: `launches` are all since the moment that this was set.
 inline bool records = false;
 inline int (*question)() = nullptr;
 inline std::int64_t launch_number = 0;
@@ -260,7 +260,7 @@ inline thread_local Range workspace;
 
 /// True while a thread is in the code of its kernel. The compiler does not know who reads it: calls of count.cpp come last.
 inline volatile bool counts = false;
-/// The same, or not, as long as this lives: the shim reads and writes for itself.
+/// Sets `counts` as long as it lives: false where the shim reads and writes for itself.
 #if defined(NORMKIT_SHIM_FINDS_RACES)  // then nobody counts
 struct Counting {
   explicit Counting(bool) {}
@@ -393,7 +393,7 @@ inline bool release_barrier(int block) {
   return true;
 }
 
-/// The same of the barrier of the cluster.
+/// Lets the threads that wait at the barrier of the cluster go on; false where some are still to come.
 inline bool release_cluster() {
   std::size_t arrived = 0, done = 0, waiting = 0;
   for (const Fiber& f : cluster.fibers)
@@ -402,7 +402,7 @@ inline bool release_cluster() {
   if (done > 0) stop("threads wait at the barrier of a cluster that others have left behind");
   if (arrived < cluster.fibers.size()) return false;
   cluster.met = true;
-  // Those that have come but do not wait yet pass when they do.
+  // A thread that has come but does not wait yet passes when it does.
   for (Fiber& f : cluster.fibers) {
     f.arrived = false, f.touched = 0;
     if (f.state == State::at_cluster) f.state = State::ready;
@@ -493,8 +493,8 @@ inline std::byte* peer_memory(int rank) {
   return memory;
 }
 
-/// As NORMKIT_SHIM_EXTENT says: clusters (an H200), portable (the same, clusters of eight), large (no clusters), plain; the first
-/// two with NORMKIT_SHIM_PROCESSORS.
+/// The Room that NORMKIT_SHIM_EXTENT names: clusters (an H200), portable (an H200 with clusters of eight), large (no
+/// clusters) or plain; NORMKIT_SHIM_PROCESSORS is the number of multiprocessors of the first two.
 inline Room room() {
   const char *const extent = std::getenv("NORMKIT_SHIM_EXTENT"), *const processors =
                                                                      std::getenv("NORMKIT_SHIM_PROCESSORS");
@@ -560,7 +560,8 @@ inline void prepare(int fiber) {
   makecontext(&context, enter, 0);
 }
 
-/// Of the very size, so that the address sanitizer sees a byte too far. 0xff is NaN in every format.
+/// Memory of NaN for a block. It has exactly the size, so that the address sanitizer sees a byte too far; 0xff is NaN
+/// in every format.
 inline std::unique_ptr<std::byte[]> poisoned(int bytes) {
   const auto size = static_cast<std::size_t>(bytes);
   std::unique_ptr<std::byte[]> memory(new std::byte[size]);

@@ -377,7 +377,7 @@ void slabs() {
                      [&](const std::string& name) { return images(g, false, false, name); });
 }
 
-/// The same in place, and with members that a mask chooses.
+/// slabs() in place, and with members that a mask chooses.
 void slabs_in_place() {
   for (const Images g : {Images{2, 700, 20, 1}, {1, 2000, 30, 10}, {4, 200, 9, 0}, {30, 20, 8, 4}})
     for (const bool masked : {false, true})
@@ -473,7 +473,7 @@ template <class F> void for_policies(F f) {
         }
 }
 
-/// What a launch may be, in the room that there is.
+/// Fails where a GPU with this room would not take the launch.
 void check_grid(const View& view, const cuda::Policy& p, cuda::Stage stage, cuda::Room room, const std::string& name) {
   const cuda::Grid grid = p.grid(view.geometry, stage);
   expect(grid.blocks >= 1 && grid.blocks <= cuda::kMostBlocks, name + ": " + std::to_string(grid.blocks) + " blocks");

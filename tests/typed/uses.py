@@ -15,7 +15,7 @@ class Dtype:
 
 
 class Tensor:
-    """As far as types go, one of another library."""
+    """A tensor of another library, as far as types go."""
 
     dtype = Dtype()
 

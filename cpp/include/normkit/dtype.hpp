@@ -5,8 +5,9 @@
 
 namespace normkit {
 
-/// Kernels read what comes before int32; of the other integers and of `boolean`, one byte each, they get a copy in float32,
-/// but for masks. `other` is any element type that the library does not compute with; it exists to be named in an error.
+/// The type of an array's elements. Kernels read the types before int32 as they are, and a copy in float32 of arrays of
+/// the other integers and of `boolean`; a mask of `boolean`, one byte an element, is read as it is. `other` is any type
+/// that the library does not compute with; it exists to be named in an error.
 enum class Dtype : std::uint8_t {
   float32,
   float64,
@@ -31,7 +32,8 @@ struct Bfloat { std::uint16_t bits; };
 /// A storage type as a value, so that a generic lambda can receive it.
 template <class T> struct Type { using type = T; };
 
-/// Calls f(Type<T>{}) with the storage type T of `dtype`.
+/// Calls f(Type<T>{}) with the storage type T of `dtype`, and returns what f returns. Kernels have no storage type for
+/// the dtypes from int32 on: f gets float, in which they read a copy.
 template <class F> constexpr auto visit(Dtype dtype, F&& f) {
   switch (dtype) {
     case Dtype::float64: return f(Type<double>{});
@@ -45,12 +47,14 @@ template <class F> constexpr auto visit(Dtype dtype, F&& f) {
   }
 }
 
+/// Bytes of an element of `dtype`; 4 for Dtype::other, whose size the library does not know.
 constexpr int size_of(Dtype dtype) {
   if (dtype == Dtype::boolean) return 1;
   if (dtype == Dtype::int64 || dtype == Dtype::uint64) return 8;
   return visit(dtype, [](auto t) { return static_cast<int>(sizeof(typename decltype(t)::type)); });
 }
 
+/// True of the dtypes that outputs may have, and x in a backward.
 constexpr bool is_floating(Dtype dtype) { return dtype <= Dtype::bfloat16; }
 
 /// The type in which kernels read elements of `dtype`.
@@ -59,6 +63,7 @@ constexpr Dtype read_dtype(Dtype dtype) { return dtype < Dtype::int32 ? dtype : 
 /// The type of statistics, of parameter gradients and of all arithmetic for data of `dtype`.
 constexpr Dtype compute_dtype(Dtype dtype) { return dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32; }
 
+/// What NumPy calls `dtype`, as messages say it.
 constexpr const char* name_of(Dtype dtype) {
   constexpr const char* names[] = {"float32", "float64", "float16", "bfloat16", "uint8",  "int8", "uint16",
                                    "int16",   "int32",   "uint32",  "int64",    "uint64", "bool", "other"};

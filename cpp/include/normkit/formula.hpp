@@ -15,7 +15,8 @@
 
 namespace normkit {
 
-// A GPU always has a fused multiply-add. So the shim, which runs its kernels on a CPU, has one everywhere: of libm, if need be.
+// mul_add(a, b, c) is a * b + c, rounded once where the machine has a fused multiply-add, else twice.
+// A GPU always has one. So the shim, which runs its kernels on a CPU, has one everywhere: of libm, if need be.
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__CUDA_ARCH__) || defined(NORMKIT_SHIM)
 NORMKIT_HD float mul_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 NORMKIT_HD double mul_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
@@ -24,31 +25,33 @@ NORMKIT_HD float mul_add(float a, float b, float c) { return a * b + c; }
 NORMKIT_HD double mul_add(double a, double b, double c) { return a * b + c; }
 #endif
 
-/// Mean, sum of squared deviations from it, and number of a set of members. RMS keeps the mean at zero, so one merge rule
-/// serves both. No members: all zero.
+/// The mean of a set of members, the sum of their squared deviations from it, and their number; all three are zero
+/// where there are no members. RMS keeps the mean at zero, so one merge rule serves both.
 struct Moments { double mean = 0, m2 = 0, n = 0; };
 
-/// The moments of the union of two disjoint sets (Chan, Golub and LeVeque, 1979). Either may be empty. Without branches, so
-/// that loops over columns become vectors.
+/// The moments of the union of two disjoint sets (Chan, Golub and LeVeque, 1979). Either set may be empty. There is no
+/// branch, so that loops over columns become vectors.
 NORMKIT_HD Moments merge(Moments a, Moments b) {
   const double n = a.n + b.n, share = b.n / (n == 0 ? 1 : n), delta = b.mean - a.mean;
   return {mul_add(delta, share, a.mean), a.m2 + mul_add(delta, delta * (a.n * share), b.m2), n};
 }
 
-/// The moments of n > 0 members from the sums of their differences to a pivot, and of the squares of those.
+/// The moments of n > 0 members, from the sum of their differences to a pivot and the sum of the squared differences.
 NORMKIT_HD Moments from_pivot_of_some(double pivot, double sum, double sum_squares, double n) {
   const double delta = sum / n;
   return {pivot + delta, mul_add(-delta, sum, sum_squares), n};
 }
 
-/// The same of n members, or of none.
+/// The moments of n >= 0 members, from the sums that from_pivot_of_some() takes: n = 0 gives the moments of an empty
+/// set.
 NORMKIT_HD Moments from_pivot(double pivot, double sum, double sum_squares, double n) {
   const Moments m = from_pivot_of_some(pivot, sum, sum_squares, n == 0 ? 1 : n);
   return {n == 0 ? 0 : m.mean, m.m2, n};
 }
 
 /// True where sums of differences to a pivot, taken in the compute type S, hold the moments to within a few roundings: the pivot is
-/// at most 4 standard deviations from the mean, and no square has been lost to underflow or overflow. About no pivot: sum = 0.
+/// at most 4 standard deviations from the mean, and no square has been lost to underflow or overflow. RMS, which has no
+/// pivot, passes sum = 0.
 template <class S> NORMKIT_HD bool trustworthy(double sum, double sum_squares, double n) {
   constexpr double vanishing = sizeof(S) == 8 ? 1e-280 : 1e-28, overflowing = sizeof(S) == 8 ? 1e300 : 1e38;
   const double spread = sum_squares - sum * sum / n;
@@ -75,20 +78,23 @@ struct Denominator {
   bool is_norm = false;
 };
 
-/// One over it. Of the biased variance of a set; 0 of an empty one, whose outputs are then the bias.
+/// One over the denominator of a set of members, whose variance is the biased one, m2 / n. With a variance, an empty
+/// set has 0, so that its outputs are the bias.
 NORMKIT_HD double rstd_of(Moments m, Denominator d) {
   if (!d.is_norm) return m.n == 0 ? 0 : rstd_of(m.m2 / m.n, d.eps);
   const double norm = std::sqrt(m.m2), divisor = norm < d.eps ? d.eps : norm;  // NaN stays
   return divisor == 0 ? 0 : 1 / divisor;
 }
 
+/// The Statistic with this mean and this 1/std: `mean_low` is the part of the mean that S has no digits for.
 template <class S> NORMKIT_HD Statistic<S> statistic_of(double mean, double rstd) {
   const S high = static_cast<S>(mean);
   // An infinite mean has no remainder: inf - inf would turn the Inf of a poisoned instance into another number.
   return {high, static_cast<S>(mean - static_cast<double>(high)), rstd};
 }
 
-/// y = (x - mean) * scale + shift: a whole normalization, once scale and shift are known.
+/// y = (x - mean) * scale + shift: a whole normalization, once scale and shift are known. A kernel finds them once for
+/// all elements that share a statistic and a parameter.
 template <class V> struct Affine { V scale, shift; };
 
 /// Scale and shift for x_hat * weight + bias; the low part of the mean moves into the shift.
@@ -97,9 +103,12 @@ template <class S> NORMKIT_HD Affine<S> forward_affine(Statistic<S> s, double we
   return {static_cast<S>(scale), static_cast<S>(bias - static_cast<double>(s.mean_low) * scale)};
 }
 
+/// y before its activation. The mean is subtracted first, and not folded into the shift: near the mean the difference
+/// is exact, while x * scale and a shift of mean * scale would cancel.
 template <class V> NORMKIT_HD V forward(V x, V mean, V scale, V shift) { return mul_add(x - mean, scale, shift); }
 
-/// Sums over elements: of g and of g * (x - mean); and over members, of x - mean. Parts add.
+/// The sums of g and of g * (x - mean) over the elements of a statistic, and of x - mean over its members. The sums of
+/// two parts add up to the sums of the whole.
 template <class V> struct Sums { V g, gx, d; };
 
 template <class V> NORMKIT_HD Sums<V> operator+(Sums<V> a, Sums<V> b) { return {a.g + b.g, a.gx + b.gx, a.d + b.d}; }
@@ -107,13 +116,13 @@ template <class V> NORMKIT_HD Sums<V> operator+(Sums<V> a, Sums<V> b) { return {
 /// Moves sums that were taken about one mean to a mean that is `shift` above it.
 NORMKIT_HD Sums<double> recenter(Sums<double> s, double shift) { return {s.g, mul_add(-shift, s.g, s.gx), s.d}; }
 
-/// dx = g * a + (x - mean) * b + c, the last two for members only.
+/// The coefficients of dx = g * a + (x - mean) * b + c. The last two terms are for members only.
 template <class V> struct Gradient { V a, b, c; };
 
 /// dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)), where g = dy * weight, as coefficients of g and x - mean.
-/// Averages are sums over all elements, divided by the members n: the outputs of those that are no members depend on the
-/// statistics too. `sums` are taken about the true mean; RMS has no mean(g) term. A norm has sums in place of both averages, and is
-/// a constant where it is below eps.
+/// Averages are sums over all elements, divided by the number of members n: the output of an element that is no member
+/// depends on the statistics too. `sums` are taken about the true mean; RMS has no mean(g) term. A norm has sums in
+/// place of both averages; where it is below eps, the divisor is the constant eps, and only the first term is left.
 template <class S>
 NORMKIT_HD Gradient<S> gradient_of(Statistic<S> s, Sums<double> sums, double n, bool centered, Denominator d) {
   if (n == 0 || (d.is_norm && s.rstd >= static_cast<double>(static_cast<S>(1 / d.eps))))
@@ -124,12 +133,14 @@ NORMKIT_HD Gradient<S> gradient_of(Statistic<S> s, Sums<double> sums, double n, 
   return {static_cast<S>(s.rstd), static_cast<S>(b), static_cast<S>(c - static_cast<double>(s.mean_low) * b)};
 }
 
-/// What of dx comes through the statistics; only members have it.
+/// The part of dx that comes through the statistics; only members have it.
 template <class V> NORMKIT_HD V through_statistics(V x, V mean, V b, V c) { return mul_add(x - mean, b, c); }
 
+/// dx of an element: its own part, g * a, and `through`, which is what through_statistics() gives, or 0 if it is no
+/// member.
 template <class V> NORMKIT_HD V backward(V g, V a, V through) { return mul_add(g, a, through); }
 
-/// r <- (1 - momentum) * r + momentum * s.
+/// A running statistic r after another statistic s: r <- (1 - momentum) * r + momentum * s.
 NORMKIT_HD double running(double r, double s, double momentum) { return (1 - momentum) * r + momentum * s; }
 
 }  // namespace normkit

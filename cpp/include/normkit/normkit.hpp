@@ -29,14 +29,17 @@
 
 namespace normkit {
 
-/// Bad input. The message names the argument, what was given and what would be right. Thrown before anything is written.
+/// Bad input. The message names the argument, what was given and what would be right. An Error is thrown before
+/// anything is written.
 struct Error : std::runtime_error {
+  /// What is wrong: a dtype; a shape, a layout, a number or an array that is not there; an axis that x does not have.
   enum class Kind { type, value, axis };
   Kind kind;
   Error(Kind k, const std::string& message) : std::runtime_error(message), kind(k) {}
 };
 
-/// A view of somebody's array on the CPU. Default: absent. Nothing is owned: the shape must outlive the view.
+/// A view of somebody's array on the CPU; a default view stands for an absent array. The view owns nothing: the
+/// elements, the shape and the strides must outlive it.
 struct Array {
   std::byte* data = nullptr;
   Dtype dtype = Dtype::float32;
@@ -44,7 +47,7 @@ struct Array {
   bool read_only = false;
   std::span<const std::int64_t> shape;
   std::span<const std::int64_t> strides;  // in bytes, any sign; empty: dense, the last axis fastest
-  std::string_view other_dtype = {};      // the name of Dtype::other
+  std::string_view other_dtype = {};      // what the type is called where dtype is Dtype::other
 
   /// A dense array in C order.
   static Array dense(const void* data, Dtype dtype, std::span<const std::int64_t> shape) {
@@ -64,31 +67,38 @@ struct Array {
 struct Spec {
   AxisMask reduce_axes = 0;  // axes that a statistic is taken over, one bit each
   bool centered = true;      // false: root mean square, no mean (Zhang and Sennrich, 2019)
-  bool divides_by_norm =
-      false;  // by the Euclidean norm or, where that is less, eps; mean and rstd stand for 0 and one over it
-  double eps = 1e-5;             // added to the variance
+  /// True: x is divided by its Euclidean norm, or by eps where the norm is less; rstd then stands for one over that
+  /// divisor.
+  bool divides_by_norm = false;
+  double eps = 1e-5;  // added to the variance
   bool use_input_stats = true;  // false: running_mean and running_var (forward), mean and rstd (backward) are constants
   double momentum = 0.1;  // running <- (1 - momentum) * running + momentum * statistic
-  double weight_offset = 0;  // weight + weight_offset is used; an absent weight stays 1
+  double weight_offset = 0;  // added to weight where it is used; an absent weight stays 1
   Activation activation;  // of y
 
-  /// Shapes that weight and bias may have, as sets of axes of x; none: any shape that broadcasts against x.
+  /// The shapes that weight and bias may have, as sets of axes of x, of which the first `param_forms` count; where that
+  /// is 0, any shape that broadcasts against x.
   std::array<AxisMask, 3> param_axes{};
   int param_forms = 0;
-  /// What one element of weight belongs to, for messages.
+  /// What one element of weight belongs to, as messages say it.
   const char* param_meaning = "one element per channel of x";
   int channel_axis = 1;  // the axis that running statistics belong to, and that groups divide
-  std::int64_t num_groups =
-      0;  // more than 0: channels form groups, and a statistic is taken over those of one group too
+  /// More than 0: the channels form so many groups, and a statistic is taken over the channels of one group too.
+  std::int64_t num_groups = 0;
   const char* frozen_by = "use_input_stats";  // the option that clears use_input_stats, for messages
 };
+
+// Each of these functions makes the Spec of a named normalization of an x with `ndim` axes, or of shape `shape`. An
+// axis is a number from -ndim to ndim - 1, where -1 is the last; any other throws Error. The other fields of the Spec,
+// such as eps, activation or use_input_stats, have their defaults, and the caller may change them. Weight and bias have
+// one of the shapes that are named, or one with ones among its extents, so that it broadcasts: (C, 1, 1) for (C,).
 
 /// Instance normalization (Ulyanov, Vedaldi and Lempitsky, 2016): statistics over every axis but the first and the
 /// channels, for each image apart. Weights: (C,), (N, C) or the shape of x.
 Spec instance_spec(int ndim, std::int64_t channel_axis = 1);
 
 /// Group normalization (Wu and He, 2018): statistics over each of `num_groups` groups of channels of each image, and all
-/// positions. Weights as for instance normalization.
+/// positions. The shapes of weights are those of instance normalization.
 Spec group_spec(std::span<const std::int64_t> shape, std::int64_t num_groups, std::int64_t channel_axis = 1);
 
 /// Batch normalization (Ioffe and Szegedy, 2015): statistics over every axis but the channels. Weights: (C,).
@@ -97,14 +107,16 @@ Spec batch_spec(int ndim, std::int64_t channel_axis = 1);
 /// Layer normalization (Ba, Kiros and Hinton, 2016) over any axes. Weights: the shape of those axes.
 Spec layer_spec(int ndim, std::span<const std::int64_t> axes, bool centered = true);
 
-/// Any axes: each from -ndim to ndim - 1. Weights: any shape that broadcasts against x.
+/// Normalization over any axes, each from -ndim to ndim - 1. Weights: any shape that broadcasts against x.
 Spec normalize_spec(int ndim, std::span<const std::int64_t> axes, bool centered = true);
 
-/// x / max(norm, eps), the Euclidean norm over any axes. Backward wants eps as well.
+/// x / max(norm, eps), where norm is the Euclidean norm over any axes, and eps is 1e-12 by default. rstd is one over
+/// that divisor, and there is no mean. Its backward must be given the eps of its forward.
 Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 
-/// The arrays of a call; what a call does not name here it leaves alone. f: forward(), m: moments(), a: apply(), b: backward(),
-/// s: backward_sums(), d: apply_backward(). Absent is what is not wanted, but where it says otherwise.
+/// The arrays of a call. Letters say which calls use an array; other calls leave it alone: f forward(), m moments(),
+/// a apply(), b backward(), s backward_sums(), d apply_backward(). An array that is not wanted may be absent, unless
+/// the table says otherwise.
 ///
 /// x                   all   any dtype (backward: floating), any strides that the geometry holds (see canonicalise())
 /// dy                  bsd   like x
@@ -118,9 +130,9 @@ Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 /// residual            fm    like a floating x: x + residual is normalized
 /// dresidual           bd    like x, added to dx
 /// where               all   bool that broadcasts against x: the members of the statistics
-/// sums                d     of backward_sums(): float64, the kept axes of x and 3
+/// sums                d     what backward_sums() has written: float64, the kept axes of x and 3
 ///                     s     written
-/// count               d     float64, one element per statistic: all members that `sums` are over
+/// count               d     float64, one element per statistic: how many members `sums` were taken over
 /// out                 fa    y: like x in shape, of x's dtype or of compute_dtype(x); never absent. May be x itself
 ///                     bd    dx: like x. May be x or dy itself
 /// sum                 fm    like x, written: x + residual; may be x or residual itself. moments() needs it, and so does an out of
@@ -130,13 +142,14 @@ Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 ///                           weight dweight has the extents of the first form, or of the normalized axes
 /// dslopes             b     the shape of slopes, any floating dtype, written
 ///
-/// What is written lies apart from everything else. Statistics, parameters and their gradients are dense, their axes in the order
-/// in which they lie in x.
+/// An array that is written must overlap no other, except where the table says so. Statistics, parameters and their
+/// gradients are dense, their axes in the order in which they lie in x.
 struct Args {
   Array x, dy, weight, bias, slopes, mean, rstd, running_mean, running_var, residual, dresidual, where, sums, count,
       out, sum, moments, dweight, dbias, dslopes;
-  Dtype out_dtype = Dtype::other;  // what y is to have; `other`: that of x, or float32 for an integer x
-  /// Asked where the memory of two arrays interleaves: true where they share an element. Null: they may.
+  Dtype out_dtype = Dtype::other;  // the dtype that y is to have; `other`: the dtype of x, or float32 for an integer x
+  /// Called where the memory of two arrays interleaves; returns true where they share an element. Where it is null,
+  /// they are taken to share one.
   bool (*share_elements)(const Array& a, const Array& b) = nullptr;
 };
 
@@ -148,8 +161,8 @@ struct Args {
 /// own statistic. A mask says which elements are members; all are normalized. A statistic without members has mean 0 and
 /// rstd 0, so that y is bias. The bits of y do not depend on the number of threads, on what else is in the batch, or on
 /// alignment, and are the same on every instruction set that has a fused multiply-add.
-/// Allocates only scratch, on the heap. Throws Error, naming the argument, before any memory is written; also where
-/// the strides of the arrays do not fit the geometry (see canonicalise()): pack such arrays first.
+/// forward() allocates only scratch, on the heap. It throws Error, naming the argument, before any memory is written;
+/// also where the strides of the arrays do not fit the geometry (see canonicalise()): pack such arrays first.
 void forward(const Args& args, const Spec& spec);
 
 /// The gradient of forward().
@@ -162,28 +175,53 @@ void forward(const Args& args, const Spec& spec);
 /// number of members, and only members have them in their dx. With spec.use_input_stats false, dx = rstd * g. `mean` is
 /// rounded; it is corrected from the data, so that dx is as exact far from zero as it is near it; the slope of an activation
 /// is taken at the statistics as they are given. Deterministic: sums are taken in an order that depends on the shape alone.
-/// Aliasing, allocation and errors as for forward().
+/// Aliasing, allocation and errors are those of forward().
 void backward(const Args& args, const Spec& spec);
 
-/// The two phases of forward(), for data in parts: moments() of each part, merge_moments() of them, apply() to each.
+/// The first phase of forward(), for data in parts: the moments of one part, for each statistic.
+///
+///     moments = (mean, m2, count)        m2 = sum((x - mean)^2), over the members of the part
+///
+/// A part is a piece of x along any axes, with all the axes of x. merge_moments() merges the moments of all parts; then
+/// apply() is called on each part, with the mean that was found and with rstd = 1 / sqrt(m2 / count + spec.eps), or 0
+/// where that does not exist (rstd_of() in formula.hpp). Where spec.centered is false, mean is 0 and m2 is the sum of
+/// squares. With a residual, Args::sum gets x + residual, and is the x of apply(). mean and rstd, if given, get those
+/// of the part alone. Allocation and errors are those of forward().
 void moments(const Args& args, const Spec& spec);
+
+/// The second phase of forward(): the y of one part, at statistics of the whole.
+///
+///     y = activation((x - mean) * rstd * weight + bias)
+///
+/// mean and rstd have one element for each statistic that the part has elements of, weight and bias one for each of its
+/// parameters. In float64 they lose no digits. spec.eps has no say: rstd holds it. Aliasing, allocation and errors are
+/// those of forward().
 void apply(const Args& args, const Spec& spec);
 
 /// The two phases of backward(): the sums of parts add. Neither writes dweight, dbias or dslopes: given, they are refused.
 void backward_sums(const Args& args, const Spec& spec);
+/// The second phase: dx of one part, from what backward_sums() found of all parts, for each statistic.
+///
+///     sums = (sum(g), sum(g * (x - mean)), sum(x - mean))        g = dz * weight; the last one over members alone
+///
+/// The caller adds up the sums of all parts, and passes them with `count`, the number of members of all parts. Both
+/// phases take the same mean and rstd. That mean may be rounded: the third sum tells how far it is from the mean of the
+/// data, and corrects the other two. Allocation and errors are those of forward().
 void apply_backward(const Args& args, const Spec& spec);
 
-/// Merges n moments (mean, sum of squared deviations, count each) into as many others (Chan, Golub and LeVeque, 1979).
+/// Merges n moments (mean, sum of squared deviations, count each) into as many others (Chan, Golub and LeVeque, 1979):
+/// into[k] becomes the moments of the members of into[k] and from[k] together. Either may have none: (0, 0, 0).
 void merge_moments(double* into, const double* from, std::int64_t n);
 
-/// The instruction set in use, all that this build and this machine have (best first), and the choice of one by name;
-/// false where there is no such name. NORMKIT_ISA in the environment makes the first choice.
+/// isa() names the instruction set in use, isas() all that this build and this machine have, the best first. use_isa()
+/// chooses one by its name, and returns false where there is none of that name. NORMKIT_ISA in the environment makes
+/// the first choice.
 std::string isa();
 std::vector<std::string> isas();
 bool use_isa(const std::string& name);
 
-/// Threads that a call may use, the calling one included. Starts at NORMKIT_NUM_THREADS, or at the CPUs of the affinity mask
-/// and the cgroup quota, at most OMP_NUM_THREADS. Results do not depend on it.
+/// How many threads a call may use, the calling one included. The number starts at NORMKIT_NUM_THREADS, or at the CPUs
+/// of the affinity mask and the cgroup quota, at most OMP_NUM_THREADS. Results do not depend on it.
 int num_threads();
 void set_num_threads(int n);
 

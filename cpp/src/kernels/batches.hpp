@@ -73,7 +73,8 @@ template <class V, int kVectors, class F> NORMKIT_LOCAL void for_row(Count<kVect
   left == kWidth ? f(kVectors - 1, Full{kLast}) : f(kVectors - 1, Part{kLast, left});
 }
 
-/// The sums of row k of a batch: pivot_sums(), or the same in the same order where the vectors of a row are counted.
+/// The sums of row k of a batch: by pivot_sums(), or in its order where the compiler knows the number of a row's
+/// vectors.
 template <class X, int kVectors, class Beside>
 NORMKIT_LOCAL void sum_row(Count<kVectors> vectors, std::int64_t n, int k, Fetch fetch, Beside& beside,
                            BatchOf<X>& batch) {
@@ -113,7 +114,7 @@ NORMKIT_LOCAL void row_parameters(const Task& t, const Param& p, std::int64_t fi
     values[k] = element(p, g.parameter((first + k) / g.lanes, (first + k) * g.run), absent);
 }
 
-/// The factors of each row's outputs. Rows whose sums say nothing are summed once more, one by one.
+/// Finds the factors of each row's outputs. A row whose sums do not hold its moments is summed once more by itself.
 template <class V> [[gnu::noinline]] void solve_batch(const Task& t, Batch<V>& batch) {
   using S = typename V::Lane;
   constexpr int kRows = Batch<V>::kRows;
@@ -201,11 +202,12 @@ NORMKIT_LOCAL bool rows_are_dense(const Operand& y, const Geometry& g) {
   return (g.lanes == 1 || y.strides.lane == g.run) && (g.outer == 1 || y.strides.outer == g.lanes * g.run);
 }
 
-/// Whole vectors stored where they belong, past the caches or not; or one after the other in a LineBuffer.
+/// How outputs are stored: whole vectors where they belong, past the caches or not; or one after the other in a
+/// LineBuffer.
 enum class Stores : std::uint8_t { plain, streamed, gathered };
 
-/// y[i] = f(position i) for one row. What is streamed are whole lines; by itself, since with a branch at every vector the constants
-/// that half types are rounded by are set anew for each.
+/// y[i] = f(position i) for one row. Streamed rows are whole lines. They have a loop of their own: with a branch at
+/// every vector, the constants that half types are rounded by would be set anew for each.
 template <class Y, int kVectors, class F>
 NORMKIT_LOCAL void map_row(Count<kVectors> vectors, Y* y, std::int64_t n, Stores stores, LineBuffer<Y>& lines, F f) {
   using V = VectorOf<Y>;
@@ -243,7 +245,7 @@ template <class X, bool kLinear> struct ForwardTile {
   }
 };
 
-/// Writes the rows of a tile, from row k of the batch on, while the same of the next batch are summed.
+/// Writes the rows of a tile, from row k of the batch on, while rows k and on of the next batch are summed.
 template <class X, bool kLinear>
 [[gnu::noinline]] void write_tile(const Task& t, int k, const BatchOf<X>& batch, BatchOf<X>& next,
                                   const ScalarOf<X>* weight, const ScalarOf<X>* bias) {
@@ -265,7 +267,7 @@ template <class X, bool kLinear>
   });
 }
 
-/// What the rows of a batch are written by, beside what is known of each.
+/// What the rows of a batch share when they are written.
 template <class X, class Y> struct BatchWriter {
   const Task& t;
   const ScalarOf<X>*weight, *bias;  // null: none that vary along a row
@@ -316,7 +318,7 @@ template <class X, class Y, int kVectors>
 
 template <class X, class Y> using WalkBatch = void (*)(const BatchWriter<X, Y>&, const BatchOf<X>&, BatchOf<X>&);
 
-/// A loop of known length for what is usual, compiled for every type it is for; null for others.
+/// A loop of known length for a usual run, compiled for each type; null for any other run.
 template <class X, class Y> NORMKIT_LOCAL WalkBatch<X, Y> walk_of_known_length(std::int64_t run) {
   if constexpr (kWide && kFloating<X> && __is_same(X, Y)) {
     switch (ceil_div(run, kLanes<VectorOf<X>>)) {

@@ -111,7 +111,7 @@ template <class X, bool kLinear, bool kSummed> struct BackwardTile {
   }
 };
 
-/// Writes the rows of a tile, from row k of the batch on, while the same of the next batch are summed.
+/// Writes the rows of a tile, from row k of the batch on, while rows k and on of the next batch are summed.
 template <class X, bool kLinear, bool kSummed>
 [[gnu::noinline]] void write_tile(const Task& t, int k, const BackwardBatch<X>& batch, BackwardBatch<X>& next,
                                   const ScalarOf<X>* weight) {

@@ -4,7 +4,7 @@
 namespace normkit {
 namespace {
 
-/// What is compiled, as policy.cpp has it.
+/// Which loops are compiled for this instruction set; policy.cpp asks for no other.
 constexpr bool kHoldsRows = can_hold_rows(kHeldVectors), kWide = is_wide(kHeldVectors);
 
 /// A number of vectors that the compiler knows.
@@ -16,10 +16,10 @@ constexpr std::int64_t kAhead = 4096;
 NORMKIT_LOCAL void prefetch_first(const char* p) { __builtin_prefetch(p, 0, 3); }
 NORMKIT_LOCAL void prefetch_second(const char* p) { __builtin_prefetch(p, 0, 2); }
 
-/// What is fetched while a range is walked, as many bytes as are walked, so that memory is never idle: far ahead into the
-/// second-level cache, where more fetches are under way at once, or near into the first.
+/// Fetches other memory while a range is walked, as many bytes as are walked, so that memory is never idle: far ahead
+/// into the second-level cache, where more fetches are under way at once, or near into the first.
 struct Fetch {
-  const char* from = nullptr;  // what belongs to the first element; null: nothing is fetched
+  const char* from = nullptr;  // what is fetched at the first element of the range; null: nothing is fetched
   bool near = false;
 
   NORMKIT_LOCAL Fetch at(std::int64_t byte) const { return {from ? from + byte : nullptr, near}; }
@@ -187,7 +187,8 @@ template <class V, class F> NORMKIT_LOCAL void for_positions(std::int64_t n, F f
   if (i < n) f(Part{i, static_cast<int>(n - i)});
 }
 
-/// Elements of any type, as what is rarely needed sees them, so that it is compiled once: segments of n, `stride` apart.
+/// Elements of any type, in segments of n that are `stride` apart. Code that is rarely needed takes them so, and is
+/// compiled once.
 struct Segments {
   const std::byte* data;
   Dtype dtype;
@@ -240,7 +241,7 @@ template <class F> NORMKIT_LOCAL void for_spans(const Task& t, std::int64_t begi
 
 // ---- members -----------------------------------------------------------------------------------------------------
 
-/// Which elements of a range are members of its statistic: all of them.
+/// The members of a range where there is no mask: all its elements.
 struct Everyone {
   static constexpr bool kAll = true;
   NORMKIT_LOCAL void next_row() {}
@@ -251,7 +252,8 @@ struct Everyone {
   template <class X> const X* first(const X* x, std::int64_t, std::int64_t, std::int64_t) const { return x; }
 };
 
-/// Those that a mask names; `same`: one byte stands for the whole row. What is no member may be NaN.
+/// The members of a range that a mask names; `same`: one byte stands for the whole row. An element that is no member
+/// may be NaN.
 struct Masked {
   static constexpr bool kAll = false;
   const std::uint8_t* byte;
@@ -287,7 +289,7 @@ struct Masked {
   }
 };
 
-/// Everyone as a mask has it, for what is not compiled for each.
+/// A mask that names everyone, for code that is compiled for masks alone.
 constexpr std::uint8_t kMember = 1;
 NORMKIT_LOCAL Masked masked(Everyone) { return {&kMember, 0, true}; }
 NORMKIT_LOCAL Masked masked(const Masked& members) { return members; }
@@ -366,7 +368,7 @@ template <class X> struct Preactivation {
   template <class P> NORMKIT_LOCAL V at(P place, V x) const { return weight ? linear(place, x) : constant(x); }
 };
 
-/// That of one piece of a run.
+/// The Preactivation of one piece of a run.
 template <class X, class S>
 NORMKIT_LOCAL Preactivation<X> preactivation(const Task& t, Piece piece, Statistic<S> s, ParamBuffers<S>& params) {
   using V = VectorOf<X>;
@@ -438,7 +440,7 @@ template <class Y> class Streamer {
   std::int64_t first_ = 0, last_ = 0;  // elements of the line that are here
 };
 
-/// No streamer: plain stores.
+/// The null Streamer, which stands for plain stores.
 template <class Y> constexpr Streamer<Y>* kPlain = nullptr;
 
 /// Stores a whole vector, past the caches or not.
@@ -491,8 +493,9 @@ template <class Y, class S>
   map(y, n, streamer, fetch, [&](auto place) NORMKIT_INLINE_LAMBDA { return place.load(value); });
 }
 
-/// What is done beside sums, with every block of 4 vectors: nothing, or some of the outputs of what was summed before are
-/// written, so that memory reads and writes at once. Instance norm (1, 64, 512, 512): 1.5 of a copy before, 1.2 after.
+/// The `Beside` that does nothing. With every block of 4 vectors, sums call block() of a Beside; that of a writer
+/// writes some outputs of the statistic before, so that memory reads and writes at once. Instance norm (1, 64, 512,
+/// 512): 1.5 of a copy before, 1.2 after.
 struct Nothing {
   NORMKIT_LOCAL void block() {}
 };
@@ -519,14 +522,14 @@ template <class Outputs> class BesideWriter {
     i_ = i + kBlock;
   }
 
-  /// What is left.
+  /// Writes the outputs that are left.
   [[gnu::noinline]] void finish() {
     for (; step_ < steps_; ++step_, piece_ = i_ = 0)
       if (piece_ + i_ < run_) outputs_.write(step_, piece_ + i_, run_);
   }
 
  private:
-  /// From where blocks have come to, on to the next blocks that begin with a line.
+  /// Goes on from where blocks have come to, to the next blocks that begin with a line, and writes what lies between.
   [[gnu::noinline]] void advance() {
     const std::int64_t begin = piece_ + i_;
     const Piece piece = outputs_.piece(step_, begin);

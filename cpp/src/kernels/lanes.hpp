@@ -2,8 +2,8 @@
 //
 //     columns = lanes x run     block = 16 steps, a tile of 4 vectors at a time -> span = 512 steps -> one column -> fold of run
 //
-// Memory is walked in its own order, a few rows at a time. The sums of a tile stay in registers for a block; what columns add
-// up to lies in scratch, one array a quantity. Apply is elementwise: rows of memory beside rows of a table.
+// Memory is walked in its own order, a few rows at a time. The sums of a tile stay in registers for a block; the sums
+// of columns lie in scratch, one array a quantity. Apply is elementwise: rows of memory beside rows of a table.
 #pragma once
 
 namespace normkit {
@@ -51,15 +51,15 @@ template <class V, int kVectors, class F> NORMKIT_LOCAL void for_vectors(Count<k
   }
 }
 
-/// Steps whose sums are taken in the compute type; those of blocks add up in double.
+/// Steps of a block. The sums of a block are taken in the compute type, and those of several blocks add up in double.
 constexpr std::int64_t kBlockSteps = 16;
 
-/// Bytes that the first pass runs ahead of itself, in whole blocks of steps. Into the second-level cache: the first one has no
-/// room for a block of all columns beside the next.
+/// Bytes that the first pass runs ahead of itself, in whole blocks of steps. It fetches into the second-level cache:
+/// the first has no room for a block of all columns beside the next.
 constexpr std::int64_t kBlockAhead = 8192;
 
-/// How far ahead, in elements of the same columns. Rows of one tile are read one behind the other, which hardware foresees:
-/// 0, which costs less than a branch.
+/// How far the first pass runs ahead, in elements from a column to the same column of a later step: by whole blocks of
+/// steps, or where a tile is a whole row, by about 8 KB of rows.
 template <class X> NORMKIT_LOCAL std::int64_t block_ahead(const Geometry& g, const Operand& a) {
   const std::int64_t row_bytes = g.columns() * static_cast<std::int64_t>(sizeof(X));
   if (g.columns() <= kTile * kLanes<VectorOf<X>>) return ceil_div(8192, row_bytes) * a.strides.step;
@@ -97,7 +97,7 @@ template <class S> struct PivotSums {
         pivot(reinterpret_cast<S*>(memory + 3 * columns)) {}
 };
 
-/// One tile over one block or span: n columns of `rows` steps. What is `ahead` is read next.
+/// One tile over one block or span: n columns of `rows` steps. `ahead` elements further lies what is read next.
 template <class X> struct Tile {
   const X* x;
   std::int64_t stride, rows, n, ahead = 0;
@@ -116,7 +116,7 @@ NORMKIT_LOCAL void first_pivots(Tile<X> tile, Count<kVectors> vectors, ScalarOf<
     store(pivot + place.i, p);
   });
 }
-/// With a mask: the first member of each column.
+/// The pivots of a tile where there is a mask: the first member of each column.
 template <class X, int kVectors>
 void first_pivots(Tile<X> tile, Count<kVectors>, ScalarOf<X>* pivot, const Masked& members) {
   for (std::int64_t k = 0; k < tile.n; ++k)
@@ -184,7 +184,8 @@ template <class F> NORMKIT_LOCAL void for_blocks(std::int64_t begin, std::int64_
   for (std::int64_t step = begin; step < end; step += kBlockSteps) f(step, least(kBlockSteps, end - step));
 }
 
-/// True where the sums of a column say nothing of it. Without branches, so that loops over columns become vectors.
+/// True where the sums of a column do not hold its moments. There is no branch, so that loops over columns become
+/// vectors.
 template <class S> NORMKIT_LOCAL bool doubtful(double s, double q, double n) {
   return (n > 0) & !trustworthy<S>(s, q, n);
 }
@@ -277,7 +278,7 @@ template <class X>
   span_columns_beside<X>(t, o, span, memory, out, alone);
 }
 
-/// From the moments of columns to those of a statistic, whose columns they are.
+/// Merges the moments of the columns of a statistic into the moments of the statistic.
 NORMKIT_LOCAL Moments fold_columns(const Geometry& g, std::int64_t lane, ColumnMoments columns) {
   Moments m = columns.at(lane * g.run);
   for (std::int64_t k = lane * g.run + 1; k < (lane + 1) * g.run; ++k) m = merge(m, columns.at(k));
@@ -305,19 +306,19 @@ class ColumnParameter {
   std::int64_t outer_, index_, left_;
 };
 
-/// The factors of z = x_hat * weight + bias for one column; where weights follow the elements, those of x_hat.
+/// The factors of z = x_hat * weight + bias for one column; where weights follow the elements, the factors of x_hat.
 template <class S>
 NORMKIT_LOCAL Affine<S> column_affine(const Task& t, const ColumnParameter& parameter, Statistic<S> s) {
   return forward_affine(s, parameter.of(t.weight, 1), parameter.of(t.bias, 0));
 }
 
-/// Repeats arrays of a table to their end.
+/// Repeats the columns in arrays of a table up to the end of each array.
 template <class S, int kArrays> NORMKIT_LOCAL void repeat_columns(const Geometry& g, S* const (&arrays)[kArrays]) {
   for (S* array : arrays)
     for (std::int64_t k = g.columns(); k < array_of_columns(g); ++k) array[k] = array[k - g.columns()];
 }
 
-/// From the moments of columns to statistics, and to the table that apply reads.
+/// Makes statistics of the moments of columns, and the table that apply reads.
 template <class S> void lanes_finish(const Task& t, std::int64_t o, ColumnMoments columns, Table<S> table) {
   const Geometry& g = t.geometry;
   ColumnParameter parameter(t, o);
@@ -336,12 +337,13 @@ template <class S> void lanes_finish(const Task& t, std::int64_t o, ColumnMoment
 /// Bytes that apply runs ahead of itself where it reads from memory.
 constexpr std::int64_t kApplyAhead = 16384;
 
-/// What is fetched while a step is applied: the step that is `shift` later, of `o`.
+/// What is fetched while a step is applied: the step of `from` that is `shift` later, in outer index `o`.
 struct NextSteps {
   const Operand& from;
   std::int64_t o, shift;
 };
-/// Where slabs fit the caches, x is in them already: time to fetch the next. Else what this pass reads next.
+/// Chooses what is fetched while a span is applied. Where slabs fit the caches, x is in them already, so the next slab
+/// is fetched; else what this pass reads next.
 template <class X> NORMKIT_LOCAL NextSteps fetch_for(const Task& t, std::int64_t o, std::int64_t span, bool last) {
   const Operand& from = t.residual.data ? t.source : t.x;
   const std::int64_t step_bytes = t.geometry.columns() * static_cast<std::int64_t>(sizeof(X));
@@ -357,8 +359,8 @@ NORMKIT_LOCAL bool one_walk(const Geometry& g, const Operand* const (&operands)[
   return dense;
 }
 
-/// Calls f(step, first column, elements) for steps [begin, end), as many at once as lie `dense`, else for each of them; for
-/// pieces of it where what follows the elements goes through a buffer.
+/// Calls f(step, first column, elements) for steps [begin, end): for many steps at once where they lie `dense`, else
+/// for each step; where they are `buffered`, for pieces that fit a buffer.
 template <class F>
 NORMKIT_LOCAL void for_walks(const Geometry& g, std::int64_t begin, std::int64_t end, bool dense, bool buffered, F f) {
   const std::int64_t columns = g.columns(), most = buffered ? kBuffer / columns : end - begin;
@@ -369,7 +371,7 @@ NORMKIT_LOCAL void for_walks(const Geometry& g, std::int64_t begin, std::int64_t
   }
 }
 
-/// Where in the table the elements of a walk are that pass one after the other.
+/// The place in the table of each element of a walk, where elements come one after the other.
 struct Round {
   std::int64_t period, begin = 0;
   template <class P> NORMKIT_LOCAL P operator()(P place) {
@@ -447,7 +449,7 @@ NORMKIT_LOCAL ColumnMoments outer_columns(const Task& t, std::int64_t o, double*
 /// Bytes that the slab being written is fetched ahead. Group norm (8, 320, 64, 64): 1.84 of a copy without, 1.7 with, 4 KB 1.75.
 constexpr std::int64_t kBesideAhead = 2048;
 
-/// As BesideWriter, for an outer index whose steps lie one behind the other and whose parameters are those of columns.
+/// A BesideWriter for an outer index whose steps lie one behind the other and whose parameters belong to columns.
 template <class X> class BesideLanesWriter {
   using S = ScalarOf<X>;
   static constexpr int kWidth = kLanes<VectorOf<X>>, kBlock = kTile * kWidth;
@@ -478,12 +480,12 @@ template <class X> class BesideLanesWriter {
     i_ = i + kBlock, column_ = column + kBlock < period_ ? column + kBlock : column + kBlock - period_;
   }
 
-  /// What is left.
+  /// Writes the outputs that are left.
   void finish() { write(n_); }
 
  private:
   using V = VectorOf<X>;
-  /// On to element `end`.
+  /// Writes the outputs up to element `end`.
   [[gnu::noinline]] void write(std::int64_t end) {
     const std::int64_t begin = i_;
     Round round{period_, begin - column_};
@@ -502,7 +504,7 @@ template <class X> class BesideLanesWriter {
   std::int64_t i_ = 0, column_ = 0;  // the next element, and its column in the table
 };
 
-/// Each outer index is written while the next one is read.
+/// Forward, for outer indices [begin, end): each is written while the next one is read.
 template <class X>
 void lanes_forward_overlapped(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
   const std::int64_t columns = array_of_columns(t.geometry);

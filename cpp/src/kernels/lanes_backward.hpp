@@ -116,8 +116,8 @@ template <class S> void know_columns(const Task& t, std::int64_t o, S* mean, S* 
   if (active) repeat_columns(g, {mean, scale, shift, slope});
 }
 
-/// The sums of a statistic from those of its columns, times their weights; where a column has several, sums are taken with
-/// them. The count is that of its members.
+/// The sums of a statistic from the sums of its columns, times their weights; where a column has several weights, its
+/// sums were taken with them.
 NORMKIT_LOCAL Reduced fold_column_sums(const Task& t, std::int64_t o, std::int64_t lane, ColumnSums columns,
                                        ColumnParameter& parameter) {
   const Geometry& g = t.geometry;
@@ -131,7 +131,8 @@ NORMKIT_LOCAL Reduced fold_column_sums(const Task& t, std::int64_t o, std::int64
   return total;
 }
 
-/// From the sums of columns to statistics, their gradients and the parameters', and to the table that apply reads.
+/// Makes of the sums of columns the statistics, their gradients, the gradients of parameters, and the table that apply
+/// reads.
 template <class S> void lanes_solve(const Task& t, std::int64_t o, ColumnSums column_sums, Table<S> table) {
   const Geometry& g = t.geometry;
   ColumnParameter parameter(t, o), folded = parameter;
@@ -161,7 +162,7 @@ template <class S> void lanes_solve(const Task& t, std::int64_t o, ColumnSums co
   repeat_columns(g, {table.mean, table.a, table.b, table.c, table.unit, table.origin});
 }
 
-/// Calls f(position) for the vectors of a row that nothing is stored of, or stores what f returns in dx.
+/// Calls f(position) for the vectors of a row, and stores what f returns in dx, if that is wanted.
 template <class X, class F> NORMKIT_LOCAL void map_or_walk(X* dx, std::int64_t n, Streamer<X>* streamer, F f) {
   constexpr std::int64_t kWidth = kLanes<VectorOf<X>>;
   if (dx) return map(dx, n, streamer, Fetch{}, f);

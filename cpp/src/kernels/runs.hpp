@@ -91,7 +91,7 @@ NORMKIT_LOCAL bool all_equal(Segments x, double value, const Masked& members) {
 /// Sums over differences to a pivot and over their squares, of each lane.
 template <class V> struct DifferenceSums { V sum, squares; };
 
-/// Those of the members of `rows` segments of n elements, `stride` apart.
+/// The DifferenceSums of the members of `rows` segments of n elements, `stride` apart.
 template <class X, class Members, class Beside>
 NORMKIT_LOCAL DifferenceSums<VectorOf<X>> pivot_sums(const X* x, std::int64_t rows, std::int64_t stride, std::int64_t n,
                                                      ScalarOf<X> pivot, Members members, Fetch fetch, Beside& beside) {
@@ -154,7 +154,7 @@ template <class X, class Members, class Beside>
                                         ScalarOf<X> pivot, bool centered, double count, const Members& members,
                                         Fetch fetch, Beside& beside) {
   const DifferenceSums<VectorOf<X>> sums = pivot_sums(x, rows, stride, n, pivot, members, fetch, beside);
-  // Without a mean the pivot is 0, and so is the sum, as far as moments go.
+  // RMS has no mean: the pivot is 0, and from_pivot() is to keep the mean at 0.
   const double s = centered ? sum(sums.sum) : 0, q = sum(sums.squares);
   if (trustworthy<ScalarOf<X>>(s, q, count)) return from_pivot(static_cast<double>(pivot), s, q, count);
   return unsettled_moments(segments(x, rows, stride, n), static_cast<double>(pivot), q, centered, count,
@@ -178,13 +178,13 @@ ScalarOf<X> first_pivot(const X* x, std::int64_t stride, std::int64_t rows, std:
   return first(load(members.first(x, stride, rows, n), 1));
 }
 
-/// Where [begin, end) of a run begins.
+/// The address of element `begin` of a run.
 NORMKIT_LOCAL const char* address(const Operand& a, std::int64_t o, std::int64_t step, std::int64_t lane,
                                   std::int64_t begin) {
   return reinterpret_cast<const char*>(a.data) + (index_at(a, o, step, lane) + begin) * size_of(a.dtype);
 }
 
-/// What is fetched while ranges of a statistic are read, and while they are written.
+/// What is fetched while ranges of a statistic are read, and, by fetch_while_writing(), while they are written.
 NORMKIT_LOCAL Fetch fetch_while_reading(const Task& t, const Operand& a, std::int64_t o, std::int64_t step,
                                         std::int64_t lane, std::int64_t rows, std::int64_t begin) {
   const bool strided = t.geometry.run < kChunk && t.geometry.steps > 1;  // then the next chunk is
@@ -213,7 +213,7 @@ void form_sum(const Task& t, std::int64_t o, std::int64_t step, std::int64_t lan
   }
 }
 
-/// Adds the moments of one chunk, whose pivot is the mean of those before it.
+/// Adds the moments of one chunk, whose pivot is the mean of the chunks before it.
 template <class X, class Members, class Beside>
 NORMKIT_LOCAL void add_chunk(const X* x, std::int64_t rows, std::int64_t stride, std::int64_t n, bool centered,
                              const Members& members, Fetch fetch, Beside& beside, Moments& m) {
@@ -285,7 +285,7 @@ void forward_span(const Task& t, std::int64_t o, std::int64_t lane, Chunks c, st
   });
 }
 
-/// Of a whole statistic; `span` gives those of each span, in order.
+/// The moments of a whole statistic; span(k) gives the moments of span k, and is called in order.
 template <class F> NORMKIT_LOCAL Moments merged_spans(Chunks c, F span) {
   Moments m = span(std::int64_t{0});
   for (std::int64_t k = 1; k < c.spans; ++k) m = merge(m, span(k));
@@ -332,7 +332,7 @@ template <class Element, bool kLinear> struct ForwardOutputs {
   }
 };
 
-/// Each statistic is written while the next one is read.
+/// Forward, for statistics [begin, end): each is written while the next one is read.
 template <class X, bool kLinear> void runs_forward_overlapped(const Task& t, std::int64_t begin, std::int64_t end) {
   const Geometry& g = t.geometry;
   const Chunks c = chunks_of(g, Traversal::runs);

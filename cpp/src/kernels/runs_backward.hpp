@@ -20,7 +20,7 @@ NORMKIT_LOCAL bool has_activation(const Task& t) { return t.activation.kind != A
 NORMKIT_LOCAL bool has_detailed_sums(const Task& t) { return t.where.data || has_activation(t); }
 NORMKIT_LOCAL bool has_detailed_ranges(const Task& t) { return t.residual.data || has_detailed_sums(t); }
 
-/// What a walk over dy and x fetches, `ahead` bytes ahead.
+/// Fetches for a walk over dy and x, `ahead` bytes ahead of it.
 struct FetchBoth {
   const char *x, *dy;
 
@@ -30,7 +30,8 @@ struct FetchBoth {
   NORMKIT_LOCAL void far_line(std::int64_t byte) const { prefetch_second(x + byte), prefetch_second(dy + byte); }
 };
 
-/// Sums of each lane over `rows` segments of n elements of dy and x; of dy * weight where `weight` gives one factor an element.
+/// The sums of backward of each lane, over `rows` segments of n elements of dy and x. kWeighted: dy is multiplied by
+/// `weight`, which has one factor for each element.
 template <class X, bool kWeighted, class Beside>
 NORMKIT_LOCAL Sums<VectorOf<X>> lane_sums(const X* dy, std::int64_t dy_stride, const X* x, std::int64_t x_stride,
                                           std::int64_t rows, std::int64_t n, ScalarOf<X> mean,
@@ -79,14 +80,14 @@ template <class X, bool kWeighted, class Beside>
   return {static_cast<double>(sum(all.g)), static_cast<double>(sum(all.gx)), static_cast<double>(sum(all.d))};
 }
 
-/// The gradient that reaches z = x_hat * weight + bias: dy, or that times the slope of relu.
+/// The gradient that reaches z = x_hat * weight + bias: dy, or dy times the slope of relu.
 template <class X, class P>
 NORMKIT_LOCAL VectorOf<X> incoming(const Task& t, const Preactivation<X>& z, P place, const X* dy, VectorOf<X> x) {
   const VectorOf<X> g = place.load(dy);
   return is_relu(t.activation) ? g * kink_slope(z.at(place, x), 0) : g;
 }
 
-/// The same of any activation, for n <= kBuffer elements from element `begin` of a piece on.
+/// The gradient that reaches z through any activation, for n <= kBuffer elements from element `begin` of a piece on.
 template <class X>
 [[gnu::noinline]] void reach(const Task& t, const Preactivation<X>& z, const X* dy, const X* x, std::int64_t begin,
                              std::int64_t n, ScalarOf<X>* reaching) {
@@ -104,8 +105,8 @@ template <class X>
   multiply_by_slopes(z.activation, z.slopes ? z.slopes + begin : nullptr, z_value, reaching, n);
 }
 
-/// chunk_sums() where a mask or an activation has its say. What no gradient reaches adds nothing, even where it is NaN, as
-/// what is no member may be.
+/// chunk_sums() where a mask or an activation has its say. An element that no gradient reaches adds nothing, even where
+/// it is NaN, as an element that is no member may be.
 template <class X>
 [[gnu::noinline]] Sums<double> detailed_sums(const Task& t, const X* dy, const X* x, std::int64_t rows, std::int64_t n,
                                              ScalarOf<X> mean, const Preactivation<X>& z, Masked members) {
@@ -136,13 +137,13 @@ template <class X>
   return {static_cast<double>(sum(s.g)), static_cast<double>(sum(s.gx)), static_cast<double>(sum(s.d))};
 }
 
-/// How far ahead sums fetch: near, if outputs are written beside them.
+/// How many bytes ahead sums fetch: fewer if outputs are written beside them.
 NORMKIT_LOCAL std::int64_t ahead_while_summing(const Task&, Nothing) { return kFarAhead; }
 template <class Beside> NORMKIT_LOCAL std::int64_t ahead_while_summing(const Task& t, const Beside&) {
   return near_ahead(t.geometry.run * size_of(t.x.dtype));
 }
 
-/// One range of a statistic's run, or several whole runs, whose place it knows.
+/// One range of a run of a statistic, or several whole runs, and the place where it lies.
 struct Range { std::int64_t o, step, lane, rows, begin, end; };
 
 /// The sums of a range in which one parameter holds, or in which weights follow the elements.
@@ -164,8 +165,8 @@ Sums<double> piece_sums(const Task& t, Range range, Piece piece, Statistic<Scala
                               beside);
 }
 
-/// Where the parameters change within a statistic: the sums of a range of one run, each piece with its own weight. What a
-/// piece adds to its own gradients goes to `dparams`.
+/// The sums of a range of one run whose parameters change within a statistic: each piece has its own weight. What a
+/// piece adds to the gradients of its parameters goes to `dparams`.
 template <class X, class Beside>
 Sums<double> piecewise_sums(const Task& t, Range range, Statistic<ScalarOf<X>> s, Beside& beside) {
   const Geometry& g = t.geometry;
@@ -184,7 +185,7 @@ Sums<double> piecewise_sums(const Task& t, Range range, Statistic<ScalarOf<X>> s
   return total;
 }
 
-/// The sums of one span of a statistic; where one weight serves all of it, without that weight.
+/// The sums of one span of a statistic. Where the statistic has one weight, the sums are taken without it.
 template <class X, class Beside>
 Reduced span_sums(const Task& t, std::int64_t o, std::int64_t lane, Chunks c, std::int64_t span,
                   Statistic<ScalarOf<X>> s, Beside& beside) {
@@ -208,8 +209,8 @@ Reduced span_sums(const Task& t, std::int64_t o, std::int64_t lane, Chunks c, st
   return total;
 }
 
-/// From the mean that sums of backward were taken about to the one that they are wanted about: the whole of a given mean, or,
-/// since a given mean is rounded, the mean of the data.
+/// The distance from the mean that sums of backward were taken about to the mean that they are wanted about: a given
+/// mean with its low part where statistics are frozen; else, since a given mean is rounded, the mean of the data.
 template <class S> NORMKIT_LOCAL double mean_shift(const Task& t, Statistic<S> given, double sum_d, double n) {
   if (!t.centered || n == 0) return 0;
   return t.frozen ? static_cast<double>(given.mean_low) : sum_d / n;
@@ -228,19 +229,20 @@ NORMKIT_LOCAL bool writes_element_gradients(const Task& t) {
   return t.kind == ParamKind::row || t.kind == ParamKind::element;
 }
 
-/// Frozen statistics leave no sums in dx: without gradients of parameters to collect from them, they are not taken.
+/// True where the sums of a statistic are needed. Frozen statistics have no part in dx: their sums are taken only where
+/// gradients of parameters are collected from them.
 NORMKIT_LOCAL bool needs_sums(const Task& t) {
   const bool collects = t.kind == ParamKind::statistic || t.kind == ParamKind::piece;
   return collects || t.phase == Phase::reduce || (!t.frozen && (t.dx.data || writes_element_gradients(t)));
 }
 
-/// The weight that all of a statistic shares; where it has several, sums are taken with them.
+/// The weight that all of a statistic shares; 1 where it has several weights, with which its sums were taken.
 NORMKIT_LOCAL double common_weight(const Task& t, std::int64_t o, std::int64_t lane) {
   const Geometry& g = t.geometry;
   return constant_in_statistic(g) ? element(t.weight, g.parameter(o, g.offset(o, 0, lane, 0)), 1) : 1;
 }
 
-/// From the sums of a whole statistic to the coefficients of its gradient, and its share of dweight and dbias.
+/// Makes of the sums of a whole statistic the coefficients of its gradient, and its share of dweight and dbias.
 template <class S> Solved<S> solve(const Task& t, std::int64_t r, std::int64_t o, std::int64_t lane, Reduced reduced) {
   Sums<double> sums = reduced.sums;
   Statistic<S> s = given_statistic<S>(t, r);
@@ -256,7 +258,7 @@ template <class S> Solved<S> solve(const Task& t, std::int64_t r, std::int64_t o
       s, gradient_of(s, Sums<double>{weight * sums.g, weight * sums.gx, sums.d}, reduced.n, t.centered, t.denominator)};
 }
 
-/// The sums of statistic r for Phase::apply, as Phase::reduce and the caller's additions left them, and back.
+/// The sums of statistic r in Phase::apply, as Phase::reduce and the caller's additions left them.
 NORMKIT_LOCAL Reduced given_sums(const Task& t, std::int64_t r) {
   return {{t.sums[3 * r], t.sums[3 * r + 1], t.sums[3 * r + 2]}, t.counts[r]};
 }
@@ -288,13 +290,13 @@ template <class X> struct ElementGradients {
     mean = broadcast<V>(s.mean), scale = broadcast<V>(standard.scale), shift = broadcast<V>(standard.shift);
   }
 
-  /// Added up over rows, both wanted.
+  /// Adds one vector to both gradients, which are wanted and added up over rows.
   template <class P> NORMKIT_LOCAL void add_row(P place, V dy, V x) const {
     place.store(dweight, mul_add(forward(x, mean, scale, shift), dy, place.load(dweight)));
     place.store(dbias, place.load(dbias) + dy);
   }
 
-  /// Of one vector; `dy` is what reaches the weights.
+  /// Adds or stores the gradients of one vector; `dy` is the gradient that reaches the weights.
   template <class P> NORMKIT_LOCAL void add(P place, V dy, V x) const {
     V x_hat = forward(x, mean, scale, shift);
     if (masked) x_hat = where(dy, x_hat);
@@ -409,7 +411,7 @@ void backward_span(const Task& t, std::int64_t r, Chunks c, std::int64_t span, c
   });
 }
 
-/// The sums of a whole statistic, or those that are given.
+/// The sums of a whole statistic: taken here, or given in Phase::apply.
 template <class X, class Beside>
 Reduced statistic_sums(const Task& t, std::int64_t r, Chunks c, Beside& beside) {
   if (t.phase == Phase::apply) return given_sums(t, r);
@@ -466,7 +468,7 @@ template <class Element> struct BackwardOutputs {
   }
 };
 
-/// Each statistic is written while the next one is read.
+/// Backward, for statistics [begin, end): each is written while the next one is read.
 template <class X> void runs_backward_overlapped(const Task& t, std::int64_t begin, std::int64_t end) {
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
@@ -485,8 +487,8 @@ template <class X> void runs_backward_overlapped(const Task& t, std::int64_t beg
   }
 }
 
-/// The statistics of one unit of the schedule: one, or where weights along the row want their gradients summed, those of a
-/// group. Its rows add to the same sums, so one thread takes them, in order.
+/// The statistics of one unit of the schedule: one, or where weights along the row want their gradients summed, all of
+/// a group. The rows of a group add to the same sums, so one thread takes them, in order.
 struct Rows { std::int64_t first, last; };
 NORMKIT_LOCAL Rows rows_of(const Task& t, std::int64_t unit) {
   if (t.kind != ParamKind::row) return {unit, unit + 1};
@@ -535,7 +537,7 @@ template <class X> void runs_backward_finish(const Task& t, std::int64_t begin, 
   }
 }
 
-/// Here a range counts spans of units.
+/// Backward's apply in the split schedule: the range [begin, end) counts spans of units.
 template <class X> void runs_backward_apply(const Task& t, std::int64_t begin, std::int64_t end) {
   const Chunks c = chunks_of(t.geometry, Traversal::runs);
   Streamer<X> streamer;

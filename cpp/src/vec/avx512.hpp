@@ -121,7 +121,8 @@ inline double fold(const Reg64* r) {
   return _mm_cvtsd_f64(_mm_add_sd(b, _mm_unpackhi_pd(b, b)));
 }
 
-// Sixteen (eight) such sums at a time: lane k is that of rows[k], in the same order and so with the same bits.
+// Sixteen (eight) calls of fold() at a time: lane k is the sum of rows[k], taken in the order of fold() and so with its
+// bits.
 inline void fold_rows(const Reg32 (*rows)[1], Reg32* sums) {
   const auto halves = [](Reg32 a, Reg32 b) {  // i with i + 8: a and b side by side
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));

@@ -1,5 +1,5 @@
 // IEEE binary16 in integer arithmetic, for instruction sets without a conversion, and for single parameters.
-// bfloat16 likewise. Both round to nearest even, keep subnormals, infinities and NaN.
+// bfloat16 is converted so too. Both round to nearest even, and keep subnormals, infinities and NaN.
 #pragma once
 
 #include "vec/local.hpp"

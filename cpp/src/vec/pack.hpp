@@ -17,7 +17,7 @@ using F64 = Pack<Reg64, 8 / kLanes64>;
 using R32 = Pack<Reg32, 1>;  // one register, for formulas of which a whole vector would be much code
 using R64 = Pack<Reg64, 1>;
 
-/// How many vectors of 16 floats the registers hold.
+/// How many vectors of 16 floats the registers of this instruction set hold.
 constexpr int kHeldVectors = kRegisters * kLanes32 / 16;
 
 template <class V> constexpr int kLanes = 0;
@@ -84,7 +84,7 @@ template <class V, class S> NORMKIT_LOCAL V broadcast(S value) {
   for (auto& reg : v.r) reg = reg_set(value);
   return v;
 }
-/// What formulas for scalars and vectors alike take their numbers from; the first argument only says for which.
+/// A number as formulas want it that serve scalars and vectors alike; the first argument only says for which type.
 template <class Reg, int kRegs> NORMKIT_LOCAL Pack<Reg, kRegs> constant(Pack<Reg, kRegs>, double value) {
   return broadcast<Pack<Reg, kRegs>>(static_cast<typename Pack<Reg, kRegs>::Lane>(value));
 }
@@ -104,11 +104,11 @@ template <class T> NORMKIT_LOCAL VectorOf<T> load(const T* p) {
 template <class T> NORMKIT_LOCAL void store(T* p, VectorOf<T> v) {
   for (auto reg : v.r) reg_store(p, reg), p += kRegLanes<VectorOf<T>>;
 }
-/// Past the caches; p is aligned to what one register fills in memory. Wants stream_fence() afterwards.
+/// Stores past the caches; p is aligned to what one register fills in memory. stream_fence() has to follow.
 template <class T> NORMKIT_LOCAL void stream(T* p, VectorOf<T> v) {
   for (auto reg : v.r) reg_stream(p, reg), p += kRegLanes<VectorOf<T>>;
 }
-/// The first n < kLanes elements; never touches memory past them.
+/// Loads the first n < kLanes elements, and never touches memory past them.
 template <class T> NORMKIT_LOCAL VectorOf<T> load(const T* p, int n) {
   using V = VectorOf<T>;
   if constexpr (requires { reg_load_part(p, n); }) {
@@ -133,7 +133,7 @@ template <class T> NORMKIT_LOCAL void store(T* p, VectorOf<T> v, int n) {
   }
 }
 
-/// The sum() of each of as many vectors as one has lanes, side by side: at once where the registers know how.
+/// The sum() of each of kLanes vectors, side by side: at once where the registers know how.
 template <class V> NORMKIT_LOCAL V sums_of(const V (&rows)[kLanes<V>]) {
   V sums;
   if constexpr (requires { fold_rows(&rows[0].r, sums.r); }) {
