@@ -1,8 +1,8 @@
 """Which cases run and in how many processes, fixtures. `NORMKIT_TEST_ARRAYS`: see mirrored.py.
 
 A run without `--full` is for a person: of the cases that a test crosses, so many that every pair of values occurs
-(covering.py says how), and no test marked `full`. The whole suite runs in a process for each CPU, where there is pytest-xdist;
-what is named on the command line runs in this one, as does what is to be debugged.
+(covering.py says how), and no test marked `full`. The whole suite runs in a process for each CPU, where there is
+pytest-xdist; what is named on the command line runs in this one, as does what is to be debugged.
 """
 
 import gc
@@ -67,16 +67,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not first.get_closest_marker("full"):
             rows = crossed(first)
             # Values are told apart by where they are in memory, as not all can be compared.
-            chosen |= covering({
-                item.nodeid: {row: tuple(id(item.callspec.params[name]) for name in row) for row in rows}
-                for item in (first, *others)
-            })
+            chosen |= covering(
+                {
+                    item.nodeid: {row: tuple(id(item.callspec.params[name]) for name in row) for row in rows}
+                    for item in (first, *others)
+                }
+            )
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in chosen])
     items[:] = [item for item in items if item.nodeid in chosen]
 
 
 def pytest_collection_finish() -> None:
-    """What is collected stays to the end: gc.collect(), which many tests call, need not visit it, a second each time."""
+    """What is collected stays: gc.collect(), which many tests call, need not visit it, a second each time."""
     gc.collect()
     gc.freeze()
 

@@ -18,17 +18,17 @@ def covering(cases: Mapping[str, Case]) -> set[str]:
 
     A case says the value of each factor, such as the operation, the dtype, the layout and the instruction set. A fault
     that shows wherever one value is, or two are together, shows in one of the chosen cases: most faults are of this
-    kind (Kuhn, Wallace, Gallo: Software fault interactions, 2004). What takes three values at once is found by chance, and for
-    certain where all cases run.
+    kind (Kuhn, Wallace, Gallo: Software fault interactions, 2004). What takes three values at once is found by chance,
+    and for certain where all cases run.
 
-    The next case is always one with the most pairs that none before it had, so every factor changes from case to case, and
-    no more of them are taken than there are pairs. Which of equals comes first is a matter of its name alone: the
-    choice is the same on every machine, and another one for tests that cross the same factors.
+    The next case is always one with the most pairs that none before it had, so every factor changes from case to case.
+    Which of equals comes first is a matter of its name alone: the choice is the same on every machine, and another one
+    for another test that crosses the same factors.
     """
     missing = {name: pairs(case) for name, case in cases.items()}
     found: set[Hashable] = set()
     chosen: set[str] = set()
-    # The number of missing pairs only falls: whoever is still first with a number of its own that is up to date, is best.
+    # The number of missing pairs only falls: the first in the queue whose number is up to date is the best of all.
     queue = [(-len(missing[name]), crc32(name.encode()), name) for name in cases]
     heapify(queue)
     while queue:
