@@ -162,8 +162,8 @@ MUTANTS = [
            "a residual that lies otherwise changes the order of sums", "residual"),
     Mutant(PLAN, "axis >= shift && «where.shape[axis - shift] != 1»;", "true",
            "a mask is walked along an axis that it does not have", "where"),
-    Mutant(PLAN, "linear && g.steps == 1 && «g.run % g.params.stride == 0») t.kind", "true",
-           "a run of broken pieces is summed by pieces", "values layouts"),
+    Mutant(PLAN, "linear && g.steps == 1 && «g.params.count == g.run») t.kind", "true",
+           "weights of another period than a row are summed along it", "values layouts"),
     Mutant(PLAN, "mine->shape[axis] == 1 || «lying[axis] == gradient->strides[axis]»", "true",
            "dweight is handed out in the order of memory", "layouts values"),
     Mutant(PLAN, "p.writes(kDbias) && «params.differ» &&", "false",
@@ -174,8 +174,8 @@ MUTANTS = [
            "an output may be its input in another order", "out errors"),
     Mutant(ARGUMENTS, "a.shape[axis] > 1 && «a.stride(axis) == 0»)", "false",
            "an output may be one element", "errors out"),
-    Mutant(ARGUMENTS, "const std::int64_t reach = a.stride(axis) * («a.shape[axis] - 1»);", "a.shape[axis]",
-           "neighbors count as overlapping", "out errors"),
+    Mutant(ARGUMENTS, "const std::int64_t reach = a.stride(axis) * («a.shape[axis] - 1»);", "a.shape[axis] - 2",
+           "an array ends a row too early", "out errors"),
     Mutant(ARGUMENTS, "if («!overlap(at[k], reach_[k], at[other], reach_[other])») continue;", "true",
            "overlaps are looked for in the first call alone", "calls"),
     # ---- bindings
@@ -202,27 +202,27 @@ MUTANTS = [
            "dbias is added up in float32", "taken values"),
     # ---- kernels of a GPU
     Mutant("cuda/finish.cuh", "for (int k = 1; k < «kStrands»; ++k) all[0] +=", "kStrands - 1",
-           "the last warp's share of dweight is lost", "gpu_check"),
+           "the last warp's share of dweight is lost", "values"),
     Mutant("cuda/finish.cuh", "sum.m2 + «m.m2 / (m.n - 1)»,", "m.m2 / m.n",
-           "running_var is biased", "gpu_check cuda_arrays"),
+           "running_var is biased", "values"),
     Mutant("cuda/finish.cuh", "Reduced{{weight * part.sums.g, «weight * part.sums.gx»,", "part.sums.gx",
-           "one of two sums is without its weight", "gpu_check"),
+           "one of two sums is without its weight", "values"),
     Mutant("cuda/finish.cuh", "pair[0] = s.rstd * mul_add(«-shift», pair[1], pair[0]);", "shift",
-           "the gradient of a weight is moved the wrong way", "gpu_check"),
+           "the gradient of a weight is moved the wrong way", "values"),
     Mutant("cuda/group.cuh", "if («k + j * meeting.size < count») all = join(all, next[j]);", "j == 0",
-           "of four partial results that are read one is joined", "gpu_check"),
+           "of four partial results that are read one is joined", "values"),
     Mutant("cuda/lanes.cuh", ": static_cast<int>(«(below + kStrands - 1) / kStrands»);", "below / kStrands",
-           "the last steps of a tile are not taken", "gpu_check"),
+           "the last steps of a tile are not taken", "values"),
     Mutant("cuda/lanes.cuh", "for (int k = 1; k < «kStrands / 2»; ++k)", "kStrands / 2 - 1",
-           "the last pair of strands is left out", "gpu_check"),
+           "the last pair of strands is left out", "values"),
     Mutant("cuda/lanes.cuh", "const double count = masked ? «some» : s.steps;", "static_cast<double>(s.steps)",
-           "a mask's members are not counted", "gpu_check cuda_arrays"),
+           "a mask's members are not counted", "where"),
     Mutant("cuda/runs.cuh", "left > kVector<X> ? kVector<X> : «left»};", "kVector<X>",
-           "the last vector of a row reaches into the next", "gpu_check cuda_arrays"),
+           "the last vector of a row reaches into the next", "values"),
     Mutant("cuda/runs.cuh", "t.rows = below < tiling.rows ? «static_cast<int>(below)» :", "tiling.rows",
-           "the last tile has rows that are not there", "gpu_check cuda_arrays"),
+           "the last tile has rows that are not there", "values"),
     Mutant("cuda/elements.cuh", "return «t.where.data && dz == 0» ? S(0)", "false",
-           "NaN of who is no member reaches dweight", "gpu_check"),
+           "NaN of who is no member reaches dweight", "where"),
 ]  # fmt: skip
 
 
@@ -285,9 +285,8 @@ def suites(kind: str, near: str) -> list[tuple[dict[str, str], list[Path]]]:
         return [ROOT / f"tests/test_{name}.py" for name in names.split()]
 
     fake = {"NORMKIT_TEST_ARRAYS": "fake"}
-    if kind == "cpu":
-        return [({}, files(near))] * bool(near) + [({}, [ROOT / "tests"])]
-    return [({}, files(near))] * bool(near) + [({}, files(OF_SHIM)), (fake, files(OF_VALUES))]
+    first = [({} if kind == "cpu" or near in OF_SHIM else fake, files(near))] if near else []
+    return first + ([({}, [ROOT / "tests"])] if kind == "cpu" else [({}, files(OF_SHIM)), (fake, files(OF_VALUES))])
 
 
 def killer(kind: str, number: int, site: Path, near: str) -> str | None:
