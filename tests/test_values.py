@@ -282,7 +282,7 @@ def test_running_statistics(momentum, running_dtype, layout, dtype, isa, rng):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES.values(), *INTEGERS.values()], ids=[*DTYPES, *INTEGERS])
-@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "crop"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "crop", "rolled"])
 @pytest.mark.parametrize("running_dtype", DTYPES.values(), ids=DTYPES)
 def test_normalize_with_running_statistics(running_dtype, layout, dtype, isa, rng):
     x = lay(uniform(rng, SMALL, dtype, offset=3.0), layout)
