@@ -65,11 +65,11 @@ CPU_CASES = " or ".join(
 
 
 def requirements() -> list[str]:
-    """All that pyproject.toml wants to build, run and test, and what its tests want to run side by side."""
+    """All that pyproject.toml wants to build, run and test, and what stops a test that hangs."""
     whole = tomllib.loads((ROOT / "pyproject.toml").read_text())
     project = whole["project"]
     listed = [*project["dependencies"], *whole["build-system"]["requires"], *project["optional-dependencies"]["test"]]
-    return [*dict.fromkeys(listed), "ninja", "pytest-xdist", "pytest-timeout"]
+    return [*dict.fromkeys(listed), "ninja", "pytest-timeout"]
 
 
 def pip(*arguments: object, **options: object) -> str:

@@ -74,7 +74,7 @@ def test_instruction_sets_agree_on_data_that_starts_again_in_double(shape, layou
     assert all(f == found[0] for f in found)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("kind", ["channel", "pixel"])
 @pytest.mark.parametrize("case", LARGE)
 def test_thread_counts_agree(case, kind, dtype, rng):

@@ -74,6 +74,16 @@ def anew(function):
     return call
 
 
+def test_an_output_that_has_become_read_only_is_refused():
+    x = np.arange(12.0).reshape(2, 2, 3)
+    out = np.empty_like(x)
+    for _ in range(2):
+        normkit.instance_norm(x, out=out)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="out is read-only"):
+        normkit.instance_norm(x, out=out)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -40,6 +40,7 @@ FLAGS = (
 )
 
 pytestmark = [
+    pytest.mark.full,
     pytest.mark.skipif(not COMPILER, reason="no C++ compiler"),
     pytest.mark.skipif(not SOURCES["launch"].exists(), reason="not a checkout: no sources of the kernels"),
     pytest.mark.skipif(platform.system() != "Linux", reason="the shim wants Linux"),

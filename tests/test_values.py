@@ -209,12 +209,22 @@ def test_frozen_mean_keeps_the_digits_of_a_double(layout, isa, rng):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("stats_dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("offset", "off"), [(1e4, 1e-3), (0.0, 0.25)])
 @pytest.mark.parametrize("op", [op for op in REGISTRY if op.center], ids=repr)
-def test_backward_recenters_from_the_data(op, stats_dtype, layout, isa, rng):
+def test_backward_recenters_from_the_data(op, offset, off, stats_dtype, layout, isa, rng):
     """A mean that is rounded, even badly, changes nothing: the sums find the rest of it in x."""
-    dy, x = lay(uniform(rng, SMALL), layout), lay(uniform(rng, SMALL, offset=1e4), layout)
+    shape = (3, 6, 4, 7)  # groups of several channels
+    dy, x = lay(uniform(rng, shape), layout), lay(uniform(rng, shape, offset=offset), layout)
     mean, rstd = op.statistics(x)[1:]
-    check_backward(op, dy, x, stats=((mean.astype(np.float64) + 1e-3).astype(stats_dtype), rstd.astype(stats_dtype)))
+    check_backward(op, dy, x, stats=((mean.astype(np.float64) + off).astype(stats_dtype), rstd.astype(stats_dtype)))
+
+
+def test_rows_of_an_image_share_weights(isa, rng):
+    """More rows than one group that adds up their gradients, and another image after them."""
+    shape = (3, 130, 20)
+    dy, x = uniform(rng, shape), uniform(rng, shape)
+    weight = rng.standard_normal((3, 1, 20)).astype(np.float32)
+    check_backward(OPERATIONS["over-last"], dy, x, weight)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +283,7 @@ def test_running_statistics(momentum, running_dtype, layout, dtype, isa, rng):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES.values(), *INTEGERS.values()], ids=[*DTYPES, *INTEGERS])
-@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "crop"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "crop", "rolled"])
 @pytest.mark.parametrize("running_dtype", DTYPES.values(), ids=DTYPES)
 def test_normalize_with_running_statistics(running_dtype, layout, dtype, isa, rng):
     x = lay(uniform(rng, SMALL, dtype, offset=3.0), layout)

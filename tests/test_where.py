@@ -112,13 +112,17 @@ def test_offsets_cost_no_digits(shape, layout, offset, isa, rng):
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
 def test_what_is_no_member_may_hold_anything(op, layout, dtype, value, rng):
-    """NaN and Inf under the mask touch their own y alone: everything else keeps its bits."""
+    """NaN and Inf under the mask touch their own y alone: everything else keeps its bits, gradients too."""
     shape = (3, 5, 4, 37)
     where = MASKS["random"](rng, shape)
     x = lay(uniform(rng, shape, dtype), layout)
+    dy = lay(np.where(where, uniform(rng, shape, dtype), np.zeros((), dtype)), layout)
+    weight = parameters(op, shape, rng)[0]
     clean = op.statistics(x, where=where)
+    gradients = op.backward(dy, x, *clean[1:], weight, where=where)
     x[~where] = value
     y, *stats = op.statistics(x, where=where)
+    assert [bits(g) for g in op.backward(dy, x, *stats, weight, where=where)] == [bits(g) for g in gradients]
     assert bits(y[where]) == bits(clean[0][where])
     assert not np.isfinite(y[~where].astype(np.float32)).any()
     assert [bits(s) for s in stats if s is not None] == [bits(s) for s in clean[1:] if s is not None]

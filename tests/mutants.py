@@ -1,0 +1,384 @@
+"""Changes to one line each, as somebody may get them wrong: does the short suite see them? `python tests/mutants.py`.
+
+All mutants of C++ are in one binary. In a copy of the tree an expression that the table marks becomes
+
+    (normkit_mutant(17) ? (new) : (old))
+
+and NORMKIT_MUTANT=17 chooses the new one. So all of them take no more than two builds, one of the CPU's kernels and one
+of the GPU's, which run on the CPU there; a mutant of Python has a copy of the package. For each mutant the suite runs
+without `--full`, up to the first failure, and first of all the files that the table names, since what fails should do
+so soon.
+
+Needs what the tests and the build want. What has been found is kept in build/mutants/log.jsonl, and a second run goes
+on behind it; `--again` begins anew. Ends with status 1 where a mutant survives.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "build/mutants"
+COPIED = ("cpp", "cuda", "python", "tests/shim", "CMakeLists.txt")
+# In a build of the kernels of a GPU: tests of their own, then tests of values on arrays that seem to be a GPU's.
+OF_SHIM = "cuda_arrays gpu gpu_check gpu_table l2_normalize launches"
+OF_VALUES = "values where residual activation adaptive phases layouts edges errors extremes double_backward"
+HANGS = 1800  # seconds
+
+CHOICE = """#pragma once
+#include <cstdlib>
+namespace {
+const int normkit_chosen = std::getenv("NORMKIT_MUTANT") ? std::atoi(std::getenv("NORMKIT_MUTANT")) : 0;
+[[maybe_unused]] constexpr bool normkit_mutant(int k) {
+  return !__builtin_is_constant_evaluated() && normkit_chosen == k;
+}
+}  // namespace
+"""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    marked: str  # text that is in the file once, an expression in it marked: «old»
+    new: str
+    reason: str
+    near: str  # tests that should notice
+
+    @cached_property
+    def parts(self) -> tuple[str, str, str]:
+        before, old, after = re.split("[«»]", self.marked)
+        return before, old, after
+
+    @property
+    def build(self) -> str:
+        return "shim" if self.file.startswith("cuda/") or self.file == "python/normkit/_cuda.py" else "cpu"
+
+    def place(self, text: str) -> tuple[int, int]:
+        """Where in a file the expression is."""
+        before, old, after = self.parts
+        if (count := text.count(before + old + after)) != 1:
+            raise SystemExit(f"{self.file} has {count} times, expected once: {before + old + after}")
+        begin = text.index(before + old + after) + len(before)
+        return begin, begin + len(old)
+
+
+COMMON, RUNS, LANES = (f"cpp/src/kernels/{name}.hpp" for name in ("common", "runs", "lanes"))
+RUNS_BACKWARD, LANES_BACKWARD = (f"cpp/src/kernels/{name}_backward.hpp" for name in ("runs", "lanes"))
+FORMULA, ARGUMENTS, PLAN = "cpp/include/normkit/formula.hpp", "cpp/src/arguments.cpp", "cpp/src/plan.cpp"
+DOUBLE = "python/normkit/_double_backward.py"
+
+MUTANTS = [
+    # ---- kernels of the CPU
+    Mutant(COMMON, "if («i < n») f(Part{i, static_cast<int>(n - i)});\n}", "i + 1 < n",
+           "a tail of one element is forgotten", "activation residual"),
+    Mutant(COMMON, ": «(group + 1) * p.stride - here»;", "(group + 1) * p.stride - here + 1",
+           "a piece reaches into the next one's parameter", "values"),
+    Mutant(COMMON, "index = «statistic / t.given.stride» % t.given.count", "statistic",
+           "given statistics are counted without their stride", "values"),
+    Mutant(COMMON, "members += «row[i] != 0»;", "row[i] == 0",
+           "who is no member is counted", "where"),
+    Mutant(COMMON, "p.data && «p.offset == 0» &&", "true",
+           "weight_offset is lost where weights are read as they lie", "activation"),
+    Mutant(COMMON, "if («first_ > 0») return flush();", "false",
+           "a line that others began is written as a whole", "streamed"),
+    Mutant(RUNS, "f(step, «least(g.steps - step, c.rows)», std", "c.rows",
+           "the last chunk goes on past the last step", "values"),
+    Mutant(RUNS, "return {0, «mul_add(m.mean * m.mean, count, m.m2)», count};", "m.m2",
+           "the mean is taken out of what is not centered", "extremes values"),
+    Mutant(RUNS, "m = «merge(m, moments_at(t.partials + 3 * unit))»;", "merge(moments_at(t.partials + 3 * unit), m)",
+           "spans merge in another order where threads share a statistic", "threads bits where"),
+    Mutant(RUNS, ": «static_cast<ScalarOf<X>>(m.mean)»;", "first_pivot(x, stride, rows, n, members)",
+           "each chunk has a pivot of its own: other bits than recorded", "golden bits"),
+    Mutant(RUNS, "? sum(load(x)) * («ScalarOf<X>(1) / kWidth»)", "ScalarOf<X>(0)",
+           "the pivot is 0: digits are lost far from zero, or time", "extremes golden"),
+    Mutant(RUNS_BACKWARD, "return t.frozen ? «static_cast<double>(given.mean_low)» : sum_d / n;", "0.0",
+           "the low digits of a given mean are dropped", "values extremes"),
+    Mutant(RUNS_BACKWARD, "s.d = s.d + «members.keep(here, d)»;", "place.keep(d)",
+           "who is no member moves the mean", "where"),
+    Mutant(RUNS_BACKWARD, "const double weight = «t.phase == Phase::apply ? 1 : common_weight(t, o, lane)»;",
+           "common_weight(t, o, lane)", "given sums are weighted twice", "phases"),
+    Mutant(RUNS_BACKWARD, "d[0] = s.rstd * mul_add(«-shift», d[1], d[0]); });", "shift",
+           "the gradient of a weight is moved the wrong way", "values"),
+    Mutant(RUNS_BACKWARD, "const V d = «place.keep(place.load(x) - m)»;\n    part.g", "place.load(x) - m",
+           "what is past the end counts as minus the mean", "values"),
+    Mutant(RUNS_BACKWARD, "if (masked) x_hat = «where(dy, x_hat)»;", "x_hat",
+           "NaN of who is no member reaches dweight", "where"),
+    Mutant(LANES, "return «(n > 0) & !trustworthy<S>(s, q, n)»;", "false",
+           "no column is taken again, whatever its pivot", "extremes edges"),
+    Mutant(LANES, "if («++index_ == map_.count») index_ = 0;", "++index_ > map_.count",
+           "parameters go round one too late", "values"),
+    Mutant(LANES, "if («t.residual.data && t.frozen») form_sum", "false",
+           "frozen statistics forget to form the sum", "residual"),
+    Mutant(LANES, "merge_columns(all, part, «t.geometry.columns()»);", "t.geometry.columns() - 1",
+           "the last column has one span alone", "values"),
+    Mutant(LANES_BACKWARD, "Reduced{{w * column.sums.g, «w * column.sums.gx»,", "column.sums.gx",
+           "one of two sums is folded without its weight", "values"),
+    Mutant(LANES_BACKWARD, "if («masked») add_to(out.n + column, count[j]);", "false",
+           "members are not counted", "where"),
+    Mutant(LANES_BACKWARD, "mul_add(«-shift», column_sums.g[k]", "0.0",
+           "dweight is about a rounded mean", "values extremes"),
+    Mutant(LANES_BACKWARD, "if (residual) v = «v + place.load(residual)»;", "v",
+           "the gradient of the returned sum is dropped", "residual"),
+    Mutant("cpp/src/kernels/batches.hpp", "for (std::int64_t i = «first_»; i < kLine; ++i) to_[i]", "std::int64_t{0}",
+           "the neighbor's part of a line is overwritten", "streamed"),
+    Mutant("cpp/src/kernels/batches_backward.hpp", "if («++lane == g.lanes») ++o", "++lane > g.lanes",
+           "rows are counted on past an outer index", "layouts values"),
+    # ---- formulas
+    Mutant(FORMULA, "mul_add(delta, delta * («a.n * share»), b.m2)", "b.n * share",
+           "the wrong weight in Chan's rule", "values"),
+    Mutant(FORMULA, "m.n == 0 ? 0 : rstd_of(«m.m2 / m.n», d.eps)", "m.m2 / (m.n - 1)",
+           "the variance is unbiased", "values"),
+    Mutant(FORMULA, "centered ? «-(s.rstd * sums.g / n)» : 0", "s.rstd * sums.g / n",
+           "the mean of g has the wrong sign", "values"),
+    Mutant(FORMULA, "static_cast<S>(«bias - static_cast<double>(s.mean_low) * scale»)", "bias",
+           "a mean is as exact as a float", "extremes values"),
+    Mutant(FORMULA, "return «sum == 0» ? 0", "false",
+           "constants without eps give NaN", "edges extremes"),
+    # ---- schedule, plan, checks
+    Mutant("cpp/src/geometry.cpp", "groups.count > 0 && «at != split» &&", "true",
+           "axes merge across outer", "geometry values"),
+    Mutant("cpp/src/cpu.cpp", "ranges, «begin + units * (range + 1) / ranges», slot);",
+           "begin + units * (range + 1) / ranges - (range == 0)",
+           "no thread takes the last of the first range", "threads"),
+    Mutant("cpp/src/cpu.cpp", "var += «m[1] / (m[2] - 1)»,", "m[1] / m[2]",
+           "running_var is biased", "values"),
+    Mutant("cpp/src/cpu.cpp", "if («g.lanes % period != 0») return;", "false",
+           "steps are unfolded where statistics differ", "values phases"),
+    Mutant("cpp/src/cpu.cpp", "g.parameter(«group / row_groups(g)», 0)", "group",
+           "a group of rows is taken for an outer index", "values"),
+    Mutant("cpp/src/pool.cpp", "spin = 0; «done_.load(std::memory_order_acquire) != others»;", "false",
+           "a call returns before all threads are done", "threads"),
+    Mutant(PLAN, "if («!layout || (args.residual.present && !same_strides(args.residual, args.x))») return", "!layout",
+           "a residual that lies otherwise changes the order of sums", "residual"),
+    Mutant(PLAN, "axis >= shift && «where.shape[axis - shift] != 1»;", "true",
+           "a mask is walked along an axis that it does not have", "where"),
+    Mutant(PLAN, "linear && g.steps == 1 && «g.params.count == g.run») t.kind", "true",
+           "weights of another period than a row are summed along it", "values layouts"),
+    Mutant(PLAN, "mine->shape[axis] == 1 || «lying[axis] == gradient->strides[axis]»", "true",
+           "dweight is handed out in the order of memory", "layouts values"),
+    Mutant(PLAN, "p.writes(kDbias) && «params.differ» &&", "false",
+           "dbias has the axes of weight", "taken"),
+    Mutant(ARGUMENTS, "return «contains(o.reads, op) && w.role != Role::running»;", "false",
+           "an output may lie over an input", "errors out"),
+    Mutant(ARGUMENTS, "equal(a.shape, b.shape) && «same_strides(a, b)»", "true",
+           "an output may be its input in another order", "out errors"),
+    Mutant(ARGUMENTS, "a.shape[axis] > 1 && «a.stride(axis) == 0»)", "false",
+           "an output may be one element", "errors out"),
+    Mutant(ARGUMENTS, "const std::int64_t reach = a.stride(axis) * («a.shape[axis] - 1»);", "a.shape[axis] - 2",
+           "an array ends a row too early", "out errors"),
+    Mutant(ARGUMENTS, "if («!overlap(at[k], reach_[k], at[other], reach_[other])») continue;", "true",
+           "overlaps are looked for in the first call alone", "calls"),
+    # ---- bindings
+    Mutant("python/recent.hpp", "put(2 * ndim + «(PyArray_ISWRITEABLE(a) ? 1 : 0)»);", "0",
+           "a known plan writes what is read-only", "calls"),
+    Mutant("python/calls.cpp", "for (const int slot : objects_) «key.add(values[slot])»;", "void()",
+           "a plan is found without its activation", "calls"),
+    Mutant("python/calls.cpp", "strides[axis] = «3 * s.stat_strides[axis]»;", "s.stat_strides[axis]",
+           "moments lie over each other", "phases"),
+    Mutant("python/calls.cpp", "if («s.empty») array[nb::ellipsis()] = 0;", "false",
+           "sums over nothing are left as they were", "edges"),
+    Mutant("python/output_cache.cpp", "«held_ -= h->capacity»;\n      return", "held_ += 0",
+           "memory in use counts as kept", "cache"),
+    # ---- Python
+    Mutant(DOUBLE, "x = «x - average(x)»  #", "x",
+           "the rest of a rounded mean is forgotten", "double_backward"),
+    Mutant(DOUBLE, "w = 1.0 if w is None else «w + weight_offset»", "w",
+           "weight_offset is forgotten", "double_backward"),
+    Mutant(DOUBLE, "average(rp_v * g) * x_hat + «b * rp_g» +", "b * g",
+           "a factor is taken before its projection", "double_backward"),
+    Mutant("python/normkit/phases.py", "return where(left > 0, «m2 / left»,", "m2 / count",
+           "correction is forgotten", "phases"),
+    Mutant("python/normkit/_memory.py", "values = self.wide(values, «\"float64\"»).sum(", '"float32"',
+           "dbias is added up in float32", "taken values"),
+    # ---- kernels of a GPU
+    Mutant("cuda/finish.cuh", "for (int k = 1; k < «kStrands»; ++k) all[0] +=", "kStrands - 1",
+           "the last warp's share of dweight is lost", "values"),
+    Mutant("cuda/finish.cuh", "sum.m2 + «m.m2 / (m.n - 1)»,", "m.m2 / m.n",
+           "running_var is biased", "values"),
+    Mutant("cuda/finish.cuh", "Reduced{{weight * part.sums.g, «weight * part.sums.gx»,", "part.sums.gx",
+           "one of two sums is without its weight", "values"),
+    Mutant("cuda/finish.cuh", "pair[0] = s.rstd * mul_add(«-shift», pair[1], pair[0]);", "shift",
+           "the gradient of a weight is moved the wrong way", "values"),
+    Mutant("cuda/group.cuh", "if («k + j * meeting.size < count») all = join(all, next[j]);", "j == 0",
+           "of four partial results that are read one is joined", "values"),
+    Mutant("cuda/lanes.cuh", ": static_cast<int>(«(below + kStrands - 1) / kStrands»);", "below / kStrands",
+           "the last steps of a tile are not taken", "values"),
+    Mutant("cuda/lanes.cuh", "for (int k = 1; k < «kStrands / 2»; ++k)", "kStrands / 2 - 1",
+           "the last pair of strands is left out", "values"),
+    Mutant("cuda/lanes.cuh", "const double count = masked ? «some» : s.steps;", "static_cast<double>(s.steps)",
+           "a mask's members are not counted", "where"),
+    Mutant("cuda/runs.cuh", "left > kVector<X> ? kVector<X> : «left»};", "kVector<X>",
+           "the last vector of a row reaches into the next", "values"),
+    Mutant("cuda/runs.cuh", "t.rows = below < tiling.rows ? «static_cast<int>(below)» :", "tiling.rows",
+           "the last tile has rows that are not there", "values"),
+    Mutant("cuda/elements.cuh", "return «t.where.data && dz == 0» ? S(0)", "false",
+           "NaN of who is no member reaches dweight", "where"),
+]  # fmt: skip
+
+
+def copy_tree() -> Path:
+    """What the build wants, with all mutants of C++ in it, touching only what has changed."""
+    tree = FOLDER / "tree"
+    wanted = {path.relative_to(ROOT): path for name in COPIED for path in [ROOT / name, *(ROOT / name).rglob("*")]}
+    for name, path in wanted.items():
+        if not path.is_file() or "__pycache__" in path.parts:
+            continue
+        mine = [(k, m) for k, m in enumerate(MUTANTS, 1) if Path(m.file) == name]
+        content = path.read_bytes()
+        if mine and name.suffix != ".py":
+            text = content.decode()
+            for (begin, end), k, m in sorted(((m.place(text), k, m) for k, m in mine), reverse=True):
+                text = f"{text[:begin]}(normkit_mutant({k}) ? ({m.new}) : ({text[begin:end]})){text[end:]}"
+            content = text.encode()
+        if str(name) == "CMakeLists.txt":
+            content = content.replace(b" -O3", b" -O1")  # half the time
+        write(tree / name, content)
+    write(FOLDER / "mutant.hpp", CHOICE.encode())
+    return tree
+
+
+def write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_bytes() != content:
+        path.write_bytes(content)
+
+
+def build(kind: str) -> None:
+    """A site with the package: the tree's Python and a library of this kind."""
+    tree, folder = copy_tree(), FOLDER / f"build-{kind}"
+    isa = "neon" if platform.machine() in ("aarch64", "arm64") else "avx2"
+    options = {
+        "NORMKIT_CUDA": "off" if kind == "cpu" else "shim",
+        "NORMKIT_ISAS": isa,
+        "CMAKE_CXX_FLAGS": f"-include {FOLDER / 'mutant.hpp'}",
+        "Python_EXECUTABLE": sys.executable,
+    }
+    defined = [f"-D{name}={value}" for name, value in options.items()]
+    if shutil.which("ccache"):
+        defined.append("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache")
+    subprocess.run(["cmake", "-S", tree, "-B", folder, "-G", "Ninja", *defined], check=True, stdout=subprocess.PIPE)
+    subprocess.run(["cmake", "--build", folder, "--target", "_core"], check=True)
+    make_site(kind, FOLDER / f"site-{kind}")
+
+
+def make_site(kind: str, site: Path) -> None:
+    shutil.rmtree(site, ignore_errors=True)
+    shutil.copytree(FOLDER / "tree/python/normkit", site / "normkit")
+    (library,) = (FOLDER / f"build-{kind}").glob("_core*.so")
+    shutil.copy(library, site / "normkit")
+
+
+def suites(kind: str, near: str) -> list[tuple[dict[str, str], list[Path]]]:
+    """What runs, one after the other: environment and files. None named: all that is in pyproject.toml."""
+
+    def files(names: str) -> list[Path]:
+        return [ROOT / f"tests/test_{name}.py" for name in names.split()]
+
+    fake = {"NORMKIT_TEST_ARRAYS": "fake"}
+    first = [({} if kind == "cpu" or near in OF_SHIM else fake, files(near))] if near else []
+    return first + ([({}, [ROOT / "tests"])] if kind == "cpu" else [({}, files(OF_SHIM)), (fake, files(OF_VALUES))])
+
+
+def killer(kind: str, number: int, site: Path, near: str) -> str | None:
+    """The test that fails; None: all pass."""
+    for extra, files in suites(kind, near):
+        environment = {**os.environ, **extra, "PYTHONPATH": str(site), "NORMKIT_MUTANT": str(number)}
+        plain = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "-rfE"]
+        command = [sys.executable, "-m", "pytest", *plain, *map(str, files)]
+        try:
+            done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=HANGS)
+        except subprocess.TimeoutExpired:
+            return f"no end of {' '.join(f.name for f in files)}"
+        if done.returncode == 0:
+            continue
+        said = done.stdout + done.stderr
+        if done.returncode in (3, 4, 5):
+            raise RuntimeError(said[-2000:])
+        found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", said, re.MULTILINE)
+        crashed = re.search(r'File ".*/tests/(test_\w+\.py)", line \d+ in (test_\w+)', said)
+        if found:
+            return found.group(1).removeprefix("tests/")
+        return f"{crashed.group(1)}::{crashed.group(2)}, which crashes" if crashed else f"status {done.returncode}"
+    return None
+
+
+def try_mutant(number: int) -> str | None:
+    mutant = MUTANTS[number - 1] if number else None
+    if not mutant or not mutant.file.endswith(".py"):
+        kind = mutant.build if mutant else "cpu"
+        return killer(kind, number, FOLDER / f"site-{kind}", mutant.near if mutant else "")
+    site = FOLDER / f"site-{number}"
+    make_site(mutant.build, site)
+    path = site / Path(mutant.file).relative_to("python")
+    text = path.read_text()
+    begin, end = mutant.place(text)
+    path.write_text(f"{text[:begin]}({mutant.new}){text[end:]}")
+    try:
+        return killer(mutant.build, number, site, mutant.near)
+    finally:
+        shutil.rmtree(site)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="mutants of files whose names contain this, or numbers: 3,17")
+    parser.add_argument("--jobs", type=int, default=1, help="suites at a time")
+    parser.add_argument("--again", action="store_true", help="forget what an earlier run has found")
+    parser.add_argument(
+        "--unchanged", action="store_true", help="also run the whole suite with no mutant: it must pass"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    log = FOLDER / "log.jsonl"
+    if args.again:
+        log.unlink(missing_ok=True)
+    known = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    found = {(row["file"], row["marked"], row["new"]): row for row in known}
+    numbers = [int(n) for n in args.only.split(",")] if re.fullmatch(r"[\d,]+", args.only) else None
+    chosen = [k for k, m in enumerate(MUTANTS, 1) if (k in numbers if numbers else args.only in m.file)]
+    todo = [k for k in chosen if (MUTANTS[k - 1].file, MUTANTS[k - 1].marked, MUTANTS[k - 1].new) not in found]
+    for mutant in MUTANTS:
+        mutant.place((ROOT / mutant.file).read_text())
+    for kind in sorted({MUTANTS[k - 1].build for k in todo}):
+        build(kind)
+    if args.unchanged and (failed := try_mutant(0)):
+        raise SystemExit(f"without a mutant {failed} fails")
+    start, survivors = time.monotonic(), 0
+    with ThreadPoolExecutor(args.jobs) as pool:
+        running = {pool.submit(try_mutant, k): k for k in todo}
+        for done, future in enumerate(as_completed(running), 1):
+            mutant, by = MUTANTS[running[future] - 1], future.result()
+            row = {"file": mutant.file, "marked": mutant.marked, "new": mutant.new, "reason": mutant.reason, "by": by}
+            with log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            found[mutant.file, mutant.marked, mutant.new] = row
+            left = (time.monotonic() - start) / done * (len(todo) - done) / 60
+            told = f"killed by {by}" if by else "SURVIVES"
+            print(
+                f"[{done}/{len(todo)}, {left:.0f} min left] {running[future]} {mutant.file}: {mutant.reason}: {told}",
+                flush=True,
+            )
+    rows = [found[MUTANTS[k - 1].file, MUTANTS[k - 1].marked, MUTANTS[k - 1].new] for k in chosen]
+    survivors = [row for row in rows if not row["by"]]
+    print(f"{len(rows) - len(survivors)} of {len(rows)} killed")
+    for row in survivors:
+        print(f"survives: {row['file']}: {row['reason']}: {row['marked']} -> {row['new']}")
+    return bool(survivors)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
