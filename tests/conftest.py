@@ -43,7 +43,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("xdist") or "PYTEST_XDIST_WORKER" in os.environ:
         return
     whole = all(Path(argument).is_dir() for argument in config.args) and not (option.keyword or option.markexpr)
-    watched = option.usepdb or option.capture == "no" or option.lf or option.collectonly
+    watched = option.usepdb or option.capture == "no" or getattr(option, "lf", False) or option.collectonly
     if whole and not watched and option.numprocesses is None and option.dist == "no":
         option.numprocesses, option.dist = "auto", "worksteal"
 

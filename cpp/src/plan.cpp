@@ -373,9 +373,10 @@ bool schedule(Plan& p, Seen& seen) {
   t.phase = phase_of(p.op), t.centered = spec.centered, t.activation = spec.activation;
   t.denominator = {spec.eps, spec.divides_by_norm};
   t.frozen = !spec.use_input_stats || p.op == Op::apply;
-  // Parameters shape the geometry, and with it the order of sums, also where there are none: bits do not depend on `need`.
-  if (!place(p, seen, seen.params.axes, blocks)) return false;
-  if (wants_params && !choose_kind(t)) return false;
+  // Parameters and their gradients shape the geometry, and with it the order of sums, also where there are none or none are
+  // wanted: bits depend neither on `need` nor on whether the phases are one call.
+  if (!place(p, seen, seen.params.axes, blocks) || (backward && !choose_kind(t))) return false;
+  if (!wants_params) t.kind = ParamKind::none;
   t.weight.dtype = args.weight.dtype, t.weight.offset = spec.weight_offset, t.bias.dtype = args.bias.dtype,
   t.slopes.dtype = args.slopes.dtype;
   if (backward || p.op == Op::apply)

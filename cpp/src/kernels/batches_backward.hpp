@@ -41,8 +41,9 @@ template <class X>
 template <class X, bool kLinear, class Beside>
 NORMKIT_LOCAL void sum_row(std::int64_t n, int k, const ScalarOf<X>* weight, std::int64_t ahead, Beside& beside,
                            BackwardBatch<X>& batch) {
-  const Sums<VectorOf<X>> s =
-      lane_sums<X, kLinear>(batch.dy[k], 0, batch.x[k], 0, 1, n, batch.mean[k], weight, ahead, beside);
+  LaneSums<X> sums;
+  add_segments<X, kLinear>(sums, batch.dy[k], 0, batch.x[k], 0, 1, n, batch.mean[k], weight, ahead, beside);
+  const Sums<VectorOf<X>> s = sums.all();
   batch.g[k] = s.g, batch.gx[k] = s.gx, batch.d[k] = s.d;
 }
 

@@ -30,18 +30,32 @@ struct FetchBoth {
   NORMKIT_LOCAL void far_line(std::int64_t byte) const { prefetch_second(x + byte), prefetch_second(dy + byte); }
 };
 
-/// The sums of backward of each lane, over `rows` segments of n elements of dy and x. kWeighted: dy is multiplied by
-/// `weight`, which has one factor for each element.
-template <class X, bool kWeighted, class Beside>
-NORMKIT_LOCAL Sums<VectorOf<X>> lane_sums(const X* dy, std::int64_t dy_stride, const X* x, std::int64_t x_stride,
-                                          std::int64_t rows, std::int64_t n, ScalarOf<X> mean,
-                                          const ScalarOf<X>* weight, std::int64_t ahead, Beside& beside) {
+/// The sums of backward of each lane in two halves, of even and of odd vectors, to which segments of x and dy are added
+/// one after another. A segment that is a multiple of 4 vectors leaves them as if the next one belonged to it.
+template <class X> struct LaneSums {
   using V = VectorOf<X>;
-  using S = ScalarOf<X>;
+  Sums<V> half[2];
+
+  LaneSums() {
+    for (auto& part : half) part.g = part.gx = part.d = broadcast<V>(ScalarOf<X>(0));
+  }
+  Sums<V> all() const { return half[0] + half[1]; }
+  Sums<double> total() const {
+    const Sums<V> s = all();
+    return {static_cast<double>(sum(s.g)), static_cast<double>(sum(s.gx)), static_cast<double>(sum(s.d))};
+  }
+};
+
+/// Adds `rows` segments of n elements of dy and x to s. kWeighted: dy is multiplied by `weight`, which has one factor for
+/// each element.
+template <class X, bool kWeighted, class Beside>
+NORMKIT_LOCAL void add_segments(LaneSums<X>& sums, const X* dy, std::int64_t dy_stride, const X* x,
+                                std::int64_t x_stride, std::int64_t rows, std::int64_t n, ScalarOf<X> mean,
+                                const ScalarOf<X>* weight, std::int64_t ahead, Beside& beside) {
+  using V = VectorOf<X>;
   constexpr int kWidth = kLanes<V>;
   const V m = broadcast<V>(mean);
-  Sums<V> s[2];
-  for (auto& part : s) part.g = part.gx = part.d = broadcast<V>(S(0));
+  Sums<V>(&s)[2] = sums.half;
   const auto add = [&](Sums<V>& part, auto place) NORMKIT_INLINE_LAMBDA {
     V g = place.load(dy);
     if constexpr (kWeighted) g = g * place.load(weight);
@@ -68,16 +82,15 @@ NORMKIT_LOCAL Sums<VectorOf<X>> lane_sums(const X* dy, std::int64_t dy_stride, c
     for (; i + kWidth <= n; i += kWidth) add(s[0], Full{i});
     if (i < n) add(s[1], Part{i, static_cast<int>(n - i)});
   }
-  return s[0] + s[1];
 }
 
-template <class X, bool kWeighted, class Beside>
+template <class X, class Beside>
 [[gnu::noinline]] Sums<double> chunk_sums(const X* dy, std::int64_t dy_stride, const X* x, std::int64_t x_stride,
-                                          std::int64_t rows, std::int64_t n, ScalarOf<X> mean,
-                                          const ScalarOf<X>* weight, std::int64_t ahead, Beside& beside) {
-  const Sums<VectorOf<X>> all =
-      lane_sums<X, kWeighted>(dy, dy_stride, x, x_stride, rows, n, mean, weight, ahead, beside);
-  return {static_cast<double>(sum(all.g)), static_cast<double>(sum(all.gx)), static_cast<double>(sum(all.d))};
+                                          std::int64_t rows, std::int64_t n, ScalarOf<X> mean, std::int64_t ahead,
+                                          Beside& beside) {
+  LaneSums<X> sums;
+  add_segments<X, false>(sums, dy, dy_stride, x, x_stride, rows, n, mean, nullptr, ahead, beside);
+  return sums.total();
 }
 
 /// The gradient that reaches z = x_hat * weight + bias: dy, or dy times the slope of relu.
@@ -157,12 +170,26 @@ Sums<double> piece_sums(const Task& t, Range range, Piece piece, Statistic<Scala
     const Masked members = members_at(t, range.o, range.step, range.lane, piece.begin);
     return detailed_sums(t, dy, x, range.rows, piece.n, s.mean, z, members);
   }
-  const std::int64_t ahead = ahead_while_summing(t, beside);
-  if (piece.linear)
-    return chunk_sums<X, true>(dy, 0, x, 0, 1, piece.n, s.mean,
-                               params.weights.read(t.weight, piece.parameter, piece.n, 1), ahead, beside);
-  return chunk_sums<X, false>(dy, t.dy.strides.step, x, t.x.strides.step, range.rows, piece.n, s.mean, nullptr, ahead,
-                              beside);
+  return chunk_sums(dy, t.dy.strides.step, x, t.x.strides.step, range.rows, piece.n, s.mean,
+                    ahead_while_summing(t, beside), beside);
+}
+
+/// The sums of a range of one run along which weights lie, or would if there were any: one sum, however many buffers the
+/// weights take, as batches have it.
+template <class X, class Beside>
+[[gnu::noinline]] Sums<double> sums_along(const Task& t, Range range, Statistic<ScalarOf<X>> s, Beside& beside) {
+  const X* x = at<X>(t.x, range.o, range.step, range.lane);
+  const X* dy = at<X>(t.dy, range.o, range.step, range.lane);
+  const std::int64_t ahead = ahead_while_summing(t, beside), n = range.end - range.begin;
+  if (!t.weight.data) return chunk_sums(dy + range.begin, 0, x + range.begin, 0, 1, n, s.mean, ahead, beside);
+  ParamBuffer<ScalarOf<X>> weights;
+  LaneSums<X> sums;
+  const std::int64_t offset = t.geometry.offset(range.o, range.step, range.lane, 0);
+  for_pieces(t, range.o, offset, range.begin, range.end, kBuffer, [&](Piece piece) {
+    add_segments<X, true>(sums, dy + piece.begin, 0, x + piece.begin, 0, 1, piece.n, s.mean,
+                          weights.read(t.weight, piece.parameter, piece.n, 1), ahead, beside);
+  });
+  return sums.total();
 }
 
 /// The sums of a range of one run whose parameters change within a statistic: each piece has its own weight. What a
@@ -170,6 +197,7 @@ Sums<double> piece_sums(const Task& t, Range range, Piece piece, Statistic<Scala
 template <class X, class Beside>
 Sums<double> piecewise_sums(const Task& t, Range range, Statistic<ScalarOf<X>> s, Beside& beside) {
   const Geometry& g = t.geometry;
+  if (follows_elements(g) && !has_detailed_sums(t)) return sums_along<X>(t, range, s, beside);
   ParamBuffers<ScalarOf<X>> params;
   Sums<double> total{0, 0, 0};
   const std::int64_t offset = g.offset(range.o, range.step, range.lane, 0);
@@ -244,18 +272,18 @@ NORMKIT_LOCAL double common_weight(const Task& t, std::int64_t o, std::int64_t l
 
 /// Makes of the sums of a whole statistic the coefficients of its gradient, and its share of dweight and dbias.
 template <class S> Solved<S> solve(const Task& t, std::int64_t r, std::int64_t o, std::int64_t lane, Reduced reduced) {
-  Sums<double> sums = reduced.sums;
   Statistic<S> s = given_statistic<S>(t, r);
   // The sums are about s.mean: the low part of a given mean, or the distance to the mean of the data, is still to come.
-  const double shift = mean_shift(t, s, sums.d, reduced.n);
+  const double shift = mean_shift(t, s, reduced.sums.d, reduced.n);
   if (t.centered && !t.frozen) s = statistic_of<S>(static_cast<double>(s.mean) + shift, s.rstd);
-  sums = recenter(sums, shift);
+  const Sums<double> sums = recenter(reduced.sums, shift);
   for_own_dparams(t, o, lane, [&](double* d) { d[0] = s.rstd * mul_add(-shift, d[1], d[0]); });
   if (t.kind == ParamKind::statistic) t.dparams[2 * r] = s.rstd * sums.gx, t.dparams[2 * r + 1] = sums.g;
   if (t.frozen) return {s, {static_cast<S>(s.rstd), 0, 0}};
-  const double weight = t.phase == Phase::apply ? 1 : common_weight(t, o, lane);  // given sums hold it already
-  return {
-      s, gradient_of(s, Sums<double>{weight * sums.g, weight * sums.gx, sums.d}, reduced.n, t.centered, t.denominator)};
+  // Weighted before they are recentered, as sums that are given have been: the two phases have the bits of one call.
+  const double weight = t.phase == Phase::apply ? 1 : common_weight(t, o, lane);
+  const Sums<double> weighted{weight * reduced.sums.g, weight * reduced.sums.gx, reduced.sums.d};
+  return {s, gradient_of(s, recenter(weighted, shift), reduced.n, t.centered, t.denominator)};
 }
 
 /// The sums of statistic r in Phase::apply, as Phase::reduce and the caller's additions left them.
@@ -328,7 +356,8 @@ template <class X>
     };
     const double weight = piece.linear ? 1 : element(t.weight, piece.parameter, 1);
     const V a = broadcast<V>(static_cast<S>(known.statistic.rstd * weight));
-    const S* factors = piece.linear ? weights.read(t.weight, piece.parameter, piece.n, 1) : nullptr;
+    const bool weighted = piece.linear && t.weight.data;
+    const S* factors = weighted ? weights.read(t.weight, piece.parameter, piece.n, 1) : nullptr;
     const auto dx_of = [&](V g, V x_v)
                            NORMKIT_INLINE_LAMBDA { return backward(g, a, through_statistics(x_v, mean, b, c)); };
     if (!writes_element_gradients(t)) {

@@ -1,0 +1,81 @@
+"""One statistic, one arithmetic: what is wanted beside it, and in how many calls it is asked for, changes no bit."""
+
+import itertools
+
+import normkit as nk
+import numpy as np
+import pytest
+from cases import DTYPES, LAYOUTS, bits, lay, uniform
+from reference import OPERATIONS, REGISTRY
+
+GRADIENTS = ("dx", "dweight", "dbias")
+SHAPES = {"small": (3, 5, 4, 7), "chunks": (2, 6, 40, 131)}
+AXES = [(3,), (2, 3), (1,), (0, 2, 3), (1, 2, 3), (0,), (0, 1)]
+
+
+def weights(op, shape, rng):
+    return [None, np.asarray(rng.standard_normal(op.weight_shape(shape, "channel")), np.float32)]
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", REGISTRY, ids=repr)
+def test_gradients_do_not_depend_on_need(op, layout, dtype, shape, rng):
+    dy, x = (lay(uniform(rng, shape, dtype), layout) for _ in range(2))
+    _, mean, rstd = op.statistics(x)
+    for weight in weights(op, shape, rng):
+        everything = dict(zip(GRADIENTS, op.backward(dy, x, mean, rstd, weight), strict=True))
+        for need in (n for count in (1, 2) for n in itertools.combinations(GRADIENTS, count)):
+            found = dict(zip(GRADIENTS, op.backward(dy, x, mean, rstd, weight, need=need), strict=True))
+            assert [bits(found[name]) for name in need] == [bits(everything[name]) for name in need]
+            assert all(found[name] is None for name in set(GRADIENTS) - set(need))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", REGISTRY, ids=repr)
+def test_dx_does_not_depend_on_dresidual(op, layout, dtype, shape, rng):
+    """Zeros to add change nothing but the sign of a zero."""
+    dy, x = (lay(uniform(rng, shape, dtype), layout) for _ in range(2))
+    _, mean, rstd = op.statistics(x)
+    for weight in weights(op, shape, rng):
+        dx, *others = op.backward(dy, x, mean, rstd, weight)
+        found, *same = op.backward(dy, x, mean, rstd, weight, dresidual=lay(np.zeros(shape, dtype), layout))
+        assert np.array_equal(found, dx)
+        assert [bits(g) for g in same] == [bits(g) for g in others]
+
+
+@pytest.mark.parametrize("kind", ["none", "axis", "channel", "pixel"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("axis", AXES, ids=str)
+def test_two_phases_are_one_call(axis, layout, dtype, shape, kind, rng):
+    dy, x = (lay(uniform(rng, shape, dtype), layout) for _ in range(2))
+    varies = {"none": (), "axis": axis, "channel": (1,), "pixel": range(4)}[kind]
+    extents = [n if a in varies else 1 for a, n in enumerate(shape)]
+    weight = None if kind == "none" else rng.standard_normal(extents).astype(np.float32)
+    y, mean, rstd = nk.normalize(x, axis=axis, return_stats=True)
+    m = nk.moments(x, axis=axis)
+    assert bits(nk.apply(x, m.mean, m.rstd(), axis=axis)) == bits(y)
+    dx = nk.normalize_backward(dy, x, mean, rstd, weight, axis=axis)[0]
+    sums = nk.backward_sums(dy, x, mean, rstd, weight, axis=axis)
+    assert bits(nk.apply_backward(dy, x, mean, rstd, sums, m.count, weight, axis=axis)) == bits(dx)
+
+
+@pytest.mark.parametrize("rows", [64, 3])
+@pytest.mark.parametrize("run", [100, 768, 4096, 5000])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("weight_dtype", ["float32", "float64", None])
+def test_two_phases_along_rows(weight_dtype, dtype, run, rows, isa, rng):
+    """Weights along a row take several buffers where they have another dtype; batches of rows have them in one."""
+    op = OPERATIONS["layer"]
+    dy, x = uniform(rng, (rows, run), dtype), uniform(rng, (rows, run), dtype)
+    weight = weight_dtype and rng.standard_normal(run).astype(weight_dtype)
+    _, mean, rstd = op.statistics(x)
+    dx = op.backward(dy, x, mean, rstd, weight)[0]
+    sums = nk.backward_sums(dy, x, mean, rstd, weight, axis=-1)
+    found = nk.apply_backward(dy, x, mean, rstd, sums, np.full(rows, run), weight, axis=-1)
+    assert bits(found) == bits(dx)
