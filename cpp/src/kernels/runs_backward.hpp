@@ -176,8 +176,8 @@ Sums<double> piece_sums(const Task& t, Range range, Piece piece, Statistic<Scala
 
 /// The sums of a range of one run along which weights lie, or would if there were any: one sum, however many buffers the
 /// weights take, as batches have it.
-template <class X, class Beside>
-[[gnu::noinline]] Sums<double> sums_along(const Task& t, Range range, Statistic<ScalarOf<X>> s, Beside& beside) {
+template <class X>
+[[gnu::noinline]] Sums<double> sums_along(const Task& t, Range range, Statistic<ScalarOf<X>> s, Nothing& beside) {
   const X* x = at<X>(t.x, range.o, range.step, range.lane);
   const X* dy = at<X>(t.dy, range.o, range.step, range.lane);
   const std::int64_t ahead = ahead_while_summing(t, beside), n = range.end - range.begin;
@@ -197,7 +197,8 @@ template <class X, class Beside>
 template <class X, class Beside>
 Sums<double> piecewise_sums(const Task& t, Range range, Statistic<ScalarOf<X>> s, Beside& beside) {
   const Geometry& g = t.geometry;
-  if (follows_elements(g) && !has_detailed_sums(t)) return sums_along<X>(t, range, s, beside);
+  if constexpr (__is_same(Beside, Nothing))  // what has weights along a run is never overlapped, see overlaps()
+    if (follows_elements(g) && !has_detailed_sums(t)) return sums_along<X>(t, range, s, beside);
   ParamBuffers<ScalarOf<X>> params;
   Sums<double> total{0, 0, 0};
   const std::int64_t offset = g.offset(range.o, range.step, range.lane, 0);
