@@ -12,7 +12,6 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
 
 import bounds
 import normkit
@@ -518,6 +517,9 @@ OWN = {"layer": (7,), "rms": (7,)}
 FAULTS = [("cupy", "address"), ("cupy", "strides"), ("torch", "address"), ("other", "address")]  # others count elements
 
 
+KINDS_OF_ARRAYS = ("Array", "Mask", "Statistics")  # as signatures call them
+
+
 def operands(function, rng):
     """An array for each argument that is one."""
     family = function.partition("_")[0]
@@ -537,7 +539,7 @@ def operands(function, rng):
         }.get(name, lambda: uniform(rng, SHAPE))()
 
     parameters = inspect.signature(getattr(normkit, function)).parameters.values()
-    arrays = {p.name: values(p.name) for p in parameters if p.annotation is Any and p.name != "out_dtype"}
+    arrays = {p.name: values(p.name) for p in parameters if p.annotation.split(" |")[0] in KINDS_OF_ARRAYS}
     options = {"axis": (2, 3) if by_axis else -1, "num_groups": 2}
     return arrays, {name: value for name, value in options.items() if name in {p.name for p in parameters}}
 
