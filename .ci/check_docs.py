@@ -13,4 +13,4 @@ errors = [
     for code, message in validate(f"normkit.{name}")["errors"]
     if code != NOT_WANTED
 ]
-sys.exit("\n".join(errors))
+sys.exit("\n".join(errors) or 0)
