@@ -13,44 +13,50 @@ SHAPES = {"small": (3, 5, 4, 7), "chunks": (2, 6, 40, 131)}
 AXES = [(3,), (2, 3), (1,), (0, 2, 3), (1, 2, 3), (0,), (0, 1)]
 
 
-def weights(op, shape, rng):
-    return [None, np.asarray(rng.standard_normal(op.weight_shape(shape, "channel")), np.float32)]
+@pytest.fixture(params=SHAPES.values(), ids=SHAPES)
+def shape(request):
+    return request.param
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("op", REGISTRY, ids=repr)
-def test_gradients_do_not_depend_on_need(op, layout, dtype, shape, rng):
+@pytest.fixture(params=DTYPES.values(), ids=DTYPES)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request):
+    return request.param
+
+
+def backward_arguments(op, layout, dtype, shape, rng):
+    """Those of a backward, without a weight and with one."""
     dy, x = (lay(uniform(rng, shape, dtype), layout) for _ in range(2))
     _, mean, rstd = op.statistics(x)
-    for weight in weights(op, shape, rng):
-        everything = dict(zip(GRADIENTS, op.backward(dy, x, mean, rstd, weight), strict=True))
+    for weight in (None, np.asarray(rng.standard_normal(op.weight_shape(shape, "channel")), np.float32)):
+        yield dy, x, mean, rstd, weight
+
+
+@pytest.mark.parametrize("op", REGISTRY, ids=repr)
+def test_gradients_do_not_depend_on_need(op, layout, dtype, shape, rng):
+    for arguments in backward_arguments(op, layout, dtype, shape, rng):
+        everything = dict(zip(GRADIENTS, op.backward(*arguments), strict=True))
         for need in (n for count in (1, 2) for n in itertools.combinations(GRADIENTS, count)):
-            found = dict(zip(GRADIENTS, op.backward(dy, x, mean, rstd, weight, need=need), strict=True))
+            found = dict(zip(GRADIENTS, op.backward(*arguments, need=need), strict=True))
             assert [bits(found[name]) for name in need] == [bits(everything[name]) for name in need]
             assert all(found[name] is None for name in set(GRADIENTS) - set(need))
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
 def test_dx_does_not_depend_on_dresidual(op, layout, dtype, shape, rng):
     """Zeros to add change nothing but the sign of a zero."""
-    dy, x = (lay(uniform(rng, shape, dtype), layout) for _ in range(2))
-    _, mean, rstd = op.statistics(x)
-    for weight in weights(op, shape, rng):
-        dx, *others = op.backward(dy, x, mean, rstd, weight)
-        found, *same = op.backward(dy, x, mean, rstd, weight, dresidual=lay(np.zeros(shape, dtype), layout))
+    for arguments in backward_arguments(op, layout, dtype, shape, rng):
+        dx, *others = op.backward(*arguments)
+        found, *same = op.backward(*arguments, dresidual=lay(np.zeros(shape, dtype), layout))
         assert np.array_equal(found, dx)
         assert [bits(g) for g in same] == [bits(g) for g in others]
 
 
 @pytest.mark.parametrize("kind", ["none", "axis", "channel", "pixel"])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("axis", AXES, ids=str)
 def test_two_phases_are_one_call(axis, layout, dtype, shape, kind, rng):
     dy, x = (lay(uniform(rng, shape, dtype), layout) for _ in range(2))

@@ -98,7 +98,7 @@ bool has_batches(const Task& t, const Operand& out, const Walk& walk) {
   const bool weighs = weighs_elements(g);
   if (!is_plain(t) || !out.data || batch_rows(g, element_bytes) == 0 || !(weighs || constant_in_statistic(g)))
     return false;
-  // Backward with weights along a row, batches sum it as a whole and others by pieces: the bits must not depend on where it lies.
+  // Weights along a row are converted once for all batches; rows one by one have the same bits, see sums_along().
   if (t.dy.data && weighs) return t.kind == ParamKind::none || t.kind == ParamKind::row;
   const bool whole = t.kind == ParamKind::none || t.kind == ParamKind::statistic || t.kind == ParamKind::row;
   return (!t.dy.data || whole) && (is_short(g, element_bytes) || walk.tiled) &&
