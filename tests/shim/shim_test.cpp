@@ -652,11 +652,13 @@ void workspace() {
                    std::to_string(static_cast<double>(bytes) / static_cast<double>(x)) + " of x");
       };
       constexpr int kVectors = 4 * cuda::kVectorBytes;  // to which arrays are rounded up
-      normkit::Job forward{.task = task, .running = {}, .dweight = {}, .dbias = {}};
+      normkit::Job forward;
+      forward.task = task;
       check(static_cast<__int128>(cuda::workspace_bytes(forward)), x / 5 + kVectors, "forward");
       forward.task.frozen = true;
       check(static_cast<__int128>(cuda::workspace_bytes(forward)), 0, "frozen forward");
-      normkit::Job backward{.task = task, .is_backward = true, .running = {}, .dweight = {}, .dbias = {}};
+      normkit::Job backward;
+      backward.task = task, backward.is_backward = true;
       backward.task.dx.data = &byte, backward.task.geometry.params = {};
       check(static_cast<__int128>(cuda::workspace_bytes(backward)), x / 5 + kVectors, "backward");
     }
