@@ -64,15 +64,19 @@ nb::object geometry(const std::vector<std::int64_t>& shape, const std::vector<st
     for (const std::int64_t axis : axes) bits |= normkit::axis_bit(static_cast<int>(axis));
     return bits;
   };
-  const std::span<const std::int64_t> operands[] = {strides};
-  const auto layout = normkit::canonicalise(shape, mask(reduce_axes), mask(param_axes), operands);
-  if (!layout) return nb::none();
-  const normkit::Geometry& g = layout->geometry;
+  normkit::Layout layout;
+  if (!normkit::canonicalise(shape, mask(reduce_axes), normkit::memory_order(shape, strides), layout) ||
+      !normkit::place_params(shape, mask(param_axes), layout))
+    return nb::none();
+  std::optional<normkit::Strides> lying = normkit::strides_in(layout, shape, strides);
+  for (int split = 1; !lying && normkit::split_lanes(shape, split, layout); ++split)
+    lying = normkit::strides_in(layout, shape, strides);
+  if (!lying || lying->run != 1) return nb::none();
+  const normkit::Geometry& g = layout.geometry;
   nb::dict d;
   d["outer"] = g.outer, d["steps"] = g.steps, d["lanes"] = g.lanes, d["run"] = g.run;
   d["param_outer"] = g.params.outer, d["param_stride"] = g.params.stride, d["param_count"] = g.params.count;
-  d["outer_stride"] = layout->strides[0].outer, d["step_stride"] = layout->strides[0].step;
-  d["lane_stride"] = layout->strides[0].lane;
+  d["outer_stride"] = lying->outer, d["step_stride"] = lying->step, d["lane_stride"] = lying->lane;
   return d;
 }
 

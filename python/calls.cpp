@@ -445,7 +445,7 @@ class Function final : public function::Body {
     args.out_dtype = options::dtype_named(values[options::kOutDtype]);
     args.share_elements = share_elements;
     if (!spec.centered) args.mean = {};
-    const Plan plan = normkit::plan(args, spec, op_, wanted);
+    const Plan plan = normkit::plan(args, spec, op_, wanted, !whose.is_on_device());
     if (key) keep(*key, values, plan, args, views, std::move(held));
     Addresses at{};
     for (const OperandIndex k : arrays_) at[k] = (args.*kOperandTable[k].array).data;

@@ -17,6 +17,9 @@ struct Operand {
   std::byte* data = nullptr;
   Dtype dtype = Dtype::float32;
   Strides strides;
+  /// For the host: the view of an array that does not lie as kernels want it, in Job::views; -1: it does. Kernels are
+  /// given copies of its parts, for which `strides` are right.
+  int view = -1;
 };
 
 /// Weight or bias, dense in the order of Geometry::parameter; without data it stands for 1 or 0. `offset` is added to
@@ -178,7 +181,7 @@ inline constexpr std::int64_t kTableColumns = 10;
 /// one in the lanes traversal.
 constexpr std::int64_t partial_doubles(const Geometry& g, Traversal traversal, bool is_backward) {
   const std::int64_t quantities = is_backward ? 4 : 3;
-  return traversal == Traversal::lanes ? quantities * array_of_columns(g) : quantities;
+  return traversal == Traversal::lanes ? quantities * whole_vectors(g.columns()) : quantities;
 }
 
 /// Doubles of one entry of Task::solved: a Solved (runs), or the table of the columns of one outer index (lanes).

@@ -1,10 +1,12 @@
 #include "cpu.hpp"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <charconv>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 #include <system_error>
 
@@ -90,16 +92,154 @@ struct Carver {
 struct Common {
   double* scratch;
   std::int64_t scratch_stride;
+  std::byte* buffers;  // of each thread: blocks of arrays that have views
 };
 
 Common carve(Carver& carver, Task& t, const Policy& p, bool is_backward) {
   const std::int64_t stride = scratch_doubles(t.geometry, t.traversal);
-  Common common{carver.take(stride * p.threads), stride};
-  if (p.split) {
-    t.partials = carver.take(p.statistics * p.spans * partial_doubles(t.geometry, t.traversal, is_backward));
-    t.solved = carver.take(p.statistics * solved_doubles(t.geometry, t.traversal));
+  Common common{carver.take(stride * p.threads), stride, nullptr};
+  common.buffers = reinterpret_cast<std::byte*>(carver.take(p.buffer / 8 * p.threads));
+  if (p.split || p.by_spans) {
+    const std::int64_t statistics = p.split ? p.statistics : p.threads;
+    t.partials = carver.take(statistics * p.spans * partial_doubles(t.geometry, t.traversal, is_backward));
+    t.solved = carver.take(statistics * solved_doubles(t.geometry, t.traversal));
   }
   return common;
+}
+
+// ---- arrays that have views ----------------------------------------------------------------------------------------
+
+/// A part of a call: statistics (runs) or outer indices (lanes) [first, last), of each the members [begin, end) as they are
+/// counted from its first. Several are whole.
+struct Block { std::int64_t first, last, begin, end; };
+
+/// Members of one statistic (runs), or of all of an outer index (lanes).
+std::int64_t members_of(const Task& t) {
+  return t.traversal == Traversal::lanes ? t.geometry.steps * t.geometry.columns() : t.geometry.members();
+}
+
+/// A span as a block.
+Block span_block(const Task& t, std::int64_t spans, std::int64_t unit) {
+  const Geometry& g = t.geometry;
+  const Chunks c = chunks_of(g, t.traversal);
+  const std::int64_t first = unit / spans, members = members_of(t);
+  const auto member = [&](std::int64_t span) {
+    if (t.traversal == Traversal::lanes) return std::min(members, span * c.rows * g.columns());
+    const std::int64_t chunk = span * kSpanChunks;
+    return std::min(members,
+                    c.per_run == 1 ? chunk * c.rows * g.run : chunk / c.per_run * g.run + chunk % c.per_run * kChunk);
+  };
+  return {first, first + 1, member(unit % spans), member(unit % spans + 1)};
+}
+
+/// True where the members of a statistic are several runs with others between them.
+bool interleaved(const Task& t) { return t.traversal == Traversal::runs && t.geometry.steps > 1; }
+
+/// Calls f(first element, elements, place in a buffer) for the elements of a block, which is dense in a buffer, one
+/// statistic after the other.
+template <class F> void for_elements(const Task& t, const Block& b, F f) {
+  const Geometry& g = t.geometry;
+  const std::int64_t members = members_of(t), each = b.end - b.begin;
+  if (!interleaved(t)) return f(b.first * members + b.begin, (b.last - b.first - 1) * members + each, std::int64_t{0});
+  for (std::int64_t r = b.first; r < b.last; ++r)
+    for (std::int64_t m = b.begin; m < b.end;) {
+      const std::int64_t step = m / g.run, next = std::min(b.end, (step + 1) * g.run);
+      f(g.offset(r / g.lanes, step, r % g.lanes, m - step * g.run), next - m, (r - b.first) * each + m - b.begin);
+      m = next;
+    }
+}
+
+/// Which of the two ways a pass over a block takes an array.
+struct Use { bool reads, writes; };
+
+Use use_of(const Task& t, Operand Task::* operand, Phase pass) {
+  const bool applies = pass != Phase::reduce;
+  if (t.dy.data) {
+    if (operand == &Task::residual) return {applies, false};
+    return {operand != &Task::dx, operand == &Task::dx && applies};
+  }
+  // x is written first where there is a residual; statistics that are given have no pass before the one that applies them.
+  const bool forms = t.residual.data && (pass != Phase::apply || t.frozen);
+  if (operand == &Task::x) return {!forms, forms};
+  if (operand == &Task::source || operand == &Task::residual) return {forms, false};
+  if (operand == &Task::where) return {pass != Phase::apply, false};
+  return {false, applies};
+}
+
+/// Does a part of a job, by f(task), on copies of what lies otherwise than kernels want it.
+template <class F> void on_block(const Job& job, const Block& block, Phase pass, std::byte* buffer, F f) {
+  Task mine = job.task;
+  const Task& t = job.task;
+  const std::int64_t each = block.end - block.begin;
+  std::array<std::byte*, std::size(kViewed)> part{};
+  for (std::size_t k = 0; k < part.size(); ++k) {
+    const Operand& whole = t.*kViewed[k];
+    if (whole.view < 0) continue;
+    const std::int64_t bytes = size_of(whole.dtype);
+    const bool again = kViewed[k] == &Task::y && whole.view == t.x.view;  // x + residual is formed in y
+    part[k] = again ? part[0] : buffer;
+    if (!again) buffer += buffer_bytes((block.last - block.first) * each, whole.dtype);
+    if (!whole.data) continue;
+    if (use_of(t, kViewed[k], pass).reads)
+      for_elements(t, block, [&](std::int64_t first, std::int64_t count, std::int64_t place) {
+        gather(job.views[static_cast<std::size_t>(whole.view)], whole.data, first, count, part[k] + place * bytes);
+      });
+    Operand& seen = mine.*kViewed[k];
+    if (interleaved(t)) seen.strides = {t.geometry.lanes * each, t.geometry.run, each, 1};
+    // The block lies in the buffer as if it were where it is in the whole array.
+    seen.data = part[k] - (block.first * (interleaved(t) ? each : members_of(t)) + block.begin) * bytes;
+  }
+  f(mine);
+  for (std::size_t k = 0; k < part.size(); ++k) {
+    const Operand& whole = t.*kViewed[k];
+    if (whole.view < 0 || !whole.data || !use_of(t, kViewed[k], pass).writes) continue;
+    for_elements(t, block, [&](std::int64_t first, std::int64_t count, std::int64_t place) {
+      scatter(job.views[static_cast<std::size_t>(whole.view)], whole.data, first, count,
+              part[k] + place * size_of(whole.dtype));
+    });
+  }
+}
+
+/// Does units [begin, end) of a job by f(task, begin, end): at once, or in blocks where arrays have views.
+template <class F>
+void in_blocks(const Job& job, const Policy& p, std::byte* buffer, std::int64_t begin, std::int64_t end, F f) {
+  const Task& t = job.task;
+  if (p.buffer == 0) return f(t, begin, end);
+  for (std::int64_t unit = begin; unit < end; unit += p.block) {
+    const std::int64_t last = std::min(end, unit + p.block);
+    on_block(job, {first_of_unit(t, unit), first_of_unit(t, last), 0, members_of(t)}, t.phase, buffer,
+             [&](const Task& mine) { f(mine, unit, last); });
+  }
+}
+
+/// Does spans [begin, end) of a job by f(task, begin, end), in one of its two passes.
+template <class F>
+void in_spans(const Job& job, const Policy& p, std::byte* buffer, Phase pass, std::int64_t begin, std::int64_t end,
+              F f) {
+  if (p.buffer == 0) return f(job.task, begin, end);
+  for (std::int64_t unit = begin; unit < end; ++unit)
+    on_block(job, span_block(job.task, p.spans, unit), pass, buffer,
+             [&](const Task& mine) { f(mine, unit, unit + 1); });
+}
+
+/// Does units [begin, end) of a job in one thread, each in two passes over its spans. `sums` or `apply` is null where the
+/// job has no such pass.
+template <class Sums, class Apply>
+void units_by_spans(const Job& job, const Policy& p, std::byte* buffer, int slot, std::int64_t begin, std::int64_t end,
+                    Sums sums, void (*finish)(const Task&, std::int64_t, std::int64_t), Apply apply) {
+  Job mine = job;
+  Task& t = mine.task;
+  const bool is_backward = t.dy.data != nullptr;
+  const std::int64_t partials = p.spans * partial_doubles(t.geometry, t.traversal, is_backward);
+  const std::int64_t solved = solved_doubles(t.geometry, t.traversal);
+  for (std::int64_t unit = begin; unit < end; ++unit) {
+    t.partials = job.task.partials + (slot - unit) * partials, t.solved = job.task.solved + (slot - unit) * solved;
+    const std::int64_t first = unit * p.spans, last = first + p.spans;
+    if (t.phase != Phase::apply && !(t.frozen && !is_backward))
+      in_spans(mine, p, buffer, Phase::reduce, first, last, sums);
+    finish(t, unit, unit + 1);
+    if (t.phase != Phase::reduce) in_spans(mine, p, buffer, Phase::apply, first, last, apply);
+  }
 }
 
 double load_scalar(const std::byte* p, Dtype dtype) {
@@ -172,7 +312,7 @@ void copy_given(const Task& t, std::int64_t statistics) {
 void unfold_steps(Job& job) {
   Task& t = job.task;
   Geometry& g = t.geometry;
-  if (!t.frozen || t.traversal != Traversal::runs || g.params.outer != 0) return;
+  if (!t.frozen || t.traversal != Traversal::runs || g.params.outer != 0 || gathers(t)) return;
   const std::int64_t period =
       job.running.mean ? job.running.stride * job.running.count : t.given.stride * t.given.count;
   if (g.lanes % period != 0) return;
@@ -267,9 +407,23 @@ void run_forward(Job& job, double* workspace) {
   t.walk = p.walk;
   if (t.frozen && job.running.mean) read_running(t, job.running, space.given), copy_given(t, statistics);
   const auto scratch = [&](int slot) { return space.common.scratch + slot * space.common.scratch_stride; };
-  if (!p.split) {
+  const auto buffer = [&](int slot) { return space.common.buffers + slot * p.buffer; };
+  const auto sums = [&](int slot) {
+    return [&isa, own = scratch(slot)](const Task& part, std::int64_t first, std::int64_t last) {
+      isa.forward_sums(part, first, last, own);
+    };
+  };
+  if (p.by_spans) {
     over(0, p.units, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
-      if (!p.sum_row) return isa.forward(t, begin, end, scratch(slot));
+      units_by_spans(job, p, buffer(slot), slot, begin, end, sums(slot), isa.forward_finish, isa.forward_apply);
+    });
+  } else if (!p.split) {
+    over(0, p.units, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
+      if (!p.sum_row)
+        return in_blocks(job, p, buffer(slot), begin, end,
+                         [&](const Task& part, std::int64_t first, std::int64_t last) {
+          isa.forward(part, first, last, scratch(slot));
+        });
       Task mine = t;  // every statistic is formed in the same row
       mine.x = {reinterpret_cast<std::byte*>(space.rows + slot * p.sum_row), t.x.dtype, {}};
       isa.forward(mine, begin, end, scratch(slot));
@@ -278,12 +432,14 @@ void run_forward(Job& job, double* workspace) {
     for (std::int64_t k = 0; k < p.statistics; ++k) {
       const std::int64_t first = k * p.spans, last = first + p.spans;
       if (!t.frozen)
-        over(first, last, p.threads,
-             [&](std::int64_t begin, std::int64_t end, int slot) { isa.forward_sums(t, begin, end, scratch(slot)); });
+        over(first, last, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
+          in_spans(job, p, buffer(slot), Phase::reduce, begin, end, sums(slot));
+        });
       isa.forward_finish(t, k, k + 1);
       if (t.phase == Phase::reduce) continue;
-      over(first, last, p.threads,
-           [&](std::int64_t begin, std::int64_t end, int) { isa.forward_apply(t, begin, end); });
+      over(first, last, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
+        in_spans(job, p, buffer(slot), Phase::apply, begin, end, isa.forward_apply);
+      });
     }
   }
   if (job.running.mean && !t.frozen) update_running(t, job.running);
@@ -304,17 +460,32 @@ void run_backward(Job& job, double* workspace) {
     t.dbias_out = space.elements[1] ? reinterpret_cast<std::byte*>(space.elements[1]) : job.dbias.data;
   }
   const auto scratch = [&](int slot) { return space.common.scratch + slot * space.common.scratch_stride; };
-  if (!p.split) {
-    over(0, p.units, p.threads,
-         [&](std::int64_t begin, std::int64_t end, int slot) { isa.backward(t, begin, end, scratch(slot)); });
+  const auto buffer = [&](int slot) { return space.common.buffers + slot * p.buffer; };
+  const auto sums = [&](int slot) {
+    return [&isa, own = scratch(slot)](const Task& part, std::int64_t first, std::int64_t last) {
+      isa.backward_sums(part, first, last, own);
+    };
+  };
+  if (p.by_spans) {
+    over(0, p.units, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
+      units_by_spans(job, p, buffer(slot), slot, begin, end, sums(slot), isa.backward_finish, isa.backward_apply);
+    });
+  } else if (!p.split) {
+    over(0, p.units, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
+      in_blocks(job, p, buffer(slot), begin, end, [&](const Task& part, std::int64_t first, std::int64_t last) {
+        isa.backward(part, first, last, scratch(slot));
+      });
+    });
   } else {
     if (t.phase != Phase::apply)
-      over(0, p.statistics * p.spans, p.threads,
-           [&](std::int64_t begin, std::int64_t end, int slot) { isa.backward_sums(t, begin, end, scratch(slot)); });
+      over(0, p.statistics * p.spans, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
+        in_spans(job, p, buffer(slot), Phase::reduce, begin, end, sums(slot));
+      });
     isa.backward_finish(t, 0, p.statistics);
     if (t.phase != Phase::reduce)
-      over(0, p.units * p.spans, p.threads,
-           [&](std::int64_t begin, std::int64_t end, int) { isa.backward_apply(t, begin, end); });
+      over(0, p.units * p.spans, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
+        in_spans(job, p, buffer(slot), Phase::apply, begin, end, isa.backward_apply);
+      });
   }
   const ParamGradient* out[2] = {&job.dweight, &job.dbias};
   if (t.dparams) total_dparams(t, space.totals);

@@ -3,8 +3,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "backend.hpp"
+#include "views.hpp"
 
 namespace normkit {
 
@@ -31,6 +33,7 @@ struct Job {
   int threads = 1;
   Running running;
   ParamGradient dweight, dbias, dslopes;
+  std::vector<View> views;  // of arrays that do not lie as kernels want them; a GPU has none
 };
 
 /// Calls f with the jobs that one job is made of, in their order. The gradient of slopes, a sum of dy * min(z, 0), has a job of its

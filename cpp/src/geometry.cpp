@@ -5,37 +5,8 @@ namespace {
 
 constexpr std::int64_t magnitude(std::int64_t v) { return v < 0 ? -v : v; }
 
-/// A maximal set of neighboring axes, all kept or all reduced, that every array walks with one stride.
-struct Group {
-  bool reduced;
-  std::int64_t extent;
-  std::array<std::int64_t, kMaxOperands> stride;
-};
-
-struct Groups {
-  std::array<Group, kMaxAxes> group;  // the first `count` of them: clearing all would cost more than a small call
-  int count = 0;
-};
-
-/// Merges neighboring axes that are both kept or both reduced, but never across `split`, the number of slowest axes
-/// that are to be `outer`.
-Groups merge_axes(std::span<const std::int64_t> shape, AxisMask reduce_axes, const AxisOrder& order, int split,
-                  std::span<const std::span<const std::int64_t>> operands) {
-  Groups groups;
-  for (int at = 0; at < order.count; ++at) {
-    const int axis = order.axis[at];
-    const bool reduced = (reduce_axes & axis_bit(axis)) != 0;
-    const std::int64_t extent = shape[axis];
-    bool joins = groups.count > 0 && at != split && groups.group[groups.count - 1].reduced == reduced;
-    for (std::size_t k = 0; joins && k < operands.size(); ++k)
-      joins = groups.group[groups.count - 1].stride[k] == operands[k][axis] * extent;
-    if (!joins) groups.group[groups.count++] = {.reduced = reduced, .extent = 1, .stride = {}};
-    Group& group = groups.group[groups.count - 1];
-    group.extent *= extent;
-    for (std::size_t k = 0; k < operands.size(); ++k) group.stride[k] = operands[k][axis];
-  }
-  return groups;
-}
+/// Places in a geometry, the fastest first: those that are even are reduced, the others kept.
+enum Place : std::int8_t { kRun, kLanes, kSteps, kOuter };
 
 /// The map of parameters along `param_axes`, ignoring the first `split` axes; empty unless these axes are neighbors.
 std::optional<ParamMap> map_params(std::span<const std::int64_t> shape, AxisMask param_axes, const AxisOrder& order,
@@ -54,31 +25,6 @@ std::optional<ParamMap> map_params(std::span<const std::int64_t> shape, AxisMask
   return map;
 }
 
-/// Puts the groups into run, lanes, steps, outer, the fastest first.
-std::optional<Layout> place_groups(const Groups& groups, std::size_t operands, int mask) {
-  Layout layout;
-  Geometry& g = layout.geometry;
-  int slot = 0;
-  for (int at = groups.count - 1; at >= 0; --at, ++slot) {
-    const Group& group = groups.group[at];
-    slot += (slot % 2 == 0) != group.reduced;  // run and steps are reduced, lanes and outer kept
-    if (slot > 3) return std::nullopt;
-    (slot == 0 ? g.run : slot == 1 ? g.lanes : slot == 2 ? g.steps : g.outer) = group.extent;
-    for (std::size_t k = 0; k < operands; ++k) {
-      Strides& s = layout.strides[k];
-      const bool repeats = static_cast<int>(k) == mask && group.stride[k] == 0;
-      if (slot == 0 && group.stride[k] != 1 && !repeats) return std::nullopt;
-      if (slot == 0) s.run = group.stride[k];
-      if (slot > 0) (slot == 1 ? s.lane : slot == 2 ? s.step : s.outer) = group.stride[k];
-    }
-  }
-  // Single elements far apart in a long sum would waste a cache line each: packed is faster.
-  if (g.run == 1 && g.steps > 1 && g.lanes > 1)
-    for (std::size_t k = 0; k < operands; ++k)
-      if (layout.strides[k].lane != 1 && static_cast<int>(k) != mask) return std::nullopt;
-  return layout;
-}
-
 }  // namespace
 
 AxisOrder memory_order(std::span<const std::int64_t> shape, std::span<const std::int64_t> strides) {
@@ -93,29 +39,59 @@ AxisOrder memory_order(std::span<const std::int64_t> shape, std::span<const std:
   return order;
 }
 
-std::optional<Layout> canonicalise(std::span<const std::int64_t> shape, AxisMask reduce_axes, AxisMask param_axes,
-                                   std::span<const std::span<const std::int64_t>> operands, int mask) {
-  const AxisOrder order = memory_order(shape, operands[0]);
-  // Parameters that vary along the slowest kept axes too, but not along the next ones, get those axes as `outer`.
-  int kept = 0;
-  while (kept < order.count && (reduce_axes & axis_bit(order.axis[kept])) == 0) ++kept;
-  for (int split = 0; split <= kept; ++split) {
-    if (split > 0 && (param_axes & axis_bit(order.axis[split - 1])) == 0) break;
-    std::optional<ParamMap> map = map_params(shape, param_axes, order, split);
-    if (!map) continue;
-    std::optional<Layout> layout =
-        place_groups(merge_axes(shape, reduce_axes, order, split, operands), operands.size(), mask);
-    if (!layout) return std::nullopt;
-    if (split > 0) {
-      std::int64_t outer = 1;
-      for (int at = 0; at < split; ++at) outer *= shape[order.axis[at]];
-      if (layout->geometry.outer != outer) continue;
-      map->outer = map->count;
-    }
-    layout->geometry.params = *map;
-    return layout;
+bool canonicalise(std::span<const std::int64_t> shape, AxisMask reduce_axes, const AxisOrder& order, Layout& layout) {
+  layout.geometry = {}, layout.order = order;
+  Geometry& g = layout.geometry;
+  int place = kRun;
+  for (int at = order.count - 1; at >= 0; --at) {
+    const int axis = order.axis[at];
+    place += (place % 2 == 0) != ((reduce_axes & axis_bit(axis)) != 0);
+    if (place > kOuter) return false;
+    (place == kRun ? g.run : place == kLanes ? g.lanes : place == kSteps ? g.steps : g.outer) *= shape[axis];
+    layout.place[at] = static_cast<std::int8_t>(place);
   }
-  return std::nullopt;
+  return true;
+}
+
+bool split_lanes(std::span<const std::int64_t> shape, int split, Layout& layout) {
+  Geometry& g = layout.geometry;
+  std::int64_t extent = 1;
+  for (int at = 0; at < split; ++at) {
+    if (at == layout.order.count || layout.place[at] % 2 == kRun) return false;
+    extent *= shape[layout.order.axis[at]];
+  }
+  if (g.outer == extent) return true;
+  if (g.outer != 1 || g.steps != 1 || g.lanes == extent) return false;
+  g.outer = extent, g.lanes /= extent;
+  for (int at = 0; at < split; ++at) layout.place[at] = kOuter;
+  return true;
+}
+
+bool place_params(std::span<const std::int64_t> shape, AxisMask param_axes, Layout& layout) {
+  for (int split = 0;; ++split) {
+    std::optional<ParamMap> map = map_params(shape, param_axes, layout.order, split);
+    if (map && (split == 0 || split_lanes(shape, split, layout))) {
+      if (split > 0) map->outer = map->count;
+      layout.geometry.params = *map;
+      return true;
+    }
+    if (split == layout.order.count || (param_axes & axis_bit(layout.order.axis[split])) == 0) return false;
+  }
+}
+
+std::optional<Strides> strides_in(const Layout& layout, std::span<const std::int64_t> shape,
+                                  std::span<const std::int64_t> strides) {
+  Strides s;
+  std::int64_t* const of[] = {&s.run, &s.lane, &s.step, &s.outer};
+  std::int64_t next[4];
+  bool has[4] = {};
+  for (int at = layout.order.count - 1; at >= 0; --at) {
+    const int axis = layout.order.axis[at], place = layout.place[at];
+    if (has[place] && strides[axis] != next[place]) return std::nullopt;
+    if (!has[place]) *of[place] = strides[axis], has[place] = true;
+    next[place] = strides[axis] * shape[axis];
+  }
+  return s;
 }
 
 }  // namespace normkit

@@ -41,7 +41,7 @@ void run_with_workspace(Job& job) {
 [[noreturn]] void bad_layout(const Args& args, const Spec& spec, Op op, OperandMask wanted) {
   Args unmasked = args;
   unmasked.where = {};
-  if (args.where.present && plan(unmasked, spec, op, wanted).temporaries.empty())
+  if (args.where.present && plan(unmasked, spec, op, wanted, true).temporaries.empty())
     value_error(
         "where has strides that do not go with those of x, expected one element for each of x: expand it first");
   for (const OperandRow& row : kOperandTable) {
@@ -75,7 +75,7 @@ void call(const Args& args, const Spec& spec, Op op) {
   }
   if (args.sum.present && !args.residual.present)
     value_error("residual is None, expected an array like x: sum is x + residual");
-  Plan p = plan(args, spec, op, wanted);
+  Plan p = plan(args, spec, op, wanted, true);
   if (p.writes(kSum) && !args.sum.present)
     value_error("sum is None, expected an array like x: there is no y of its dtype to hold x + residual");
   if (args.x.dtype != read_dtype(args.x.dtype))

@@ -1,10 +1,13 @@
 #include "plan.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <deque>
 #include <optional>
 #include <tuple>
 #include <utility>
+
+#include "policy.hpp"
 
 namespace normkit {
 namespace {
@@ -57,32 +60,59 @@ struct Blocks {
   }
 };
 
-/// Fills in the shapes of outputs and statistics, and whether x has elements at all. Returns the memory order of x.
-AxisOrder describe(const Array& x, const Blocks& blocks, Shapes& shapes) {
+/// The order in which a call walks its arrays: that of dense arrays of one shape. It follows from x alone, and with it the
+/// order of all sums. It is the order of x in memory, or, where the geometry cannot hold that, its kept axes are the
+/// slowest and its reduced axes the fastest.
+struct Walked {
+  Extents strides;  // of a dense array, in elements
+  AxisOrder order;  // of the axes of x
+  Layout layout;    // of the axes of the blocks
+  bool is_memory_order = true;
+
+  Walked(const Array& x, const Spec& spec, const Blocks& blocks) {
+    Extents own;
+    element_strides(x, own);
+    order = memory_order(x.shape, std::span(own.data(), x.shape.size()));
+    if (holds(x, blocks)) return;
+    is_memory_order = false;
+    order.count = 0;
+    const AxisMask channel = spec.num_groups > 0 ? axis_bit(spec.channel_axis) : 0;
+    for (const bool reduced : {false, true})
+      for (int axis = 0; axis < x.ndim(); ++axis)
+        if (static_cast<bool>(spec.reduce_axes & ~channel & axis_bit(axis)) == reduced && x.shape[axis] != 1)
+          order.axis[order.count++] = axis;
+    holds(x, blocks);
+  }
+
+ private:
+  bool holds(const Array& x, const Blocks& blocks) {
+    strides = dense_strides(x.shape, ~AxisMask{0}, order);
+    Extents of_blocks;
+    blocks.split(strides, of_blocks);
+    return canonicalise(blocks.extents(), blocks.reduce_axes,
+                        memory_order(blocks.extents(), std::span(of_blocks.data(), blocks.extents().size())), layout);
+  }
+};
+
+/// Fills in the shapes of outputs and statistics, and whether x has elements at all.
+void describe(const Array& x, const Blocks& blocks, const Walked& walked, Shapes& shapes) {
   Extents strides;
   element_strides(x, strides);
-  const AxisOrder order = memory_order(x.shape, std::span(strides.data(), x.shape.size()));
-  shapes.out_strides = dense_strides(x.shape, ~AxisMask{0}, order);
+  shapes.out_strides =
+      dense_strides(x.shape, ~AxisMask{0}, memory_order(x.shape, std::span(strides.data(), x.shape.size())));
   shapes.ndim = x.ndim(), shapes.empty = false;
   for (int axis = 0; axis < x.ndim(); ++axis) {
     shapes.empty = shapes.empty || x.shape[axis] == 0;
     shapes.x_shape[axis] = x.shape[axis];
     if (x.shape[axis] == 1) shapes.out_strides[axis] = 1;
   }
-  Extents block_strides;
-  blocks.split(strides, block_strides);
-  const AxisOrder block_order =
-      blocks.axis < 0
-          ? order
-          : memory_order(blocks.extents(), std::span(block_strides.data(), static_cast<std::size_t>(blocks.ndim)));
-  const Extents kept = dense_strides(blocks.extents(), ~blocks.reduce_axes, block_order);
+  const Extents kept = dense_strides(blocks.extents(), ~blocks.reduce_axes, walked.layout.order);
   shapes.stat_ndim = 0;
   for (int axis = 0; axis < blocks.ndim; ++axis) {
     if (blocks.reduce_axes & axis_bit(axis)) continue;
     shapes.stat_shape[shapes.stat_ndim] = blocks.shape[axis];
     shapes.stat_strides[shapes.stat_ndim++] = blocks.shape[axis] == 1 ? 1 : kept[axis];
   }
-  return order;
 }
 
 /// Strides in C order.
@@ -129,17 +159,24 @@ bool mask_fits_columns(Strides& s, const Geometry& g) {
   return s.run == 0 ? s.lane == 0 : s.run == 1 && s.lane == g.run;
 }
 
-/// Chooses the traversal; false where neither serves these parameters.
-bool choose_traversal(Task& t, int operands, const Layout& layout, bool masked) {
-  const Geometry& g = t.geometry;
-  // Short runs leave vectors half empty: reduce across steps instead, where neighbouring columns are contiguous.
+/// Chooses the traversal. Short runs leave vectors half empty: reduce across steps instead, where neighbouring columns
+/// are contiguous.
+Traversal traversal_of(const Geometry& g) {
   constexpr std::int64_t kShortRun = 64;
-  bool lanes = g.steps > 1 && g.run < kShortRun && g.lanes > 1;
-  for (int k = 0; k < operands; ++k) lanes = lanes && layout.strides[k].lane == g.run;
-  t.traversal = lanes ? Traversal::lanes : Traversal::runs;
-  if (lanes && masked && !mask_fits_columns(t.where.strides, g)) return false;
-  if (lanes) return constant_in_column(g) || (g.params.stride == 1 && g.params.count % g.columns() == 0);
-  return !narrow_pieces(g);
+  return g.steps > 1 && g.run < kShortRun && g.lanes > 1 ? Traversal::lanes : Traversal::runs;
+}
+
+/// True where the kernels of a traversal take parameters that lie so.
+bool takes_params(const Geometry& g, Traversal traversal) {
+  if (traversal == Traversal::runs) return !narrow_pieces(g);
+  return constant_in_column(g) || (g.params.stride == 1 && g.params.count % g.columns() == 0);
+}
+
+/// True where the kernels take an array that lies so.
+bool takes(const Task& t, Strides& s, bool is_mask) {
+  const Geometry& g = t.geometry;
+  if (t.traversal == Traversal::runs) return s.run == 1 || (is_mask && s.run == 0);
+  return is_mask ? mask_fits_columns(s, g) : s.run == 1 && s.lane == g.run;
 }
 
 /// Chooses where gradients of the parameters are summed; false where no kind fits.
@@ -154,44 +191,6 @@ bool choose_kind(Task& t) {
   else return false;
   return true;
 }
-
-/// The strides of all operands, in elements, ready for canonicalise().
-struct Operands {
-  const Blocks& blocks;
-  std::array<Extents, kMaxOperands> strides;
-  std::array<std::span<const std::int64_t>, kMaxOperands> view;
-  std::size_t count = 0;
-  int mask = -1;
-
-  explicit Operands(const Blocks& b) : blocks(b) {}
-  /// Adds an array, which will have the strides `otherwise` where it is absent. Returns its index.
-  std::size_t add(const Array& a, const Extents& otherwise) {
-    Extents elements;
-    if (a.present) element_strides(a, elements);
-    return put(a.present ? elements : otherwise);
-  }
-  /// Adds a mask as it broadcasts against x, if there is one.
-  void add_mask(const Array& where, const Array& x) {
-    if (!where.present) return;
-    Extents elements;
-    const int shift = x.ndim() - where.ndim();
-    for (int axis = 0; axis < x.ndim(); ++axis) {
-      const bool varies = axis >= shift && where.shape[axis - shift] != 1;
-      elements[axis] = varies ? where.stride(axis - shift) : 0;
-    }
-    mask = static_cast<int>(put(elements));
-  }
-  std::optional<Layout> canonicalised(AxisMask param_axes) const {
-    return canonicalise(blocks.extents(), blocks.reduce_axes, blocks.split(param_axes), {view.data(), count}, mask);
-  }
-
- private:
-  std::size_t put(const Extents& elements) {
-    blocks.split(elements, strides[count]);
-    view[count] = std::span(strides[count].data(), static_cast<std::size_t>(blocks.ndim));
-    return count++;
-  }
-};
 
 /// The strides in bytes of an array that is seen in the shape of x: 0 along axes of x where it repeats itself. `of`
 /// maps the axes of the array to axes of x.
@@ -240,32 +239,47 @@ bool bias_counts(const Seen& s, Op op) {
   return s.args.bias.present && (!is_backward(op) || s.spec.activation.kind != ActivationKind::none);
 }
 
-/// The arrays that have the shape of x, the first of which decides the order of the axes; an absent one will have the
-/// memory order of x.
-constexpr OperandIndex kForwardArrays[] = {kX, kOut, kResidual, kSum}, kBackwardArrays[] = {kX, kDy, kOut, kDresidual};
-std::span<const OperandIndex, 4> arrays_like_x(Op op) { return is_backward(op) ? kBackwardArrays : kForwardArrays; }
+/// The strides of an array over the axes of x, in bytes: of one that is there, as it broadcasts against x, or of one that
+/// is to be made.
+Extents strides_over_x(const Args& args, OperandIndex k, Dtype dtype, const Shapes& shapes) {
+  const Array& a = args.*kOperandTable[k].array;
+  const int ndim = args.x.ndim(), shift = a.present ? ndim - a.ndim() : 0;
+  Extents bytes;
+  for (int axis = 0; axis < ndim; ++axis) {
+    const bool varies = a.present && axis >= shift && a.shape[axis - shift] == args.x.shape[axis];
+    bytes[axis] = varies ? a.stride(axis - shift) : a.present ? 0 : shapes.out_strides[axis] * size_of(dtype);
+  }
+  return bytes;
+}
 
-/// Puts the arrays into one geometry; false where no geometry holds them.
-bool place(Plan& p, const Seen& seen, AxisMask param_axes, const Blocks& blocks) {
+Strides dense_strides(const Geometry& g) { return {g.steps * g.columns(), g.columns(), g.run, 1}; }
+
+/// Puts the arrays that have the shape of x, and the mask, into the geometry, in which the traversal is chosen. Those
+/// that do not lie as the kernels want them get a view.
+void place(Plan& p, const Seen& seen, const Blocks& blocks, const Layout& layout) {
   const Args& args = seen.args;
   const Shapes& shapes = p.shapes;
   Task& t = p.job.task;
-  Operands operands(blocks);
-  std::array<std::size_t, kOperands> at;
-  for (const OperandIndex k : arrays_like_x(p.op)) {
+  const Geometry& g = t.geometry;
+  std::array<int, kOperands> view_of;
+  view_of.fill(-1);
+  t.geometry = layout.geometry, p.job.views.clear(), p.gathered = 0;
+  const auto operand = [&](OperandIndex k, Dtype dtype) -> Operand {
     const Array& a = args.*kOperandTable[k].array;
-    if (a.present && !on_elements(a)) return false;
-    if (a.present || k == kOut || (k == kSum && p.writes(kSum))) at[k] = operands.add(a, shapes.out_strides);
-  }
-  const int dense = static_cast<int>(operands.count);
-  if (!t.frozen) operands.add_mask(args.where, args.x);
-  const std::optional<Layout> layout = operands.canonicalised(param_axes);
-  // A residual that lies otherwise would change the geometry, and with it the order in which the sum is summed.
-  if (!layout || (args.residual.present && !same_strides(args.residual, args.x))) return false;
-
-  const auto operand = [&](OperandIndex k, Dtype dtype) { return Operand{nullptr, dtype, layout->strides[at[k]]}; };
+    Extents bytes, elements;
+    blocks.split(strides_over_x(args, k, dtype, shapes), bytes);
+    for (int axis = 0; axis < blocks.ndim; ++axis) elements[axis] = bytes[axis] / size_of(dtype);
+    std::optional<Strides> lying = strides_in(layout, blocks.extents(), elements);
+    if (lying && (!a.present || on_elements(a)) && takes(t, *lying, k == kWhere)) return {nullptr, dtype, *lying};
+    if (!a.present && !p.writes(k)) return {nullptr, dtype, dense_strides(g)};
+    if (view_of[k] < 0) {
+      view_of[k] = static_cast<int>(p.job.views.size());
+      p.job.views.push_back(view_along(layout.order, blocks.extents(), bytes, size_of(dtype)));
+      p.gathered |= operand_bit(k);
+    }
+    return {nullptr, dtype, dense_strides(g), view_of[k]};
+  };
   const Dtype dtype = args.x.dtype;
-  t.geometry = layout->geometry;
   t.x = operand(kX, dtype);
   if (is_backward(p.op)) {
     t.dy = operand(kDy, dtype), t.dx = operand(kOut, dtype);
@@ -277,8 +291,7 @@ bool place(Plan& p, const Seen& seen, AxisMask param_axes, const Blocks& blocks)
       t.x = operand(p.writes(kSum) ? kSum : kOut, dtype);
     }
   }
-  if (operands.mask >= 0) t.where = {nullptr, Dtype::boolean, layout->strides[static_cast<std::size_t>(operands.mask)]};
-  return choose_traversal(t, dense, *layout, operands.mask >= 0);
+  if (args.where.present && !t.frozen) t.where = operand(kWhere, Dtype::boolean);
 }
 
 /// Has statistics and parameters lie in the order in which the kernels count them, which is dense.
@@ -350,22 +363,20 @@ Running running_of(const Args& args, const Spec& spec, const AxisOrder& order) {
           spec.momentum};
 }
 
-/// Makes the job that does the call on the arrays as they are seen; false where kernels cannot do it.
-bool schedule(Plan& p, Seen& seen) {
+/// Makes the job that does the call on the arrays as they are seen; false where the kernels do not take the parameters.
+bool schedule(Plan& p, Seen& seen, const Blocks& blocks, const Walked& walked) {
   const Args& args = seen.args;
   const Spec& spec = seen.spec;
   const bool backward = is_backward(p.op), has_slopes = args.slopes.present;
   const bool wants_params = p.writes(kDweight) || p.writes(kDbias) || p.writes(kDslopes);
   Shapes& shapes = p.shapes;
-  const Blocks blocks(args.x, spec);
-  const AxisOrder order = describe(args.x, blocks, shapes);
+  const AxisOrder& order = walked.order;
   describe_param(args.x, args.weight, seen.params.axes, order, shapes.dweight);
   describe_param(args.x, args.bias.present ? args.bias : args.weight, seen.params.bias_axes, order, shapes.dbias);
   if (has_slopes) describe_param(args.x, args.slopes, seen.params.slope_axes, order, shapes.dslopes);
   shapes.dbias.dtype = shapes.dweight.dtype;
   if (shapes.empty) return true;
-  const bool expand = (seen.params.differ && bias_counts(seen, p.op)) || (has_slopes && seen.params.slopes_stray);
-  if (expand || !fits(args.out.present ? args.out.dtype : shapes.out_dtype, shapes.x_dtype)) return false;
+  if ((seen.params.differ && bias_counts(seen, p.op)) || (has_slopes && seen.params.slopes_stray)) return false;
 
   p.job = Job{};
   Task& t = p.job.task;
@@ -373,9 +384,20 @@ bool schedule(Plan& p, Seen& seen) {
   t.phase = phase_of(p.op), t.centered = spec.centered, t.activation = spec.activation;
   t.denominator = {spec.eps, spec.divides_by_norm};
   t.frozen = !spec.use_input_stats || p.op == Op::apply;
-  // Parameters and their gradients shape the geometry, and with it the order of sums, also where there are none or none are
-  // wanted: bits depend neither on `need` nor on whether the phases are one call.
-  if (!place(p, seen, seen.params.axes, blocks) || (backward && !choose_kind(t))) return false;
+  // Whether there are parameters, and whether their gradients are wanted, changes neither the traversal nor the order of
+  // sums: bits depend neither on `need` nor on whether the phases are one call.
+  Layout layout = walked.layout;
+  if (!place_params(blocks.extents(), blocks.split(seen.params.axes), layout)) return false;
+  t.geometry = layout.geometry, t.traversal = traversal_of(t.geometry);
+  if (!takes_params(t.geometry, t.traversal) || (backward && !choose_kind(t))) return false;
+  place(p, seen, blocks, layout);
+  // Kept axes that do not lie as one may lie as two. Rows whose gradients are summed together are counted in `outer`.
+  for (int split = 1; p.gathered && t.kind != ParamKind::row; ++split) {
+    Layout other = layout;
+    const bool splits = other.geometry.outer == 1 && split_lanes(blocks.extents(), split, other);
+    place(p, seen, blocks, splits ? other : layout);
+    if (!splits) break;
+  }
   if (!wants_params) t.kind = ParamKind::none;
   t.weight.dtype = args.weight.dtype, t.weight.offset = spec.weight_offset, t.bias.dtype = args.bias.dtype,
   t.slopes.dtype = args.slopes.dtype;
@@ -392,69 +414,76 @@ bool schedule(Plan& p, Seen& seen) {
 
 // ---- what kernels cannot take as it lies -------------------------------------------------------------------------
 
-/// Strides of a dense array whose kept axes are the slowest and whose normalized axes are the fastest. Such arrays
-/// always fit, whatever the parameters, once these are repeated for every element.
-Extents packed_strides(const Array& x, const Spec& spec) {
-  AxisOrder order;
-  const AxisMask channel = spec.num_groups > 0 ? axis_bit(spec.channel_axis) : 0;
-  for (const bool reduced : {false, true})
-    for (int axis = 0; axis < x.ndim(); ++axis)
-      if (static_cast<bool>(spec.reduce_axes & ~channel & axis_bit(axis)) == reduced && x.shape[axis] != 1)
-        order.axis[order.count++] = axis;
-  return dense_strides(x.shape, ~AxisMask{0}, order);
+/// Has arrays in whose place kernels work on another dtype lie as they are walked.
+void put_dtypes(Seen& seen, const Plan& p, const Shapes& own, const Extents& strides) {
+  const Dtype given = seen.args.x.dtype, x = read_dtype(given);
+  if (x != given) seen.put_like_x(kX, x, strides, own.out_strides);
+  const Dtype out = seen.args.out.present ? seen.args.out.dtype : own.out_dtype;
+  if (p.writes(kOut) && !fits(out, x)) seen.put_like_x(kOut, compute_dtype(x), strides, own.out_strides);
 }
 
-/// Has every array that has the shape of x lie with `strides`.
+/// Has the arrays that kernels do not take as they lie be packed: dense, in the order in which they are walked.
 void pack(Seen& seen, const Plan& p, const Shapes& own, const Extents& strides) {
-  const Dtype x = read_dtype(seen.args.x.dtype);
-  for (const OperandIndex k : {kResidual, kDresidual, kDy})
-    if ((seen.args.*kOperandTable[k].array).present) seen.put_like_x(k, x, strides, own.out_strides);
-  const Dtype out = fits(own.out_dtype, x) ? own.out_dtype : compute_dtype(x);
-  const bool elsewhere = !std::equal(strides.begin(), strides.begin() + own.ndim, own.out_strides.begin());
-  if (seen.args.out.present || (p.writes(kOut) && (elsewhere || out != own.out_dtype)))
-    seen.put_like_x(kOut, out, strides, own.out_strides);
-  if (p.writes(kSum) && (elsewhere || seen.args.sum.present)) seen.put_like_x(kSum, x, strides, own.out_strides);
-  seen.put_like_x(kX, x, strides, own.out_strides);
+  const Array x = seen.args.x;
+  for (OperandMask left = p.gathered; left; left &= left - 1) {
+    const OperandIndex k = static_cast<OperandIndex>(std::countr_zero(left));
+    const Array& a = seen.args.*kOperandTable[k].array;
+    const Dtype dtype = k == kWhere ? Dtype::boolean : a.present ? a.dtype : k == kOut ? own.out_dtype : x.dtype;
+    seen.put(k, dtype, x.shape, strides, strides_over_x(seen.args, k, dtype, own));
+  }
 }
 
-void put_mask(Seen& seen, const Extents& strides) {
-  const Array where = seen.args.where;
-  Extents bytes;
-  for (int axis = 0; axis < where.ndim(); ++axis) bytes[axis] = where.stride(axis);
-  const int shift = seen.args.x.ndim() - where.ndim();
-  const auto of = [&](int axis) { return shift + axis; };
-  seen.put(kWhere, Dtype::boolean, seen.args.x.shape, strides, repeated(seen.args.x.ndim(), where.shape, bytes, of));
+/// The axes along which parameters have to be repeated that kernels do not take as they are: those from the slowest one
+/// along which they vary to the fastest, and at least those of a run or of the columns.
+AxisMask axes_to_repeat(const Params& params, const Blocks& blocks, const Walked& walked) {
+  const Layout& l = walked.layout;
+  const int slowest = traversal_of(l.geometry) == Traversal::lanes ? 1 : 0;  // the places of columns, or of a run
+  AxisMask inner = 0;
+  for (int at = 0; at < l.order.count; ++at)
+    if (l.place[at] <= slowest) inner |= axis_bit(l.order.axis[at]);
+  AxisMask axes = 0;
+  const AxisMask varying = params.axes | params.bias_axes | params.slope_axes;
+  for (int at = 0; at < walked.order.count; ++at) {
+    const AxisMask axis = axis_bit(walked.order.axis[at]);
+    if (axes || ((varying & axis) != 0) || (blocks.split(axis) & inner)) axes |= axis;
+  }
+  return axes;
 }
 
-/// Weight, bias, slopes and their gradients have an element for each of x. A weight that is not there but has a gradient is 1.
-void repeat_params(Seen& seen, const Plan& p, const Shapes& own, const Extents& strides) {
+/// Weight, bias, slopes and their gradients have an element for each index along `axes`. A weight that is not there but
+/// has a gradient is 1.
+void repeat_params(Seen& seen, const Plan& p, const Shapes& own, AxisMask axes, const AxisOrder& order) {
   const Args given = seen.args;
   const Params params = seen.params;
   const int ndim = given.x.ndim();
-  const auto put = [&](OperandIndex k, const Array& like, AxisMask axes, std::span<const std::int64_t> shape,
+  Extents& extents = seen.kept.emplace_back();
+  for (int axis = 0; axis < ndim; ++axis) extents[axis] = axes & axis_bit(axis) ? given.x.shape[axis] : 1;
+  const std::span<const std::int64_t> repeated_shape(extents.data(), static_cast<std::size_t>(ndim));
+  const Extents strides = dense_strides(given.x.shape, axes, order);
+  const auto put = [&](OperandIndex k, const Array& like, AxisMask own_axes, std::span<const std::int64_t> shape,
                        const Extents& bytes) {
     const Dtype dtype = like.present && like.dtype == Dtype::float64 ? like.dtype : compute_dtype(given.x.dtype);
-    const auto of = [&](int axis) { return param_axis(axes, ndim, static_cast<int>(shape.size()), axis); };
-    seen.put(k, dtype, given.x.shape, strides, repeated(ndim, shape, bytes, of));
+    const auto of = [&](int axis) { return param_axis(own_axes, ndim, static_cast<int>(shape.size()), axis); };
+    seen.put(k, dtype, repeated_shape, strides, repeated(ndim, shape, bytes, of));
   };
-  for (const auto& [k, a, axes] :
+  for (const auto& [k, a, own_axes] :
        {std::tuple{kWeight, &given.weight, params.axes}, std::tuple{kBias, &given.bias, params.bias_axes},
         std::tuple{kSlopes, &given.slopes, params.slope_axes}}) {
     Extents bytes;
     for (int axis = 0; axis < a->ndim(); ++axis) bytes[axis] = a->stride(axis);
     if (a->present || (k == kWeight && (p.writes(kDweight) || p.writes(kDbias) || p.writes(kDslopes))))
-      put(k, *a, axes, a->shape, bytes);
+      put(k, *a, own_axes, a->shape, bytes);
   }
   if (!given.weight.present) seen.spec.weight_offset = 0;
-  for (const auto& [k, like, axes] :
+  for (const auto& [k, like, own_axes] :
        {std::tuple{kDweight, &given.weight, params.axes}, std::tuple{kDbias, &given.weight, params.bias_axes},
         std::tuple{kDslopes, &given.slopes, params.slope_axes}}) {
     const Shapes::Param& mine = own.of(k);
     Extents bytes = c_strides(mine.extents());
     for (int axis = 0; axis < mine.ndim; ++axis) bytes[axis] *= size_of(mine.dtype);
-    if (p.writes(k)) put(k, *like, axes, mine.extents(), bytes);
+    if (p.writes(k)) put(k, *like, own_axes, mine.extents(), bytes);
   }
-  seen.params = {~AxisMask{0}, ~AxisMask{0}, ~AxisMask{0}, given.x};
+  seen.params = {axes, axes, axes, given.x};
 }
 
 /// Has the gradients of parameters come out in C order.
@@ -492,7 +521,7 @@ void add_up_dy(Seen& seen, Plan& p) {
 
 }  // namespace
 
-Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted) {
+Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted, bool on_cpu) {
   Plan p;
   p.op = op, p.wanted = p.makes = wanted;
   Shapes& shapes = p.shapes;
@@ -504,7 +533,9 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted) {
       !args.out.present || is_floating(x.dtype) || !is_floating(args.out.dtype) ? like_x : args.out.dtype;
   shapes.out_dtype = is_backward(op) ? like_x : args.out_dtype == Dtype::other ? said : args.out_dtype;
   if (args.residual.present && (shapes.out_dtype != x.dtype || op == Op::moments)) p.makes |= operand_bit(kSum);
-  describe(x, Blocks(x, spec), shapes);
+  const Blocks blocks(x, spec);
+  const Walked walked(x, spec, blocks);
+  describe(x, blocks, walked, shapes);
   Params params = judge(args, spec, op, shapes.out_dtype, shapes.statistics());
   Seen seen = Seen{args, spec, params};
   if (is_backward(op) && !args.weight.present) {  // whatever is wanted, lest the bits of dx depend on it
@@ -514,28 +545,22 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted) {
   }
   const bool adds_up_dy = p.writes(kDbias) && params.differ && !bias_counts(seen, op);
   if (adds_up_dy) p.makes &= ~operand_bit(kDbias);
-  if (x.dtype != read_dtype(x.dtype)) seen.put_like_x(kX, read_dtype(x.dtype), shapes.out_strides, shapes.out_strides);
-  if (!schedule(p, seen)) {
-    const Shapes own = shapes;
-    bool done = false;
-    if (args.residual.present && fits(own.out_dtype, x.dtype)) {
-      // The arrays are packed in the order of x, so that the sum is summed as it would be without a residual.
-      seen = Seen{args, spec, params};
-      pack(seen, p, own, own.out_strides);
-      done = schedule(p, seen);
-    }
-    for (const bool repeated : {false, true}) {
-      if (done) break;
-      seen = Seen{args, spec, params};
-      const Extents strides = packed_strides(x, spec);
-      pack(seen, p, own, strides);
-      if (args.where.present && spec.use_input_stats) put_mask(seen, strides);
-      if (repeated) repeat_params(seen, p, own, strides);
-      done = schedule(p, seen);
-      if (done) put_gradients_in_order(seen, p, own);
-    }
-    shapes.out_strides = own.out_strides;
+  put_dtypes(seen, p, shapes, walked.strides);
+  bool done = schedule(p, seen, blocks, walked);
+  const Shapes own = shapes;
+  const bool repeats = !done;
+  for (const AxisMask axes : {axes_to_repeat(params, blocks, walked), ~AxisMask{0}}) {
+    if (done) break;
+    seen = Seen{args, spec, params};
+    put_dtypes(seen, p, own, walked.strides);
+    repeat_params(seen, p, own, axes, walked.order);
+    done = schedule(p, seen, blocks, walked);
   }
+  if (p.gathered && !(on_cpu && can_gather(p.job.task))) {
+    pack(seen, p, own, walked.strides);
+    schedule(p, seen, blocks, walked);
+  }
+  if (repeats || !walked.is_memory_order) put_gradients_in_order(seen, p, own);
   if (adds_up_dy) seen.params = params, add_up_dy(seen, p);
   p.temporaries = std::move(seen.temporaries);
   if (p.temporaries.empty() && !shapes.empty) {

@@ -56,14 +56,16 @@ struct Plan {
   Shapes shapes;
   OperandMask wanted = 0;  // what the caller wants, of the operands that `op` can write
   OperandMask makes = 0;  // what the kernels write: `wanted` and, where x + residual needs one, an array for it
+  OperandMask gathered = 0;  // operands that have a view
   std::vector<Temporary> temporaries;
 
   bool writes(OperandIndex k) const { return makes & operand_bit(k); }
 };
 
 /// Judges a call and says how it is done, whatever the layout of its arrays. Throws Error for what is wrong with the
-/// call. `wanted`: what the caller wants, of the operands that `op` can write.
-Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted);
+/// call. `wanted`: what the caller wants, of the operands that `op` can write. `on_cpu`: parts of arrays that do not lie as
+/// kernels want them may be gathered as the job is done; a GPU wants them packed whole.
+Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted, bool on_cpu);
 /// Puts the addresses of a call's arrays into its job, and the number of threads.
 void point(Job& job, Op op, const Addresses& at);
 

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <iterator>
 
 namespace normkit {
 namespace {
@@ -105,7 +106,48 @@ bool has_batches(const Task& t, const Operand& out, const Walk& walk) {
          (!walk.overlapped || (weighs && walk.tiled));
 }
 
+// ---- blocks that are gathered ------------------------------------------------------------------------------------
+
+/// The most that buffers of one thread hold: less than 1 MB, and with what a call has besides in a second-level cache.
+constexpr std::int64_t kBufferBytes = std::int64_t{768} << 10;
+
+/// Elements of x that are gathered together where statistics are small.
+constexpr std::int64_t kBlockElements = 32768;
+
+std::int64_t elements_of_unit(const Task& t) {
+  const Geometry& g = t.geometry;
+  if (t.traversal == Traversal::lanes) return g.steps * g.columns();
+  return g.members() * (t.kind == ParamKind::row ? std::min(g.lanes, kRowGroup) : 1);
+}
+
+std::int64_t elements_of_span(const Task& t) {
+  const Geometry& g = t.geometry;
+  if (t.traversal == Traversal::lanes) return std::min(g.steps, kSpanSteps) * g.columns();
+  return std::min(g.members(), kSpanChunks * kChunk);
+}
+
+std::int64_t bytes_of_block(const Task& t, std::int64_t elements) {
+  std::int64_t bytes = 0;
+  for (const auto operand : kViewed)
+    if ((t.*operand).view >= 0) bytes += buffer_bytes(elements, (t.*operand).dtype);
+  return bytes;
+}
+
+/// Spans of a statistic can be worked on apart, but for gradients of pieces, which are summed along with it, and of rows, of
+/// which each thread takes several.
+bool can_gather_spans(const Task& t) {
+  return t.kind != ParamKind::piece && t.kind != ParamKind::row &&
+         bytes_of_block(t, elements_of_span(t)) <= kBufferBytes;
+}
+bool can_gather_units(const Task& t) { return bytes_of_block(t, elements_of_unit(t)) <= kBufferBytes; }
+
 }  // namespace
+
+bool gathers(const Task& t) {
+  return std::any_of(std::begin(kViewed), std::end(kViewed), [&](auto operand) { return (t.*operand).view >= 0; });
+}
+
+bool can_gather(const Task& t) { return can_gather_units(t) || can_gather_spans(t); }
 
 Policy policy_for(const Task& t, int threads, const Isa& isa) {
   const Geometry& g = t.geometry;
@@ -120,14 +162,27 @@ Policy policy_for(const Task& t, int threads, const Isa& isa) {
   // Too few units to keep all threads busy: each statistic is shared among them. Gradients of pieces are summed along with a
   // statistic and cannot be shared.
   p.split = p.threads > 1 && p.units < 3 * p.threads && p.spans > 1 && t.kind != ParamKind::piece;
+  const bool gathered = gathers(t);
+  if (gathered) {
+    p.split = p.split && can_gather_spans(t);
+    p.by_spans = !p.split && !can_gather_units(t);
+    std::int64_t elements = elements_of_span(t);
+    if (!p.split && !p.by_spans) {
+      elements = elements_of_unit(t);
+      p.block = std::clamp(kBlockElements / elements, std::int64_t{1}, p.units);
+      while (p.block > 1 && bytes_of_block(t, p.block * elements) > kBufferBytes) p.block /= 2;
+      elements *= p.block;
+    }
+    p.buffer = bytes_of_block(t, elements);
+  }
 
   const bool sums_residual = is_forward && t.residual.data && t.x.data == t.y.data;
-  if (sums_residual && !p.split && one_run && run_bytes <= sum_row_bytes()) p.sum_row = run_bytes / 8 + 8;
+  if (sums_residual && !gathered && !p.split && one_run && run_bytes <= sum_row_bytes()) p.sum_row = run_bytes / 8 + 8;
 
   const Operand& out = is_forward ? t.y : t.dx;
   const std::int64_t moved = g.size() * (is_forward ? x_bytes + size_of(out.dtype) : 3 * x_bytes);
   const bool aliased = p.sum_row ? out.data == t.source.data : in_place(t, out);
-  p.walk.stream_stores = out.data && !aliased && moved >= streamed_bytes();
+  p.walk.stream_stores = out.data && out.view < 0 && !aliased && moved >= streamed_bytes();
   p.walk.whole_lines = has_whole_lines(out, g);
   p.walk.overlapped = p.walk.stream_stores && !p.split && overlaps(t, out, isa);
   p.walk.tiled = has_tiles(t, out, p.walk, isa);

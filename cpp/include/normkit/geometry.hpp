@@ -58,15 +58,6 @@ struct Geometry {
 /// is 1, or 0 where one element of a mask stands for the whole run.
 struct Strides { std::int64_t outer = 0, step = 0, lane = 0, run = 1; };
 
-/// The arrays that one walk visits together: x, two more of its kind, a residual and a mask at most.
-inline constexpr int kMaxOperands = 6;
-
-/// The geometry of a call, with the strides of its arrays in the order in which canonicalise() was given them.
-struct Layout {
-  Geometry geometry;
-  std::array<Strides, kMaxOperands> strides{};
-};
-
 /// Axes from the slowest to the fastest in memory. Extents of 1 have no place there and are left out.
 struct AxisOrder {
   std::array<int, kMaxAxes> axis;  // only the first `count` entries are set
@@ -76,20 +67,33 @@ struct AxisOrder {
 /// The order of the axes of an array with these strides; ties keep their logical order.
 AxisOrder memory_order(std::span<const std::int64_t> shape, std::span<const std::int64_t> strides);
 
-/// Finds the geometry of a call. It sorts the axes by stride, drops extents of 1 and merges neighboring axes that are
-/// both kept or both reduced; the axes that remain must fit the pattern kept, reduced, kept, reduced.
+/// The geometry of a call, and where in it each axis has its place.
+struct Layout {
+  Geometry geometry;
+  AxisOrder order;
+  std::array<std::int8_t, kMaxAxes> place;  // of each axis of `order`: 0 run, 1 lanes, 2 steps, 3 outer
+};
+
+/// Finds the geometry of a dense array whose axes lie in this order. Extents of 1 are dropped, and neighboring axes that
+/// are both kept or both reduced merge; the axes that remain must fit the pattern kept, reduced, kept, reduced. False
+/// where they alternate too often: with the reduced axes as the fastest ones any array fits.
 ///
 /// shape         extents of x, none of them 0
 /// reduce_axes   the axes that a statistic is taken over
-/// param_axes    the axes that the parameters vary along; 0 for none
-/// operands      strides of each array in elements, at most kMaxOperands arrays; the first one decides the axes' order
-/// mask          the index of the operand that may repeat itself along the run; -1 for none
-///
-/// The result is empty where the geometry cannot hold the arrays (a run with gaps, kept and reduced axes that alternate
-/// too often, parameters along axes that are not neighbors): the caller then packs them into dense arrays whose reduced
-/// axes are the fastest. Such arrays always fit, whatever the parameters, once these are expanded to all kept axes or
-/// to all axes.
-std::optional<Layout> canonicalise(std::span<const std::int64_t> shape, AxisMask reduce_axes, AxisMask param_axes,
-                                   std::span<const std::span<const std::int64_t>> operands, int mask = -1);
+bool canonicalise(std::span<const std::int64_t> shape, AxisMask reduce_axes, const AxisOrder& order, Layout& layout);
+
+/// Has the `split` slowest axes be `outer`; false where they are no kept axes, or not all that are slower than the lanes.
+/// Statistics and parameters keep their numbers.
+bool split_lanes(std::span<const std::int64_t> shape, int split, Layout& layout);
+
+/// Puts parameters that vary along `param_axes` into the geometry, which is as if there were none before; false where it
+/// cannot hold them, as they vary along axes that are not neighbors. Parameters that vary along all axes always fit.
+/// Those that vary along the slowest kept axes too, but not along the next ones, get these axes as `outer`.
+bool place_params(std::span<const std::int64_t> shape, AxisMask param_axes, Layout& layout);
+
+/// The strides of an array in the geometry, from those of its axes in elements; empty where axes that share a place do
+/// not lie as one. The kernels want a run without gaps besides.
+std::optional<Strides> strides_in(const Layout& layout, std::span<const std::int64_t> shape,
+                                  std::span<const std::int64_t> strides);
 
 }  // namespace normkit

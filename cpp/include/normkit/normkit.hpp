@@ -118,7 +118,7 @@ Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 /// a apply(), b backward(), s backward_sums(), d apply_backward(). An array that is not wanted may be absent, unless
 /// the table says otherwise.
 ///
-/// x                   all   any dtype (backward: floating), any strides that the geometry holds (see canonicalise())
+/// x                   all   any dtype (backward: floating), any strides; see forward() for what is refused
 /// dy                  bsd   like x
 /// weight, bias        fabsd float32, float64 or the dtype of x; absent means 1 and 0. In backward bias says what shape dbias
 ///                           has, and counts where there is an activation
@@ -161,8 +161,9 @@ struct Args {
 /// own statistic. A mask says which elements are members; all are normalized. A statistic without members has mean 0 and
 /// rstd 0, so that y is bias. The bits of y do not depend on the number of threads, on what else is in the batch, or on
 /// alignment, and are the same on every instruction set that has a fused multiply-add.
-/// forward() allocates only scratch, on the heap. It throws Error, naming the argument, before any memory is written;
-/// also where the strides of the arrays do not fit the geometry (see canonicalise()): pack such arrays first.
+/// forward() allocates only scratch, on the heap. It throws Error, naming the argument, before any memory is written.
+/// Arrays that are not dense are taken in parts that fit a buffer, with the bits of their dense copies, unless what has
+/// to be in the buffer together is larger than that (many columns that have gaps between them): pack such arrays first.
 void forward(const Args& args, const Spec& spec);
 
 /// The gradient of forward().

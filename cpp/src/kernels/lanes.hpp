@@ -116,11 +116,21 @@ NORMKIT_LOCAL void first_pivots(Tile<X> tile, Count<kVectors> vectors, ScalarOf<
     store(pivot + place.i, p);
   });
 }
-/// The pivots of a tile where there is a mask: the first member of each column.
+/// The pivots of a tile where there is a mask: the same mean where the first four steps are members, else the first member
+/// of the column.
 template <class X, int kVectors>
 void first_pivots(Tile<X> tile, Count<kVectors>, ScalarOf<X>* pivot, const Masked& members) {
-  for (std::int64_t k = 0; k < tile.n; ++k)
-    pivot[k] = first(load(members.from(k).first(tile.x + k, tile.stride, tile.rows, 1), 1));
+  for (std::int64_t k = 0; k < tile.n; ++k) {
+    const Masked column = members.from(k);
+    const X* x = tile.x + k;
+    if (tile.rows >= 4 && column.count(4, 1) == 4) {
+      ScalarOf<X> value[4];
+      for (int row = 0; row < 4; ++row) value[row] = first(load(x + row * tile.stride, 1));
+      pivot[k] = ((value[0] + value[1]) + (value[2] + value[3])) * ScalarOf<X>(0.25);
+    } else {
+      pivot[k] = first(load(column.first(x, tile.stride, tile.rows, 1), 1));
+    }
+  }
 }
 
 /// Adds one block of one tile to the sums of columns k and on.
@@ -149,6 +159,100 @@ NORMKIT_LOCAL void add_block(Tile<X> tile, Count<kVectors> vectors, PivotSums<Sc
     const std::int64_t at = k + j * kLanes<V>;
     add_to(sums.sum + at, s[j]), add_to(sums.squares + at, q[j]);
     if constexpr (!Members::kAll) add_to(sums.members + at, n[j]);
+  }
+}
+
+/// Turns 4 rows of 4 elements, `columns` apart, into as many rows of a vector.
+NORMKIT_LOCAL void turn_tile(const float* from, std::int64_t columns, float* to) {
+  using Quad [[gnu::vector_size(16)]] = float;
+  constexpr int kWidth = kLanes<F32>;
+  Quad row[4];
+  for (int k = 0; k < 4; ++k) __builtin_memcpy(&row[k], from + k * columns, sizeof(Quad));
+  const Quad low = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
+  const Quad high = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+  const Quad next_low = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+  const Quad next_high = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+  const Quad column[4] = {
+      __builtin_shufflevector(low, next_low, 0, 1, 4, 5), __builtin_shufflevector(low, next_low, 2, 3, 6, 7),
+      __builtin_shufflevector(high, next_high, 0, 1, 4, 5), __builtin_shufflevector(high, next_high, 2, 3, 6, 7)};
+  for (int k = 0; k < 4; ++k) __builtin_memcpy(to + k * kWidth, &column[k], sizeof(Quad));
+}
+/// Turns as many rows of `columns` elements, a multiple of 4, as a vector has lanes into `columns` vectors.
+[[gnu::noinline]] void turn(const float* from, std::int64_t columns, float* to) {
+  constexpr int kWidth = kLanes<F32>;
+  for (std::int64_t column = 0; column < columns; column += 4)
+    for (int row = 0; row < kWidth; row += 4)
+      turn_tile(from + row * columns + column, columns, to + column * kWidth + row);
+}
+[[gnu::noinline]] void turn(const double* from, std::int64_t columns, double* to) {
+  constexpr int kWidth = kLanes<F64>;
+  for (std::int64_t column = 0; column < columns; ++column)
+    for (int row = 0; row < kWidth; ++row) to[column * kWidth + row] = from[row * columns + column];
+}
+
+/// Elements of a few columns over as many blocks of steps as a vector has lanes, each lane with a block of its own, so that
+/// vectors are full, and the sums of a block are those that it has in a vector of many columns.
+template <class X> struct Turned {
+  using S = ScalarOf<X>;
+  static constexpr int kWidth = kLanes<VectorOf<X>>;
+  static constexpr std::int64_t kSteps = kWidth * kBlockSteps, kMost = kSteps * (kWidth - 1);
+  alignas(64) S value[kMost];
+
+  /// Takes steps that are `stride` apart, of n columns.
+  NORMKIT_LOCAL void read(const X* x, std::int64_t stride, std::int64_t n) {
+    alignas(64) X dense[kMost];
+    if (stride != n) {
+      for (std::int64_t step = 0; step < kSteps; ++step)
+        for (std::int64_t k = 0; k < n; ++k) dense[step * n + k] = x[step * stride + k];
+      x = dense;
+    } else {
+      for (std::int64_t line = 0; line < kSteps * n * static_cast<std::int64_t>(sizeof(X)); line += 64)
+        prefetch_second(reinterpret_cast<const char*>(x) + kBlockAhead + line);
+    }
+    if constexpr (__is_same(X, S)) {
+      turn(x, kBlockSteps * n, value);
+    } else {
+      alignas(64) S wide[kMost];
+      for (std::int64_t i = 0; i < kSteps * n; i += kWidth) normkit::store(wide + i, load(x + i));
+      turn(wide, kBlockSteps * n, value);
+    }
+  }
+  NORMKIT_LOCAL VectorOf<X> at(std::int64_t step, std::int64_t k, std::int64_t n) const {
+    return load(value + (step * n + k) * kWidth);
+  }
+};
+
+/// True where columns are so few that blocks of them are turned.
+template <class X> NORMKIT_LOCAL bool has_few_columns(const Task& t) {
+  return t.geometry.columns() < kLanes<VectorOf<X>> && !t.where.data;
+}
+
+/// Adds the sums of blocks, one a lane, to the sum of a column, one after the other.
+template <class V> NORMKIT_LOCAL void add_lanes(double* sum, V v) {
+  alignas(64) decltype(normkit::sum(v)) lane[kLanes<V>];
+  store(lane, v);
+  double total = *sum;
+  for (int k = 0; k < kLanes<V>; ++k) total += static_cast<double>(lane[k]);
+  *sum = total;
+}
+
+/// Adds blocks of n columns, few, to their sums.
+template <class X, class Beside>
+NORMKIT_LOCAL void add_turned(const X* x, std::int64_t stride, std::int64_t n, PivotSums<ScalarOf<X>> sums,
+                              Beside& beside) {
+  using V = VectorOf<X>;
+  Turned<X> turned;
+  turned.read(x, stride, n);
+  for (std::int64_t k = 0; k < n; ++k) {
+    const V p = broadcast<V>(sums.pivot[k]);
+    V s = broadcast<V>(ScalarOf<X>(0)), q = s;
+    for (std::int64_t step = 0; step < kBlockSteps; ++step) {
+      if (step % kTile == 0) beside.block();
+      const V d = turned.at(step, k, n) - p;
+      s = s + d;
+      q = mul_add(d, d, q);
+    }
+    add_lanes(sums.sum + k, s), add_lanes(sums.squares + k, q);
   }
 }
 
@@ -247,7 +351,16 @@ NORMKIT_LOCAL void span_columns_beside(const Task& t, std::int64_t o, std::int64
   const std::int64_t ahead = block_ahead<X>(g, t.x);
   const bool scans = t.residual.data && t.where.data;  // the first members are looked for in the whole span
   if (scans) form_sum<X>(t, o, begin, 0, end - begin, 0, columns);
-  for_blocks(begin, end, [&](std::int64_t step, std::int64_t rows) NORMKIT_INLINE_LAMBDA {
+  std::int64_t turned = begin;
+  if (has_few_columns<X>(t))
+    for (; end - turned >= Turned<X>::kSteps; turned += Turned<X>::kSteps) {
+      const X* x = at<X>(t.x, o, turned, 0);
+      if (t.residual.data) form_sum<X>(t, o, turned, 0, Turned<X>::kSteps, 0, columns);
+      if (turned == begin && t.centered)
+        first_pivots(Tile<X>{x, t.x.strides.step, end - begin, columns}, Count<1>{}, sums.pivot, Everyone{});
+      add_turned(x, t.x.strides.step, columns, sums, beside);
+    }
+  for_blocks(turned, end, [&](std::int64_t step, std::int64_t rows) NORMKIT_INLINE_LAMBDA {
     if (t.residual.data && !scans) form_sum<X>(t, o, step, 0, rows, 0, columns);
     for_tiles<X>(columns, [&](auto vectors, std::int64_t k, std::int64_t n) NORMKIT_INLINE_LAMBDA {
       const Tile<X> tile{at<X>(t.x, o, step, 0) + k, t.x.strides.step, rows, n, ahead};
@@ -543,7 +656,7 @@ template <class X, class Y> void lanes_forward(const Task& t, std::int64_t begin
 template <class X>
 void lanes_forward_sums(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
   const Chunks c = chunks_of(t.geometry, Traversal::lanes);
-  const std::int64_t columns = array_of_columns(t.geometry);
+  const std::int64_t columns = whole_vectors(t.geometry.columns());
   for (std::int64_t unit = begin; unit < end; ++unit)
     span_columns<X>(t, unit / c.spans, unit % c.spans, scratch,
                     ColumnMoments(t.partials + 3 * columns * unit, columns));
@@ -551,12 +664,12 @@ void lanes_forward_sums(const Task& t, std::int64_t begin, std::int64_t end, dou
 
 template <class X> void lanes_forward_finish(const Task& t, std::int64_t begin, std::int64_t end) {
   const Chunks c = chunks_of(t.geometry, Traversal::lanes);
-  const std::int64_t columns = array_of_columns(t.geometry);
+  const std::int64_t columns = array_of_columns(t.geometry), of_part = whole_vectors(t.geometry.columns());
   for (std::int64_t o = begin; o < end; ++o) {
-    double* part = t.partials + 3 * columns * o * c.spans;
-    const ColumnMoments all(part, columns);
+    double* part = t.partials + 3 * of_part * o * c.spans;
+    const ColumnMoments all(part, of_part);
     for (std::int64_t span = 1; span < (t.frozen ? 0 : c.spans); ++span)
-      merge_columns(all, ColumnMoments(part + 3 * columns * span, columns), t.geometry.columns());
+      merge_columns(all, ColumnMoments(part + 3 * of_part * span, of_part), t.geometry.columns());
     lanes_finish(t, o, all, Table<ScalarOf<X>>(t.solved + kTableColumns * columns * o, columns));
   }
 }

@@ -81,6 +81,26 @@ NORMKIT_LOCAL void add_block(const Task& t, std::int64_t o, std::int64_t step, s
   }
 }
 
+/// Adds blocks of n columns, few, to their sums.
+template <class X>
+[[gnu::noinline]] void add_turned(const X* x, std::int64_t x_stride, const X* dy, std::int64_t dy_stride,
+                                  std::int64_t n, const ScalarOf<X>* mean, ColumnSums out) {
+  using V = VectorOf<X>;
+  Turned<X> turned_x, turned_dy;
+  turned_x.read(x, x_stride, n), turned_dy.read(dy, dy_stride, n);
+  for (std::int64_t k = 0; k < n; ++k) {
+    const V m = broadcast<V>(mean[k]), zero = broadcast<V>(ScalarOf<X>(0));
+    Sums<V> s{zero, zero, zero};
+    for (std::int64_t step = 0; step < kBlockSteps; ++step) {
+      const V dz = turned_dy.at(step, k, n), d = turned_x.at(step, k, n) - m;
+      s.g = s.g + dz;
+      s.gx = mul_add(dz, d, s.gx);
+      s.d = s.d + d;
+    }
+    add_lanes(out.g + k, s.g), add_lanes(out.gx + k, s.gx), add_lanes(out.d + k, s.d);
+  }
+}
+
 /// Sums over one span.
 template <class X>
 void span_column_sums(const Task& t, std::int64_t o, std::int64_t span, Known<ScalarOf<X>> known, ColumnSums sums) {
@@ -91,7 +111,12 @@ void span_column_sums(const Task& t, std::int64_t o, std::int64_t span, Known<Sc
     sums.n[k] = t.where.data ? 0 : static_cast<double>(end - begin);
   }
   const bool detailed = has_detailed_sums(t) || !constant_in_column(g);
-  for_blocks(begin, end, [&](std::int64_t step, std::int64_t rows) {
+  std::int64_t turned = begin;
+  if (!detailed && has_few_columns<X>(t))
+    for (; end - turned >= Turned<X>::kSteps; turned += Turned<X>::kSteps)
+      add_turned(at<X>(t.x, o, turned, 0), t.x.strides.step, at<X>(t.dy, o, turned, 0), t.dy.strides.step, g.columns(),
+                 known.mean, sums);
+  for_blocks(turned, end, [&](std::int64_t step, std::int64_t rows) {
     for_tiles<X>(g.columns(), [&](auto vectors, std::int64_t k, std::int64_t n) {
       if (detailed) add_block<true, X>(t, o, step, rows, k, n, known, vectors, sums);
       else add_block<false, X>(t, o, step, rows, k, n, known, vectors, sums);
@@ -272,21 +297,21 @@ template <class X> void lanes_backward(const Task& t, std::int64_t begin, std::i
 template <class X>
 void lanes_backward_sums(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
   const Chunks c = chunks_of(t.geometry, Traversal::lanes);
-  const std::int64_t columns = array_of_columns(t.geometry);
+  const std::int64_t columns = array_of_columns(t.geometry), of_part = whole_vectors(t.geometry.columns());
   for (std::int64_t unit = begin; unit < end; ++unit)
     span_column_sums<X>(t, unit / c.spans, unit % c.spans,
                         know(t, unit / c.spans, Table<ScalarOf<X>>(scratch, columns)),
-                        ColumnSums(t.partials + 4 * columns * unit, columns));
+                        ColumnSums(t.partials + 4 * of_part * unit, of_part));
 }
 
 template <class X> void lanes_backward_finish(const Task& t, std::int64_t begin, std::int64_t end) {
   const Chunks c = chunks_of(t.geometry, Traversal::lanes);
-  const std::int64_t columns = array_of_columns(t.geometry);
+  const std::int64_t columns = array_of_columns(t.geometry), of_part = whole_vectors(t.geometry.columns());
   for (std::int64_t o = begin; o < end; ++o) {
-    double* part = t.partials + 4 * columns * o * c.spans;
-    const ColumnSums sums(part, columns);
+    double* part = t.partials + 4 * of_part * o * c.spans;
+    const ColumnSums sums(part, of_part);
     for (std::int64_t span = 1; span < (t.phase == Phase::apply ? 0 : c.spans); ++span)
-      add_columns(sums, ColumnSums(part + 4 * columns * span, columns), t.geometry.columns());
+      add_columns(sums, ColumnSums(part + 4 * of_part * span, of_part), t.geometry.columns());
     const Table<ScalarOf<X>> table(t.solved + kTableColumns * columns * o, columns);
     know(t, o, table);
     lanes_solve(t, o, sums, table);

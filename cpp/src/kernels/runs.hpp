@@ -161,7 +161,8 @@ template <class X, class Members, class Beside>
                            masked(members));
 }
 
-/// The mean of the first vector of a chunk, or, with a mask, a member: near enough to the mean of the chunk, as a rule.
+/// The mean of the first vector of a chunk, or of its members, or, where it has none, a member: near enough to the mean of
+/// the chunk, as a rule.
 template <class X> NORMKIT_LOCAL ScalarOf<X> first_pivot(const X* x, std::int64_t, std::int64_t, std::int64_t n,
                                                          Everyone) {
   constexpr int kWidth = kLanes<VectorOf<X>>;
@@ -171,10 +172,9 @@ template <class X> NORMKIT_LOCAL ScalarOf<X> first_pivot(const X* x, std::int64_
 template <class X>
 ScalarOf<X> first_pivot(const X* x, std::int64_t stride, std::int64_t rows, std::int64_t n, const Masked& members) {
   using V = VectorOf<X>;
-  if (n >= kLanes<V>) {
-    const auto count = sum(members.only(Full{0}, broadcast<V>(ScalarOf<X>(1))));
-    if (count > 0) return sum(members.only(Full{0}, load(x))) / count;
-  }
+  const Part begin{0, static_cast<int>(least(n, kLanes<V>))};
+  const auto count = sum(members.keep(begin, broadcast<V>(ScalarOf<X>(1))));
+  if (count > 0) return sum(members.keep(begin, begin.load(x))) * (ScalarOf<X>(1) / count);
   return first(load(members.first(x, stride, rows, n), 1));
 }
 

@@ -118,16 +118,17 @@ template <class X>
   multiply_by_slopes(z.activation, z.slopes ? z.slopes + begin : nullptr, z_value, reaching, n);
 }
 
-/// chunk_sums() where a mask or an activation has its say. An element that no gradient reaches adds nothing, even where
+/// add_segments() where a mask or an activation has its say. An element that no gradient reaches adds nothing, even where
 /// it is NaN, as an element that is no member may be.
 template <class X>
-[[gnu::noinline]] Sums<double> detailed_sums(const Task& t, const X* dy, const X* x, std::int64_t rows, std::int64_t n,
-                                             ScalarOf<X> mean, const Preactivation<X>& z, Masked members) {
+[[gnu::noinline]] void add_detailed(LaneSums<X>& sums, const Task& t, const X* dy, const X* x, std::int64_t rows,
+                                    std::int64_t n, ScalarOf<X> mean, const Preactivation<X>& z, Masked members) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
-  const V m = broadcast<V>(mean), zero = broadcast<V>(S(0));
+  constexpr int kWidth = kLanes<V>;
+  const V m = broadcast<V>(mean);
   const bool curved = is_curved(t.activation);
-  Sums<V> s{zero, zero, zero};
+  const std::int64_t in_turn = n / (4 * kWidth) * (4 * kWidth), whole = n / kWidth * kWidth;
   alignas(64) S reaching[kBuffer];
   for (std::int64_t row = 0; row < rows; ++row, x += t.x.strides.step, dy += t.dy.strides.step, members.next_row())
     for (std::int64_t begin = 0; begin < n; begin += kBuffer) {
@@ -142,12 +143,12 @@ template <class X>
         if (curved) g = place.load(static_cast<const S*>(reaching));
         else g = incoming(t, z, here, dy, x_v);
         if (z.weight) g = g * here.load(z.weight);
+        Sums<V>& s = sums.half[here.i < in_turn ? here.i / kWidth % 2 : here.i >= whole];
         s.g = s.g + place.keep(g);
         s.gx = mul_add(place.keep(g), where(g, d), s.gx);
         s.d = s.d + members.keep(here, d);
       });
     }
-  return {static_cast<double>(sum(s.g)), static_cast<double>(sum(s.gx)), static_cast<double>(sum(s.d))};
 }
 
 /// How many bytes ahead sums fetch: fewer if outputs are written beside them.
@@ -166,9 +167,11 @@ Sums<double> piece_sums(const Task& t, Range range, Piece piece, Statistic<Scala
   const X* x = at<X>(t.x, range.o, range.step, range.lane) + piece.begin;
   const X* dy = at<X>(t.dy, range.o, range.step, range.lane) + piece.begin;
   if (has_detailed_sums(t)) {
+    LaneSums<X> sums;
     const Preactivation<X> z = activation_input<X>(t, piece, s, params);
     const Masked members = members_at(t, range.o, range.step, range.lane, piece.begin);
-    return detailed_sums(t, dy, x, range.rows, piece.n, s.mean, z, members);
+    add_detailed(sums, t, dy, x, range.rows, piece.n, s.mean, z, members);
+    return sums.total();
   }
   return chunk_sums(dy, t.dy.strides.step, x, t.x.strides.step, range.rows, piece.n, s.mean,
                     ahead_while_summing(t, beside), beside);
@@ -181,13 +184,19 @@ template <class X>
   const X* x = at<X>(t.x, range.o, range.step, range.lane);
   const X* dy = at<X>(t.dy, range.o, range.step, range.lane);
   const std::int64_t ahead = ahead_while_summing(t, beside), n = range.end - range.begin;
-  if (!t.weight.data) return chunk_sums(dy + range.begin, 0, x + range.begin, 0, 1, n, s.mean, ahead, beside);
-  ParamBuffer<ScalarOf<X>> weights;
+  const bool detailed = has_detailed_sums(t);
+  if (!t.weight.data && !detailed)
+    return chunk_sums(dy + range.begin, 0, x + range.begin, 0, 1, n, s.mean, ahead, beside);
+  ParamBuffers<ScalarOf<X>> params;
   LaneSums<X> sums;
   const std::int64_t offset = t.geometry.offset(range.o, range.step, range.lane, 0);
   for_pieces(t, range.o, offset, range.begin, range.end, kBuffer, [&](Piece piece) {
+    if (detailed)
+      return add_detailed(sums, t, dy + piece.begin, x + piece.begin, 1, piece.n, s.mean,
+                          activation_input<X>(t, piece, s, params),
+                          members_at(t, range.o, range.step, range.lane, piece.begin));
     add_segments<X, true>(sums, dy + piece.begin, 0, x + piece.begin, 0, 1, piece.n, s.mean,
-                          weights.read(t.weight, piece.parameter, piece.n, 1), ahead, beside);
+                          params.weights.read(t.weight, piece.parameter, piece.n, 1), ahead, beside);
   });
   return sums.total();
 }
@@ -198,7 +207,7 @@ template <class X, class Beside>
 Sums<double> piecewise_sums(const Task& t, Range range, Statistic<ScalarOf<X>> s, Beside& beside) {
   const Geometry& g = t.geometry;
   if constexpr (__is_same(Beside, Nothing))  // what has weights along a run is never overlapped, see overlaps()
-    if (follows_elements(g) && !has_detailed_sums(t)) return sums_along<X>(t, range, s, beside);
+    if (follows_elements(g)) return sums_along<X>(t, range, s, beside);
   ParamBuffers<ScalarOf<X>> params;
   Sums<double> total{0, 0, 0};
   const std::int64_t offset = g.offset(range.o, range.step, range.lane, 0);

@@ -1,0 +1,139 @@
+#include "views.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+
+namespace normkit {
+namespace {
+
+/// Rows and columns of elements, the steps between them in bytes.
+struct Lattice { std::int64_t row, column; };
+
+/// Copies elements of kBytes bytes. Steps that the compiler knows make the loop one of vectors.
+template <int kBytes>
+void copy_row(std::byte* to, auto to_step, const std::byte* from, auto from_step, std::int64_t columns) {
+  for (std::int64_t k = 0; k < columns; ++k) std::memcpy(to + k * to_step, from + k * from_step, kBytes);
+}
+
+/// Bytes that copies of rows run ahead: rows that are far apart are not foreseen.
+constexpr std::int64_t kRowsAhead = 4096;
+
+/// Copies rows x columns elements of kBytes bytes each; the columns of one side are dense.
+template <int kBytes>
+void copy_lattice(std::byte* to, Lattice to_step, const std::byte* from, Lattice from_step, std::int64_t rows,
+                  std::int64_t columns) {
+  constexpr std::integral_constant<std::int64_t, kBytes> dense;
+  const std::int64_t row_bytes = columns * from_step.column;
+  const std::int64_t ahead = row_bytes <= 0 || row_bytes >= kRowsAhead ? 0 : kRowsAhead / row_bytes * from_step.row;
+  for (std::int64_t row = 0; row < rows; ++row, to += to_step.row, from += from_step.row) {
+    const auto gathered = [&](auto step) { copy_row<kBytes>(to, dense, from, step, columns); };
+    if (ahead)
+      for (std::int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(from + ahead + byte);
+    if (to_step.column != kBytes) copy_row<kBytes>(to, to_step.column, from, dense, columns);
+    else if (from_step.column == kBytes) std::memcpy(to, from, static_cast<std::size_t>(columns) * kBytes);
+    else if (from_step.column == -kBytes) gathered(std::integral_constant<std::int64_t, -kBytes>());
+    else if (from_step.column == 0) gathered(std::integral_constant<std::int64_t, 0>());
+    else if (from_step.column == 2 * kBytes) gathered(std::integral_constant<std::int64_t, 2 * kBytes>());
+    else gathered(from_step.column);
+  }
+}
+
+/// Copies a lattice one side of which is dense. Where the other one's columns are further apart than its rows, a few rows
+/// are walked at a time, so that what shares a line of memory is copied together.
+template <int kBytes>
+void copy_block(std::byte* to, Lattice to_step, const std::byte* from, Lattice from_step, std::int64_t rows,
+                std::int64_t columns) {
+  const auto wide = [](Lattice s) { return std::abs(s.column) > std::abs(s.row); };
+  if (rows == 1 || !(wide(to_step) || wide(from_step)))
+    return copy_lattice<kBytes>(to, to_step, from, from_step, rows, columns);
+  constexpr std::int64_t kTile = 64 / kBytes;
+  for (std::int64_t row = 0; row < rows; row += kTile)
+    for (std::int64_t column = 0; column < columns; column += kTile) {
+      std::byte* const tile = to + row * to_step.row + column * to_step.column;
+      const std::byte* const seen = from + row * from_step.row + column * from_step.column;
+      copy_lattice<kBytes>(tile, to_step, seen, from_step, std::min(kTile, rows - row),
+                           std::min(kTile, columns - column));
+    }
+}
+
+/// Calls f(place of the array in bytes, place in dense memory in bytes, step of a row, rows, columns) for the elements
+/// [first, first + count) of an array, as many rows of the fastest axis at a time as lie evenly.
+template <class F> void for_blocks(const View& view, std::int64_t first, std::int64_t count, F f) {
+  const std::size_t axes = view.axes.size();
+  std::array<std::int64_t, kMaxAxes> index;
+  std::int64_t place = 0;
+  for (std::size_t axis = axes, rest = static_cast<std::size_t>(first); axis-- > 0;) {
+    const auto extent = static_cast<std::size_t>(view.axes[axis].extent);
+    index[axis] = static_cast<std::int64_t>(rest % extent), rest /= extent;
+    place += index[axis] * view.axes[axis].stride;
+  }
+  const std::size_t column = axes - 1;
+  const std::int64_t columns = view.axes[column].extent;
+  for (std::int64_t done = 0; done < count;) {
+    std::int64_t rows = 1, n = std::min(columns - index[column], count - done);
+    if (axes > 1 && n == columns)
+      rows = std::min(view.axes[axes - 2].extent - index[axes - 2], (count - done) / columns);
+    f(place, done * view.element_bytes, axes > 1 ? view.axes[axes - 2].stride : 0, rows, n);
+    done += rows * n;
+    // The next index: the columns end here, or all that is asked for does.
+    place -= index[column] * view.axes[column].stride;
+    index[column] = 0;
+    if (axes == 1) continue;
+    index[axes - 2] += rows, place += rows * view.axes[axes - 2].stride;
+    for (std::size_t axis = axes - 2; axis > 0 && index[axis] == view.axes[axis].extent; --axis) {
+      place += view.axes[axis - 1].stride - index[axis] * view.axes[axis].stride;
+      index[axis] = 0, ++index[axis - 1];
+    }
+  }
+}
+
+/// Calls f with the size of an element, as a type.
+template <class F> void visit_bytes(std::int64_t bytes, F f) {
+  switch (bytes) {
+    case 1: return f(std::integral_constant<int, 1>());
+    case 2: return f(std::integral_constant<int, 2>());
+    case 4: return f(std::integral_constant<int, 4>());
+    default: return f(std::integral_constant<int, 8>());
+  }
+}
+
+}  // namespace
+
+View view_along(const AxisOrder& order, std::span<const std::int64_t> shape, std::span<const std::int64_t> strides,
+                std::int64_t element_bytes) {
+  View view{element_bytes, {}};
+  for (int at = 0; at < order.count; ++at) {
+    const int axis = order.axis[at];
+    const View::Axis here{shape[axis], strides[axis]};
+    if (!view.axes.empty() && view.axes.back().stride == here.extent * here.stride)
+      view.axes.back() = {view.axes.back().extent * here.extent, here.stride};
+    else view.axes.push_back(here);
+  }
+  if (view.axes.empty()) view.axes.push_back({1, element_bytes});
+  return view;
+}
+
+void gather(const View& view, const std::byte* array, std::int64_t first, std::int64_t count, std::byte* to) {
+  visit_bytes(view.element_bytes, [&](auto bytes) {
+    const Lattice dense{view.axes.back().extent * bytes, bytes};
+    for_blocks(view, first, count,
+               [&](std::int64_t place, std::int64_t at, std::int64_t row, std::int64_t rows, std::int64_t columns) {
+      copy_block<bytes>(to + at, dense, array + place, {row, view.axes.back().stride}, rows, columns);
+    });
+  });
+}
+
+void scatter(const View& view, std::byte* array, std::int64_t first, std::int64_t count, const std::byte* from) {
+  visit_bytes(view.element_bytes, [&](auto bytes) {
+    const Lattice dense{view.axes.back().extent * bytes, bytes};
+    for_blocks(view, first, count,
+               [&](std::int64_t place, std::int64_t at, std::int64_t row, std::int64_t rows, std::int64_t columns) {
+      copy_block<bytes>(array + place, {row, view.axes.back().stride}, from + at, dense, rows, columns);
+    });
+  });
+}
+
+}  // namespace normkit

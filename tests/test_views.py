@@ -1,0 +1,202 @@
+"""Arrays that are not dense, and masks that name everyone, have the bits of what they stand for."""
+
+import tracemalloc
+from pathlib import Path
+
+import normkit as nk
+import numpy as np
+import pytest
+from cases import DTYPES, INTEGERS, ON_GPU, bits, uniform
+from reference import REGISTRY
+
+SHAPES = {"small": (4, 6, 9, 20), "spans": (3, 7, 41, 263), "narrow": (5, 3, 40, 70)}
+# The axes from the slowest to the fastest.
+ORDERS = {"first": (0, 1, 2, 3), "last": (0, 2, 3, 1), "innermost-batch": (1, 2, 3, 0), "mixed": (2, 0, 3, 1)}
+CUTS = {
+    "crop": np.s_[1:, 1:, 2:-2, 3:-1],
+    "columns": np.s_[..., 3:-1],
+    "rows": np.s_[:, :, 2:-2],
+    "every-second-row": np.s_[:, :, ::2],
+    "every-third-column": np.s_[..., ::3],
+    "every-second-channel": np.s_[:, ::2],
+    "every-second-image": np.s_[::2],
+    "images": np.s_[1:3],
+    "rows-flipped": np.s_[:, :, ::-1],
+    "columns-flipped": np.s_[..., ::-1],
+    "channels-flipped": np.s_[:, ::-1],
+    "three-channels": np.s_[:, :3],
+    "one-channel": np.s_[:, 1:2],
+}
+AXES = [(2, 3), (1, 2, 3), (1,), (0, 2, 3), (3,), (2,), (0, 1), (0,), (1, 2), (0, 3)]
+
+
+@pytest.fixture(params=SHAPES.values(), ids=SHAPES)
+def shape(request):
+    return request.param
+
+
+@pytest.fixture(params=ORDERS.values(), ids=ORDERS)
+def order(request):
+    return request.param
+
+
+@pytest.fixture(params=CUTS.values(), ids=CUTS)
+def cut(request):
+    return request.param
+
+
+def seen(rng, shape, dtype, order, cut):
+    """A part of an array whose axes lie in this order."""
+    lying = uniform(rng, tuple(shape[a] for a in order), dtype)
+    return lying.transpose(np.argsort(order))[cut]
+
+
+def copied(a):
+    """Dense, in the same order of memory."""
+    return np.copy(a, order="K")
+
+
+@pytest.mark.parametrize("dtype", (DTYPES | INTEGERS).values(), ids=DTYPES | INTEGERS)
+@pytest.mark.parametrize("axis", AXES, ids=str)
+def test_view_is_its_dense_copy(axis, order, cut, dtype, shape, isa, rng):
+    x = seen(rng, shape, dtype, order, cut)
+    found, same = nk.moments(x, axis=axis), nk.moments(copied(x), axis=axis)
+    assert bits(found.mean) == bits(same.mean)
+    assert bits(found.m2) == bits(same.m2)
+    weight = rng.standard_normal(x.shape[1]).reshape(-1, 1, 1).astype(np.float32)
+    for w in (None, weight):
+        assert bits(nk.normalize(x, w, w, axis=axis)) == bits(nk.normalize(copied(x), w, w, axis=axis))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("op", REGISTRY, ids=repr)
+def test_view_is_its_dense_copy_in_every_operation(op, order, cut, dtype, shape, isa, rng):
+    arrays = x, dy, residual, dresidual = [seen(rng, shape, dtype, order, cut) for _ in range(4)]
+    where = seen(rng, shape, np.float32, order, cut) < 0.6
+    dense_x, dense_dy, dense_residual, dense_dresidual = map(copied, arrays)
+    weight = rng.standard_normal(op.weight_shape(x.shape, "channel")).astype(np.float32)
+    found = op.statistics(x, weight=weight)
+    same = op.statistics(dense_x, weight=weight)
+    assert bits(found[0]) == bits(same[0])
+    assert bits(found[2]) == bits(same[2])
+    y = op.forward(x, weight, residual=residual, activation="silu")
+    assert bits(y) == bits(op.forward(dense_x, weight, residual=dense_residual, activation="silu"))
+    assert bits(op.forward(x, weight, where=where)) == bits(op.forward(dense_x, weight, where=copied(where)))
+    options = {"dresidual": dresidual, "where": where}
+    dense_options = {"dresidual": dense_dresidual, "where": copied(where)}
+    for w in (None, weight):
+        for given, dense_given in (({}, {}), (options, dense_options)):
+            gradients = op.backward(dy, x, *found[1:], w, **given)
+            for a, b in zip(gradients, op.backward(dense_dy, dense_x, *found[1:], w, **dense_given), strict=True):
+                assert bits(a) == bits(b)
+
+
+@pytest.mark.parametrize("elsewhere", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("axis", AXES, ids=str)
+def test_only_x_decides_the_order_of_sums(axis, elsewhere, order, dtype_of_out, isa, rng):
+    """Where `out`, `dy` and a residual lie changes no bit, and nor does what they are part of."""
+    dtype, out_dtype = dtype_of_out
+    shape = SHAPES["small"]
+    x, dy, residual = (seen(rng, shape, dtype, order, ...) for _ in range(3))
+    y, mean, rstd = nk.normalize(x, axis=axis, return_stats=True, out_dtype=out_dtype)
+    out = seen(rng, (4, 6, 9, 25), np.dtype(out_dtype), elsewhere, np.s_[..., :20])
+    assert bits(nk.normalize(x, axis=axis, out=out, out_dtype=out_dtype)) == bits(y)
+    other = seen(rng, (4, 6, 9, 25), dtype, elsewhere, np.s_[..., :20])
+    other[...] = residual
+    added = nk.normalize(x, axis=axis, residual=residual)
+    assert bits(nk.normalize(x, axis=axis, residual=other)) == bits(added)
+    other[...] = dy
+    gradients = nk.normalize_backward(dy, x, mean, rstd, axis=axis)
+    for a, b in zip(nk.normalize_backward(other, x, mean, rstd, axis=axis), gradients, strict=True):
+        assert bits(a) == bits(b)
+
+
+@pytest.fixture(params=[("float32", "float32"), ("float16", "float32"), ("float64", "float64")], ids="-".join)
+def dtype_of_out(request):
+    dtype, out = request.param
+    return np.dtype(dtype), out
+
+
+@pytest.mark.parametrize("kind", ["none", "axis", "channel", "pixel"])
+@pytest.mark.parametrize("axis", AXES, ids=str)
+def test_statistics_do_not_depend_on_weights(axis, order, kind, shape, rng):
+    x = seen(rng, shape, np.float32, order, ...)
+    varies = {"none": (), "axis": axis, "channel": (1,), "pixel": range(4)}[kind]
+    weight = rng.standard_normal([n if a in varies else 1 for a, n in enumerate(shape)]).astype(np.float32)
+    y, mean, rstd = nk.normalize(x, weight, axis=axis, return_stats=True)
+    _, *same = nk.normalize(x, axis=axis, return_stats=True)
+    assert [bits(mean), bits(rstd)] == [bits(s) for s in same]
+    m = nk.moments(x, axis=axis)
+    assert bits(nk.apply(x, m.mean, m.rstd(), weight, axis=axis)) == bits(y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("op", REGISTRY, ids=repr)
+def test_mask_of_everyone_is_none(op, order, dtype, shape, isa, rng):
+    x, dy = (seen(rng, shape, dtype, order, ...) for _ in range(2))
+    weight = rng.standard_normal(op.weight_shape(shape, "channel")).astype(np.float32)
+    found = op.statistics(x, weight=weight)
+    for where in (np.ones(shape, bool), np.ones((1, 1, *shape[2:]), bool)):
+        same = op.statistics(x, weight=weight, where=where)
+        assert [bits(a) for a in same if a is not None] == [bits(a) for a in found if a is not None]
+        for w in (None, weight):
+            gradients = op.backward(dy, x, *found[1:], w)
+            for a, b in zip(op.backward(dy, x, *found[1:], w, where=where), gradients, strict=True):
+                assert bits(a) == bits(b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("more", [1, 30, 600])
+@pytest.mark.parametrize("steps", [2, 3, 4, 17, 520])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["lanes", "runs"])
+def test_padding_changes_nothing(order, steps, more, dtype, isa, rng):
+    """Padding at the end of the slowest reduced axis, which a mask leaves out. Runs: of members that lie together."""
+    shape = (steps, 5, 3) if order == (0, 1) else (steps, 3, 70)
+    axis = 0 if order == (0, 1) else (0, 2)
+    x, dy = uniform(rng, shape, dtype), uniform(rng, shape, dtype)
+    padded = [np.concatenate([a, np.full((more, *shape[1:]), np.nan, dtype)]) for a in (x, dy)]
+    padded[1][steps:] = 0
+    where = np.arange(steps + more).reshape(-1, 1, 1) < steps
+    y, mean, rstd = nk.normalize(x, axis=axis, return_stats=True)
+    found, *same = nk.normalize(padded[0], axis=axis, where=where, return_stats=True)
+    assert [bits(s) for s in same] == [bits(mean), bits(rstd)]
+    assert bits(found[:steps]) == bits(y)
+    dx, dweight, _ = nk.normalize_backward(dy, x, mean, rstd, axis=axis)
+    gradients = nk.normalize_backward(padded[1], padded[0], mean, rstd, axis=axis, where=where)
+    assert bits(gradients[0][:steps]) == bits(dx)
+    assert bits(gradients[1][:steps]) == bits(dweight)
+
+
+def peak_bytes():
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) << 10
+    return None
+
+
+@pytest.mark.skipif(ON_GPU, reason="a GPU packs arrays")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is Linux's to tell")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("cut", ["crop", "every-third-column", "columns-flipped", "every-second-channel"])
+@pytest.mark.parametrize("order", ["first", "last"])
+@pytest.mark.parametrize("axis", [(2, 3), (1, 2, 3), (0, 2, 3)], ids=str)
+def test_no_array_is_copied_whole(axis, order, cut, threads, rng):
+    shape = (8, 6, 400, 300)
+    x, dy, out, dx = (seen(rng, shape, np.float32, ORDERS[order], CUTS[cut]) for _ in range(4))
+    _, mean, rstd = nk.normalize(x, axis=axis, return_stats=True)
+
+    def call():
+        nk.normalize(x, axis=axis, out=out)
+        nk.normalize_backward(dy, x, mean, rstd, axis=axis, need=("dx",), out=dx)
+
+    with nk.num_threads(threads):
+        call()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = peak_bytes()
+        tracemalloc.start()
+        try:
+            call()
+            assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        finally:
+            tracemalloc.stop()
+    assert peak_bytes() - before < threads << 20 < x.nbytes
