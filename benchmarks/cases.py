@@ -1,11 +1,21 @@
 """Every case that is measured: a normalization, a shape, a dtype, a layout, a direction."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 Shape = tuple[int, ...]
 HALVES = ("float16", "bfloat16")
 ACTIVATIONS = ("relu", "silu")
+# Parts of larger arrays, and arrays in another order, by the name of an option: the shape of the array in memory, from
+# that of what is seen, and what is seen of it.
+VIEWS: dict[str, tuple[Callable[[Shape], Shape], Callable[[Any], Any]]] = {
+    "crop": (lambda s: (*s[:-2], s[-2] + 16, s[-1] + 16), lambda a: a[..., 8:-8, 8:-8]),
+    "step": (lambda s: (*s[:-1], 2 * s[-1]), lambda a: a[..., ::2]),
+    "flip": (lambda s: s, lambda a: a[..., ::-1]),
+    "swap": (lambda s: (s[0], s[2], s[1], *s[3:]), lambda a: a.swapaxes(1, 2)),
+}
 
 
 @dataclass(frozen=True)
@@ -19,7 +29,7 @@ class Case:
     channels_last: bool = False
     direction: str = "forward"
     groups: int = 0
-    option: str = ""  # an activation, residual, or where: the frames of a batch that are no padding
+    option: str = ""  # an activation, residual, a view of x, or where: the frames of a batch that are no padding
     smoke: bool = False
 
     def __str__(self) -> str:
@@ -128,6 +138,8 @@ FORWARD = [
     *(Case("instance", (8, 64, 128, 128), option=activation) for activation in ACTIVATIONS),
     *(Case(*case, option="residual") for case in (("instance", (16, 256, 32, 32)), ("layer", (4096, 768)))),
     Case("instance", (8, 128, 16000), option="where"),
+    *(Case("instance", (8, 64, 128, 128), option=view) for view in VIEWS),
+    *(Case("instance", (8, channels, 512, 512), channels_last=True) for channels in (3, 8)),
 ]
 
 BACKWARD = [

@@ -17,7 +17,7 @@ from typing import Any
 import limits
 import normkit
 import numpy as np
-from cases import ACTIVATIONS, HALVES, Case
+from cases import ACTIVATIONS, HALVES, VIEWS, Case
 from workload import EPS, Workload
 
 Call = Callable[[int], Any]
@@ -75,7 +75,7 @@ class Normkit(Rival):
     """normkit, which writes into given outputs."""
 
     name, package = "normkit", "normkit"
-    options = (*ACTIVATIONS, "residual", "where")
+    options = (*ACTIVATIONS, *VIEWS, "residual", "where")
     given = True
 
     @contextmanager
@@ -205,6 +205,7 @@ class Formulas(Rival):
 
 class NumPy(Formulas):
     name, package, xp = "NumPy, two lines", "numpy", np
+    options = (*VIEWS, "where")
     threaded = False
     dtypes = ("float32", "float64", "float16")  # bfloat16 takes many times as long as anything else
 
@@ -267,7 +268,7 @@ class Torch(Rival):
     copy, so outputs are new."""
 
     name, package = "torch", "torch"
-    options = (*ACTIVATIONS, "residual")
+    options = (*ACTIVATIONS, *(view for view in VIEWS if view != "flip"), "residual")  # strides are not negative there
     lingers = 0.01
 
     def __init__(self) -> None:
@@ -311,7 +312,7 @@ class Torch(Rival):
         if option == "residual":
             arrays.append(self._seen(w, w.residual))
             return self._run(lambda x, residual, *p: function(x + residual, *p), arrays, *constants)
-        if option:
+        if option in ACTIVATIONS:
             activation = getattr(self.torch.nn.functional, option)
             return self._run(lambda *a: activation(function(*a)), arrays, *constants)
         return self._run(function, arrays, *constants)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cases import ACTIVATIONS, Case
+from cases import ACTIVATIONS, VIEWS, Case
 from limits import Limit
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # last, so that no module here is shadowed
@@ -75,7 +75,8 @@ class Workload:
         self.running_mean, self.running_var = rng.uniform(0.5, 1.5, (2, case.channels)).astype(compute)
 
     def _filled(self, rng: np.random.Generator, mean: float = 0.0) -> list[np.ndarray]:
-        first, *rest = arrays(self.sets, self.case.memory, self.dtype)
+        whole, seen = VIEWS.get(self.case.option, (tuple, np.asarray))
+        first, *rest = map(seen, arrays(self.sets, whole(self.case.memory), self.dtype))
         first[...] = rng.standard_normal(self.case.memory, np.float32) + np.float32(mean)
         for array in rest:
             array[...] = first
@@ -86,7 +87,8 @@ class Workload:
         self.y[k].view(np.uint8).fill(0xFF)
 
     def limit(self, threads: int) -> Limit:
-        return Limit(list(zip(*filter(len, (self.x, self.dy, self.residual, self.y)), strict=True)), threads)
+        x = self.x if self.x[0].flags.c_contiguous else arrays(self.sets, self.case.memory, self.dtype)
+        return Limit(list(zip(*filter(len, (x, self.dy, self.residual, self.y)), strict=True)), threads)
 
     def far(self, k: int) -> int:
         """The set that the limit takes when the contender takes set k: one that has left the cache."""

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-PLANNING = ("geometry", "arguments", "specs", "plan", "normkit")
+PLANNING = ("geometry", "views", "arguments", "specs", "policy", "plan", "normkit")
 SOURCES = {
     "launch": ROOT / "cuda/launch.cu",
     "float32": ROOT / "cuda/kernels.cu",

@@ -6,7 +6,7 @@ from pathlib import Path
 import normkit as nk
 import numpy as np
 import pytest
-from cases import DTYPES, INTEGERS, ON_GPU, bits, uniform
+from cases import DTYPES, ON_GPU, bits, uniform
 from reference import REGISTRY
 
 SHAPES = {"small": (4, 6, 9, 20), "spans": (3, 7, 41, 263), "narrow": (5, 3, 40, 70)}
@@ -56,9 +56,9 @@ def copied(a):
     return np.copy(a, order="K")
 
 
-@pytest.mark.parametrize("dtype", (DTYPES | INTEGERS).values(), ids=DTYPES | INTEGERS)
+@pytest.mark.parametrize("dtype", [*DTYPES.values(), np.dtype("uint8")], ids=str)
 @pytest.mark.parametrize("axis", AXES, ids=str)
-def test_view_is_its_dense_copy(axis, order, cut, dtype, shape, isa, rng):
+def test_view_is_its_dense_copy(axis, order, cut, dtype, shape, rng):
     x = seen(rng, shape, dtype, order, cut)
     found, same = nk.moments(x, axis=axis), nk.moments(copied(x), axis=axis)
     assert bits(found.mean) == bits(same.mean)
@@ -70,7 +70,8 @@ def test_view_is_its_dense_copy(axis, order, cut, dtype, shape, isa, rng):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
-def test_view_is_its_dense_copy_in_every_operation(op, order, cut, dtype, shape, isa, rng):
+@pytest.mark.parametrize("shape", [SHAPES["small"], SHAPES["spans"]], ids=["small", "spans"])
+def test_view_is_its_dense_copy_in_every_operation(op, order, cut, dtype, shape, rng):
     arrays = x, dy, residual, dresidual = [seen(rng, shape, dtype, order, cut) for _ in range(4)]
     where = seen(rng, shape, np.float32, order, cut) < 0.6
     dense_x, dense_dy, dense_residual, dense_dresidual = map(copied, arrays)
@@ -93,7 +94,7 @@ def test_view_is_its_dense_copy_in_every_operation(op, order, cut, dtype, shape,
 
 @pytest.mark.parametrize("elsewhere", ORDERS.values(), ids=ORDERS)
 @pytest.mark.parametrize("axis", AXES, ids=str)
-def test_only_x_decides_the_order_of_sums(axis, elsewhere, order, dtype_of_out, isa, rng):
+def test_only_x_decides_the_order_of_sums(axis, elsewhere, order, dtype_of_out, rng):
     """Where `out`, `dy` and a residual lie changes no bit, and nor does what they are part of."""
     dtype, out_dtype = dtype_of_out
     shape = SHAPES["small"]
@@ -132,7 +133,7 @@ def test_statistics_do_not_depend_on_weights(axis, order, kind, shape, rng):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
-def test_mask_of_everyone_is_none(op, order, dtype, shape, isa, rng):
+def test_mask_of_everyone_is_none(op, order, dtype, shape, rng):
     x, dy = (seen(rng, shape, dtype, order, ...) for _ in range(2))
     weight = rng.standard_normal(op.weight_shape(shape, "channel")).astype(np.float32)
     found = op.statistics(x, weight=weight)
@@ -149,7 +150,7 @@ def test_mask_of_everyone_is_none(op, order, dtype, shape, isa, rng):
 @pytest.mark.parametrize("more", [1, 30, 600])
 @pytest.mark.parametrize("steps", [2, 3, 4, 17, 520])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["lanes", "runs"])
-def test_padding_changes_nothing(order, steps, more, dtype, isa, rng):
+def test_padding_changes_nothing(order, steps, more, dtype, rng):
     """Padding at the end of the slowest reduced axis, which a mask leaves out. Runs: of members that lie together."""
     shape = (steps, 5, 3) if order == (0, 1) else (steps, 3, 70)
     axis = 0 if order == (0, 1) else (0, 2)

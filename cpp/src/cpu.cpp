@@ -555,6 +555,8 @@ void set_num_threads(int n) {
 
 void merge_moments(double* into, const double* from, std::int64_t n) { current_isa().merge(into, from, n); }
 
+bool takes_views() { return true; }
+
 std::size_t workspace_doubles(const Job& job) {
   Job copy = job;
   std::size_t most = 0;

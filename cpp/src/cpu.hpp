@@ -51,6 +51,9 @@ template <class F> void for_each_job(Job& job, F f) {
   f(job);
 }
 
+/// True where run() takes jobs whose arrays have views.
+bool takes_views();
+
 /// workspace_doubles() says how many doubles of workspace run() wants. `workspace` is aligned to 64 bytes.
 std::size_t workspace_doubles(const Job& job);
 void run(Job& job, double* workspace);

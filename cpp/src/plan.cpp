@@ -422,10 +422,10 @@ void put_dtypes(Seen& seen, const Plan& p, const Shapes& own, const Extents& str
   if (p.writes(kOut) && !fits(out, x)) seen.put_like_x(kOut, compute_dtype(x), strides, own.out_strides);
 }
 
-/// Has the arrays that kernels do not take as they lie be packed: dense, in the order in which they are walked.
-void pack(Seen& seen, const Plan& p, const Shapes& own, const Extents& strides) {
+/// Has arrays be packed: dense, in the order in which they are walked.
+void pack(Seen& seen, OperandMask packed, const Shapes& own, const Extents& strides) {
   const Array x = seen.args.x;
-  for (OperandMask left = p.gathered; left; left &= left - 1) {
+  for (OperandMask left = packed; left; left &= left - 1) {
     const OperandIndex k = static_cast<OperandIndex>(std::countr_zero(left));
     const Array& a = seen.args.*kOperandTable[k].array;
     const Dtype dtype = k == kWhere ? Dtype::boolean : a.present ? a.dtype : k == kOut ? own.out_dtype : x.dtype;
@@ -545,21 +545,19 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted, bool on
   }
   const bool adds_up_dy = p.writes(kDbias) && params.differ && !bias_counts(seen, op);
   if (adds_up_dy) p.makes &= ~operand_bit(kDbias);
-  put_dtypes(seen, p, shapes, walked.strides);
-  bool done = schedule(p, seen, blocks, walked);
-  const Shapes own = shapes;
-  const bool repeats = !done;
-  for (const AxisMask axes : {axes_to_repeat(params, blocks, walked), ~AxisMask{0}}) {
-    if (done) break;
+  Shapes own = shapes;
+  const auto attempt = [&](AxisMask repeated, OperandMask packed) {
     seen = Seen{args, spec, params};
     put_dtypes(seen, p, own, walked.strides);
-    repeat_params(seen, p, own, axes, walked.order);
-    done = schedule(p, seen, blocks, walked);
-  }
-  if (p.gathered && !(on_cpu && can_gather(p.job.task))) {
-    pack(seen, p, own, walked.strides);
-    schedule(p, seen, blocks, walked);
-  }
+    if (repeated) repeat_params(seen, p, own, repeated, walked.order);
+    pack(seen, packed, own, walked.strides);
+    return schedule(p, seen, blocks, walked);
+  };
+  AxisMask repeats = 0;
+  const bool suit = attempt(0, 0);
+  own = shapes;
+  if (!suit && !attempt(repeats = axes_to_repeat(params, blocks, walked), 0)) attempt(repeats = ~AxisMask{0}, 0);
+  if (p.gathered && !(on_cpu && takes_views() && can_gather(p.job.task))) attempt(repeats, p.gathered);
   if (repeats || !walked.is_memory_order) put_gradients_in_order(seen, p, own);
   if (adds_up_dy) seen.params = params, add_up_dy(seen, p);
   p.temporaries = std::move(seen.temporaries);

@@ -20,6 +20,8 @@ void run(Job& job, double* workspace) {
   cuda::run(job, workspace, nullptr, 0);
 }
 
+bool takes_views() { return false; }
+
 std::string isa() { return "shim"; }
 std::vector<std::string> isas() { return {"shim"}; }
 bool use_isa(const std::string& name) { return name == "shim"; }
