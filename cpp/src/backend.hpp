@@ -150,6 +150,10 @@ constexpr std::int64_t batch_rows(const Geometry& g, std::int64_t element_bytes)
   return row_bytes * most <= 32768 ? most : 32768 / row_bytes / 4 * 4;  // whole tiles
 }
 
+/// True where rows of x may go in batches to y: loops for all pairs of dtypes would be a tenth of the library, and bytes are
+/// what pictures are made of.
+constexpr bool goes_in_batches(Dtype x, Dtype y) { return x == y || x == Dtype::uint8; }
+
 /// Statistics whose parameter gradients are summed together, in ParamKind::row.
 inline constexpr std::int64_t kRowGroup = 64;
 constexpr std::int64_t row_groups(const Geometry& g) { return ceil_div(g.lanes, kRowGroup); }

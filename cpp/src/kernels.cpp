@@ -44,8 +44,11 @@ void forward(const Task& t, std::int64_t begin, std::int64_t end, double* scratc
   visit_output(t, [&](auto x, auto y) {
     using X = typename decltype(x)::type;
     using Y = typename decltype(y)::type;
-    if (t.traversal == Traversal::lanes) lanes_forward<X, Y>(t, begin, end, scratch);
-    else t.walk.batched ? batches_forward<X, Y>(t, begin, end) : runs_forward<X, Y>(t, begin, end);
+    if (t.traversal == Traversal::lanes) return lanes_forward<X, Y>(t, begin, end, scratch);
+    if constexpr (goes_in_batches(kDtypeOf<X>, kDtypeOf<Y>)) {
+      if (t.walk.batched) return batches_forward<X, Y>(t, begin, end);
+    }
+    runs_forward<X, Y>(t, begin, end);
   });
   if (t.walk.stream_stores) stream_fence();
 }

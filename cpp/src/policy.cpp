@@ -70,7 +70,8 @@ bool overlaps(const Task& t, const Operand& out, const Isa& isa) {
     return (!follows_elements(g) || (is_forward && can_hold_rows(isa.vectors))) && g.run >= kOverlappedRun &&
            g.members() * element_bytes <= overlapped_bytes();
   const bool dense = t.x.strides.step == g.columns() && out.strides.step == g.columns();
-  return is_forward && dense && g.outer > 1 && constant_in_column(g) &&
+  const bool is_turned = g.columns() < (t.x.dtype == Dtype::float64 ? 8 : 16);  // few columns are summed another way
+  return is_forward && dense && !is_turned && g.outer > 1 && constant_in_column(g) &&
          g.steps * g.columns() * element_bytes <= overlapped_bytes();
 }
 
@@ -97,7 +98,8 @@ bool has_batches(const Task& t, const Operand& out, const Walk& walk) {
   const Geometry& g = t.geometry;
   const int element_bytes = size_of(t.x.dtype);
   const bool weighs = weighs_elements(g);
-  if (!is_plain(t) || !out.data || batch_rows(g, element_bytes) == 0 || !(weighs || constant_in_statistic(g)))
+  if (!is_plain(t) || !out.data || !goes_in_batches(t.x.dtype, out.dtype) || batch_rows(g, element_bytes) == 0 ||
+      !(weighs || constant_in_statistic(g)))
     return false;
   // Weights along a row are converted once for all batches; rows one by one have the same bits, see sums_along().
   if (t.dy.data && weighs) return t.kind == ParamKind::none || t.kind == ParamKind::row;

@@ -26,12 +26,13 @@ template <int kBytes>
 void copy_lattice(std::byte* to, Lattice to_step, const std::byte* from, Lattice from_step, std::int64_t rows,
                   std::int64_t columns) {
   constexpr std::integral_constant<std::int64_t, kBytes> dense;
-  const std::int64_t row_bytes = columns * from_step.column;
-  const std::int64_t ahead = row_bytes <= 0 || row_bytes >= kRowsAhead ? 0 : kRowsAhead / row_bytes * from_step.row;
+  const std::int64_t reach = (columns - 1) * from_step.column, row_bytes = std::abs(reach) + kBytes;
+  const std::int64_t ahead = row_bytes < kRowsAhead ? kRowsAhead / row_bytes * from_step.row : 0;
   for (std::int64_t row = 0; row < rows; ++row, to += to_step.row, from += from_step.row) {
     const auto gathered = [&](auto step) { copy_row<kBytes>(to, dense, from, step, columns); };
-    if (ahead)
-      for (std::int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(from + ahead + byte);
+    if (ahead != 0)
+      for (std::int64_t byte = 0; byte < row_bytes; byte += 64)
+        __builtin_prefetch(from + std::min<std::int64_t>(reach, 0) + ahead + byte);
     if (to_step.column != kBytes) copy_row<kBytes>(to, to_step.column, from, dense, columns);
     else if (from_step.column == kBytes) std::memcpy(to, from, static_cast<std::size_t>(columns) * kBytes);
     else if (from_step.column == -kBytes) gathered(std::integral_constant<std::int64_t, -kBytes>());

@@ -192,33 +192,51 @@ NORMKIT_LOCAL void turn_tile(const float* from, std::int64_t columns, float* to)
 
 /// Elements of a few columns over as many blocks of steps as a vector has lanes, each lane with a block of its own, so that
 /// vectors are full, and the sums of a block are those that it has in a vector of many columns.
-template <class X> struct Turned {
-  using S = ScalarOf<X>;
-  static constexpr int kWidth = kLanes<VectorOf<X>>;
+template <class S> struct Turned {
+  static constexpr int kWidth = kLanes<VectorOf<S>>;
   static constexpr std::int64_t kSteps = kWidth * kBlockSteps, kMost = kSteps * (kWidth - 1);
   alignas(64) S value[kMost];
 
-  /// Takes steps that are `stride` apart, of n columns.
-  NORMKIT_LOCAL void read(const X* x, std::int64_t stride, std::int64_t n) {
-    alignas(64) X dense[kMost];
-    if (stride != n) {
-      for (std::int64_t step = 0; step < kSteps; ++step)
-        for (std::int64_t k = 0; k < n; ++k) dense[step * n + k] = x[step * stride + k];
-      x = dense;
-    } else {
-      for (std::int64_t line = 0; line < kSteps * n * static_cast<std::int64_t>(sizeof(X)); line += 64)
-        prefetch_second(reinterpret_cast<const char*>(x) + kBlockAhead + line);
-    }
-    if constexpr (__is_same(X, S)) {
-      turn(x, kBlockSteps * n, value);
-    } else {
-      alignas(64) S wide[kMost];
-      for (std::int64_t i = 0; i < kSteps * n; i += kWidth) normkit::store(wide + i, load(x + i));
-      turn(wide, kBlockSteps * n, value);
-    }
-  }
-  NORMKIT_LOCAL VectorOf<X> at(std::int64_t step, std::int64_t k, std::int64_t n) const {
+  NORMKIT_LOCAL VectorOf<S> at(std::int64_t step, std::int64_t k, std::int64_t n) const {
     return load(value + (step * n + k) * kWidth);
+  }
+};
+
+/// Reads steps that are `stride` apart, of n columns.
+template <class X>
+[[gnu::noinline]] void read_turned(const X* x, std::int64_t stride, std::int64_t n, Turned<ScalarOf<X>>& turned) {
+  using T = Turned<ScalarOf<X>>;
+  alignas(64) X dense[T::kMost];
+  if (stride != n) {
+    for (std::int64_t step = 0; step < T::kSteps; ++step)
+      for (std::int64_t k = 0; k < n; ++k) dense[step * n + k] = x[step * stride + k];
+    x = dense;
+  } else {
+    for (std::int64_t line = 0; line < T::kSteps * n * static_cast<std::int64_t>(sizeof(X)); line += 64)
+      prefetch_second(reinterpret_cast<const char*>(x) + kBlockAhead + line);
+  }
+  if constexpr (__is_same(X, ScalarOf<X>)) {
+    turn(x, kBlockSteps * n, turned.value);
+  } else {
+    alignas(64) ScalarOf<X> wide[T::kMost];
+    for (std::int64_t i = 0; i < T::kSteps * n; i += T::kWidth) normkit::store(wide + i, load(x + i));
+    turn(wide, kBlockSteps * n, turned.value);
+  }
+}
+
+/// The sums of blocks, one a lane, of each of a few columns.
+template <class S> struct TurnedSums {
+  static constexpr int kWidth = kLanes<VectorOf<S>>;
+  alignas(64) S lane[kWidth * kWidth];
+
+  NORMKIT_LOCAL void set(std::int64_t k, VectorOf<S> v) { normkit::store(lane + k * kWidth, v); }
+  /// Adds them to the sums of n columns, block after block.
+  [[gnu::noinline]] void add_to(double* sums, std::int64_t n) const {
+    for (std::int64_t k = 0; k < n; ++k) {
+      double total = sums[k];
+      for (int block = 0; block < kWidth; ++block) total += static_cast<double>(lane[k * kWidth + block]);
+      sums[k] = total;
+    }
   }
 };
 
@@ -227,33 +245,22 @@ template <class X> NORMKIT_LOCAL bool has_few_columns(const Task& t) {
   return t.geometry.columns() < kLanes<VectorOf<X>> && !t.where.data;
 }
 
-/// Adds the sums of blocks, one a lane, to the sum of a column, one after the other.
-template <class V> NORMKIT_LOCAL void add_lanes(double* sum, V v) {
-  alignas(64) decltype(normkit::sum(v)) lane[kLanes<V>];
-  store(lane, v);
-  double total = *sum;
-  for (int k = 0; k < kLanes<V>; ++k) total += static_cast<double>(lane[k]);
-  *sum = total;
-}
-
 /// Adds blocks of n columns, few, to their sums.
-template <class X, class Beside>
-NORMKIT_LOCAL void add_turned(const X* x, std::int64_t stride, std::int64_t n, PivotSums<ScalarOf<X>> sums,
-                              Beside& beside) {
-  using V = VectorOf<X>;
-  Turned<X> turned;
-  turned.read(x, stride, n);
+template <class S>
+[[gnu::noinline]] void add_turned(const Turned<S>& x, std::int64_t n, PivotSums<S> sums) {
+  using V = VectorOf<S>;
+  TurnedSums<S> all_s, all_q;
   for (std::int64_t k = 0; k < n; ++k) {
     const V p = broadcast<V>(sums.pivot[k]);
-    V s = broadcast<V>(ScalarOf<X>(0)), q = s;
+    V s = broadcast<V>(S(0)), q = s;
     for (std::int64_t step = 0; step < kBlockSteps; ++step) {
-      if (step % kTile == 0) beside.block();
-      const V d = turned.at(step, k, n) - p;
+      const V d = x.at(step, k, n) - p;
       s = s + d;
       q = mul_add(d, d, q);
     }
-    add_lanes(sums.sum + k, s), add_lanes(sums.squares + k, q);
+    all_s.set(k, s), all_q.set(k, q);
   }
+  all_s.add_to(sums.sum, n), all_q.add_to(sums.squares, n);
 }
 
 /// Moments of the members of one column of a span in double, in two passes: for data that defeats the pivots.
@@ -351,16 +358,19 @@ NORMKIT_LOCAL void span_columns_beside(const Task& t, std::int64_t o, std::int64
   const std::int64_t ahead = block_ahead<X>(g, t.x);
   const bool scans = t.residual.data && t.where.data;  // the first members are looked for in the whole span
   if (scans) form_sum<X>(t, o, begin, 0, end - begin, 0, columns);
-  std::int64_t turned = begin;
-  if (has_few_columns<X>(t))
-    for (; end - turned >= Turned<X>::kSteps; turned += Turned<X>::kSteps) {
-      const X* x = at<X>(t.x, o, turned, 0);
-      if (t.residual.data) form_sum<X>(t, o, turned, 0, Turned<X>::kSteps, 0, columns);
-      if (turned == begin && t.centered)
+  std::int64_t first = begin;
+  if (__is_same(Beside, Nothing) && has_few_columns<X>(t)) {
+    Turned<S> turned;
+    for (; end - first >= Turned<S>::kSteps; first += Turned<S>::kSteps) {
+      const X* x = at<X>(t.x, o, first, 0);
+      if (t.residual.data) form_sum<X>(t, o, first, 0, Turned<S>::kSteps, 0, columns);
+      if (first == begin && t.centered)
         first_pivots(Tile<X>{x, t.x.strides.step, end - begin, columns}, Count<1>{}, sums.pivot, Everyone{});
-      add_turned(x, t.x.strides.step, columns, sums, beside);
+      read_turned(x, t.x.strides.step, columns, turned);
+      add_turned(turned, columns, sums);
     }
-  for_blocks(turned, end, [&](std::int64_t step, std::int64_t rows) NORMKIT_INLINE_LAMBDA {
+  }
+  for_blocks(first, end, [&](std::int64_t step, std::int64_t rows) NORMKIT_INLINE_LAMBDA {
     if (t.residual.data && !scans) form_sum<X>(t, o, step, 0, rows, 0, columns);
     for_tiles<X>(columns, [&](auto vectors, std::int64_t k, std::int64_t n) NORMKIT_INLINE_LAMBDA {
       const Tile<X> tile{at<X>(t.x, o, step, 0) + k, t.x.strides.step, rows, n, ahead};

@@ -82,23 +82,23 @@ NORMKIT_LOCAL void add_block(const Task& t, std::int64_t o, std::int64_t step, s
 }
 
 /// Adds blocks of n columns, few, to their sums.
-template <class X>
-[[gnu::noinline]] void add_turned(const X* x, std::int64_t x_stride, const X* dy, std::int64_t dy_stride,
-                                  std::int64_t n, const ScalarOf<X>* mean, ColumnSums out) {
-  using V = VectorOf<X>;
-  Turned<X> turned_x, turned_dy;
-  turned_x.read(x, x_stride, n), turned_dy.read(dy, dy_stride, n);
+template <class S>
+[[gnu::noinline]] void add_turned(const Turned<S>& x, const Turned<S>& dy, std::int64_t n, const S* mean,
+                                  ColumnSums out) {
+  using V = VectorOf<S>;
+  TurnedSums<S> all_g, all_gx, all_d;
   for (std::int64_t k = 0; k < n; ++k) {
-    const V m = broadcast<V>(mean[k]), zero = broadcast<V>(ScalarOf<X>(0));
+    const V m = broadcast<V>(mean[k]), zero = broadcast<V>(S(0));
     Sums<V> s{zero, zero, zero};
     for (std::int64_t step = 0; step < kBlockSteps; ++step) {
-      const V dz = turned_dy.at(step, k, n), d = turned_x.at(step, k, n) - m;
+      const V dz = dy.at(step, k, n), d = x.at(step, k, n) - m;
       s.g = s.g + dz;
       s.gx = mul_add(dz, d, s.gx);
       s.d = s.d + d;
     }
-    add_lanes(out.g + k, s.g), add_lanes(out.gx + k, s.gx), add_lanes(out.d + k, s.d);
+    all_g.set(k, s.g), all_gx.set(k, s.gx), all_d.set(k, s.d);
   }
+  all_g.add_to(out.g, n), all_gx.add_to(out.gx, n), all_d.add_to(out.d, n);
 }
 
 /// Sums over one span.
@@ -111,12 +111,17 @@ void span_column_sums(const Task& t, std::int64_t o, std::int64_t span, Known<Sc
     sums.n[k] = t.where.data ? 0 : static_cast<double>(end - begin);
   }
   const bool detailed = has_detailed_sums(t) || !constant_in_column(g);
-  std::int64_t turned = begin;
-  if (!detailed && has_few_columns<X>(t))
-    for (; end - turned >= Turned<X>::kSteps; turned += Turned<X>::kSteps)
-      add_turned(at<X>(t.x, o, turned, 0), t.x.strides.step, at<X>(t.dy, o, turned, 0), t.dy.strides.step, g.columns(),
-                 known.mean, sums);
-  for_blocks(turned, end, [&](std::int64_t step, std::int64_t rows) {
+  std::int64_t first = begin;
+  if (!detailed && has_few_columns<X>(t)) {
+    using T = Turned<ScalarOf<X>>;
+    T x, dy;
+    for (; end - first >= T::kSteps; first += T::kSteps) {
+      read_turned(at<X>(t.x, o, first, 0), t.x.strides.step, g.columns(), x);
+      read_turned(at<X>(t.dy, o, first, 0), t.dy.strides.step, g.columns(), dy);
+      add_turned(x, dy, g.columns(), known.mean, sums);
+    }
+  }
+  for_blocks(first, end, [&](std::int64_t step, std::int64_t rows) {
     for_tiles<X>(g.columns(), [&](auto vectors, std::int64_t k, std::int64_t n) {
       if (detailed) add_block<true, X>(t, o, step, rows, k, n, known, vectors, sums);
       else add_block<false, X>(t, o, step, rows, k, n, known, vectors, sums);
