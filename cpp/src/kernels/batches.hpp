@@ -318,9 +318,9 @@ template <class X, class Y, int kVectors>
 
 template <class X, class Y> using WalkBatch = void (*)(const BatchWriter<X, Y>&, const BatchOf<X>&, BatchOf<X>&);
 
-/// A loop of known length for a usual run, compiled for each type; null for any other run.
+/// A loop of known length for a usual run of up to 32 bits, compiled for each type; null for any other run.
 template <class X, class Y> NORMKIT_LOCAL WalkBatch<X, Y> walk_of_known_length(std::int64_t run) {
-  if constexpr (kWide && kFloating<X> && __is_same(X, Y)) {
+  if constexpr (kWide && kFloating<X> && __is_same(X, Y) && sizeof(X) <= 4) {
     switch (ceil_div(run, kLanes<VectorOf<X>>)) {
       case 1: return walk_batch<X, Y, 1>;
       case 2: return walk_batch<X, Y, 2>;
