@@ -149,7 +149,7 @@ template <class F> void for_elements(const Task& t, const Block& b, F f) {
     }
 }
 
-/// Which of the two ways a pass over a block takes an array.
+/// What a pass over a block does with an array.
 struct Use { bool reads, writes; };
 
 Use use_of(const Task& t, Operand Task::* operand, Phase pass) {
@@ -222,8 +222,7 @@ void in_spans(const Job& job, const Policy& p, std::byte* buffer, Phase pass, st
              [&](const Task& mine) { f(mine, unit, unit + 1); });
 }
 
-/// Does units [begin, end) of a job in one thread, each in two passes over its spans. `sums` or `apply` is null where the
-/// job has no such pass.
+/// Does units [begin, end) of a job in one thread, each in two passes over its spans.
 template <class Sums, class Apply>
 void units_by_spans(const Job& job, const Policy& p, std::byte* buffer, int slot, std::int64_t begin, std::int64_t end,
                     Sums sums, void (*finish)(const Task&, std::int64_t, std::int64_t), Apply apply) {
