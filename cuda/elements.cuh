@@ -281,7 +281,9 @@ struct Cycle {
 template <class S> NORMKIT_DEVICE Statistic<S> given_at(const Task& t, std::int64_t index) {
   const double scale = element(t.given.scale, t.given.scale_dtype, index);
   const double mean = t.given.mean ? element(t.given.mean, t.given.mean_dtype, index) : 0;
-  return statistic_of<S>(mean, t.given.is_variance ? rstd_of(scale, t.denominator.eps) : scale);
+  const bool has_low = sizeof(S) == 8 && t.given.mean_low;
+  const double low = has_low ? element(t.given.mean_low, t.given.low_dtype, index) : 0;
+  return statistic_of<S>(mean, low, t.given.is_variance ? rstd_of(scale, t.denominator.eps) : scale);
 }
 template <class S> NORMKIT_DEVICE Statistic<S> given_statistic(const Task& t, std::int64_t statistic) {
   return given_at<S>(t, remainder(quotient(statistic, t.given.stride), t.given.count));
@@ -576,17 +578,15 @@ NORMKIT_DEVICE void make_y(const Work& work, const Factors<ComputeOf<X>, M>& fac
 /// True where y has the type of x; else it has the compute type.
 template <class X> NORMKIT_DEVICE bool like_x(const Task& t) { return sizeof(X) != 2 || t.y.dtype == t.x.dtype; }
 /// merge() and rstd_of(), in one place of the code.
-NORMKIT_CALLED Moments merged(Moments a, Moments b) { return merge(a, b); }
-NORMKIT_CALLED double solved_rstd(Moments m, Denominator d) { return rstd_of(m, d); }
-
-NORMKIT_DEVICE void put(Moments m, double* to) { to[0] = m.mean, to[1] = m.m2, to[2] = m.n; }
-NORMKIT_DEVICE Moments moments_at(const double* from) { return {from[0], from[1], from[2]}; }
+template <class S> NORMKIT_CALLED Moments<S> merged(Moments<S> a, Moments<S> b) { return merge(a, b); }
+template <class S> NORMKIT_CALLED double solved_rstd(Moments<S> m, Denominator d) { return rstd_of(m, d); }
 
 /// Hands the moments of a statistic out to the arrays that were asked for.
-template <class S> NORMKIT_DEVICE void publish(const Task& t, std::int64_t statistic, Moments m, double rstd) {
+template <class S>
+NORMKIT_DEVICE void publish(const Task& t, std::int64_t statistic, const Moments<S>& m, double rstd) {
   if (t.mean) *at<S>(t.mean, statistic) = static_cast<S>(m.mean);
-  if (t.rstd) *at<S>(t.rstd, statistic) = static_cast<S>(rstd);
-  if (t.moments) put(m, t.moments + 3 * statistic);
+  if (t.rstd) *at<S>(t.rstd, statistic) = nearest<S>(rstd);
+  if (t.moments) put_moments(moments_of<double>(m), t.moments + kMomentDoubles<double> * statistic);
 }
 
 // ---- backward ----------------------------------------------------------------------------------------------------
@@ -623,19 +623,34 @@ NORMKIT_DEVICE void incoming(const Work& work, const Factors<S, M>& factors, con
 NORMKIT_DEVICE bool has_gaps(const Task& t) { return t.where.data || t.activation.kind != ActivationKind::none; }
 
 /// A statistic as backward has solved it: its mean and 1/std, and the coefficients of its gradient.
-struct Solved { double mean, rstd, b, c; };
+template <class S> struct Solved {
+  double mean, rstd, b, c;
+  NORMKIT_DEVICE double low() const { return 0; }
+};
+template <> struct Solved<double> {
+  double mean, rstd, b, c, mean_low = 0;
+  NORMKIT_DEVICE double low() const { return mean_low; }
+};
 
-NORMKIT_DEVICE Solved solved_at(const Work& work, std::int64_t r) {
+/// Calls f(number, its place in memory) for all of a Solved.
+template <class T, class F> NORMKIT_DEVICE void for_solved(const Work& work, std::int64_t r, T& solved, F f) {
   const std::int64_t all = work.task.geometry.statistics();
-  return {work.solved[r], work.solved[all + r], work.solved[2 * all + r], work.solved[3 * all + r]};
+  f(solved.mean, work.solved[r]), f(solved.rstd, work.solved[all + r]);
+  f(solved.b, work.solved[2 * all + r]), f(solved.c, work.solved[3 * all + r]);
+  if constexpr (sizeof(T) == sizeof(Solved<double>)) f(solved.mean_low, work.solved[4 * all + r]);
+}
+template <class S> NORMKIT_DEVICE Solved<S> solved_at(const Work& work, std::int64_t r) {
+  Solved<S> solved;
+  for_solved(work, r, solved, [](double& v, double from) { v = from; });
+  return solved;
 }
 
 /// A Solved as make_dx() wants it, in the compute type, for each of N elements, or once for all.
 template <class S, int N> struct Known {
   S mean[N], a[N], b[N], c[N], unit[N], origin[N];
   /// Puts what belongs to one more element behind the others, which move up.
-  NORMKIT_DEVICE void append(const Solved& solved, double weight) {
-    const Statistic<S> s = statistic_of<S>(solved.mean, solved.rstd);
+  NORMKIT_DEVICE void append(const Solved<S>& solved, double weight) {
+    const Statistic<S> s = statistic_of<S>(solved.mean, solved.low(), solved.rstd);
     const Affine<S> standard = forward_affine(s, 1, 0);
     take(mean), take(a), take(b), take(c), take(unit), take(origin);
     mean[N - 1] = s.mean, a[N - 1] = static_cast<S>(s.rstd * weight);

@@ -23,19 +23,25 @@ NORMKIT_DEVICE std::int64_t partial_of(const Work& work, std::int64_t r, std::in
 
 // ---- statistics --------------------------------------------------------------------------------------------------
 
-/// Makes a statistic of the moments of its tiles, moments_of(unit, tile), and writes it to the arrays that were asked
-/// for. All threads that meet come here, and know its mean and rstd then.
+/// A statistic as forward finds it.
+template <class S> struct Finished {
+  Moments<S> moments;
+  double rstd;
+};
+
+/// Makes a statistic of what its tiles found, found(unit, tile), and writes it to the arrays that were asked for. All
+/// threads that meet come here, and know it then.
 template <class S, int kAhead = 1, class F>
-NORMKIT_DEVICE Solved finish_forward(const Work& work, std::int64_t r, Group meeting, F moments_of) {
+NORMKIT_DEVICE Finished<S> finish_forward(const Work& work, std::int64_t r, Group meeting, F found) {
   const Task& t = work.task;
   const std::int64_t tiles = work.policy.tiles();
-  const Moments m = joined<Moments, kAhead>(meeting, work.policy.units * tiles, [&](std::int64_t k) {
+  const Moments<S> m = joined<Moments<S>, kAhead>(meeting, work.policy.units * tiles, [&](std::int64_t k) {
     const std::int64_t unit = quotient(k, tiles);
-    return moments_of(unit, k - unit * tiles);
-  }, [](Moments a, Moments b) { return merged(a, b); });
+    return found(unit, k - unit * tiles);
+  }, [](Moments<S> a, Moments<S> b) { return merged(a, b); });
   const double rstd = solved_rstd(m, t.denominator);
-  if (meeting.rank == 0) publish<S>(t, r, m, rstd);
-  return {m.mean, rstd, 0, 0};
+  if (meeting.rank == 0) publish(t, r, m, rstd);
+  return {m, rstd};
 }
 
 /// Makes a statistic's gradient of what its tiles found, sums_of(unit, tile), and the gradients of its units'
@@ -43,8 +49,8 @@ NORMKIT_DEVICE Solved finish_forward(const Work& work, std::int64_t r, Group mee
 /// Policy::sharing threads put a unit together, units next to each other. All threads that meet come here; they write
 /// where `leads` is true.
 template <class S, int kAhead = 1, class Weight, class F>
-NORMKIT_DEVICE Solved solve(const Work& work, std::int64_t r, Statistic<S> s, Group meeting, bool leads,
-                            Weight weight_of, F sums_of) {
+NORMKIT_DEVICE Solved<S> solve(const Work& work, std::int64_t r, Statistic<S> s, Group meeting, bool leads,
+                               Weight weight_of, F sums_of) {
   const Task& t = work.task;
   const std::int64_t units = work.policy.units;
   const Group sharing{meeting.rank & (work.policy.sharing - 1), work.policy.sharing};
@@ -75,16 +81,13 @@ NORMKIT_DEVICE Solved solve(const Work& work, std::int64_t r, Statistic<S> s, Gr
   // The sums are about the high part of the given mean: its low part, or the distance to the mean of the data, is still to come.
   double shift = 0, mean = static_cast<double>(s.mean) + static_cast<double>(s.mean_low);
   if (t.centered && total.n > 0) shift = t.frozen ? static_cast<double>(s.mean_low) : total.sums.d / total.n;
-  if (t.centered && !t.frozen) mean = static_cast<double>(s.mean) + shift, s = statistic_of<S>(mean, s.rstd);
+  if (t.centered && !t.frozen) mean = static_cast<double>(s.mean) + shift, s = statistic_of<S>(s.mean, shift, s.rstd);
   const Sums<double> sums = recenter(total.sums, shift);
   const Gradient<S> gradient =
       t.frozen ? Gradient<S>{0, 0, 0} : gradient_of(s, sums, total.n, t.centered, t.denominator);
-  const Solved solved{mean, s.rstd, static_cast<double>(gradient.b), static_cast<double>(gradient.c)};
-  if (writes && work.solved) {
-    const std::int64_t all = t.geometry.statistics();
-    work.solved[r] = solved.mean, work.solved[all + r] = solved.rstd;
-    work.solved[2 * all + r] = solved.b, work.solved[3 * all + r] = solved.c;
-  }
+  Solved<S> solved{mean, s.rstd, static_cast<double>(gradient.b), static_cast<double>(gradient.c)};
+  if constexpr (sizeof(S) == 8) solved.mean = s.mean, solved.mean_low = s.mean_low;
+  if (writes && work.solved) for_solved(work, r, solved, [](double v, double& to) { to = v; });
   NORMKIT_ROLL
   for (std::int64_t unit = first; unit < (collects ? units : 0); unit += abreast) {
     double* const pair = t.dparams + 2 * (r * units + unit);
@@ -95,7 +98,7 @@ NORMKIT_DEVICE Solved solve(const Work& work, std::int64_t r, Statistic<S> s, Gr
 
 /// Calls solve() with the statistic as it was given and the weights of its units, all from memory.
 template <class S, int kAhead = 1, class F>
-NORMKIT_DEVICE Solved finish_backward(const Work& work, std::int64_t r, Group meeting, F sums_of) {
+NORMKIT_DEVICE Solved<S> finish_backward(const Work& work, std::int64_t r, Group meeting, F sums_of) {
   const std::int64_t o = quotient(r, work.task.geometry.lanes), lane = r - o * work.task.geometry.lanes;
   const auto weight_of = [&](std::int64_t unit) { return UnitParameters::of(work, o, lane, unit).weight; };
   const Statistic<S> s = given_statistic<S>(work.task, r);
@@ -121,11 +124,13 @@ template <class S> struct ForwardFinish {
     const Group meeting = Group::of(work.policy.meeting);
     const std::int64_t r = own_item(meeting.size);
     if (r >= work.task.geometry.statistics()) return;
-    const Solved solved = finish_forward<S, kFinishAhead>(work, r, meeting, [&](std::int64_t unit, std::int64_t tile) {
-      return moments_at(work.partials + 3 * partial_of(work, r, unit, tile));
+    const Finished<S> s = finish_forward<S, kFinishAhead>(work, r, meeting, [&](std::int64_t unit, std::int64_t tile) {
+      return moments_at<S>(work.partials + kMomentDoubles<S> * partial_of(work, r, unit, tile));
     });
     if (meeting.rank != 0) return;
-    work.solved[r] = solved.mean, work.solved[work.task.geometry.statistics() + r] = solved.rstd;
+    const std::int64_t all = work.task.geometry.statistics();
+    work.solved[r] = s.moments.mean, work.solved[all + r] = s.rstd;
+    if constexpr (sizeof(S) == 8) work.solved[2 * all + r] = s.moments.mean_low;
   }
 };
 
@@ -246,14 +251,15 @@ struct UpdateRunning {
     const std::int64_t c = own_item(kWarp);
     if (c >= running.count) return;
     const Running& r = running;
-    Moments sum{0, 0, 0};  // of means and variances, and how many there are
+    using M = Moments<float>;
+    M sum;  // of means and variances, and how many there are
     for (std::int64_t k = warp.rank; k < statistics / r.count; k += kWarp) {
       const std::int64_t turn = quotient(k, r.stride);
-      const Moments m = moments_at(moments + 3 * ((turn * r.count + c) * r.stride + (k - turn * r.stride)));
+      const M m = moments_at<float>(moments +
+                                    kMomentDoubles<double> * ((turn * r.count + c) * r.stride + (k - turn * r.stride)));
       if (m.n >= 2) sum = {sum.mean + m.mean, sum.m2 + m.m2 / (m.n - 1), sum.n + 1};
     }
-    sum =
-        all_join(warp, sum, [](Moments a, Moments b) -> Moments { return {a.mean + b.mean, a.m2 + b.m2, a.n + b.n}; });
+    sum = all_join(warp, sum, [](M a, M b) -> M { return {a.mean + b.mean, a.m2 + b.m2, a.n + b.n}; });
     if (warp.rank != 0 || sum.n == 0) return;
     put(r.mean + c * r.mean_stride, r.mean_dtype, sum.mean / sum.n);
     put(r.var + c * r.var_stride, r.var_dtype, sum.m2 / sum.n);

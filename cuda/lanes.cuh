@@ -298,7 +298,7 @@ NORMKIT_DEVICE std::int64_t partial_index(const Work& work, const Strand& s, int
 
 /// The moments of one column of a strand, taken again in double and in two passes, about a member of it.
 template <class X>
-NORMKIT_DEVICE Moments careful_strand(const Task& t, const Strand& s, int e, double first, double n) {
+NORMKIT_DEVICE Moments<double> careful_strand(const Task& t, const Strand& s, int e, double first, double n) {
   double pivot = t.centered ? first : 0;
   NORMKIT_ROLL
   for (int pass = 0;; ++pass) {
@@ -311,8 +311,8 @@ NORMKIT_DEVICE Moments careful_strand(const Task& t, const Strand& s, int e, dou
       const double d = static_cast<double>(value_of(read_x<X>(t, p)[0])) - pivot;
       sum += d, squares = mul_add(d, d, squares);
     }
-    if (!t.centered) return {0, squares, n};
-    const Moments m = from_pivot(pivot, sum, squares, n);
+    if (!t.centered) return moments_of<double>(0, 0, squares, n);
+    const Moments<double> m = from_pivot<double>(pivot, sum, squares, n);
     if (pass == 1) return m;
     pivot = m.mean;
   }
@@ -359,9 +359,6 @@ NORMKIT_DEVICE Cycle given_columns(const Work& work, const Strand& s) {
   return Cycle(s.at.o * g.columns() + s.at.i, g.run * given.stride, given.count);
 }
 
-/// A statistic of forward as a team knows it.
-struct MeanAndRstd { double mean, rstd; };
-
 /// Stage::all: statistics, then y. Stage::sums: the moments of every column of every tile. Stage::rest: y, with given statistics.
 /// kSpecial: what special_of() says.
 template <class X, Special kSpecial> struct LanesForward {
@@ -388,9 +385,9 @@ template <class X, Special kSpecial> struct LanesForward {
     }
     if (work.stage == Stage::sums) return;
     if (has_teams(work))
-      solve_team<X, Moments, MeanAndRstd>(work, [&](std::int64_t r, Group meeting, auto found) -> MeanAndRstd {
-        const Solved solved = finish_forward<S>(work, r, meeting, found);
-        return {solved.mean, solved.rstd};
+      solve_team<X, Moments<S>, Statistic<S>>(work, [&](std::int64_t r, Group meeting, auto found) {
+        const Finished<S> s = finish_forward<S>(work, r, meeting, found);
+        return statistic_of(s.moments, s.rstd);
       });
     if (t.phase == Phase::reduce) return;
     NORMKIT_ROLL
@@ -401,9 +398,7 @@ template <class X, Special kSpecial> struct LanesForward {
       const auto own = ColumnParameters<S, kVector<X>>::of(work, s);
       const Cycle columns = has_teams(work) ? columns_in_team<X>(work, own_slab<X>(work), s) : given_columns(work, s);
       const Factors<S, kVector<X>> factors = factors_of<X>(s, columns, own, [&](std::int64_t k) {
-        if (!has_teams(work)) return given_at<S>(t, k);
-        const MeanAndRstd known = known_in_team<MeanAndRstd>(work, k);
-        return statistic_of<S>(known.mean, known.rstd);
+        return has_teams(work) ? known_in_team<Statistic<S>>(work, k) : given_at<S>(t, k);
       });
       const Column<X> to(t.y, s);
       for_x(work, s, round, work.stage == Stage::rest, [&](const Place& p, int j, const Vector<X>& v) {
@@ -456,20 +451,20 @@ template <class X, Special kSpecial> struct LanesForward {
       }
     });
     int column = 0;
-    const auto own = [&]() -> Moments {
+    const auto own = [&]() -> Moments<S> {
       const double first = static_cast<double>(value_of(pivot.take())), all = static_cast<double>(take(sum)),
                    q = static_cast<double>(take(squares)), some = static_cast<double>(take(n));
       const double count = masked ? some : s.steps;
       const int e = column++;
       if (count > 0 && e < s.n && !trustworthy<S>(t.centered ? all : 0, q, count))
-        return careful_strand<X>(t, own_strand<X>(work, round), e, first, count);
-      return t.centered ? from_pivot(first, all, q, count) : Moments{0, q, count};
+        return moments_of<S>(careful_strand<X>(t, own_strand<X>(work, round), e, first, count));
+      return t.centered ? from_pivot<S>(first, all, q, count) : moments_of<S>(0, 0, q, count);
     };
-    join_strands<X, Moments>(work, round, own, [](Moments a, Moments b) { return merged(a, b); },
-                             [&](int slot, int e, int place, Moments m) {
-      if (has_teams(work)) return Found<Moments>(work, shared_memory()).put(place, m);
+    join_strands<X, Moments<S>>(work, round, own, [](Moments<S> a, Moments<S> b) { return merged(a, b); },
+                                [&](int slot, int e, int place, const Moments<S>& m) {
+      if (has_teams(work)) return Found<Moments<S>>(work, shared_memory()).put(place, m);
       const Strand of = strand_of<X>(work, own_slab<X>(work), round, slot);
-      if (e < of.n) put(m, work.partials + 3 * partial_index(work, of, e));
+      if (e < of.n) put_moments(m, work.partials + kMomentDoubles<S> * partial_index(work, of, e));
     });
   }
 };
@@ -533,7 +528,7 @@ template <class X, Special kSpecial> struct LanesBackward {
   }
 
   NORMKIT_DEVICE static void solve_all(const Work& work) {
-    solve_team<X, Reduced, Solved>(work, [&](std::int64_t r, Group meeting, auto found) {
+    solve_team<X, Reduced, Solved<ComputeOf<X>>>(work, [&](std::int64_t r, Group meeting, auto found) {
       return finish_backward<ComputeOf<X>>(work, r, meeting, found);
     });
   }
@@ -554,6 +549,7 @@ template <class X, Special kSpecial> struct LanesBackward {
 
   NORMKIT_DEVICE static Known<ComputeOf<X>, kVector<X>> known_of(
       const Work& work, const Strand& s, const ColumnParameters<ComputeOf<X>, kVector<X>>& own) {
+    using S = ComputeOf<X>;
     const Geometry& g = work.task.geometry;
     Cycle statistic = has_teams(work) ? columns_in_team<X>(work, own_slab<X>(work), s)
                                       : Cycle(s.at.o * g.columns() + s.at.i, g.run, g.statistics());
@@ -563,8 +559,9 @@ template <class X, Special kSpecial> struct LanesBackward {
       known.a[e] = own.weight[e], known.mean[e] = known.b[e] = known.c[e] = known.unit[e] = known.origin[e] = 0;
     NORMKIT_ROLL
     for (int e = 0; e < kVector<X>; ++e) {
-      known.append(has_teams(work) ? known_in_team<Solved>(work, statistic.index) : solved_at(work, statistic.index),
-                   known.a[0]);
+      known.append(
+          has_teams(work) ? known_in_team<Solved<S>>(work, statistic.index) : solved_at<S>(work, statistic.index),
+          known.a[0]);
       if (e + 1 < s.n) statistic.next();
     }
     return known;

@@ -98,9 +98,13 @@ Work work_for(const Task& t, Direction direction, bool pieces) {
   return work;
 }
 
+/// True where a mean is two numbers.
+bool has_low(const Task& t) { return compute_dtype(t.x.dtype) == Dtype::float64; }
+
 /// Doubles of the partial results of all tiles.
 std::int64_t partial_doubles(const Work& work) {
-  const std::int64_t each = work.policy.direction == Direction::forward ? 3 : 4;
+  const bool forward = work.policy.direction == Direction::forward;
+  const std::int64_t each = forward && !has_low(work.task) ? 3 : 4;
   return each * work.task.geometry.statistics() * work.policy.units * work.policy.tiles();
 }
 
@@ -123,11 +127,11 @@ ForwardSpace carve_forward(Carver& carver, const Job& job, Work& work) {
   const std::int64_t statistics = work.task.geometry.statistics();
   if (is_split(work)) {
     work.partials = carver.take(partial_doubles(work));
-    work.solved = carver.take(2 * statistics);
+    work.solved = carver.take((has_low(work.task) ? 3 : 2) * statistics);
   }
   if (!job.running.mean) return space;
   if (work.task.frozen && !is_dense(job.running)) space.running = carver.take(2 * job.running.count);
-  if (!work.task.frozen && !work.task.moments) space.moments = carver.take(3 * statistics);
+  if (!work.task.frozen && !work.task.moments) space.moments = carver.take(kMomentDoubles<double> * statistics);
   return space;
 }
 
@@ -152,6 +156,7 @@ void run_forward(const Kernels& kernels, Work& work, int device, Stream stream) 
     return kernels.run(work, stream);
   }
   if (work.solved) t.given = given_by(work.solved, work.solved + statistics, 1, statistics, false);
+  if (work.solved && has_low(t)) t.given.mean_low = bytes(work.solved + 2 * statistics);
   settle(work.policy, t.geometry, kernels.room(work, device), false);
   if (work.policy.team.exists()) return kernels.run(work, stream);
   work.stage = Stage::sums;
@@ -196,7 +201,7 @@ void carve_backward(Carver& carver, Work& work) {
   work.summed = needs_sums(t);
   const bool kept = work.summed && is_alone(work.policy, t.geometry) && t.kind != ParamKind::row;
   if (work.summed && !kept) work.partials = carver.take(partial_doubles(work));
-  if (!kept) work.solved = carver.take(4 * statistics);
+  if (!kept) work.solved = carver.take((has_low(t) ? 5 : 4) * statistics);
   if (t.kind == ParamKind::row) t.dparams = carver.take(row_doubles(work));
   else if (dparam_units(t.geometry, t.kind)) t.dparams = carver.take(2 * dparam_units(t.geometry, t.kind));
 }

@@ -340,7 +340,9 @@ constexpr void lay_out(Policy& p) {
   const std::int64_t outers = t.rows < t.tiles ? 1 : t.rows / t.tiles;
   const auto statistics = static_cast<int>(outers * (t.columns / p.units));
   const bool backward = p.direction == Direction::backward;
-  const int found_bytes = backward ? 24 : 16, known_bytes = backward ? 32 : 16;  // without counts, which lie apart
+  const int low_bytes = p.element_bytes == 8 ? 8 : 0;  // of float64 a mean is two numbers
+  const int found_bytes = backward ? 24 : 16 + low_bytes;  // without counts, which lie apart
+  const int known_bytes = (backward ? 32 : 16) + low_bytes;
   const auto whole = [](int bytes) { return (bytes + kVectorBytes - 1) / kVectorBytes * kVectorBytes; };
   t.found_at = whole(2 * entries), t.known_at = t.found_at + whole(found_bytes * results);
   const int found_end = t.found_at + found_bytes * entries, known_end = t.known_at + known_bytes * statistics;

@@ -302,7 +302,7 @@ template <class X> struct HeldTile {
 
   /// The moments of data that defeats the pivot: all members are equal, or they are summed once more in double and in
   /// two passes.
-  NORMKIT_DEVICE Moments careful_moments(FirstMember first, bool centered) const {
+  NORMKIT_DEVICE Moments<double> careful_moments(FirstMember first, bool centered) const {
     double pivot = centered ? first.value : 0;
     NORMKIT_ROLL
     for (int pass = 0;; ++pass) {
@@ -312,9 +312,9 @@ template <class X> struct HeldTile {
         sums = {sums.sum + d, mul_add(d, d, sums.squares), sums.others + (member && !(wide == first.value))};
       });
       sums = all_sum(group, sums);
-      if (!centered) return {0, sums.squares, first.n};
-      if (sums.others == 0) return {first.value, 0, first.n};
-      const Moments m = from_pivot(pivot, sums.sum, sums.squares, first.n);
+      if (!centered) return moments_of<double>(0, 0, sums.squares, first.n);
+      if (sums.others == 0) return moments_of<double>(first.value, 0, 0, first.n);
+      const Moments<double> m = from_pivot<double>(pivot, sums.sum, sums.squares, first.n);
       if (pass == 1) return m;
       pivot = m.mean;
     }
@@ -324,7 +324,7 @@ template <class X> struct HeldTile {
   /// `begin`: the first element of the tile.
   template <class F> NORMKIT_DEVICE auto made_of(ComputeOf<X> begin, F make) const {
     using S = ComputeOf<X>;
-    using Made = decltype(make(Moments{}));
+    using Made = decltype(make(Moments<S>{}));
     struct Quick {
       Made made;
       bool trusted;
@@ -336,12 +336,12 @@ template <class X> struct HeldTile {
     if (first.n > 0)
       quick = sums_about(pivot, [&](PivotSums sums) -> Quick {
         if (!trustworthy<S>(centered ? sums.sum : 0, sums.squares, first.n)) return {{}, false};
-        Moments m{0, sums.squares, first.n};
-        if (centered) m = from_pivot_of_some(static_cast<double>(pivot), sums.sum, sums.squares, first.n);
+        Moments<S> m = moments_of<S>(0, 0, sums.squares, first.n);
+        if (centered) m = from_pivot_of_some<S>(static_cast<double>(pivot), sums.sum, sums.squares, first.n);
         return {make(m), true};
       });
     if (quick.trusted) return quick.made;
-    const Moments m = first.n > 0 ? careful_moments(first, centered) : Moments{};
+    const Moments<S> m = first.n > 0 ? moments_of<S>(careful_moments(first, centered)) : Moments<S>{};
     return made_once<1>(group, [&] { return make(m); });
   }
 };
@@ -380,10 +380,11 @@ template <class X, Special kSpecial> struct RunsForward {
       factors.append(s, parameters.weight, parameters.bias);
       return factors;
     };
-    const auto factors_of_moments = [&](Moments m) {
+    using M = Moments<S>;
+    const auto factors_of_moments = [&](const M& m) {
       const double rstd = solved_rstd(m, t.denominator);
-      if (group.rank == 0 && turn.first == 0) publish<S>(t, turn.statistic, m, rstd);
-      return factors_of(statistic_of<S>(m.mean, rstd));
+      if (group.rank == 0 && turn.first == 0) publish(t, turn.statistic, m, rstd);
+      return factors_of(statistic_of(m, rstd));
     };
     Factors<S, 1> factors{};
     if (work.stage == Stage::rest)
@@ -403,10 +404,10 @@ template <class X, Special kSpecial> struct RunsForward {
       for_tiles<X>(work, group, turn, [&](const Tile& tile, int k) {
         const S next = begin_of(k + 1);
         wait_for_tiles(group, turn.count - 1 - k, own);
-        factors = HeldTile<X>{work, tile, group, Held<X>(work, k)}.made_of(begin, [&](Moments m) -> Factors<S, 1> {
+        factors = HeldTile<X>{work, tile, group, Held<X>(work, k)}.made_of(begin, [&](const M& m) -> Factors<S, 1> {
           if (work.stage == Stage::all && !shares) return factors_of_moments(m);
-          if (shares) Board<Moments>::post(group, 0, blocks, static_cast<int>(turn.first) + k * turn.apart, m);
-          else if (group.rank == 0) put(m, work.partials + 3 * turn.index(work));
+          if (shares) Board<M>::post(group, 0, blocks, static_cast<int>(turn.first) + k * turn.apart, m);
+          else if (group.rank == 0) put_moments(m, work.partials + kMomentDoubles<S> * turn.index(work));
           return {};
         });
         begin = next;
@@ -416,9 +417,9 @@ template <class X, Special kSpecial> struct RunsForward {
       meet_team(blocks);
       const Group meeting = Group::of(work.policy.meeting);
       factors = met(block, meeting, [&] {
-        return factors_of_moments(joined<Moments>(meeting, work.policy.runs.tiles, [](std::int64_t k) {
-          return Board<Moments>::read(static_cast<int>(k));
-        }, [](Moments a, Moments b) { return merged(a, b); }));
+        return factors_of_moments(joined<M>(meeting, work.policy.runs.tiles, [](std::int64_t k) {
+          return Board<M>::read(static_cast<int>(k));
+        }, [](M a, M b) { return merged(a, b); }));
       });
     }
     if (t.phase == Phase::reduce) return;
@@ -630,7 +631,7 @@ template <class X, Special kSpecial> struct RunsBackward {
       Factors<S, 1> given;
     };
     struct After {
-      Solved solved;
+      Solved<S> solved;
       Known<S, 1> known;
     };
     const Before before = made_once<0>(whole, [&] {
@@ -648,7 +649,7 @@ template <class X, Special kSpecial> struct RunsBackward {
       const bool leads = shares ? rank == 0 && thread_index() < meeting.size : group.rank == 0 && turn.first == 0;
       after = met(whole, meeting, [&] {
         After made{};
-        if (work.stage == Stage::rest && work.summed) made.solved = solved_at(work, r);
+        if (work.stage == Stage::rest && work.summed) made.solved = solved_at<S>(work, r);
         else
           made.solved = solve<S>(work, r, as_given, meeting, leads, [&](std::int64_t unit) {
             return policy.units == 1 ? parameters.weight : UnitParameters::of(work, turn.o, turn.lane, unit).weight;
@@ -781,7 +782,7 @@ template <class X> struct RowGradients {
     const Task& t = work.task;
     const std::int64_t r = p.tile.o * t.geometry.lanes + p.tile.lane;
     Known<S, 1> known;
-    known.append(solved_at(work, r), 1);
+    known.append(solved_at<S>(work, r), 1);
     Factors<S, 1> given;
     given.append(given_statistic<S>(t, r), 1, 0);
     const Incoming<S, N> in(work, given, p, vx, vdy);

@@ -42,7 +42,8 @@ struct Work {
   bool only_whole = false;  // the compiler knows all_whole
   bool summed = true;    // backward: somebody needs the sums
   double* partials = nullptr;  // for each unit and tile: moments, or what Reduced holds
-  double* solved = nullptr;  // for each statistic: mean and rstd, in backward then b and c, one array each; may be null
+  double* solved =
+      nullptr;  // for each statistic: mean and rstd, in backward b and c, of float64 mean_low; one array each; may be null
   ParamGradient dweight, dbias;  // ParamKind::element
 
   constexpr Grid grid() const { return policy.grid(task.geometry, stage); }

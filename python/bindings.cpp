@@ -29,28 +29,31 @@ namespace {
 
 // ---- moments -----------------------------------------------------------------------------------------------------
 
-/// Merges two arrays of triples, dense and of one shape, into a new one.
-nb::object merge_moments(nb::handle a, nb::handle b) {
+constexpr int kNumbers = normkit::kMomentDoubles<double>;
+
+/// Merges two arrays of moments, dense and of one shape, into a new one. `twofold`: their means are two numbers.
+nb::object merge_moments(nb::handle a, nb::handle b, bool twofold) {
   const nb::object result = nb::handle(a).attr("copy")();
-  const npy_intp triples = PyArray_SIZE(as_array(a)) / 3;
+  const npy_intp n = PyArray_SIZE(as_array(a)) / kNumbers;
   normkit::merge_moments(static_cast<double*>(PyArray_DATA(as_array(result))),
-                         static_cast<const double*>(PyArray_DATA(as_array(b))), triples);
+                         static_cast<const double*>(PyArray_DATA(as_array(b))), n,
+                         twofold ? normkit::Dtype::float64 : normkit::Dtype::float32);
   return result;
 }
 
-/// sqrt(var + eps) of each triple (mean, m2, count), or, where `inverse` is true, 1 / sqrt(var + eps).
-nb::object deviation_of_moments(nb::handle triples, nb::handle eps, bool inverse) {
+/// sqrt(var + eps) of each of an array of moments, or, where `inverse` is true, 1 / sqrt(var + eps).
+nb::object deviation_of_moments(nb::handle moments, nb::handle eps, bool inverse) {
   const double value = options::number("eps", eps, "a number that is at least 0");
   if (!(value >= 0) || std::isinf(value))
     throw Error(Error::Kind::value,
                 std::string("eps is ") + nb::repr(eps).c_str() + ", expected a finite number that is at least 0");
-  PyArrayObject* from = as_array(triples);
+  PyArrayObject* from = as_array(moments);
   PyObject* result = PyArray_SimpleNew(PyArray_NDIM(from) - 1, PyArray_DIMS(from), NPY_DOUBLE);
   if (!result) throw nb::python_error();
   const double* m = static_cast<const double*>(PyArray_DATA(from));
   double* deviation = static_cast<double*>(PyArray_DATA(as_array(result)));
-  for (npy_intp k = 0; k < PyArray_SIZE(from) / 3; ++k, m += 3)
-    deviation[k] = inverse ? normkit::rstd_of(normkit::Moments{m[0], m[1], m[2]}, {value})
+  for (npy_intp k = 0; k < PyArray_SIZE(from) / kNumbers; ++k, m += kNumbers)
+    deviation[k] = inverse ? normkit::rstd_of(normkit::moments_at<double>(m), {value})
                            : std::sqrt(m[1] / (m[2] == 0 ? 1 : m[2]) + value);
   return nb::steal(result);
 }
@@ -101,8 +104,8 @@ NB_MODULE(_core, m) {
   }, "python"_a, "op"_a, "kind"_a, "fixed"_a);
   m.def("views", &calls::views, "arrays"_a);
   m.def("forget_plans", &calls::forget_plans);
-  m.def("merge_moments", &merge_moments, "a"_a, "b"_a);
-  m.def("deviation_of_moments", &deviation_of_moments, "triples"_a, "eps"_a.none(), "inverse"_a);
+  m.def("merge_moments", &merge_moments, "a"_a, "b"_a, "twofold"_a);
+  m.def("deviation_of_moments", &deviation_of_moments, "moments"_a, "eps"_a.none(), "inverse"_a);
   m.def("to_dlpack", &arrays::to_dlpack, "array"_a);
   m.def("geometry", &geometry, "shape"_a, "strides"_a, "reduce_axes"_a, "param_axes"_a);
   m.def("isa", &normkit::isa);

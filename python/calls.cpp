@@ -183,10 +183,12 @@ nb::object made(OperandIndex k, const Plan& plan, const Memory& memory) {
       array = memory.empty(gradient.dtype, gradient.ndim, gradient.shape.data(), gradient.strides.data());
       break;
     }
-    case Role::triples: {
+    case Role::sums:
+    case Role::moments: {
+      const int numbers = normkit::numbers_of(kOperandTable[k].role);
       normkit::Extents shape = s.stat_shape, strides;
-      for (int axis = 0; axis < s.stat_ndim; ++axis) strides[axis] = 3 * s.stat_strides[axis];
-      shape[s.stat_ndim] = 3, strides[s.stat_ndim] = 1;
+      for (int axis = 0; axis < s.stat_ndim; ++axis) strides[axis] = numbers * s.stat_strides[axis];
+      shape[s.stat_ndim] = numbers, strides[s.stat_ndim] = 1;
       array = memory.empty(normkit::Dtype::float64, s.stat_ndim + 1, shape.data(), strides.data());
       break;
     }
@@ -330,11 +332,13 @@ class Function final : public function::Body {
     else if (type == options::Type::flag) flags_.emplace_back(slot, name);
     else (type == options::Type::number ? numbers_ : objects_).push_back(slot);
     if (slot == options::kActivation) take(normkit::kSlopes, options::Type::object, "slopes");
+    if (slot == normkit::kMean && op_ == Op::apply) take(normkit::kMeanLow, options::Type::object, "mean_low");
   }
 
   nb::object call(PyObject** values) override {
     for (const auto& [slot, name] : flags_)
       if (!PyBool_Check(values[slot])) values[slot] = truth(name, values[slot]);
+    const auto mean = take_moments(values);
     if (values[options::kCenter] == Py_None)
       values[options::kCenter] = values[normkit::kMean] == Py_None ? Py_False : Py_True;
     if (is_every(values[normkit::kWhere])) values[normkit::kWhere] = Py_None;
@@ -352,6 +356,17 @@ class Function final : public function::Body {
   }
 
  private:
+  /// In a phase, Moments in the place of a mean become arrays of the call, which are returned: `values` borrow them.
+  std::pair<nb::object, nb::object> take_moments(PyObject** values) const {
+    const nb::handle given = values[normkit::kMean];
+    if (op_ == Op::forward || op_ == Op::backward || given.is_none() || PyArray_Check(given.ptr())) return {};
+    if (PyObject_IsInstance(given.ptr(), python_module("normkit.phases").attr("Moments").ptr()) != 1) return {};
+    std::pair<nb::object, nb::object> mean{given.attr("mean"), given.attr("mean_low")};
+    values[normkit::kMean] = mean.first.ptr();
+    if (op_ == Op::apply && !mean.first.is_none()) values[normkit::kMeanLow] = mean.second.ptr();
+    return mean;
+  }
+
   bool is_alone() const { return names_[normkit::kWeight].empty(); }
 
   static PyObject* truth(const std::string& name, nb::handle value) {
@@ -444,13 +459,14 @@ class Function final : public function::Body {
     const OperandMask wanted = options::wanted_of(op_, values);
     args.out_dtype = options::dtype_named(values[options::kOutDtype]);
     args.share_elements = share_elements;
-    if (!spec.centered) args.mean = {};
+    if (!spec.centered) args.mean = args.mean_low = {};
     const Plan plan = normkit::plan(args, spec, op_, wanted, !whose.is_on_device());
     if (key) keep(*key, values, plan, args, views, std::move(held));
     Addresses at{};
     for (const OperandIndex k : arrays_) at[k] = (args.*kOperandTable[k].array).data;
     nb::object result = run(plan, at, values, memory, &views, is_alone());
-    return op_ == Op::moments ? nb::object(nb::make_tuple(result, whose.python())) : result;
+    if (op_ != Op::moments) return result;
+    return nb::make_tuple(result, whose.python(), args.x.dtype == normkit::Dtype::float64);
   }
 
   /// Keeps a plan for like calls, unless anything has to be copied first, or could change unseen.

@@ -117,10 +117,12 @@ def _pivot(f: SimpleNamespace) -> Any:
 
 def mean_error(f: SimpleNamespace, dtype: Any, *, exact: bool = False) -> Any:
     """The error of the mean before it is rounded: h u times the average |x - pivot|, at most sqrt(1 + k^2) standard
-    deviations; then one rounding of doubles for every merge, at most one for 128 elements and 18 more. `exact`: the
-    sums round nowhere."""
+    deviations; then one rounding of doubles for every merge, at most one for 128 elements and 18 more. Where x is
+    float64 itself the mean has twice the digits, and a merge rounds the distance of two means. `exact`: the sums round
+    nowhere."""
     h = 0 if exact else depth(f.members, longest=FORWARD)
-    merges = DOUBLE * (f.elements / 128 + 18) * f.largest
+    rounded = 2 * f.farthest + DOUBLE * f.largest if unit(dtype) == DOUBLE else f.largest
+    merges = DOUBLE * (f.elements / 128 + 18) * rounded
     return h * unit(dtype) * np.sqrt((1 + _pivot(f) ** 2) * f.var) + merges
 
 
@@ -240,7 +242,7 @@ def dx(b: SimpleNamespace, dtype: Any, *, exact: bool = False, off_weight: Any =
     error = u * (7 * np.abs(b.g * b.rstd) + inside(7 * far * slope + 4 * np.abs(b.mean_g * b.rstd), b.where))
     if not b.frozen:
         off_g = h * u * _average(b.g, b)
-        off_mean = h * u * _average(near, b) + 4 * DOUBLE * np.abs(b.mean)
+        off_mean = h * u * _average(near, b) + 4 * DOUBLE * np.abs(b.mean) * (u if u == DOUBLE else 1)
         off_gx = h * u * _average(np.abs(b.g) * far, b) + e * off_g + off_mean * _average(b.g, b)
         sums = b.rstd**3 * far * off_gx + b.rstd * off_g * b.center + (off_mean * b.center + 4 * u * e) * slope
         error = error + inside(sums, b.where)

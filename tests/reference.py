@@ -54,17 +54,21 @@ def forward(
 ) -> SimpleNamespace:
     """Normalizes x over `axis`; weight and bias broadcast against x. Statistics keep their axes.
 
-    Those of no members are 0, rstd as well.
+    Those of no members are 0, rstd as well. The true mean is `mean` + `rest`: far from zero the first is rounded.
     """
     count = members(where, x.shape, axis)
-    mean = inside(x, where).sum(axis, keepdims=True) / np.maximum(count, 1)
-    mean = mean if center else np.zeros_like(mean)
-    var = inside((x - mean) ** 2, where).sum(axis, keepdims=True) / np.maximum(count, 1)
+
+    def average(terms: Any) -> Any:
+        return inside(terms, where).sum(axis, keepdims=True) / np.maximum(count, 1)
+
+    mean = average(x) if center else np.zeros_like(average(x))
+    rest = average(x - mean) if center else mean
+    var = average((x - mean - rest) ** 2)
     rstd = np.where(count > 0, rstd_of(var, eps), 0)
-    f = applied(x, weight, bias, axis, mean=mean, rstd=rstd, **affine)
+    f = applied(x, weight, bias, axis, mean=mean, rest=rest, rstd=rstd, **affine)
     f.var, f.eps, f.members = var, eps, count
     f.elements = math.prod(x.shape[a] for a in axis)
-    f.farthest = inside(np.abs(x - mean), where).max(axis, keepdims=True)
+    f.farthest = inside(np.abs(x - mean - rest), where).max(axis, keepdims=True)
     f.largest = inside(np.abs(x), where).max(axis, keepdims=True)
     return f
 
@@ -89,11 +93,12 @@ def applied(
     *,
     mean: Any,
     rstd: Any,
+    rest: Any = 0.0,
     weight_offset: float = 0.0,
     activation: Any = None,
 ) -> SimpleNamespace:
     """The second half of forward(), for statistics that are given: z is what the activation is taken of."""
-    x_hat = (x - mean) * rstd
+    x_hat = (x - mean - rest) * rstd
     weight = weight + weight_offset
     z = x_hat * weight + bias
     return SimpleNamespace(
@@ -103,6 +108,7 @@ def applied(
         bias=bias,
         axis=axis,
         mean=mean,
+        rest=rest,
         var=None,
         rstd=rstd,
         x_hat=x_hat,
@@ -139,13 +145,14 @@ def backward(
     def average(terms: Any) -> Any:
         return terms.sum(axis, keepdims=True) / np.maximum(count, 1)
 
-    given = mean
+    given, rest = mean, 0.0
     if not center:
         mean = given = np.zeros_like(rstd)
     elif use_input_stats:
         mean = average(inside(x, where))
+        rest = average(inside(x - mean, where))  # what the mean is rounded by
         given = mean if given is None else given
-    x_hat = (x - mean) * rstd
+    x_hat = (x - mean - rest) * rstd
     weight = weight + weight_offset
     z = (x - given) * rstd * weight + bias
     dz = dy * slope(z, activation)

@@ -199,10 +199,11 @@ def test_every_dtype(dtype, library, rng):
 
 
 @on_shim
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("layout", ["contiguous", "step"])
-def test_phases_have_the_bits_of_numpy(layout, library, rng):
+def test_phases_have_the_bits_of_numpy(layout, dtype, library, rng):
     """All phases but merges and rstd have them: the library computes these, with a rounding here or there."""
-    x, dy = (lay(uniform(rng, SHAPE), layout) for _ in range(2))
+    x, dy = (lay(uniform(rng, SHAPE, dtype, offset=1e3), layout) for _ in range(2))
     where = rng.random((5, 1)) < 0.6
     weight, bias = rng.standard_normal((2, 4, 1, 1)).astype(np.float32)
     rstd, count = rng.uniform(0.5, 2, SHAPE[:2]), np.full(SHAPE[:2], 35)
@@ -212,8 +213,9 @@ def test_phases_have_the_bits_of_numpy(layout, library, rng):
         m = normkit.moments(a, axis=(2, 3), where=of(where))
         options = {"axis": (2, 3), "bias": of(bias), "activation": "gelu"}
         sums = normkit.backward_sums(of(dy), a, m.mean, of(rstd), w, where=of(where), **options)
-        yield from (m.count, m.mean, m.m2, sums)
-        yield normkit.apply(a, m.mean, of(rstd), w, of(bias), axis=(2, 3))
+        yield from (m.count, m.mean, m.m2, m.mean_low, sums)
+        for mean in (m.mean, m):
+            yield normkit.apply(a, mean, of(rstd), w, of(bias), axis=(2, 3))
         for members in (35, of(count)):
             yield normkit.apply_backward(of(dy), a, m.mean, of(rstd), sums, members, w, where=of(where), **options)
 
@@ -221,8 +223,9 @@ def test_phases_have_the_bits_of_numpy(layout, library, rng):
 
 
 @on_shim
-def test_moments_merge(library, rng):
-    x = uniform(rng, SHAPE, offset=3.0)
+@pytest.mark.parametrize(("dtype", "offset"), [("float32", 3.0), ("float64", 1e8)])
+def test_moments_merge(dtype, offset, library, rng):
+    x = uniform(rng, SHAPE, dtype, offset=offset)
     where = np.ones(SHAPE, bool)
     where[0] = False  # statistics without members
 
@@ -244,11 +247,16 @@ def test_moments_merge(library, rng):
         assert of_library.dtype == np.float64
         # Two merges and a quotient, each a few roundings of numbers that are no larger than the largest.
         np.testing.assert_allclose(of_library, of_numpy, rtol=32 * bounds.DOUBLE, atol=0, err_msg=name)
+    (mean, low), (its_mean, its_low) = ((m.mean, m.mean_low) for m in (found, wanted))
+    # As exact as the spread, which is 1, far from zero too.
+    off = (library.get(mean) - its_mean) + (library.get(low) - its_low)
+    assert np.abs(off).max() <= 32 * bounds.DOUBLE * (1 if dtype == "float64" else offset)
+    assert (its_low != 0).any() == (dtype == "float64")
     constant = normkit.moments(library.array(np.full((2, 3), 0.5, np.float32)), axis=1)
     assert (library.get(constant.rstd(0.0)) == 0).all()
     with pytest.raises(ValueError, match="eps is -1"):
         found.rstd(-1)
-    if type(found._triples) is not np.ndarray:
+    if type(found._numbers) is not np.ndarray:
         with pytest.raises(TypeError, match=r"other has arrays of .*, expected numpy: all parts share a library"):
             wanted.merge(found)
 

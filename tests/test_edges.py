@@ -150,6 +150,24 @@ def test_squares_beyond_the_range(op, layout, shape, dtype, scales, isa, rng):
         assert bounds.excess(y.reshape(truth.y.shape), truth.y, bound) <= 1
 
 
+@pytest.mark.parametrize("scale", [1e-39, 1e-42])
+@pytest.mark.parametrize("shape", ["square-tail", "register-row-and-one", "three-chunks", "two-spans"])
+@pytest.mark.parametrize("layout", RUNS)
+@pytest.mark.parametrize("op", [INSTANCE, OPERATIONS["rms"]], ids=repr)
+def test_subnormal_numbers_are_as_far_apart_as_float32_can_say(op, layout, shape, scale, isa, rng):
+    """Without eps their 1/std is beyond float32: it is the largest there is, in y as in what is returned."""
+    x = lay(uniform(rng, SHAPES[shape], np.float32, std=scale, offset=scale), layout)
+    y, *_, rstd = op.forward(x, eps=0.0, return_stats=True)
+    truth = op.reference(x, eps=0.0)
+    largest = bounds.LARGEST["float32"]
+    assert (rstd == largest).all()
+    assert (truth.rstd > largest).all()
+    expected = (truth.x - truth.mean) * largest
+    # The mean is rounded to a subnormal, and again where it is subtracted.
+    bound = 4 * bounds.UNIT["float32"] * np.abs(expected) + 2 * bounds.SMALLEST["float32"] * largest
+    assert bounds.excess(y.reshape(truth.y.shape), expected, bound) <= 1
+
+
 @pytest.mark.parametrize("layout", RUNS)
 @pytest.mark.parametrize("length", [2, 16, 128, 130, 9000])
 def test_squares_that_vanish_are_no_constant(length, layout, isa):

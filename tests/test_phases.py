@@ -39,13 +39,14 @@ def check_moments(op, m, x, where=None):
     f = op.reference(x, where=where, eps=0.0)
     kept = op.statistics_shape(x.shape)
     assert (m.mean is None) == (not op.center)
-    for found in (m.count, m.m2, *[m.mean] * op.center):
+    for found in (m.count, m.m2, m.mean_low, *[m.mean] * op.center):
         assert isinstance(found, np.ndarray)
         assert (found.shape, found.dtype) == (kept, np.float64)
     members = np.broadcast_to(f.members, f.mean.shape)
     assert (m.count == members.reshape(kept)).all()
     if op.center:
-        assert bounds.excess(m.mean.reshape(f.mean.shape), f.mean, bounds.mean_error(f, x.dtype) + 1e-300) <= 1
+        rest = (m.mean.reshape(f.mean.shape) - f.mean) + m.mean_low.reshape(f.mean.shape)
+        assert bounds.excess(rest, f.rest, bounds.mean_error(f, x.dtype) + 1e-300) <= 1
     # What moves rstd by r moves var by 2 r.
     off = 2 * bounds.rstd_error(f, x.dtype) * f.var * members + 1e-300
     assert bounds.excess(m.m2.reshape(f.var.shape), f.var * members, off) <= 1
@@ -151,7 +152,7 @@ def test_nothing_changes_nothing(op, rng):
     x = uniform(rng, SMALL)
     m, nothing = moments(op, x), moments(op, x, where=np.zeros(SMALL, bool))
     for found in (m.merge(nothing), nothing.merge(m), normkit.merge([nothing, m, nothing])):
-        for name in ("count", "mean", "m2"):
+        for name in ("count", "mean", "m2", "mean_low"):
             assert bits(getattr(found, name)) == bits(getattr(m, name))
     both = nothing.merge(nothing)
     assert not both.count.any()
@@ -180,6 +181,7 @@ def test_moments_are_values(op, rng):
         assert bits(again.m2) == before
     stored = normkit.Moments(m.count.astype(np.int64), m.mean, m.m2)
     assert stored == m
+    assert normkit.Moments(m.count, m.mean, m.m2, m.m2) != m
     assert normkit.Moments(m.count.flat[0], m.mean, m.m2) == m  # all count the same
     assert bits(stored.merge(m).m2) == bits(m.merge(m).m2)
     more = m.m2.copy()
@@ -262,17 +264,57 @@ def test_masked_tiles_merge(op, mask, isa, rng):
         check_moments(op, normkit.merge(parts), x, where)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("length", [16384, 3 * 16384, 3 * 16384 + 5000, 100_000])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_tiles_that_are_spans_have_the_bits_of_the_whole(rows, length, isa, rng):
+def test_tiles_that_are_spans_have_the_bits_of_the_whole(rows, length, dtype, isa, rng):
     """Tiles are merged from left to right, as one call merges its spans."""
     if isa == "shim" or "NORMKIT_TEST_ARRAYS" in os.environ:
         pytest.skip("spans are the CPU's: on a GPU tiles meet as a tree")
-    x = uniform(rng, (rows, length), offset=0.3)
+    x = uniform(rng, (rows, length), dtype, offset=0.3)
     whole = normkit.moments(x, axis=-1)
     m = normkit.merge([normkit.moments(x[part], axis=-1) for part in tiles(x.shape, 1, 16384)])
-    for name in ("count", "mean", "m2"):
+    for name in ("count", "mean", "m2", "mean_low"):
         assert bits(getattr(m, name)) == bits(getattr(whole, name))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", [SMALL, (2, 3, 70, 300)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "crop"])
+@pytest.mark.parametrize("op", NORMALIZE, ids=repr)
+def test_moments_give_the_bits_of_one_call(op, layout, shape, dtype, isa, rng):
+    """Far from zero, in the place of a mean. What a float64 mean has left over does count: without it bits differ."""
+    offset = 2.0**24 if dtype == np.float64 else 8
+    dy, x = lay(uniform(rng, shape, dtype), layout), lay(uniform(rng, shape, dtype, offset=offset), layout)
+    weight, bias = parameters(op, shape, rng)
+    axis, eps = axis_of(op, shape), 1e-3
+    m = moments(op, x)
+    low = m.mean_low
+    assert (low.shape, low.dtype) == (m.count.shape, np.float64)
+    assert (np.abs(low).max() > 0) == (op.center and dtype == np.float64)
+    y, *stats = normkit.normalize(x, axis=axis, weight=weight, bias=bias, eps=eps, center=op.center, return_stats=True)
+    assert bits(normkit.apply(x, m, m.rstd(eps), weight, bias, axis=axis)) == bits(y)
+    alone = normkit.apply(x, m.mean, m.rstd(eps), weight, bias, axis=axis)
+    assert (bits(alone) == bits(y)) == (not np.abs(low).max() > 0)
+    mean, rstd = (stats if op.center else [None, *stats]) if dtype == np.float64 else (mean_of(op, m), m.rstd(eps))
+    dx = normkit.normalize_backward(dy, x, mean, rstd, weight, axis=axis, center=op.center, need=("dx",))[0]
+    sums = normkit.backward_sums(dy, x, m, rstd, weight, axis=axis)
+    assert bits(normkit.apply_backward(dy, x, m, rstd, sums, m.count, weight, axis=axis)) == bits(dx)
+
+
+@pytest.mark.parametrize("op", CENTERED, ids=repr)
+def test_a_mean_of_float64_is_two_numbers(op, isa, rng):
+    """Of the whole, of tiles that are merged, and beside moments of nothing."""
+    x = uniform(rng, SMALL, np.float64, offset=1e8)
+    none = moments(op, x, where=np.zeros(SMALL, bool))
+    whole = moments(op, x)
+    for axis in op.reduced(SMALL):
+        tiled = normkit.merge([none, *(moments(op, x[part]) for part in tiles(SMALL, axis, 2)), none])
+        for m in (whole, tiled):
+            assert (np.abs(m.mean_low) <= np.spacing(m.mean)).all()
+            check_moments(op, m, x)
+    for found in (none.merge(whole), whole.merge(none)):
+        assert bits(found.mean_low) == bits(whole.mean_low)
 
 
 @pytest.mark.parametrize("mean_dtype", ["float32", "float64"])

@@ -310,6 +310,13 @@ Params::Params(AxisMask weight, AxisMask bias, AxisMask slopes, const Array& x)
 
 AxisMask axes_of_absent(const Spec& spec) { return spec.param_forms ? spec.param_axes[0] : spec.reduce_axes; }
 
+const char* per_statistic(Role role) {
+  const int numbers = numbers_of(role);
+  return numbers == 3   ? "three numbers per statistic"
+         : numbers == 4 ? "four numbers per statistic"
+                        : "one element per statistic";
+}
+
 int param_axis(AxisMask axes, int x_ndim, int ndim, int axis) {
   if (std::popcount(axes) != ndim) return x_ndim - ndim + axis;
   for (int a = 0, seen = 0; a < x_ndim; ++a)
@@ -322,8 +329,7 @@ int param_axis(AxisMask axes, int x_ndim, int ndim, int axis) {
 namespace {
 
 [[noreturn]] void is_missing(const OperandRow& row) {
-  value_error(std::string(row.name) + " is None, expected an array: " +
-              (row.role == Role::triples ? "three numbers per statistic" : "one element per statistic"));
+  value_error(std::string(row.name) + " is None, expected an array: " + per_statistic(row.role));
 }
 
 void check_running(const Args& args, const Spec& spec) {
@@ -372,11 +378,12 @@ void check(const OperandRow& row, const Args& args, const Spec& spec, Op op, Dty
       if (!is_real(a)) bad_dtype(row.name, a, "float64");
       if (a.ndim() > 0) check_shape(row.name, a, statistics, ": one element per statistic");
       break;
-    case Role::triples: {
+    case Role::sums:
+    case Role::moments: {
       check_dtype(row.name, a, Dtype::float64, "");
       std::vector<std::int64_t> expected(statistics.begin(), statistics.end());
-      expected.push_back(3);
-      check_shape(row.name, a, expected, ": three numbers per statistic");
+      expected.push_back(numbers_of(row.role));
+      check_shape(row.name, a, expected, std::string(": ").append(per_statistic(row.role)).c_str());
       break;
     }
     case Role::param: {
@@ -435,8 +442,9 @@ Params judge(const Args& args, const Spec& spec, Op op, Dtype out_dtype, std::sp
     bad_dtype("x", args.x, "float32, float64, float16 or bfloat16 with a residual to add");
   for (int k = 0; k < kOperands; ++k) {
     const OperandRow row = row_of(k, spec);
-    const bool read = contains(row.reads, op), is_mean = k == kMean;
-    const bool needed = row.role == Role::statistic || row.role == Role::triples || row.role == Role::count;
+    const bool read = contains(row.reads, op), is_mean = k == kMean || k == kMeanLow;
+    const bool needed =
+        (row.role == Role::statistic && k != kMeanLow) || numbers_of(row.role) || row.role == Role::count;
     if (!(args.*row.array).present && read && needed && (spec.centered || !is_mean)) is_missing(row);
     if (!(args.*row.array).present || !(read || contains(row.writes, op))) continue;
     if (!is_mean || spec.centered || !read) check(row, args, spec, op, out_dtype, statistics);

@@ -79,6 +79,9 @@ int param_axis(AxisMask axes, int x_ndim, int ndim, int axis);
 /// The axes that an absent weight is taken to vary along: the first form of the spec, or the normalized axes.
 AxisMask axes_of_absent(const Spec& spec);
 
+/// What an operand of this role has for each statistic, in words.
+const char* per_statistic(Role role);
+
 /// Judges all arrays and options, and throws for what is wrong. `statistics` are the extents of the statistics.
 Params judge(const Args& args, const Spec& spec, Op op, Dtype out_dtype, std::span<const std::int64_t> statistics);
 

@@ -38,6 +38,8 @@ struct Given {
   Dtype mean_dtype = Dtype::float32, scale_dtype = Dtype::float32;
   std::int64_t stride = 1, count = 1;
   bool is_variance = false;
+  const std::byte* mean_low = nullptr;  // what `mean` has left over, if x is float64; may be null
+  Dtype low_dtype = Dtype::float64;
 };
 
 /// `runs` reduces along the contiguous run; `lanes` reduces across steps, with vectors along the contiguous columns,
@@ -86,7 +88,7 @@ struct Task {
   Given given;
   std::byte* mean = nullptr;  // of compute_dtype(x), one element per statistic; may be null
   std::byte* rstd = nullptr;
-  double* moments = nullptr;   // out: mean, m2 and count of each statistic; may be null
+  double* moments = nullptr;   // out: mean, m2, count and mean_low of each statistic; may be null
   double* sums = nullptr;      // backward: the sums of each statistic, out of Phase::reduce, into Phase::apply
   const double* counts = nullptr;    // Phase::apply of backward: members of each statistic
   double* dparams = nullptr;         // partial sums of dweight and dbias, see dparam_units(); may be null
@@ -178,13 +180,19 @@ constexpr std::int64_t table_period(const Geometry& g) { return ceil_div(64, g.c
 constexpr std::int64_t whole_vectors(std::int64_t columns) { return ceil_div(columns, 16) * 16; }
 constexpr std::int64_t array_of_columns(const Geometry& g) { return whole_vectors(table_period(g)) + 64; }
 
+/// True where columns do not fill a vector of 64 bytes, and no mask stands in the way: several steps of them are turned, and
+/// summed together.
+constexpr bool turns_columns(const Task& t) {
+  return t.geometry.columns() < (t.x.dtype == Dtype::float64 ? 8 : 16) && !t.where.data;
+}
+
 /// Arrays of columns in the table of the lanes traversal.
 inline constexpr std::int64_t kTableColumns = 10;
 
 /// Doubles of one entry of Task::partials: moments, or the sums of backward and the count, of a span; of all columns of
 /// one in the lanes traversal.
-constexpr std::int64_t partial_doubles(const Geometry& g, Traversal traversal, bool is_backward) {
-  const std::int64_t quantities = is_backward ? 4 : 3;
+constexpr std::int64_t partial_doubles(const Geometry& g, Traversal traversal, bool is_backward, Dtype compute) {
+  const std::int64_t quantities = is_backward || compute == Dtype::float64 ? 4 : 3;
   return traversal == Traversal::lanes ? quantities * whole_vectors(g.columns()) : quantities;
 }
 
@@ -250,8 +258,8 @@ struct Isa {
   void (*backward_sums)(const Task&, std::int64_t begin, std::int64_t end, double* scratch);
   void (*backward_finish)(const Task&, std::int64_t begin, std::int64_t end);
   void (*backward_apply)(const Task&, std::int64_t begin, std::int64_t end);
-  /// Merges n sets of moments (mean, m2, count each) into as many others.
-  void (*merge)(double* into, const double* from, std::int64_t n);
+  /// Merges n sets of moments (mean, m2, count and mean_low each) into as many others.
+  void (*merge)(double* into, const double* from, std::int64_t n, Dtype compute);
   /// How many vectors of 16 floats the registers hold.
   int vectors;
 };

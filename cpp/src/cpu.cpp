@@ -101,7 +101,8 @@ Common carve(Carver& carver, Task& t, const Policy& p, bool is_backward) {
   common.buffers = reinterpret_cast<std::byte*>(carver.take(p.buffer / 8 * p.threads));
   if (p.split || p.by_spans) {
     const std::int64_t statistics = p.split ? p.statistics : p.threads;
-    t.partials = carver.take(statistics * p.spans * partial_doubles(t.geometry, t.traversal, is_backward));
+    t.partials = carver.take(statistics * p.spans *
+                             partial_doubles(t.geometry, t.traversal, is_backward, compute_dtype(t.x.dtype)));
     t.solved = carver.take(statistics * solved_doubles(t.geometry, t.traversal));
   }
   return common;
@@ -229,7 +230,8 @@ void units_by_spans(const Job& job, const Policy& p, std::byte* buffer, int slot
   Job mine = job;
   Task& t = mine.task;
   const bool is_backward = t.dy.data != nullptr;
-  const std::int64_t partials = p.spans * partial_doubles(t.geometry, t.traversal, is_backward);
+  const std::int64_t partials =
+      p.spans * partial_doubles(t.geometry, t.traversal, is_backward, compute_dtype(t.x.dtype));
   const std::int64_t solved = solved_doubles(t.geometry, t.traversal);
   for (std::int64_t unit = begin; unit < end; ++unit) {
     t.partials = job.task.partials + (slot - unit) * partials, t.solved = job.task.solved + (slot - unit) * solved;
@@ -274,7 +276,7 @@ ForwardSpace carve_forward(Carver& carver, Job& job, const Policy& p) {
   space.rows = carver.take(p.sum_row * p.threads);
   if (!job.running.mean) return space;
   if (job.task.frozen) space.given = carver.take(2 * job.running.count);
-  else if (!job.task.moments) space.moments = carver.take(3 * job.task.geometry.statistics());
+  else if (!job.task.moments) space.moments = carver.take(kMomentDoubles<double> * job.task.geometry.statistics());
   return space;
 }
 
@@ -328,7 +330,7 @@ void update_running(const Task& t, const Running& r) {
   for (std::int64_t c = 0; c < r.count; ++c) {
     double mean = 0, var = 0, share = 0;
     for (std::int64_t k = 0; k < per_channel; ++k) {
-      const double* m = t.moments + 3 * ((k / r.stride * r.count + c) * r.stride + k % r.stride);
+      const double* m = t.moments + kMomentDoubles<double> * ((k / r.stride * r.count + c) * r.stride + k % r.stride);
       if (m[2] < 2) continue;
       mean += m[0], var += m[1] / (m[2] - 1), share += 1;
     }
@@ -552,7 +554,9 @@ void set_num_threads(int n) {
   set_max_threads(n);
 }
 
-void merge_moments(double* into, const double* from, std::int64_t n) { current_isa().merge(into, from, n); }
+void merge_moments(double* into, const double* from, std::int64_t n, Dtype x) {
+  current_isa().merge(into, from, n, compute_dtype(x));
+}
 
 bool takes_views() { return true; }
 

@@ -109,8 +109,8 @@ void backward_apply(const Task& t, std::int64_t begin, std::int64_t end) {
   if (t.walk.stream_stores) stream_fence();
 }
 
-void merge_moments(double* into, const double* from, std::int64_t n) {
-  for (std::int64_t k = 0; k < n; ++k) put(merge(moments_at(into + 3 * k), moments_at(from + 3 * k)), into + 3 * k);
+void merge_moments(double* into, const double* from, std::int64_t n, Dtype compute) {
+  compute == Dtype::float64 ? merge_all<double>(into, from, n) : merge_all<float>(into, from, n);
 }
 
 }  // namespace

@@ -26,7 +26,7 @@ inline constexpr Ops kBackward = ops(Op::backward, Op::backward_sums, Op::apply_
 
 enum OperandIndex : std::uint8_t {
   // clang-format off
-  kX, kDy, kWeight, kBias, kSlopes, kRunningMean, kRunningVar, kResidual, kDresidual, kWhere, kMean, kRstd, kSums, kCount,
+  kX, kDy, kWeight, kBias, kSlopes, kRunningMean, kRunningVar, kResidual, kDresidual, kWhere, kMeanLow, kMean, kRstd, kSums, kCount,
   kOut, kSum, kMoments, kDweight, kDbias, kDslopes, kOperands
   // clang-format on
 };
@@ -43,8 +43,12 @@ enum class Role : std::uint8_t {
   mask,  // broadcasts against x
   statistic,  // one element for each statistic; read, one may stand for all
   count,  // one element of float64 for each statistic: its members
-  triples,  // three elements of float64 for each statistic
+  sums,  // three elements of float64 for each statistic
+  moments,  // four
 };
+
+/// Elements that an operand has for each statistic along an axis of its own, which is its last; 0: it has no such axis.
+constexpr int numbers_of(Role role) { return role == Role::sums ? 3 : role == Role::moments ? 4 : 0; }
 
 struct OperandRow {
   const char* name;
@@ -66,14 +70,15 @@ inline constexpr OperandRow kOperandTable[] = {
     {"residual", &Args::residual, Role::like_x, ops(Op::forward, Op::moments), 0},
     {"dresidual", &Args::dresidual, Role::like_x, ops(Op::backward, Op::apply_backward), 0},
     {"where", &Args::where, Role::mask, kForward | kBackward, 0},
+    {"mean_low", &Args::mean_low, Role::statistic, ops(Op::apply), 0},
     {"mean", &Args::mean, Role::statistic, ops(Op::apply) | kBackward, ops(Op::forward, Op::moments)},
     {"rstd", &Args::rstd, Role::statistic, ops(Op::apply) | kBackward, ops(Op::forward, Op::moments)},
-    {"sums", &Args::sums, Role::triples, ops(Op::apply_backward), ops(Op::backward_sums)},
+    {"sums", &Args::sums, Role::sums, ops(Op::apply_backward), ops(Op::backward_sums)},
     {"count", &Args::count, Role::count, ops(Op::apply_backward), 0},
     {"out", &Args::out, Role::like_x, 0, ops(Op::forward, Op::apply, Op::backward, Op::apply_backward),
      operand_bit(kX) | operand_bit(kDy)},
     {"sum", &Args::sum, Role::like_x, 0, ops(Op::forward, Op::moments), operand_bit(kX) | operand_bit(kResidual)},
-    {"moments", &Args::moments, Role::triples, 0, ops(Op::moments)},
+    {"moments", &Args::moments, Role::moments, 0, ops(Op::moments)},
     {"dweight", &Args::dweight, Role::param, 0, ops(Op::backward)},
     {"dbias", &Args::dbias, Role::param, 0, ops(Op::backward)},
     {"dslopes", &Args::dslopes, Role::param, 0, ops(Op::backward)},

@@ -309,11 +309,11 @@ void put_in_order(Seen& seen, Op op, const AxisOrder& order, const Shapes& shape
                             : k == kBias || k == kDbias ? seen.params.bias_axes
                                                         : seen.params.axes;
       put_param_strides(args.x, a, axes, order, strides);
-    } else if (row.role == Role::triples) {
-      for (int axis = 0; axis < shapes.stat_ndim; ++axis) strides[axis] = 3 * shapes.stat_strides[axis];
+    } else if (const int numbers = numbers_of(row.role)) {
+      for (int axis = 0; axis < shapes.stat_ndim; ++axis) strides[axis] = numbers * shapes.stat_strides[axis];
       strides[shapes.stat_ndim] = 1;
     } else if (row.role == Role::statistic || row.role == Role::count) {
-      if (k == kMean && !seen.spec.centered) continue;
+      if ((k == kMean || k == kMeanLow) && !seen.spec.centered) continue;
       strides = shapes.stat_strides;
     } else {
       continue;
@@ -402,7 +402,8 @@ bool schedule(Plan& p, Seen& seen, const Blocks& blocks, const Walked& walked) {
   t.weight.dtype = args.weight.dtype, t.weight.offset = spec.weight_offset, t.bias.dtype = args.bias.dtype,
   t.slopes.dtype = args.slopes.dtype;
   if (backward || p.op == Op::apply)
-    t.given = {nullptr, nullptr, args.mean.dtype, args.rstd.dtype, 1, t.geometry.statistics(), false};
+    t.given = {nullptr, nullptr, args.mean.dtype,    args.rstd.dtype, 1, t.geometry.statistics(),
+               false,   nullptr, args.mean_low.dtype};
   if (p.op == Op::forward && args.running_mean.present) p.job.running = running_of(args, spec, order);
   put_in_order(seen, p.op, order, shapes);
   if (has_slopes && seen.params.slopes_repeat) repeat_slopes(seen, p, order);
@@ -589,8 +590,12 @@ void point(Job& job, Op op, const Addresses& at) {
     if (op == Op::forward) job.running.mean = at[kRunningMean], job.running.var = at[kRunningVar];
     if (op == Op::moments) t.moments = reinterpret_cast<double*>(at[kMoments]);
   }
-  if (is_backward(op) || op == Op::apply) t.given.mean = t.centered ? at[kMean] : nullptr, t.given.scale = at[kRstd];
-  else t.mean = at[kMean], t.rstd = at[kRstd];
+  if (is_backward(op) || op == Op::apply) {
+    t.given.scale = at[kRstd];
+    if (t.centered) t.given.mean = at[kMean], t.given.mean_low = at[kMeanLow];
+  } else {
+    t.mean = at[kMean], t.rstd = at[kRstd];
+  }
   job.threads = num_threads();
 }
 

@@ -44,17 +44,24 @@ class Device(Memory):
     def copy(self, into: Any, values: Any, axes: tuple[int, ...] | None = None) -> None:
         into[...] = values if axes is None else self.wide(values, "float64").sum(axis=axes, keepdims=True)
 
-    def merged(self, a: Any, b: Any) -> Any:
+    def merged(self, a: Any, b: Any, twofold: bool) -> Any:
         """The moments of two sets as one, by merge() of formula.hpp, but rounded once more where that fuses."""
-        n = a[..., 2] + b[..., 2]
-        share, delta = b[..., 2] / (n + (n == 0)), b[..., 0] - a[..., 0]
-        m2 = a[..., 1] + (delta * (delta * (a[..., 2] * share)) + b[..., 1])
-        return self.xp.stack((a[..., 0] + delta * share, m2, n), -1)
+        (mean, m2, own, low), (other, more, others, other_low) = (self.xp.moveaxis(m, -1, 0) for m in (a, b))
+        n = own + others
+        share, delta = others / (n + (n == 0)), (other - mean) + (other_low - low)
+        step = delta * share + low
+        whole = mean + step
+        of_step = whole - mean
+        rest = (mean - (whole - of_step)) + (step - of_step)
+        m2 = m2 + (delta * (delta * (own * share)) + more)
+        where = self.xp.where
+        rest = where((whole - whole == 0) & twofold, rest, 0.0)
+        return self.xp.stack((where(own == 0, other, whole), m2, n, where(own == 0, other_low, rest)), -1)
 
-    def deviation(self, triples: Any, eps: float, *, inverse: bool) -> Any:
-        super().deviation(np.empty((0, 3)), eps, inverse=inverse)  # it judges eps
-        n, xp = triples[..., 2], self.xp
-        sums = triples[..., 1] / (n + (n == 0)) + eps
+    def deviation(self, moments: Any, eps: float, *, inverse: bool) -> Any:
+        super().deviation(np.empty((0, 4)), eps, inverse=inverse)  # it judges eps
+        n, xp = moments[..., 2], self.xp
+        sums = moments[..., 1] / (n + (n == 0)) + eps
         return xp.where((n == 0) | (sums == 0), 0.0, 1 / xp.sqrt(sums)) if inverse else xp.sqrt(sums)
 
 

@@ -188,14 +188,15 @@ class Memory:
         """A copy of the array in float32 or float64, in C order."""
         return _computable(array).astype(dtype, order="C")
 
-    # The arrays of these are moments: mean, m2 and count along the last axis.
+    # The arrays of these are moments: mean, m2, count and mean_low along the last axis.
 
-    def merged(self, a: Any, b: Any) -> Any:
-        return _core.merge_moments(np.ascontiguousarray(a), np.ascontiguousarray(b))
+    def merged(self, a: Any, b: Any, twofold: bool) -> Any:
+        """The moments of two sets as one. `twofold`: their means are two numbers."""
+        return _core.merge_moments(np.ascontiguousarray(a), np.ascontiguousarray(b), twofold)
 
-    def deviation(self, triples: Any, eps: float, *, inverse: bool) -> Any:
-        """sqrt(var + eps) of each triple of moments, or, where `inverse` is true, 1 / sqrt(var + eps)."""
-        return _core.deviation_of_moments(np.ascontiguousarray(triples), eps, inverse)
+    def deviation(self, moments: Any, eps: float, *, inverse: bool) -> Any:
+        """sqrt(var + eps) of each statistic, or, where `inverse` is true, 1 / sqrt(var + eps)."""
+        return _core.deviation_of_moments(np.ascontiguousarray(moments), eps, inverse)
 
 
 NUMPY = Memory()

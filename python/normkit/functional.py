@@ -946,7 +946,8 @@ def _slopes_of(activation: Any) -> Any:
 def _style_of(content: Any, style: Any, channel_axis: int, eps: float) -> tuple[Moments, Any, Any]:
     """The moments of style, sqrt(var + eps) and the mean. Style has content's images and channels, or one image."""
     with _called("style"):
-        moments = Moments._of(*_moments_of_channels(style, channel_axis=channel_axis))
+        numbers, memory, twofold = _moments_of_channels(style, channel_axis=channel_axis)
+        moments = Moments._of(numbers, memory, True, twofold)
     shape: tuple[int, ...] = tuple(content.shape)
     if -len(shape) <= channel_axis < len(shape):  # else content is refused by its own call
         found, expected = tuple(moments.count.shape), (shape[0], shape[channel_axis])

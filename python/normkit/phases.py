@@ -1,7 +1,7 @@
 """The two phases of a normalization, for data in parts: tiles of an image, files larger than memory, several machines.
 
     whole = nk.merge([nk.moments(part, axis=0) for part in parts])
-    ys = [nk.apply(part, whole.mean, whole.rstd(1e-5), axis=0) for part in parts]
+    ys = [nk.apply(part, whole, whole.rstd(1e-5), axis=0) for part in parts]
 
 Moments of parts merge, sums of the backward add. Both are held in float64, so that parts lose nothing by being parts.
 """
@@ -26,9 +26,11 @@ class Moments:
 
     Parameters
     ----------
-    count, mean, m2 : one shape, that of x without `axis`
+    count, mean, m2, mean_low : one shape, that of x without `axis`
         Real numbers, or arrays of any real dtype, of one library and device. A number stands for all statistics. Where
-        count is 0, so are the others. Without centering mean is None and m2 the sum of squares.
+        count is 0, so are the others. Without centering mean is None and m2 the sum of squares. The mean is
+        ``mean + mean_low``: far from zero a float64 has too few digits for the mean of float64 numbers. Of other x
+        mean_low is 0.
 
     Raises
     ------
@@ -45,15 +47,19 @@ class Moments:
     array([1., 0.])
     """
 
-    __slots__ = ("_centered", "_memory", "_triples")
-    _triples: Any  # mean, m2 and count along the last axis, as an array that its memory computes with
+    __slots__ = ("_centered", "_memory", "_numbers", "_twofold")
+    _numbers: Any  # mean, m2, count and mean_low along the last axis, as an array that its memory computes with
     _memory: Memory
     _centered: bool
+    _twofold: bool  # merges keep what a mean has left over, as those of float64 x do
 
-    def __init__(self, count: Statistics, mean: Statistics | None, m2: Statistics) -> None:
-        given = {"mean": 0 if mean is None else mean, "m2": m2, "count": count}
+    def __init__(
+        self, count: Statistics, mean: Statistics | None, m2: Statistics, mean_low: Statistics | None = None
+    ) -> None:
+        low = 0 if mean_low is None else mean_low
+        given = {"mean": 0 if mean is None else mean, "m2": m2, "count": count, "mean_low": low}
         numbers = {name: float(v) for name, v in given.items() if isinstance(v, int | float | np.number | np.bool_)}
-        if len(numbers) == 3:
+        if len(numbers) == len(given):
             given["m2"] = np.asarray(numbers.pop("m2"))
         views, memory = views_of(**{name: v for name, v in given.items() if name not in numbers})
         with memory:
@@ -69,23 +75,24 @@ class Moments:
                 wide[name] = memory.wide(view, "float64")
             zeros = memory.xp.zeros_like(next(iter(wide.values())))
             parts = [wide[name] if name in wide else zeros + numbers[name] for name in given]
-            self._triples = memory.xp.stack(parts, -1)
-        self._memory, self._centered = memory, mean is not None
+            self._numbers = memory.xp.stack(parts, -1)
+        self._memory, self._centered, self._twofold = memory, mean is not None, mean_low is not None
 
     @classmethod
-    def _of(cls, triples: Any, memory: Memory | None, centered: bool = True) -> Moments:
+    def _of(cls, numbers: Any, memory: Memory | None, centered: bool, twofold: bool) -> Moments:
         found = cls.__new__(cls)
-        found._triples, found._memory, found._centered = triples, memory or NUMPY, centered
+        found._numbers, found._memory, found._centered, found._twofold = numbers, memory or NUMPY, centered, twofold
         return found
 
     def __repr__(self) -> str:
-        return f"Moments(count={self.count!r}, mean={self.mean!r}, m2={self.m2!r})"
+        low = f", mean_low={self.mean_low!r}" if self._twofold else ""
+        return f"Moments(count={self.count!r}, mean={self.mean!r}, m2={self.m2!r}{low})"
 
     def __eq__(self, other: object) -> bool:
         """True where all numbers are the same. NaN is the same as NaN."""
         if not isinstance(other, Moments):
             return NotImplemented
-        a, b = self._triples, other._triples
+        a, b = self._numbers, other._numbers
         if type(a) is not type(b) or a.shape != b.shape or self._centered != other._centered:
             return False
         with self._memory:
@@ -93,12 +100,12 @@ class Moments:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __reduce__(self) -> tuple[type[Moments], tuple[Any, Any, Any]]:
-        return Moments, (self.count, self.mean, self.m2)
+    def __reduce__(self) -> tuple[type[Moments], tuple[Any, ...]]:
+        return Moments, (self.count, self.mean, self.m2, self.mean_low if self._twofold else None)
 
     def _part(self, k: int) -> Any:
         with self._memory as memory:
-            return memory.hand_over(memory.wide(self._triples[..., k], "float64"))
+            return memory.hand_over(memory.wide(self._numbers[..., k], "float64"))
 
     @property
     def count(self) -> Any:
@@ -112,6 +119,10 @@ class Moments:
     def m2(self) -> Any:
         return self._part(1)
 
+    @property
+    def mean_low(self) -> Any:
+        return self._part(3)
+
     def merge(self, other: Moments) -> Moments:
         """The moments of the members of both, which share none.
 
@@ -119,16 +130,18 @@ class Moments:
         """
         if not isinstance(other, Moments):
             raise TypeError(f"other is {other!r}, expected Moments")
-        if type(other._triples) is not type(self._triples):
-            theirs, ours = (library_of(m._triples) for m in (other, self))
+        if type(other._numbers) is not type(self._numbers):
+            theirs, ours = (library_of(m._numbers) for m in (other, self))
             raise TypeError(f"other has arrays of {theirs}, expected {ours}: all parts share a library")
-        if other._triples.shape != self._triples.shape:
-            found, expected = (tuple(m._triples.shape[:-1]) for m in (other, self))
+        if other._numbers.shape != self._numbers.shape:
+            found, expected = (tuple(m._numbers.shape[:-1]) for m in (other, self))
             raise ValueError(f"other has statistics of shape {found}, expected {expected}")
         if other._centered != self._centered:
             raise ValueError("other is centered and this is not, or the other way round: expected both alike")
         with self._memory as memory:
-            return Moments._of(memory.merged(self._triples, other._triples), memory, self._centered)
+            twofold = self._twofold or other._twofold
+            merged = memory.merged(self._numbers, other._numbers, twofold)
+        return Moments._of(merged, memory, self._centered, twofold)
 
     def var(self, correction: float = 0) -> Any:
         """m2 / (count - correction); 0 where there are no members, NaN where `correction` leaves none."""
@@ -139,7 +152,7 @@ class Moments:
         if not isinstance(correction, int | float | np.number):
             raise TypeError(f"correction is {correction!r}, expected a number")
         with np.errstate(all="ignore"):
-            where, count, m2 = memory.xp.where, self._triples[..., 2], self._triples[..., 1]
+            where, count, m2 = memory.xp.where, self._numbers[..., 2], self._numbers[..., 1]
             left = count - correction
             return where(left > 0, m2 / left, where(count == 0, 0.0, math.nan))
 
@@ -151,12 +164,12 @@ class Moments:
     def _deviation(self, eps: float) -> Any:
         """sqrt(var + eps)."""
         with self._memory as memory:
-            return memory.hand_over(memory.deviation(self._triples, eps, inverse=False))
+            return memory.hand_over(memory.deviation(self._numbers, eps, inverse=False))
 
     def rstd(self, eps: float = 1e-5) -> Any:
         """1 / sqrt(var + eps), as the normalizations have it: 0 where there are no members, or where var + eps is 0."""
         with self._memory as memory:
-            return memory.hand_over(memory.deviation(self._triples, eps, inverse=True))
+            return memory.hand_over(memory.deviation(self._numbers, eps, inverse=True))
 
 
 def merge(moments: Iterable[Moments]) -> Moments:
@@ -199,14 +212,16 @@ def merge(moments: Iterable[Moments]) -> Moments:
 
 
 @compiled("moments", "normalize")
-def _moments(x: Array, *, axis: Axes, center: bool = True, where: Mask | None = None) -> tuple[Any, Memory | None]:
-    """Mean, m2 and count of each statistic, and their memory."""
+def _moments(
+    x: Array, *, axis: Axes, center: bool = True, where: Mask | None = None
+) -> tuple[Any, Memory | None, bool]:
+    """Mean, m2, count and mean_low of each statistic, their memory, and whether x is float64."""
 
 
 def moments(x: Array, *, axis: Axes, center: bool = True, where: Mask | None = None) -> Moments:
     """The moments of x over `axis`: the first phase of `normalize`, and of every named normalization.
 
-    They are computed in float64, whatever the dtype of x.
+    They are merged in float64, whatever the dtype of x.
 
     Parameters
     ----------
@@ -235,13 +250,14 @@ def moments(x: Array, *, axis: Axes, center: bool = True, where: Mask | None = N
     >>> float(m.count), float(m.mean), float(m.var())
     (4.0, 3.0, 3.5)
     """
-    return Moments._of(*_moments(x, axis=axis, center=center, where=where), bool(center))
+    numbers, memory, twofold = _moments(x, axis=axis, center=center, where=where)
+    return Moments._of(numbers, memory, bool(center), twofold)
 
 
 @compiled("apply", "normalize", center=None)
 def apply(
     x: Array,
-    mean: Statistics | None,
+    mean: Statistics | Moments | None,
     rstd: Statistics,
     weight: Array | None = None,
     bias: Array | None = None,
@@ -262,7 +278,7 @@ def apply(
         The dtypes that `instance_norm` takes, with any strides.
     mean, rstd : the shape of x without `axis`, of float32 or float64, or numbers
         A mean of None is 0. In float64, as `Moments` has them, they keep what a float32 rounds off. A number stands for
-        all statistics.
+        all statistics. `Moments` in the place of a mean give all of its digits: y has the bits of one call.
     weight, bias : broadcast against x as in NumPy, optional
         Of float32, float64 or the dtype of x.
     axis
@@ -285,7 +301,7 @@ def apply(
 def backward_sums(
     dy: Array,
     x: Array,
-    mean: Statistics | None,
+    mean: Statistics | Moments | None,
     rstd: Statistics,
     weight: Array | None = None,
     *,
@@ -330,7 +346,7 @@ def backward_sums(
 def apply_backward(
     dy: Array,
     x: Array,
-    mean: Statistics | None,
+    mean: Statistics | Moments | None,
     rstd: Statistics,
     sums: Array,
     count: Statistics,

@@ -257,21 +257,21 @@ struct OptionCall {
 
   /// Moments, then the rest with statistics in double.
   void parts() {
-    Shape triple = kept;
+    Shape three = kept, four = kept;
     std::vector<int> order = kept_order;
-    triple.push_back(3), order.push_back(static_cast<int>(order.size()));
-    const Doubles none(triple, order);
+    three.push_back(3), four.push_back(4), order.push_back(static_cast<int>(order.size()));
+    const Doubles none(three, order), no_moments(four, order);
     std::vector<Doubles> moments, sums;
     for_halves([&](const auto& cut) {
       normkit::Args args;
-      moments.push_back(none);
+      moments.push_back(no_moments);
       args.x = cut(sum.view()), args.where = cut(mask.view()), args.moments = moments.back().view();
       normkit::moments(args, spec);
     });
     const std::int64_t statistics = static_cast<std::int64_t>(means.size());
-    normkit::merge_moments(moments[0].data(), moments[1].data(), statistics);
+    normkit::merge_moments(moments[0].data(), moments[1].data(), statistics, Dtype::float32);
     for (std::int64_t r = 0; r < statistics; ++r) {
-      const double* m = moments[0].data() + 3 * r;
+      const double* m = moments[0].data() + 4 * r;
       means.data()[r] = m[0], counts.data()[r] = m[2];
       rstds.data()[r] = m[2] == 0 ? 0 : 1 / std::sqrt(m[1] / m[2] + spec.eps);
     }
@@ -497,12 +497,13 @@ void run_phase_errors() {
   Buffer x({2, 3, 4}, {0, 1, 2}), y(x), other({2, 3, 4}, {2, 1, 0}), dweight({3}, {0});
   for (std::size_t k = 0; k < x.size(); ++k) x.data()[k] = other.data()[k] = static_cast<float>(k);
   Doubles triples({2, 3, 3}, {0, 1, 2}), turned({2, 3, 3}, {1, 0, 2}), pairs({2, 3, 2}, {0, 1, 2});
+  Doubles moments({2, 3, 4}, {0, 1, 2}), turned_moments({2, 3, 4}, {1, 0, 2});
   Doubles statistic({2, 3}, {0, 1}), turned_statistic({2, 3}, {1, 0}), few({3}, {0});
   const std::string order = ", aligned: dense, its axes in the order in which they lie in x";
   const auto forward = [&](void (*call)(const normkit::Args&, const normkit::Spec&), auto change,
                            const std::string& wanted) {
     normkit::Args args;
-    args.x = x.view(), args.out = y.view(), args.moments = triples.view();
+    args.x = x.view(), args.out = y.view(), args.moments = moments.view();
     args.mean = args.rstd = call == &normkit::apply ? statistic.view() : Array{};
     change(args);
     const std::string message = message_of([&] { call(args, spec); });
@@ -518,12 +519,14 @@ void run_phase_errors() {
     expect(message == wanted, "message: " + message + ", wanted: " + wanted);
   };
   const std::string shape3 = ", expected (2, 3, 3): three numbers per statistic";
+  const std::string shape4 = ", expected (2, 3, 4): four numbers per statistic";
   const std::string strides3 = " has strides (24, 48, 8), expected (72, 24, 8)" + order;
+  const std::string strides4 = " has strides (32, 64, 8), expected (96, 32, 8)" + order;
   const std::string strides = " has strides (8, 16), expected (24, 8)" + order;
   forward(&normkit::moments, [&](auto& a) { a.moments = {}; },
-          "moments is None, expected an array: three numbers per statistic");
-  forward(&normkit::moments, [&](auto& a) { a.moments = turned.view(); }, "moments" + strides3);
-  forward(&normkit::moments, [&](auto& a) { a.moments = pairs.view(); }, "moments has shape (2, 3, 2)" + shape3);
+          "moments is None, expected an array: four numbers per statistic");
+  forward(&normkit::moments, [&](auto& a) { a.moments = turned_moments.view(); }, "moments" + strides4);
+  forward(&normkit::moments, [&](auto& a) { a.moments = pairs.view(); }, "moments has shape (2, 3, 2)" + shape4);
   forward(&normkit::moments, [&](auto& a) { a.moments.read_only = true; },
           "moments is read-only, expected a writable array");
   forward(&normkit::moments, [&](auto& a) { a.residual = x.view(); },
@@ -533,6 +536,9 @@ void run_phase_errors() {
   forward(&normkit::forward, [&](auto& a) { a.residual = x.view(), a.sum = y.view(); },
           "sum overlaps out, expected memory apart");
   forward(&normkit::apply, [&](auto& a) { a.rstd = turned_statistic.view(); }, "rstd" + strides);
+  forward(&normkit::apply, [&](auto& a) { a.mean_low = turned_statistic.view(); }, "mean_low" + strides);
+  forward(&normkit::apply, [&](auto& a) { a.mean_low = few.view(); },
+          "mean_low has shape (3,), expected (2, 3): one element per statistic");
   backward(&normkit::backward_sums, [&](auto& a) { a.sums = {}; },
            "sums is None, expected an array: three numbers per statistic");
   backward(&normkit::backward_sums, [&](auto& a) { a.sums = turned.view(); }, "sums" + strides3);
@@ -548,7 +554,7 @@ void run_phase_errors() {
   backward(&normkit::apply_backward, [&](auto& a) { a.count = turned_statistic.view(); }, "count" + strides);
   backward(&normkit::apply_backward, [&](auto& a) { a.count.dtype = Dtype::float32; },
            "count has dtype float32, expected float64");
-  for (Doubles* b : {&triples, &turned, &pairs, &statistic, &turned_statistic, &few})
+  for (Doubles* b : {&triples, &turned, &pairs, &moments, &turned_moments, &statistic, &turned_statistic, &few})
     for (std::size_t k = 0; k < b->size(); ++k) expect(std::isnan(b->data()[k]), "an error came after a write");
   for (std::size_t k = 0; k < y.size(); ++k) expect(std::isnan(y.data()[k]), "an error came after a write");
 }

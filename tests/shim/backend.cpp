@@ -28,11 +28,8 @@ bool use_isa(const std::string& name) { return name == "shim"; }
 int num_threads() { return 1; }
 void set_num_threads(int) {}
 
-void merge_moments(double* into, const double* from, std::int64_t n) {
-  for (std::int64_t k = 0; k < n; ++k, into += 3, from += 3) {
-    const Moments m = merge({into[0], into[1], into[2]}, {from[0], from[1], from[2]});
-    into[0] = m.mean, into[1] = m.m2, into[2] = m.n;
-  }
+void merge_moments(double* into, const double* from, std::int64_t n, Dtype x) {
+  x == Dtype::float64 ? merge_all<double>(into, from, n) : merge_all<float>(into, from, n);
 }
 
 }  // namespace normkit

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #if defined(__CUDACC__)
 #define NORMKIT_HD __host__ __device__ __forceinline__
@@ -25,28 +26,77 @@ NORMKIT_HD float mul_add(float a, float b, float c) { return a * b + c; }
 NORMKIT_HD double mul_add(double a, double b, double c) { return a * b + c; }
 #endif
 
-/// The mean of a set of members, the sum of their squared deviations from it, and their number; all three are zero
-/// where there are no members. RMS keeps the mean at zero, so one merge rule serves both.
-struct Moments { double mean = 0, m2 = 0, n = 0; };
+/// a + b as two numbers: the sum, and what its rounding left over (Knuth, 1969). An infinite sum leaves nothing.
+struct Twofold { double high, low; };
+NORMKIT_HD Twofold two_sum(double a, double b) {
+  const double sum = a + b, of_b = sum - a, rest = (a - (sum - of_b)) + (b - of_b);
+  return {sum, sum - sum == 0 ? rest : 0};
+}
+
+/// The mean of a set of members, the sum of their squared deviations from it, and their number; all are zero where there
+/// are no members. RMS keeps the mean at zero, so one merge rule serves both. S is the compute type: where that is double
+/// itself, the mean goes on in `mean_low`, as far from zero a double has no digits left for it.
+template <class S> struct Moments { double mean = 0, m2 = 0, n = 0; };
+template <> struct Moments<double> { double mean = 0, mean_low = 0, m2 = 0, n = 0; };
+template <class S> inline constexpr int kMomentDoubles = sizeof(Moments<S>) / sizeof(double);
+
+template <class S> NORMKIT_HD double low_of(const Moments<S>& m) {
+  if constexpr (sizeof(S) == 8) return m.mean_low;
+  else return 0;
+}
+template <class S> NORMKIT_HD Moments<S> moments_of(double mean, double mean_low, double m2, double n) {
+  if constexpr (sizeof(S) == 8) return {mean, mean_low, m2, n};
+  else return {mean, m2, n};
+}
+/// The moments of members of another compute type, which may have no use for the low part of the mean.
+template <class S, class Other> NORMKIT_HD Moments<S> moments_of(const Moments<Other>& m) {
+  return moments_of<S>(m.mean, low_of(m), m.m2, m.n);
+}
+
+/// Moments in memory: the low part of the mean comes last.
+template <class S> NORMKIT_HD void put_moments(const Moments<S>& m, double* to) {
+  to[0] = m.mean, to[1] = m.m2, to[2] = m.n;
+  if constexpr (sizeof(S) == 8) to[3] = m.mean_low;
+}
+template <class S> NORMKIT_HD Moments<S> moments_at(const double* from) {
+  return moments_of<S>(from[0], sizeof(S) == 8 ? from[3] : 0, from[1], from[2]);
+}
 
 /// The moments of the union of two disjoint sets (Chan, Golub and LeVeque, 1979). Either set may be empty. There is no
 /// branch, so that loops over columns become vectors.
-NORMKIT_HD Moments merge(Moments a, Moments b) {
-  const double n = a.n + b.n, share = b.n / (n == 0 ? 1 : n), delta = b.mean - a.mean;
-  return {mul_add(delta, share, a.mean), a.m2 + mul_add(delta, delta * (a.n * share), b.m2), n};
+template <class S> NORMKIT_HD Moments<S> merge(Moments<S> a, Moments<S> b) {
+  const double n = a.n + b.n, share = b.n / (n == 0 ? 1 : n);
+  double delta = b.mean - a.mean;
+  if constexpr (sizeof(S) == 8) delta += b.mean_low - a.mean_low;
+  Twofold mean{mul_add(delta, share, a.mean), 0};
+  if constexpr (sizeof(S) == 8) {
+    const Twofold both = two_sum(a.mean, mul_add(delta, share, a.mean_low));
+    mean = {a.n == 0 ? b.mean : both.high, a.n == 0 ? b.mean_low : both.low};
+  }
+  return moments_of<S>(mean.high, mean.low, a.m2 + mul_add(delta, delta * (a.n * share), b.m2), n);
+}
+
+/// Merges n moments, four numbers each, into as many others, by the rule of their compute type.
+template <class S> NORMKIT_HD void merge_all(double* into, const double* from, std::int64_t n) {
+  for (double* const end = into + kMomentDoubles<double> * n; into != end;
+       into += kMomentDoubles<double>, from += kMomentDoubles<double>)
+    put_moments(merge(moments_at<S>(into), moments_at<S>(from)), into);
 }
 
 /// The moments of n > 0 members, from the sum of their differences to a pivot and the sum of the squared differences.
-NORMKIT_HD Moments from_pivot_of_some(double pivot, double sum, double sum_squares, double n) {
+template <class S>
+NORMKIT_HD Moments<S> from_pivot_of_some(double pivot, double sum, double sum_squares, double n) {
   const double delta = sum / n;
-  return {pivot + delta, mul_add(-delta, sum, sum_squares), n};
+  Twofold mean{pivot + delta, 0};
+  if constexpr (sizeof(S) == 8) mean = two_sum(pivot, delta);
+  return moments_of<S>(mean.high, mean.low, mul_add(-delta, sum, sum_squares), n);
 }
 
 /// The moments of n >= 0 members, from the sums that from_pivot_of_some() takes: n = 0 gives the moments of an empty
 /// set.
-NORMKIT_HD Moments from_pivot(double pivot, double sum, double sum_squares, double n) {
-  const Moments m = from_pivot_of_some(pivot, sum, sum_squares, n == 0 ? 1 : n);
-  return {n == 0 ? 0 : m.mean, m.m2, n};
+template <class S> NORMKIT_HD Moments<S> from_pivot(double pivot, double sum, double sum_squares, double n) {
+  const Moments<S> m = from_pivot_of_some<S>(pivot, sum, sum_squares, n == 0 ? 1 : n);
+  return moments_of<S>(n == 0 ? 0 : m.mean, n == 0 ? 0 : low_of(m), m.m2, n);
 }
 
 /// True where sums of differences to a pivot, taken in the compute type S, hold the moments to within a few roundings: the pivot is
@@ -60,7 +110,7 @@ template <class S> NORMKIT_HD bool trustworthy(double sum, double sum_squares, d
   return near & kept & held;  // without branches: loops over rows and columns become vectors
 }
 
-/// A mean, held as two numbers of the compute type (float has too few digits for a mean far from zero), and 1/std.
+/// A mean, held as two numbers of the compute type (one has too few digits for a mean far from zero), and 1/std.
 template <class S> struct Statistic {
   S mean, mean_low;
   double rstd;
@@ -80,17 +130,32 @@ struct Denominator {
 
 /// One over the denominator of a set of members, whose variance is the biased one, m2 / n. With a variance, an empty
 /// set has 0, so that its outputs are the bias.
-NORMKIT_HD double rstd_of(Moments m, Denominator d) {
+template <class S> NORMKIT_HD double rstd_of(const Moments<S>& m, Denominator d) {
   if (!d.is_norm) return m.n == 0 ? 0 : rstd_of(m.m2 / m.n, d.eps);
   const double norm = std::sqrt(m.m2), divisor = norm < d.eps ? d.eps : norm;  // NaN stays
   return divisor == 0 ? 0 : 1 / divisor;
 }
 
-/// The Statistic with this mean and this 1/std: `mean_low` is the part of the mean that S has no digits for.
-template <class S> NORMKIT_HD Statistic<S> statistic_of(double mean, double rstd) {
-  const S high = static_cast<S>(mean);
-  // An infinite mean has no remainder: inf - inf would turn the Inf of a poisoned instance into another number.
-  return {high, static_cast<S>(mean - static_cast<double>(high)), rstd};
+/// The Statistic whose mean is `mean` + `more`: `mean_low` is the part of it that S has no digits for.
+template <class S> NORMKIT_HD Statistic<S> statistic_of(double mean, double more, double rstd) {
+  if constexpr (sizeof(S) == 8) {
+    const Twofold sum = two_sum(mean, more);
+    return {sum.high, sum.low, rstd};
+  } else {
+    const double sum = mean + more;
+    const S high = static_cast<S>(sum);
+    return {high, static_cast<S>(sum - static_cast<double>(high)), rstd};
+  }
+}
+template <class S> NORMKIT_HD Statistic<S> statistic_of(const Moments<S>& m, double rstd) {
+  return statistic_of<S>(m.mean, low_of(m), rstd);
+}
+
+/// v in S, which ends where float does: a finite v stays finite. Without eps, subnormal x have a 1/std beyond float.
+template <class S> NORMKIT_HD S nearest(double v) {
+  constexpr double most = sizeof(S) == 8 ? 0x1.fffffffffffffp1023 : 0x1.fffffep127;
+  const double size = v < 0 ? -v : v;
+  return static_cast<S>(size > most && size - size == 0 ? (v < 0 ? -most : most) : v);
 }
 
 /// y = (x - mean) * scale + shift: a whole normalization, once scale and shift are known. A kernel finds them once for
@@ -100,7 +165,7 @@ template <class V> struct Affine { V scale, shift; };
 /// Scale and shift for x_hat * weight + bias; the low part of the mean moves into the shift.
 template <class S> NORMKIT_HD Affine<S> forward_affine(Statistic<S> s, double weight, double bias) {
   const double scale = s.rstd * weight;
-  return {static_cast<S>(scale), static_cast<S>(bias - static_cast<double>(s.mean_low) * scale)};
+  return {nearest<S>(scale), static_cast<S>(bias - static_cast<double>(s.mean_low) * scale)};
 }
 
 /// y before its activation. The mean is subtracted first, and not folded into the shift: near the mean the difference

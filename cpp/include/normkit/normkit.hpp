@@ -126,6 +126,7 @@ Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 /// mean, rstd          absd  float32 or float64, one element per statistic; shape: the kept axes of x. mean is absent where
 ///                           spec.centered is false
 ///                     fm    of compute_dtype(x), written
+/// mean_low            a     like mean, what it has left over: moments() finds it, and apply() has the bits of forward() then
 /// running_mean, running_var  f  (C,) of any floating dtype, read and updated (spec.use_input_stats), or only read
 /// residual            fm    like a floating x: x + residual is normalized
 /// dresidual           bd    like x, added to dx
@@ -137,7 +138,7 @@ Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 ///                     bd    dx: like x. May be x or dy itself
 /// sum                 fm    like x, written: x + residual; may be x or residual itself. moments() needs it, and so does an out of
 ///                           another dtype
-/// moments             m     float64, the kept axes of x and 3, written: mean, sum of squared deviations, count
+/// moments             m     float64, the kept axes of x and 4, written: mean, sum of squared deviations, count, mean_low
 /// dweight, dbias      b     the shapes of weight and bias, any floating dtype, written. Without bias dbias is like dweight; without
 ///                           weight dweight has the extents of the first form, or of the normalized axes
 /// dslopes             b     the shape of slopes, any floating dtype, written
@@ -145,8 +146,8 @@ Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 /// An array that is written must overlap no other, except where the table says so. Statistics, parameters and their
 /// gradients are dense, their axes in the order in which they lie in x.
 struct Args {
-  Array x, dy, weight, bias, slopes, mean, rstd, running_mean, running_var, residual, dresidual, where, sums, count,
-      out, sum, moments, dweight, dbias, dslopes;
+  Array x, dy, weight, bias, slopes, mean, rstd, mean_low, running_mean, running_var, residual, dresidual, where, sums,
+      count, out, sum, moments, dweight, dbias, dslopes;
   Dtype out_dtype = Dtype::other;  // the dtype that y is to have; `other`: the dtype of x, or float32 for an integer x
   /// Called where the memory of two arrays interleaves; returns true where they share an element. Where it is null,
   /// they are taken to share one.
@@ -181,7 +182,10 @@ void backward(const Args& args, const Spec& spec);
 
 /// The first phase of forward(), for data in parts: the moments of one part, for each statistic.
 ///
-///     moments = (mean, m2, count)        m2 = sum((x - mean)^2), over the members of the part
+///     moments = (mean, m2, count, mean_low)        m2 = sum((x - mean)^2), over the members of the part
+///
+/// The mean is mean + mean_low, exact to about 100 bits where x is float64; of all other dtypes a float64 holds it, and
+/// mean_low is 0.
 ///
 /// A part is a piece of x along any axes, with all the axes of x. merge_moments() merges the moments of all parts; then
 /// apply() is called on each part, with the mean that was found and with rstd = 1 / sqrt(m2 / count + spec.eps), or 0
@@ -210,9 +214,9 @@ void backward_sums(const Args& args, const Spec& spec);
 /// data, and corrects the other two. Allocation and errors are those of forward().
 void apply_backward(const Args& args, const Spec& spec);
 
-/// Merges n moments (mean, sum of squared deviations, count each) into as many others (Chan, Golub and LeVeque, 1979):
-/// into[k] becomes the moments of the members of into[k] and from[k] together. Either may have none: (0, 0, 0).
-void merge_moments(double* into, const double* from, std::int64_t n);
+/// Merges n moments of parts of x, four numbers each, into as many others (Chan, Golub and LeVeque, 1979): into[k] becomes
+/// the moments of the members of into[k] and from[k] together. Either may have none: (0, 0, 0, 0). `x`: the dtype of x.
+void merge_moments(double* into, const double* from, std::int64_t n, Dtype x);
 
 /// isa() names the instruction set in use, isas() all that this build and this machine have, the best first. use_isa()
 /// chooses one by its name, and returns false where there is none of that name. NORMKIT_ISA in the environment makes

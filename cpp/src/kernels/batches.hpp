@@ -121,26 +121,27 @@ template <class V> [[gnu::noinline]] void solve_batch(const Task& t, Batch<V>& b
   const Geometry& g = t.geometry;
   const double n = static_cast<double>(g.run);
   alignas(64) S sums[kRows], squares[kRows];
-  alignas(64) double mean[kRows], m2[kRows], rstd[kRows], weight[kRows], bias[kRows];
+  alignas(64) double mean[kRows], low[kRows], m2[kRows], rstd[kRows], weight[kRows], bias[kRows];
   // Without a mean, pivots are 0, and so are sums, as far as moments go: no loop need ask, and all become vectors.
   store(sums, t.centered ? sums_of(batch.sum) : broadcast<V>(S(0))), store(squares, sums_of(batch.squares));
   int unsettled = 0;
   for (int k = 0; k < kRows; ++k) {
     const double s = static_cast<double>(sums[k]), q = static_cast<double>(squares[k]);
-    const Moments m = from_pivot_of_some(static_cast<double>(batch.pivot[k]), s, q, n);
-    mean[k] = m.mean, m2[k] = m.m2;
+    const Moments<S> m = from_pivot_of_some<S>(static_cast<double>(batch.pivot[k]), s, q, n);
+    mean[k] = m.mean, low[k] = low_of(m), m2[k] = m.m2;
     unsettled += trustworthy<S>(s, q, n) ? 0 : 1;
   }
   for (int k = 0; k < batch.rows && unsettled > kRows - batch.rows; ++k) {
     const double s = static_cast<double>(sums[k]), q = static_cast<double>(squares[k]);
     if (trustworthy<S>(s, q, n)) continue;
-    const Moments m = unsettled_moments({batch.x[k], t.x.dtype, 1, 0, g.run}, static_cast<double>(batch.pivot[k]), q,
-                                        t.centered, n, masked(Everyone{}));
-    mean[k] = m.mean, m2[k] = m.m2;
+    const Moments<double> m =
+        unsettled_moments({batch.x[k], t.x.dtype, 1, 0, g.run}, static_cast<double>(batch.pivot[k]), q, t.centered, n,
+                          masked(Everyone{}));
+    mean[k] = m.mean, low[k] = m.mean_low, m2[k] = m.m2;
   }
-  for (int k = 0; k < kRows; ++k) rstd[k] = rstd_of(Moments{mean[k], m2[k], n}, t.denominator);
+  for (int k = 0; k < kRows; ++k) rstd[k] = rstd_of(moments_of<S>(mean[k], 0, m2[k], n), t.denominator);
   if (t.mean || t.rstd || t.moments)
-    for (int k = 0; k < batch.rows; ++k) publish<S>(t, batch.first + k, {mean[k], m2[k], n}, rstd[k]);
+    for (int k = 0; k < batch.rows; ++k) publish(t, batch.first + k, moments_of<S>(mean[k], low[k], m2[k], n), rstd[k]);
   if (weighs_elements(g)) {
     for (int k = 0; k < kRows; ++k) weight[k] = 1, bias[k] = 0;
   } else {
@@ -148,7 +149,7 @@ template <class V> [[gnu::noinline]] void solve_batch(const Task& t, Batch<V>& b
     row_parameters(t, t.bias, batch.first, batch.rows, 0, bias);
   }
   for (int k = 0; k < kRows; ++k) {
-    const Statistic<S> s = statistic_of<S>(mean[k], rstd[k]);
+    const Statistic<S> s = statistic_of<S>(mean[k], sizeof(S) == 8 ? low[k] : 0, rstd[k]);
     const Affine<S> affine = forward_affine(s, weight[k], bias[k]);
     batch.mean[k] = s.mean, batch.scale[k] = affine.scale, batch.shift[k] = affine.shift;
   }

@@ -80,21 +80,20 @@ template <class S> Statistic<S> given_statistic(const Task& t, std::int64_t stat
   const std::int64_t index = statistic / t.given.stride % t.given.count;
   const double scale = element(t.given.scale, t.given.scale_dtype, index);
   const double mean = t.given.mean ? element(t.given.mean, t.given.mean_dtype, index) : 0;
-  return statistic_of<S>(mean, t.given.is_variance ? rstd_of(scale, t.denominator.eps) : scale);
+  const bool has_low = sizeof(S) == 8 && t.given.mean_low;
+  const double low = has_low ? element(t.given.mean_low, t.given.low_dtype, index) : 0;
+  return statistic_of<S>(mean, low, t.given.is_variance ? rstd_of(scale, t.denominator.eps) : scale);
 }
-
-NORMKIT_LOCAL void put(Moments m, double* to) { to[0] = m.mean, to[1] = m.m2, to[2] = m.n; }
-NORMKIT_LOCAL Moments moments_at(const double* from) { return {from[0], from[1], from[2]}; }
 
 /// Hands the moments of a statistic out: to the arrays that were asked for, and to the caller.
 template <class S>
-NORMKIT_LOCAL Statistic<S> publish(const Task& t, std::int64_t statistic, Moments m, double rstd) {
+NORMKIT_LOCAL Statistic<S> publish(const Task& t, std::int64_t statistic, const Moments<S>& m, double rstd) {
   if (t.mean) *at<S>(t.mean, statistic) = static_cast<S>(m.mean);
-  if (t.rstd) *at<S>(t.rstd, statistic) = static_cast<S>(rstd);
-  if (t.moments) put(m, t.moments + 3 * statistic);
-  return statistic_of<S>(m.mean, rstd);
+  if (t.rstd) *at<S>(t.rstd, statistic) = nearest<S>(rstd);
+  if (t.moments) put_moments(moments_of<double>(m), t.moments + kMomentDoubles<double> * statistic);
+  return statistic_of<S>(m, rstd);
 }
-template <class S> NORMKIT_LOCAL Statistic<S> publish(const Task& t, std::int64_t statistic, Moments m) {
+template <class S> NORMKIT_LOCAL Statistic<S> publish(const Task& t, std::int64_t statistic, const Moments<S>& m) {
   return publish<S>(t, statistic, m, rstd_of(m, t.denominator));
 }
 

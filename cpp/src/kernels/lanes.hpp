@@ -24,11 +24,18 @@ template <class S> struct Table {
 };
 
 /// Moments of columns, one array a quantity.
-struct ColumnMoments {
-  double *mean, *m2, *n;
-  ColumnMoments(double* memory, std::int64_t columns) : mean(memory), m2(memory + columns), n(memory + 2 * columns) {}
-  NORMKIT_LOCAL Moments at(std::int64_t k) const { return {mean[k], m2[k], n[k]}; }
-  NORMKIT_LOCAL void set(std::int64_t k, Moments m) const { mean[k] = m.mean, m2[k] = m.m2, n[k] = m.n; }
+template <class S> struct ColumnMoments {
+  static constexpr int kArrays = kMomentDoubles<S>;
+  double *mean, *m2, *n, *mean_low;
+  ColumnMoments(double* memory, std::int64_t columns)
+      : mean(memory), m2(memory + columns), n(memory + 2 * columns), mean_low(memory + 3 * columns) {}
+  NORMKIT_LOCAL Moments<S> at(std::int64_t k) const {
+    return moments_of<S>(mean[k], sizeof(S) == 8 ? mean_low[k] : 0, m2[k], n[k]);
+  }
+  NORMKIT_LOCAL void set(std::int64_t k, const Moments<S>& m) const {
+    mean[k] = m.mean, m2[k] = m.m2, n[k] = m.n;
+    if constexpr (sizeof(S) == 8) mean_low[k] = m.mean_low;
+  }
 };
 
 /// Calls f(vectors as a constant, first column, columns) for each tile; the columns after the last full tile go one vector
@@ -240,11 +247,6 @@ template <class S> struct TurnedSums {
   }
 };
 
-/// True where columns are so few that blocks of them are turned.
-template <class X> NORMKIT_LOCAL bool has_few_columns(const Task& t) {
-  return t.geometry.columns() < kLanes<VectorOf<X>> && !t.where.data;
-}
-
 /// Adds blocks of n columns, few, to their sums.
 template <class S>
 [[gnu::noinline]] void add_turned(const Turned<S>& x, std::int64_t n, PivotSums<S> sums) {
@@ -264,7 +266,7 @@ template <class S>
 }
 
 /// Moments of the members of one column of a span in double, in two passes: for data that defeats the pivots.
-NORMKIT_LOCAL Moments careful_column(Segments x, bool centered, Masked members) {
+NORMKIT_LOCAL Moments<double> careful_column(Segments x, bool centered, Masked members) {
   alignas(64) double value[kSpanSteps + 16];
   std::int64_t n = 0;
   for (std::int64_t row = 0; row < x.rows; ++row, members.next_row())
@@ -277,8 +279,8 @@ NORMKIT_LOCAL Moments careful_column(Segments x, bool centered, Masked members) 
       s += d;
       q = mul_add(d, d, q);
     }
-    const Moments m = from_pivot(pivot, s, q, static_cast<double>(n));
-    if (!centered) return {0, mul_add(m.mean * m.mean, m.n, m.m2), m.n};
+    const Moments<double> m = from_pivot<double>(pivot, s, q, static_cast<double>(n));
+    if (!centered) return moments_of<double>(0, 0, mul_add(m.mean * m.mean, m.n, m.m2), m.n);
     if (pass == 1) return m;
     pivot = m.mean;
   }
@@ -305,7 +307,7 @@ template <class S> NORMKIT_LOCAL bool doubtful(double s, double q, double n) {
 /// by itself, so that none depends on its neighbors.
 template <class S>
 [[gnu::noinline]] void mend_columns(const Task& t, std::int64_t o, std::int64_t begin, std::int64_t end,
-                                    PivotSums<S> sums, ColumnMoments out) {
+                                    PivotSums<S> sums, ColumnMoments<S> out) {
   constexpr std::int64_t kWidth = 64;
   const std::int64_t columns = t.geometry.columns();
   for (std::int64_t first = 0; first < columns; first += kWidth) {
@@ -331,14 +333,15 @@ template <class S>
     }
     for (std::int64_t k = 0; k < n; ++k) {
       if (!doubts[k]) continue;
-      out.set(first + k,
-              equal[k] ? Moments{pivot[k], 0, sums.members[first + k]}
-                       : careful_column({x.from(0, k), x.dtype, x.rows, x.stride, 1}, t.centered, members.from(k)));
+      out.set(first + k, moments_of<S>(equal[k] ? moments_of<double>(pivot[k], 0, 0, sums.members[first + k])
+                                                : careful_column({x.from(0, k), x.dtype, x.rows, x.stride, 1},
+                                                                 t.centered, members.from(k))));
     }
   }
 }
 
-NORMKIT_LOCAL void merge_columns(ColumnMoments into, ColumnMoments more, std::int64_t n) {
+template <class S>
+NORMKIT_LOCAL void merge_columns(ColumnMoments<S> into, ColumnMoments<S> more, std::int64_t n) {
   for (std::int64_t k = 0; k < n; ++k) into.set(k, merge(into.at(k), more.at(k)));
 }
 
@@ -346,7 +349,7 @@ NORMKIT_LOCAL void merge_columns(ColumnMoments into, ColumnMoments more, std::in
 /// with all of this, so that what it has come to stays in registers.
 template <class X, class Beside>
 NORMKIT_LOCAL void span_columns_beside(const Task& t, std::int64_t o, std::int64_t span, double* memory,
-                                       ColumnMoments out, Beside& beside) {
+                                       ColumnMoments<ScalarOf<X>> out, Beside& beside) {
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
   const std::int64_t begin = span_begin(span), end = span_end(g, span), columns = g.columns();
@@ -359,7 +362,7 @@ NORMKIT_LOCAL void span_columns_beside(const Task& t, std::int64_t o, std::int64
   const bool scans = t.residual.data && t.where.data;  // the first members are looked for in the whole span
   if (scans) form_sum<X>(t, o, begin, 0, end - begin, 0, columns);
   std::int64_t first = begin;
-  if (__is_same(Beside, Nothing) && has_few_columns<X>(t)) {
+  if (__is_same(Beside, Nothing) && turns_columns(t)) {
     Turned<S> turned;
     for (; end - first >= Turned<S>::kSteps; first += Turned<S>::kSteps) {
       const X* x = at<X>(t.x, o, first, 0);
@@ -389,21 +392,22 @@ NORMKIT_LOCAL void span_columns_beside(const Task& t, std::int64_t o, std::int64
   std::int64_t doubts = 0;
   for (std::int64_t k = 0; k < columns; ++k) {
     const double s = sums.sum[k], q = sums.squares[k], n = sums.members[k];
-    out.set(k, from_pivot(static_cast<double>(sums.pivot[k]), s, q, n));
+    out.set(k, from_pivot<S>(static_cast<double>(sums.pivot[k]), s, q, n));
     doubts |= doubtful<S>(s, q, n);
   }
   if (doubts) mend_columns<S>(t, o, begin, end, sums, out);
 }
 template <class X>
 [[gnu::noinline]] void span_columns(const Task& t, std::int64_t o, std::int64_t span, double* memory,
-                                    ColumnMoments out) {
+                                    ColumnMoments<ScalarOf<X>> out) {
   Nothing alone;
   span_columns_beside<X>(t, o, span, memory, out, alone);
 }
 
 /// Merges the moments of the columns of a statistic into the moments of the statistic.
-NORMKIT_LOCAL Moments fold_columns(const Geometry& g, std::int64_t lane, ColumnMoments columns) {
-  Moments m = columns.at(lane * g.run);
+template <class S>
+NORMKIT_LOCAL Moments<S> fold_columns(const Geometry& g, std::int64_t lane, ColumnMoments<S> columns) {
+  Moments<S> m = columns.at(lane * g.run);
   for (std::int64_t k = lane * g.run + 1; k < (lane + 1) * g.run; ++k) m = merge(m, columns.at(k));
   return m;
 }
@@ -442,7 +446,7 @@ template <class S, int kArrays> NORMKIT_LOCAL void repeat_columns(const Geometry
 }
 
 /// Makes statistics of the moments of columns, and the table that apply reads.
-template <class S> void lanes_finish(const Task& t, std::int64_t o, ColumnMoments columns, Table<S> table) {
+template <class S> void lanes_finish(const Task& t, std::int64_t o, ColumnMoments<S> columns, Table<S> table) {
   const Geometry& g = t.geometry;
   ColumnParameter parameter(t, o);
   for (std::int64_t lane = 0; lane < g.lanes; ++lane) {
@@ -555,15 +559,17 @@ void lanes_forward_span(const Task& t, std::int64_t o, std::int64_t span, Table<
   });
 }
 
-/// Moments of all columns of one outer index. `memory`: ten arrays of columns, of which the first three will hold them.
+/// Moments of all columns of one outer index. `memory`: twelve arrays of columns, of which the first will hold them.
 template <class X, class Beside>
-NORMKIT_LOCAL ColumnMoments outer_columns(const Task& t, std::int64_t o, double* memory, Beside& beside) {
+NORMKIT_LOCAL ColumnMoments<ScalarOf<X>> outer_columns(const Task& t, std::int64_t o, double* memory, Beside& beside) {
   const std::int64_t columns = array_of_columns(t.geometry), spans = chunks_of(t.geometry, Traversal::lanes).spans;
-  const ColumnMoments all(memory, columns), part(memory + 3 * columns, columns);
+  using Columns = ColumnMoments<ScalarOf<X>>;
+  const Columns all(memory, columns), part(memory + Columns::kArrays * columns, columns);
   for (std::int64_t span = 0; span < spans; ++span) {
-    const ColumnMoments out = span == 0 ? all : part;
-    if constexpr (__is_same(Beside, Nothing)) span_columns<X>(t, o, span, memory + 6 * columns, out);
-    else span_columns_beside<X>(t, o, span, memory + 6 * columns, out, beside);
+    const Columns out = span == 0 ? all : part;
+    double* const sums = memory + 2 * Columns::kArrays * columns;
+    if constexpr (__is_same(Beside, Nothing)) span_columns<X>(t, o, span, sums, out);
+    else span_columns_beside<X>(t, o, span, sums, out, beside);
     if (span > 0) merge_columns(all, part, t.geometry.columns());
   }
   return all;
@@ -654,7 +660,8 @@ template <class X, class Y> void lanes_forward(const Task& t, std::int64_t begin
   Streamer<Y> streamer;
   Nothing alone;
   for (std::int64_t o = begin; o < end; ++o) {
-    lanes_finish(t, o, t.frozen ? ColumnMoments(scratch, columns) : outer_columns<X>(t, o, scratch, alone), table);
+    const auto found = [&] { return outer_columns<X>(t, o, scratch, alone); };
+    lanes_finish(t, o, t.frozen ? ColumnMoments<ScalarOf<X>>(scratch, columns) : found(), table);
     if (t.phase == Phase::reduce) continue;
     for_spans(t, 0, c.spans, [&](std::int64_t span) {
       lanes_forward_span<X, Y>(t, o, span, table, fetch_for<X>(t, o, span, o + 1 == end),
@@ -667,19 +674,22 @@ template <class X>
 void lanes_forward_sums(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
   const Chunks c = chunks_of(t.geometry, Traversal::lanes);
   const std::int64_t columns = whole_vectors(t.geometry.columns());
+  using Columns = ColumnMoments<ScalarOf<X>>;
   for (std::int64_t unit = begin; unit < end; ++unit)
     span_columns<X>(t, unit / c.spans, unit % c.spans, scratch,
-                    ColumnMoments(t.partials + 3 * columns * unit, columns));
+                    Columns(t.partials + Columns::kArrays * columns * unit, columns));
 }
 
 template <class X> void lanes_forward_finish(const Task& t, std::int64_t begin, std::int64_t end) {
   const Chunks c = chunks_of(t.geometry, Traversal::lanes);
   const std::int64_t columns = array_of_columns(t.geometry), of_part = whole_vectors(t.geometry.columns());
+  using Columns = ColumnMoments<ScalarOf<X>>;
+  const std::int64_t of_span = Columns::kArrays * of_part;
   for (std::int64_t o = begin; o < end; ++o) {
-    double* part = t.partials + 3 * of_part * o * c.spans;
-    const ColumnMoments all(part, of_part);
+    double* part = t.partials + of_span * o * c.spans;
+    const Columns all(part, of_part);
     for (std::int64_t span = 1; span < (t.frozen ? 0 : c.spans); ++span)
-      merge_columns(all, ColumnMoments(part + 3 * of_part * span, of_part), t.geometry.columns());
+      merge_columns(all, Columns(part + of_span * span, of_part), t.geometry.columns());
     lanes_finish(t, o, all, Table<ScalarOf<X>>(t.solved + kTableColumns * columns * o, columns));
   }
 }

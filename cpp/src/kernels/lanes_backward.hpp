@@ -112,7 +112,7 @@ void span_column_sums(const Task& t, std::int64_t o, std::int64_t span, Known<Sc
   }
   const bool detailed = has_detailed_sums(t) || !constant_in_column(g);
   std::int64_t first = begin;
-  if (!detailed && has_few_columns<X>(t)) {
+  if (!detailed && turns_columns(t)) {
     using T = Turned<ScalarOf<X>>;
     T x, dy;
     for (; end - first >= T::kSteps; first += T::kSteps) {
@@ -175,7 +175,7 @@ template <class S> void lanes_solve(const Task& t, std::int64_t o, ColumnSums co
     }
     Statistic<S> s = given_statistic<S>(t, r);
     const double shift = mean_shift(t, s, reduced.sums.d, reduced.n);
-    if (t.centered && !t.frozen) s = statistic_of<S>(static_cast<double>(s.mean) + shift, s.rstd);
+    if (t.centered && !t.frozen) s = statistic_of<S>(static_cast<double>(s.mean), shift, s.rstd);
     const Sums<double> sums = recenter(reduced.sums, shift);
     const Gradient<S> gradient =
         t.frozen ? Gradient<S>{0, 0, 0} : gradient_of(s, sums, reduced.n, t.centered, t.denominator);

@@ -65,13 +65,13 @@ NORMKIT_LOCAL double first_member(Segments x, Masked members) {
 }
 
 /// Moments of a chunk in double, in two passes: for data that defeats the pivot of chunk_moments().
-NORMKIT_LOCAL Moments careful_moments(Segments x, bool centered, double count, const Masked& members) {
+NORMKIT_LOCAL Moments<double> careful_moments(Segments x, bool centered, double count, const Masked& members) {
   double pivot = centered ? first_member(x, members) : 0;
   for (int pass = 0;; ++pass) {  // a loop, so that the sums are here once
     F64 s = broadcast<F64>(0.0), q = s;
     for_differences(x, members, pivot, [&](F64 d) NORMKIT_INLINE_LAMBDA { s = s + d, q = mul_add(d, d, q); });
-    const Moments m = from_pivot(pivot, sum(s), sum(q), count);
-    if (!centered) return {0, mul_add(m.mean * m.mean, count, m.m2), count};
+    const Moments<double> m = from_pivot<double>(pivot, sum(s), sum(q), count);
+    if (!centered) return moments_of<double>(0, 0, mul_add(m.mean * m.mean, count, m.m2), count);
     if (pass == 1) return m;
     pivot = m.mean;
   }
@@ -142,23 +142,24 @@ NORMKIT_LOCAL DifferenceSums<VectorOf<X>> pivot_sums(const X* x, std::int64_t ro
 }
 
 /// Moments of members whose sums do not settle them: all equal to the pivot, or to be taken in double.
-[[gnu::noinline]] Moments unsettled_moments(Segments x, double pivot, double squares, bool centered, double count,
-                                            const Masked& members) {
-  if (squares == 0 && all_equal(x, pivot, members)) return {pivot, 0, count};
+[[gnu::noinline]] Moments<double> unsettled_moments(Segments x, double pivot, double squares, bool centered,
+                                                    double count, const Masked& members) {
+  if (squares == 0 && all_equal(x, pivot, members)) return moments_of<double>(pivot, 0, 0, count);
   return careful_moments(x, centered, count, members);
 }
 
 /// Moments of the members of `rows` segments of n elements, `stride` apart, from one pass about a pivot near their mean.
 template <class X, class Members, class Beside>
-[[gnu::noinline]] Moments chunk_moments(const X* x, std::int64_t rows, std::int64_t stride, std::int64_t n,
-                                        ScalarOf<X> pivot, bool centered, double count, const Members& members,
-                                        Fetch fetch, Beside& beside) {
+[[gnu::noinline]] Moments<ScalarOf<X>> chunk_moments(const X* x, std::int64_t rows, std::int64_t stride, std::int64_t n,
+                                                     ScalarOf<X> pivot, bool centered, double count,
+                                                     const Members& members, Fetch fetch, Beside& beside) {
+  using S = ScalarOf<X>;
   const DifferenceSums<VectorOf<X>> sums = pivot_sums(x, rows, stride, n, pivot, members, fetch, beside);
   // RMS has no mean: the pivot is 0, and from_pivot() is to keep the mean at 0.
   const double s = centered ? sum(sums.sum) : 0, q = sum(sums.squares);
-  if (trustworthy<ScalarOf<X>>(s, q, count)) return from_pivot(static_cast<double>(pivot), s, q, count);
-  return unsettled_moments(segments(x, rows, stride, n), static_cast<double>(pivot), q, centered, count,
-                           masked(members));
+  if (trustworthy<S>(s, q, count)) return from_pivot<S>(static_cast<double>(pivot), s, q, count);
+  return moments_of<S>(
+      unsettled_moments(segments(x, rows, stride, n), static_cast<double>(pivot), q, centered, count, masked(members)));
 }
 
 /// The mean of the first vector of a chunk, or of its members, or, where it has none, a member: near enough to the mean of
@@ -216,20 +217,21 @@ void form_sum(const Task& t, std::int64_t o, std::int64_t step, std::int64_t lan
 /// Adds the moments of one chunk, whose pivot is the mean of the chunks before it.
 template <class X, class Members, class Beside>
 NORMKIT_LOCAL void add_chunk(const X* x, std::int64_t rows, std::int64_t stride, std::int64_t n, bool centered,
-                             const Members& members, Fetch fetch, Beside& beside, Moments& m) {
+                             const Members& members, Fetch fetch, Beside& beside, Moments<ScalarOf<X>>& m) {
   const double count = members.count(rows, n);
   if (count == 0) return;
   const ScalarOf<X> pivot = !centered  ? ScalarOf<X>(0)
                             : m.n == 0 ? first_pivot(x, stride, rows, n, members)
                                        : static_cast<ScalarOf<X>>(m.mean);
-  const Moments chunk = chunk_moments(x, rows, stride, n, pivot, centered, count, members, fetch, beside);
+  const Moments<ScalarOf<X>> chunk = chunk_moments(x, rows, stride, n, pivot, centered, count, members, fetch, beside);
   m = m.n == 0 ? chunk : merge(m, chunk);
 }
 
 /// Moments of the members of one span of a statistic.
-template <class X> Moments span_moments(const Task& t, std::int64_t o, std::int64_t lane, Chunks c, std::int64_t span) {
+template <class X>
+Moments<ScalarOf<X>> span_moments(const Task& t, std::int64_t o, std::int64_t lane, Chunks c, std::int64_t span) {
   const std::int64_t first = span * kSpanChunks, last = least(c.count, first + kSpanChunks);
-  Moments m;
+  Moments<ScalarOf<X>> m;
   for_chunks(t.geometry, c, first, last,
              [&](std::int64_t step, std::int64_t rows, std::int64_t begin, std::int64_t end) {
     if (t.residual.data) form_sum<X>(t, o, step, lane, rows, begin, end);
@@ -286,8 +288,8 @@ void forward_span(const Task& t, std::int64_t o, std::int64_t lane, Chunks c, st
 }
 
 /// The moments of a whole statistic; span(k) gives the moments of span k, and is called in order.
-template <class F> NORMKIT_LOCAL Moments merged_spans(Chunks c, F span) {
-  Moments m = span(std::int64_t{0});
+template <class F> NORMKIT_LOCAL auto merged_spans(Chunks c, F span) {
+  auto m = span(std::int64_t{0});
   for (std::int64_t k = 1; k < c.spans; ++k) m = merge(m, span(k));
   return m;
 }
@@ -345,7 +347,7 @@ template <class X, bool kLinear> void runs_forward_overlapped(const Task& t, std
     const std::int64_t next = r + 1, o = next / g.lanes, lane = next % g.lanes;
     if (next < end)
       s = publish<ScalarOf<X>>(t, next, merged_spans(c, [&](std::int64_t span) {
-        Moments m;
+        Moments<ScalarOf<X>> m;
         for_chunks(g, c, span * kSpanChunks, least(c.count, (span + 1) * kSpanChunks),
                    [&](std::int64_t step, std::int64_t rows, std::int64_t first, std::int64_t last) {
           const X* x = at<X>(t.x, o, step, lane) + first;
@@ -386,7 +388,8 @@ template <class X> void runs_forward_sums(const Task& t, std::int64_t begin, std
   const Chunks c = chunks_of(g, Traversal::runs);
   for (std::int64_t unit = begin; unit < end; ++unit) {
     const std::int64_t r = unit / c.spans;
-    put(span_moments<X>(t, r / g.lanes, r % g.lanes, c, unit % c.spans), t.partials + 3 * unit);
+    put_moments(span_moments<X>(t, r / g.lanes, r % g.lanes, c, unit % c.spans),
+                t.partials + kMomentDoubles<ScalarOf<X>> * unit);
   }
 }
 
@@ -403,10 +406,9 @@ template <class X> void runs_forward_finish(const Task& t, std::int64_t begin, s
       solved<S>(t, r)->statistic = given_statistic<S>(t, r);
       continue;
     }
-    Moments m = moments_at(t.partials + 3 * r * c.spans);
-    for (std::int64_t unit = r * c.spans + 1; unit < (r + 1) * c.spans; ++unit)
-      m = merge(m, moments_at(t.partials + 3 * unit));
-    solved<S>(t, r)->statistic = publish<S>(t, r, m);
+    solved<S>(t, r)->statistic = publish<S>(t, r, merged_spans(c, [&](std::int64_t span) {
+      return moments_at<S>(t.partials + kMomentDoubles<S> * (r * c.spans + span));
+    }));
   }
 }
 
