@@ -317,6 +317,17 @@ def test_a_mean_of_float64_is_two_numbers(op, isa, rng):
         assert bits(found.mean_low) == bits(whole.mean_low)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0, 1e3, 1e6])
+@pytest.mark.parametrize("members", [16, 1000, 100_000])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_moments_are_as_exact_as_they_say(layout, members, offset, isa, rng):
+    x = lay((rng.standard_normal((32, members)) + offset).astype(np.float32), layout)
+    m, wide = normkit.moments(x, axis=1), x.astype(np.longdouble)
+    mean, var = wide.mean(1), wide.var(1)
+    assert (np.abs(m.mean - mean) <= 1e-6 * np.sqrt(var)).all()
+    assert (np.abs(m.m2 - members * var) <= 1e-6 * members * var).all()
+
+
 @pytest.mark.parametrize("mean_dtype", ["float32", "float64"])
 @pytest.mark.parametrize("op", CENTERED, ids=repr)
 def test_apply_takes_statistics_of_either_dtype(op, mean_dtype, isa, rng):

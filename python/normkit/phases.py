@@ -221,7 +221,9 @@ def _moments(
 def moments(x: Array, *, axis: Axes, center: bool = True, where: Mask | None = None) -> Moments:
     """The moments of x over `axis`: the first phase of `normalize`, and of every named normalization.
 
-    They are merged in float64, whatever the dtype of x.
+    They are merged in float64, whatever the dtype of x. Chunks of float64 x are summed in float64, so that mean +
+    mean_low and m2 are exact to a few roundings of it; of other x in float32: of random numbers the mean is within 1e-6
+    standard deviations, and m2 within 1e-6 of itself, as a rule ten times nearer.
 
     Parameters
     ----------
