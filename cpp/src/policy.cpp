@@ -70,7 +70,7 @@ bool overlaps(const Task& t, const Operand& out, const Isa& isa) {
     return (!follows_elements(g) || (is_forward && can_hold_rows(isa.vectors))) && g.run >= kOverlappedRun &&
            g.members() * element_bytes <= overlapped_bytes();
   const bool dense = t.x.strides.step == g.columns() && out.strides.step == g.columns();
-  return is_forward && dense && !turns_columns(t) && g.outer > 1 && constant_in_column(g) &&
+  return is_forward && dense && g.outer > 1 && constant_in_column(g) &&
          g.steps * g.columns() * element_bytes <= overlapped_bytes();
 }
 

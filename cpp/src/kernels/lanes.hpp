@@ -169,32 +169,47 @@ NORMKIT_LOCAL void add_block(Tile<X> tile, Count<kVectors> vectors, PivotSums<Sc
   }
 }
 
-/// Turns 4 rows of 4 elements, `columns` apart, into as many rows of a vector.
+/// Turns 8 rows of 4 elements, `columns` apart, into 4 rows of a vector.
 NORMKIT_LOCAL void turn_tile(const float* from, std::int64_t columns, float* to) {
   using Quad [[gnu::vector_size(16)]] = float;
-  constexpr int kWidth = kLanes<F32>;
-  Quad row[4];
-  for (int k = 0; k < 4; ++k) __builtin_memcpy(&row[k], from + k * columns, sizeof(Quad));
-  const Quad low = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
-  const Quad high = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
-  const Quad next_low = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
-  const Quad next_high = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
-  const Quad column[4] = {
-      __builtin_shufflevector(low, next_low, 0, 1, 4, 5), __builtin_shufflevector(low, next_low, 2, 3, 6, 7),
-      __builtin_shufflevector(high, next_high, 0, 1, 4, 5), __builtin_shufflevector(high, next_high, 2, 3, 6, 7)};
-  for (int k = 0; k < 4; ++k) __builtin_memcpy(to + k * kWidth, &column[k], sizeof(Quad));
+  using Eight [[gnu::vector_size(32)]] = float;
+  Eight row[4];  // a row, and the one that is four below it
+  for (int k = 0; k < 4; ++k) {
+    Quad above, below;
+    __builtin_memcpy(&above, from + k * columns, sizeof(Quad));
+    __builtin_memcpy(&below, from + (k + 4) * columns, sizeof(Quad));
+    row[k] = __builtin_shufflevector(above, below, 0, 1, 2, 3, 4, 5, 6, 7);
+  }
+  const Eight low = __builtin_shufflevector(row[0], row[1], 0, 8, 1, 9, 4, 12, 5, 13);
+  const Eight high = __builtin_shufflevector(row[0], row[1], 2, 10, 3, 11, 6, 14, 7, 15);
+  const Eight next_low = __builtin_shufflevector(row[2], row[3], 0, 8, 1, 9, 4, 12, 5, 13);
+  const Eight next_high = __builtin_shufflevector(row[2], row[3], 2, 10, 3, 11, 6, 14, 7, 15);
+  const auto put = [&](int k, Eight column) { __builtin_memcpy(to + k * kLanes<F32>, &column, sizeof(Eight)); };
+  put(0, __builtin_shufflevector(low, next_low, 0, 1, 8, 9, 4, 5, 12, 13));  // a loop would go through memory
+  put(1, __builtin_shufflevector(low, next_low, 2, 3, 10, 11, 6, 7, 14, 15));
+  put(2, __builtin_shufflevector(high, next_high, 0, 1, 8, 9, 4, 5, 12, 13));
+  put(3, __builtin_shufflevector(high, next_high, 2, 3, 10, 11, 6, 7, 14, 15));
 }
-/// Turns as many rows of `columns` elements, a multiple of 4, as a vector has lanes into `columns` vectors.
-[[gnu::noinline]] void turn(const float* from, std::int64_t columns, float* to) {
-  constexpr int kWidth = kLanes<F32>;
-  for (std::int64_t column = 0; column < columns; column += 4)
-    for (int row = 0; row < kWidth; row += 4)
+/// Turns as many rows of `columns` elements, a multiple of 4, as a vector has lanes into `columns` vectors. As many elements
+/// from `next` on are fetched meanwhile, a little with each tile: memory takes no hundred requests at once.
+template <class X, class Beside>
+[[gnu::noinline]] void turn(const float* from, std::int64_t columns, float* to, const X* next, Beside& beside) {
+  constexpr int kWidth = kLanes<F32>, kLine = 64 / static_cast<int>(sizeof(X));
+  for (std::int64_t column = 0; column < columns; column += 4, next += 4 * kWidth) {
+    beside.block();
+    for (int i = 0; i < 4 * kWidth; i += kLine) prefetch_second(reinterpret_cast<const char*>(next + i));
+    for (int row = 0; row < kWidth; row += 8)
       turn_tile(from + row * columns + column, columns, to + column * kWidth + row);
+  }
 }
-[[gnu::noinline]] void turn(const double* from, std::int64_t columns, double* to) {
+template <class Beside>
+[[gnu::noinline]] void turn(const double* from, std::int64_t columns, double* to, const double* next, Beside& beside) {
   constexpr int kWidth = kLanes<F64>;
-  for (std::int64_t column = 0; column < columns; ++column)
+  for (std::int64_t column = 0; column < columns; ++column, next += kWidth) {
+    if (column % 4 == 0) beside.block();
+    prefetch_second(reinterpret_cast<const char*>(next));
     for (int row = 0; row < kWidth; ++row) to[column * kWidth + row] = from[row * columns + column];
+  }
 }
 
 /// Elements of a few columns over as many blocks of steps as a vector has lanes, each lane with a block of its own, so that
@@ -209,25 +224,24 @@ template <class S> struct Turned {
   }
 };
 
-/// Reads steps that are `stride` apart, of n columns.
-template <class X>
-[[gnu::noinline]] void read_turned(const X* x, std::int64_t stride, std::int64_t n, Turned<ScalarOf<X>>& turned) {
+/// Reads steps that are `stride` apart, of n columns, and fetches what follows.
+template <class X, class Beside>
+[[gnu::noinline]] void read_turned(const X* x, std::int64_t stride, std::int64_t n, Turned<ScalarOf<X>>& turned,
+                                   Beside& beside) {
   using T = Turned<ScalarOf<X>>;
   alignas(64) X dense[T::kMost];
+  const X* const next = x + kBlockAhead / static_cast<std::int64_t>(sizeof(X));
   if (stride != n) {
     for (std::int64_t step = 0; step < T::kSteps; ++step)
       for (std::int64_t k = 0; k < n; ++k) dense[step * n + k] = x[step * stride + k];
     x = dense;
-  } else {
-    for (std::int64_t line = 0; line < T::kSteps * n * static_cast<std::int64_t>(sizeof(X)); line += 64)
-      prefetch_second(reinterpret_cast<const char*>(x) + kBlockAhead + line);
   }
   if constexpr (__is_same(X, ScalarOf<X>)) {
-    turn(x, kBlockSteps * n, turned.value);
+    turn(x, kBlockSteps * n, turned.value, next, beside);
   } else {
     alignas(64) ScalarOf<X> wide[T::kMost];
     for (std::int64_t i = 0; i < T::kSteps * n; i += T::kWidth) normkit::store(wide + i, load(x + i));
-    turn(wide, kBlockSteps * n, turned.value);
+    turn(wide, kBlockSteps * n, turned.value, next, beside);
   }
 }
 
@@ -362,14 +376,14 @@ NORMKIT_LOCAL void span_columns_beside(const Task& t, std::int64_t o, std::int64
   const bool scans = t.residual.data && t.where.data;  // the first members are looked for in the whole span
   if (scans) form_sum<X>(t, o, begin, 0, end - begin, 0, columns);
   std::int64_t first = begin;
-  if (__is_same(Beside, Nothing) && turns_columns(t)) {
+  if (turns_columns(t)) {
     Turned<S> turned;
     for (; end - first >= Turned<S>::kSteps; first += Turned<S>::kSteps) {
       const X* x = at<X>(t.x, o, first, 0);
       if (t.residual.data) form_sum<X>(t, o, first, 0, Turned<S>::kSteps, 0, columns);
       if (first == begin && t.centered)
         first_pivots(Tile<X>{x, t.x.strides.step, end - begin, columns}, Count<1>{}, sums.pivot, Everyone{});
-      read_turned(x, t.x.strides.step, columns, turned);
+      read_turned(x, t.x.strides.step, columns, turned, beside);
       add_turned(turned, columns, sums);
     }
   }
