@@ -379,7 +379,7 @@ def sizes(whole: dict[str, Any], panels: list[Panel], path: Path, order: list[st
 
 
 def moved_bytes(r: dict[str, Any]) -> int:
-    return Case(r["operation"], r["shape"], r["dtype"], direction=r["direction"]).moved_bytes
+    return Case(r["operation"], r["shape"], r["dtype"], direction=r["direction"], option=r["option"]).moved_bytes
 
 
 def sizes_of_cpu(whole: dict[str, Any], results: Results, path: Path) -> None:

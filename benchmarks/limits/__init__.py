@@ -102,6 +102,7 @@ class Limit:
 
     def __init__(self, sets: Sequence[tuple[np.ndarray, ...]], threads: int):
         library = _library()
+        self._sets = sets  # alive: the library has their addresses alone
         self._timed = _compiled(library, sets) if library else _in_numpy(sets, threads)
         kernels = library.limit_kernels() if library else 1
         ways = list(itertools.product(range(kernels), sorted({1, threads})))
