@@ -212,6 +212,58 @@ class NumPy(Formulas):
         return lambda k: function(*(sets[k].astype(dtype, copy=False) for sets in seen), *constants)
 
 
+class Numba(Rival):
+    """The loops of loops.py, outputs given; views are copied first, which takes less than loops over their strides.
+    Threads share statistics, or with channels last images, and divide none."""
+
+    name, package = "numba", "numba"
+    dtypes = ("float32", "float64", "uint8")
+    options = (*VIEWS, *MASKS)
+    lingers = 0.01
+
+    def __init__(self) -> None:
+        import loops
+        import numba
+
+        self.loops, self.numba = loops, numba
+
+    def takes(self, case: Case, threads: int) -> bool:
+        return super().takes(case, threads) and not (case.groups and case.channels_last)
+
+    @contextmanager
+    def threads(self, count: int) -> Iterator[None]:
+        before = self.numba.get_num_threads()
+        self.numba.set_num_threads(count)
+        yield
+        self.numba.set_num_threads(before)
+
+    def _run(self, w: Workload, loop: Callable, shape: tuple[int, ...], *parameters: np.ndarray) -> Call:
+        """The call of loop(x, [where,] *parameters, y), arrays seen in that shape."""
+        where = [[np.broadcast_to(a, w.case.memory).reshape(shape)] for a in w.where] or [[]] * w.sets
+        y = [a.reshape(shape) for a in w.y]
+
+        def call(k: int) -> np.ndarray:
+            loop(np.ascontiguousarray(w.x[k]).reshape(shape), *where[k], *parameters, y[k])
+            return w.y[k]
+
+        return call
+
+    def group_forward(self, w: Workload, threads: int) -> Call:
+        n, c, *_ = w.case.shape
+        if w.case.channels_last:
+            return self._run(w, self.loops.pixels, (n, -1, c), w.weight, w.bias)
+        if w.where:
+            return self._run(w, self.loops.masked, (n, c, -1), w.weight, w.bias)
+        groups = w.case.groups or c
+        parameters = (p.reshape(groups, -1) for p in (w.weight, w.bias))
+        return self._run(w, self.loops.planes, (n, groups, c // groups, -1), *parameters)
+
+    instance_forward = group_forward
+
+    def layer_forward(self, w: Workload, threads: int) -> Call:
+        return self._run(w, self.loops.rows, w.case.shape, w.weight, w.bias)
+
+
 class Jax(Formulas):
     """JAX, compiled. It has a thread for every CPU from the start: for fewer, the process is kept to fewer CPUs."""
 
@@ -387,6 +439,25 @@ class Torch(Rival):
         weight, bias = (self.torch.from_numpy(p).requires_grad_() for p in (w.weight, w.bias))
         y = [self.aten.rms_norm(t, weight.shape, weight, EPS) + bias for t in x]
         return lambda k: self.torch.autograd.grad(y[k], (x[k], weight, bias), dy[k], retain_graph=True)
+
+
+class TorchIo(Torch):
+    """What people normalize volumes with by a mask, `ZNormalization`, less what it does about files."""
+
+    name, package = "torchio", "torchio"
+    dtypes, options = ("float32",), ("mask",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchio import ZNormalization
+
+        self.normalized = ZNormalization.znorm
+
+    def takes(self, case: Case, threads: int) -> bool:
+        return super().takes(case, threads) and case.option == "mask"
+
+    def instance_forward(self, w: Workload, threads: int) -> Call:
+        return self._run(self.normalized, [self._seen(w, w.x), self._seen(w, w.where)])
 
 
 class Inductor(Torch):
@@ -607,7 +678,7 @@ class OneDnn(Rival):
         return self._run(w, "batch", flags=self.dnn.GLOBAL_STATS, **running)
 
 
-RIVALS = (Normkit, NormkitNew, NumPy, Torch, Inductor, OnnxRuntime, OneDnn, OpenVino, Jax)
+RIVALS = (Normkit, NormkitNew, NumPy, Numba, Torch, Inductor, OnnxRuntime, OneDnn, OpenVino, Jax, TorchIo)
 
 
 @cache
