@@ -602,12 +602,12 @@ class OpenVino(Rival):
 
 class OneDnn(Rival):
     """One primitive, outputs given. Instance norm is group norm with one channel a group, or backward batch norm of a
-    single image of N * C channels. Group norm's gradient
-    and half types but of rows run code that is there for reference, at 100 times the limit, and the gradient of RMS
-    norm is that of layer norm: they are left out."""
+    single image of N * C channels. Group norm's gradient, views and half types but of rows run code that is there for
+    reference, at 100 times the limit, and the gradient of RMS norm is that of layer norm: they are left out."""
 
     name, package = "oneDNN", "onednn"
     dtypes = ("float32", "bfloat16")
+    options = ("misaligned",)
 
     def __init__(self) -> None:
         import onednn
