@@ -153,14 +153,14 @@ FORWARD = [
     *(Case("instance", (8, 64, 128, 128), option=activation) for activation in ACTIVATIONS),
     *(Case(*case, option="residual") for case in (("instance", (16, 256, 32, 32)), ("layer", (4096, 768)))),
     Case("instance", (8, 128, 16000), option="where"),
-    *(Case("instance", (8, 64, 128, 128), option=view) for view in VIEWS),
+    *(Case("instance", (8, 64, 128, 128), option=view, smoke=view == "misaligned") for view in VIEWS),
     *(
-        Case("instance", PICTURES, dtype, channels_last=last)
+        Case("instance", PICTURES, dtype, channels_last=last, smoke=dtype == "uint8")
         for dtype in ("float32", "uint8")
         for last in (False, True)
     ),
     *(Case("instance", (8, channels, 512, 512), channels_last=True) for channels in (1, 2, 4, 8)),
-    Case("instance", VOLUME, option="mask"),
+    Case("instance", VOLUME, option="mask", smoke=True),
 ]
 
 BACKWARD = [
