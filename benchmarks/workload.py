@@ -101,10 +101,10 @@ class Workload:
         self.y[k].view(np.uint8).fill(0xFF)
 
     def limit(self, threads: int) -> Limit:
-        """Of the arrays of the case, or, where those are views or differ in size, of dense ones with as many bytes."""
+        """Of the arrays of the case, or, where x is a view or a mask is read too, of dense ones with as many bytes."""
         moved = list(filter(len, (self.x, self.dy, self.residual, self.y)))
-        size = self.case.moved_bytes // len(moved)
-        if self.case.option in VIEWS or size != self.y[0].nbytes:
+        if self.case.option in (*VIEWS, "mask"):
+            size = self.case.moved_bytes // len(moved)
             moved = [arrays(self.sets, (size,), np.dtype(np.uint8)) for _ in moved]
         return Limit(list(zip(*moved, strict=True)), threads)
 
