@@ -237,31 +237,33 @@ class Numba(Rival):
         yield
         self.numba.set_num_threads(before)
 
-    def _run(self, w: Workload, loop: Callable, shape: tuple[int, ...], *parameters: np.ndarray) -> Call:
-        """The call of loop(x, [where,] *parameters, y), arrays seen in that shape."""
-        where = [[np.broadcast_to(a, w.case.memory).reshape(shape)] for a in w.where] or [[]] * w.sets
-        y = [a.reshape(shape) for a in w.y]
+    def _run(self, w: Workload, loop: Callable, seen: Callable, *parameters: np.ndarray) -> Call:
+        """The call of loop(x, [where,] *parameters, y), with what `seen` makes of dense arrays."""
+        where = [[seen(np.broadcast_to(a, w.case.memory))] for a in w.where] or [[]] * w.sets
+        y = [seen(a) for a in w.y]
 
         def call(k: int) -> np.ndarray:
-            loop(np.ascontiguousarray(w.x[k]).reshape(shape), *where[k], *parameters, y[k])
+            loop(seen(np.ascontiguousarray(w.x[k])), *where[k], *parameters, y[k])
             return w.y[k]
 
         return call
 
     def group_forward(self, w: Workload, threads: int) -> Call:
         n, c, *_ = w.case.shape
-        if w.case.channels_last:
-            return self._run(w, self.loops.pixels, (n, -1, c), w.weight, w.bias)
+        if w.case.channels_last and c > 3:
+            return self._run(w, self.loops.pixels, lambda a: a.reshape(n, -1, c), w.weight, w.bias)
         if w.where:
-            return self._run(w, self.loops.masked, (n, c, -1), w.weight, w.bias)
+            return self._run(w, self.loops.masked, lambda a: a.reshape(n, c, -1), w.weight, w.bias)
         groups = w.case.groups or c
         parameters = (p.reshape(groups, -1) for p in (w.weight, w.bias))
-        return self._run(w, self.loops.planes, (n, groups, c // groups, -1), *parameters)
+        if w.case.channels_last:  # of so few channels planes are faster, at strides
+            return self._run(w, self.loops.planes, lambda a: np.moveaxis(a.reshape(n, 1, -1, c), 3, 1), *parameters)
+        return self._run(w, self.loops.planes, lambda a: a.reshape(n, groups, c // groups, -1), *parameters)
 
     instance_forward = group_forward
 
     def layer_forward(self, w: Workload, threads: int) -> Call:
-        return self._run(w, self.loops.rows, w.case.shape, w.weight, w.bias)
+        return self._run(w, self.loops.rows, np.asarray, w.weight, w.bias)
 
 
 class Jax(Formulas):
