@@ -7,7 +7,10 @@ from typing import Any
 
 Shape = tuple[int, ...]
 HALVES = ("float16", "bfloat16")
+ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
 ACTIVATIONS = ("relu", "silu")
+# What counts in the statistics: the frames of a batch that are no padding, the voxels of a volume within a ball.
+MASKS = ("where", "mask")
 # Parts of larger arrays, and arrays in another order, by the name of an option: the shape of the array in memory, from
 # that of what is seen, and what is seen of it.
 VIEWS: dict[str, tuple[Callable[[Shape], Shape], Callable[[Any], Any]]] = {
@@ -15,6 +18,10 @@ VIEWS: dict[str, tuple[Callable[[Shape], Shape], Callable[[Any], Any]]] = {
     "step": (lambda s: (*s[:-1], 2 * s[-1]), lambda a: a[..., ::2]),
     "flip": (lambda s: s, lambda a: a[..., ::-1]),
     "swap": (lambda s: (s[0], s[2], s[1], *s[3:]), lambda a: a.swapaxes(1, 2)),
+    "misaligned": (
+        lambda s: (s[0] + 1, *s[1:]),
+        lambda a: a.reshape(-1).view("u1")[1 : 1 + a[1:].nbytes].view(a.dtype).reshape(a[1:].shape),
+    ),
 }
 
 
@@ -25,11 +32,11 @@ class Case:
 
     operation: str  # instance, group, layer, rms, batch, or eval: batch norm by its running statistics
     shape: Shape
-    dtype: str = "float32"
+    dtype: str = "float32"  # uint8: of x alone, and y is float32
     channels_last: bool = False
     direction: str = "forward"
     groups: int = 0
-    option: str = ""  # an activation, residual, a view of x, or where: the frames of a batch that are no padding
+    option: str = ""  # an activation, residual, a view of x, or a mask
     smoke: bool = False
 
     def __str__(self) -> str:
@@ -90,16 +97,24 @@ class Case:
         return math.prod(self.shape)
 
     @property
+    def result_dtype(self) -> str:
+        return "float32" if self.dtype == "uint8" else self.dtype
+
+    @property
     def array_bytes(self) -> int:
-        return self.elements * {"float64": 8, "float32": 4}.get(self.dtype, 2)
+        """The bytes of x."""
+        return self.elements * ITEM_BYTES[self.dtype]
 
     @property
     def moved_bytes(self) -> int:
-        """The fewest that any implementation must move: x and y, dy, x and dx, or x, residual and y."""
-        return self.array_bytes * (3 if self.direction == "backward" or self.option == "residual" else 2)
+        """The fewest that any implementation must move: x and y, perhaps a residual or a mask as well, or dy, x, dx."""
+        read = self.array_bytes * (2 if self.direction == "backward" or self.option == "residual" else 1)
+        masks = self.elements if self.option == "mask" else 0
+        return read + masks + self.elements * ITEM_BYTES[self.result_dtype]
 
 
 VOLUME = (1, 1, 256, 256, 256)
+PICTURES = (8, 3, 512, 512)
 
 FORWARD = [
     Case("instance", (2, 8, 32, 32), smoke=True),
@@ -138,8 +153,14 @@ FORWARD = [
     *(Case("instance", (8, 64, 128, 128), option=activation) for activation in ACTIVATIONS),
     *(Case(*case, option="residual") for case in (("instance", (16, 256, 32, 32)), ("layer", (4096, 768)))),
     Case("instance", (8, 128, 16000), option="where"),
-    *(Case("instance", (8, 64, 128, 128), option=view) for view in VIEWS),
-    *(Case("instance", (8, channels, 512, 512), channels_last=True) for channels in (3, 8)),
+    *(Case("instance", (8, 64, 128, 128), option=view, smoke=view == "misaligned") for view in VIEWS),
+    *(
+        Case("instance", PICTURES, dtype, channels_last=last, smoke=dtype == "uint8")
+        for dtype in ("float32", "uint8")
+        for last in (False, True)
+    ),
+    *(Case("instance", (8, channels, 512, 512), channels_last=True) for channels in (1, 2, 4, 8)),
+    Case("instance", VOLUME, option="mask", smoke=True),
 ]
 
 BACKWARD = [

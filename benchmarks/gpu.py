@@ -143,6 +143,7 @@ class Sets:
         self.x = [self._normal() for _ in range(self.sets)]
         self.dy = [self._normal() for _ in range(self.sets)] if case.direction == "backward" else []
         self.residual: list[Any] = []
+        self.where: list[Any] = []
         self.y = [xp.empty(case.memory, self.dtype) for _ in range(self.sets)]
         self.weight, self.bias = (
             0.5 + 0.5 * self.random.random((math.prod(case.parameters),), dtype=np.float32) for _ in range(2)

@@ -32,7 +32,10 @@ HEADLINES = [
     "instance (8, 64, 128, 128)",
     "instance (8, 64, 128, 128) channels-last",
     "instance (8, 64, 128, 128) bfloat16",
+    "instance (8, 64, 128, 128) crop",
+    "instance (8, 3, 512, 512) channels-last uint8",
     "instance (1, 1, 256, 256, 256)",
+    "instance (1, 1, 256, 256, 256) mask",
     "group (8, 320, 64, 64) G=32",
     "layer (4096, 768)",
     "rms (4096, 768)",
@@ -379,7 +382,7 @@ def sizes(whole: dict[str, Any], panels: list[Panel], path: Path, order: list[st
 
 
 def moved_bytes(r: dict[str, Any]) -> int:
-    return Case(r["operation"], r["shape"], r["dtype"], direction=r["direction"]).moved_bytes
+    return Case(r["operation"], r["shape"], r["dtype"], direction=r["direction"], option=r["option"]).moved_bytes
 
 
 def sizes_of_cpu(whole: dict[str, Any], results: Results, path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import limits
 import normkit
 import numpy as np
-from cases import ACTIVATIONS, HALVES, VIEWS, Case
+from cases import ACTIVATIONS, HALVES, MASKS, VIEWS, Case
 from workload import EPS, Workload
 
 Call = Callable[[int], Any]
@@ -35,7 +35,7 @@ class Rival:
 
     name: str
     package: str
-    dtypes: tuple[str, ...] = ("float32", "float64", *HALVES)
+    dtypes: tuple[str, ...] = ("float32", "float64", *HALVES, "uint8")
     options: tuple[str, ...] = ()
     channels_last = True
     threaded = True
@@ -75,7 +75,7 @@ class Normkit(Rival):
     """normkit, which writes into given outputs."""
 
     name, package = "normkit", "normkit"
-    options = (*ACTIVATIONS, *VIEWS, "residual", "where")
+    options = (*ACTIVATIONS, *VIEWS, "residual", *MASKS)
     given = True
 
     @contextmanager
@@ -87,14 +87,10 @@ class Normkit(Rival):
         return w.y if self.given else [None] * w.sets
 
     def _forward(self, w: Workload, function: Callable, *args: Any, **options: Any) -> Call:
-        x, weight, bias, out, residual = w.x, w.weight, w.bias, self._out(w), w.residual
-        if w.case.option in ACTIVATIONS:
-            options["activation"] = w.case.option
-        if w.case.option == "where":
-            options["where"] = w.where
-        if residual:
-            return lambda k: function(x[k], *args, weight, bias, eps=EPS, out=out[k], residual=residual[k], **options)
-        return lambda k: function(x[k], *args, weight, bias, eps=EPS, out=out[k], **options)
+        options |= {"activation": w.case.option} if w.case.option in ACTIVATIONS else {}
+        arrays = {"out": self._out(w), "residual": w.residual, "where": w.where}
+        given = [{name: a[k] for name, a in arrays.items() if a} for k in range(w.sets)]
+        return lambda k: function(w.x[k], *args, w.weight, w.bias, eps=EPS, **given[k], **options)
 
     def _backward(self, w: Workload, function: Callable, *args: Any, **options: Any) -> Call:
         out = self._out(w)
@@ -173,7 +169,7 @@ def gradients(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, axis: tuple[in
 class Formulas(Rival):
     """What is written above, by `call` of a module that has the interface of NumPy; x seen in blocks."""
 
-    options = ("where",)
+    options = MASKS
 
     def call(self, w: Workload, function: Callable, arrays: list[list], *constants: Any) -> Call:
         raise NotImplementedError
@@ -185,8 +181,8 @@ class Formulas(Rival):
 
     def forward(self, w: Workload, threads: int) -> Call:
         sets = {"axis": w.case.reduced, "center": w.case.operation != "rms"}
-        where = [w.where] if w.case.option == "where" else []
-        return self.call(w, lambda x, *p: two_lines(self.xp, x, *p, **sets), [w.x], *self._parameters(w), *where)
+        constants = *self._parameters(w), *w.where[:1]
+        return self.call(w, lambda x, *p: two_lines(self.xp, x, *p, **sets), [w.x], *constants)
 
     def eval_forward(self, w: Workload, threads: int) -> Call:
         running = [s.reshape(w.case.parameters) for s in (w.running_mean, w.running_var)]
@@ -205,21 +201,76 @@ class Formulas(Rival):
 
 class NumPy(Formulas):
     name, package, xp = "NumPy, two lines", "numpy", np
-    options = (*VIEWS, "where")
+    options = (*VIEWS, *MASKS)
     threaded = False
-    dtypes = ("float32", "float64", "float16")  # bfloat16 takes many times as long as anything else
+    dtypes = ("float32", "float64", "float16", "uint8")  # bfloat16 takes many times as long as anything else
 
     def call(self, w: Workload, function: Callable, arrays: list[list], *constants: Any) -> Call:
-        constants = tuple(c if c.dtype == bool else c.astype(w.dtype) for c in constants)
+        dtype = w.y[0].dtype
+        constants = tuple(c if c.dtype == bool else c.astype(dtype) for c in constants)
         seen = [[a.reshape(w.case.blocks) for a in sets] for sets in arrays]
-        return lambda k: function(*(sets[k] for sets in seen), *constants)
+        return lambda k: function(*(sets[k].astype(dtype, copy=False) for sets in seen), *constants)
+
+
+class Numba(Rival):
+    """The loops of loops.py, outputs given; views are copied first, which takes less than loops over their strides.
+    Threads share statistics, or with channels last images, and divide none."""
+
+    name, package = "numba", "numba"
+    dtypes = ("float32", "float64", "uint8")
+    options = (*VIEWS, *MASKS)
+    lingers = 0.01
+
+    def __init__(self) -> None:
+        import loops
+        import numba
+
+        self.loops, self.numba = loops, numba
+
+    def takes(self, case: Case, threads: int) -> bool:
+        return super().takes(case, threads) and not (case.groups and case.channels_last)
+
+    @contextmanager
+    def threads(self, count: int) -> Iterator[None]:
+        before = self.numba.get_num_threads()
+        self.numba.set_num_threads(count)
+        yield
+        self.numba.set_num_threads(before)
+
+    def _run(self, w: Workload, loop: Callable, seen: Callable, *parameters: np.ndarray) -> Call:
+        """The call of loop(x, [where,] *parameters, y), with what `seen` makes of dense arrays."""
+        where = [[seen(np.broadcast_to(a, w.case.memory))] for a in w.where] or [[]] * w.sets
+        y = [seen(a) for a in w.y]
+
+        def call(k: int) -> np.ndarray:
+            loop(seen(np.ascontiguousarray(w.x[k])), *where[k], *parameters, y[k])
+            return w.y[k]
+
+        return call
+
+    def group_forward(self, w: Workload, threads: int) -> Call:
+        n, c, *_ = w.case.shape
+        if w.case.channels_last and c > 3:
+            return self._run(w, self.loops.pixels, lambda a: a.reshape(n, -1, c), w.weight, w.bias)
+        if w.where:
+            return self._run(w, self.loops.masked, lambda a: a.reshape(n, c, -1), w.weight, w.bias)
+        groups = w.case.groups or c
+        parameters = (p.reshape(groups, -1) for p in (w.weight, w.bias))
+        if w.case.channels_last:  # of so few channels planes are faster, at strides
+            return self._run(w, self.loops.planes, lambda a: np.moveaxis(a.reshape(n, 1, -1, c), 3, 1), *parameters)
+        return self._run(w, self.loops.planes, lambda a: a.reshape(n, groups, c // groups, -1), *parameters)
+
+    instance_forward = group_forward
+
+    def layer_forward(self, w: Workload, threads: int) -> Call:
+        return self._run(w, self.loops.rows, np.asarray, w.weight, w.bias)
 
 
 class Jax(Formulas):
     """JAX, compiled. It has a thread for every CPU from the start: for fewer, the process is kept to fewer CPUs."""
 
     name, package = "jax", "jax"
-    dtypes = ("float32", *HALVES)
+    dtypes = ("float32", *HALVES, "uint8")
 
     def __init__(self) -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -228,7 +279,7 @@ class Jax(Formulas):
         self.jax, self.xp = jax, jax.numpy
 
     def call(self, w: Workload, function: Callable, arrays: list[list], *constants: Any) -> Call:
-        jax, dtype = self.jax, self.xp.dtype(w.dtype)
+        jax, dtype = self.jax, self.xp.dtype(w.y[0].dtype)
         given = [jax.numpy.asarray(c) for c in constants]
 
         @jax.jit
@@ -268,7 +319,7 @@ class Torch(Rival):
     copy, so outputs are new."""
 
     name, package = "torch", "torch"
-    options = (*ACTIVATIONS, *(view for view in VIEWS if view != "flip"), "residual")  # strides are not negative there
+    options = (*ACTIVATIONS, *(view for view in VIEWS if view != "flip"), "residual")  # no stride is negative there
     lingers = 0.01
 
     def __init__(self) -> None:
@@ -309,6 +360,10 @@ class Torch(Rival):
         """The call of function(x, weight, bias), with what the option of the case adds."""
         arrays, option = [self._seen(w, w.x)], w.case.option
         constants = map(self.torch.from_numpy, (w.weight, w.bias))
+        if option in VIEWS:  # which the native calls refuse, and `F.group_norm` copies
+            return self._run(lambda x, *p: function(x.contiguous(), *p), arrays, *constants)
+        if w.case.dtype == "uint8":
+            return self._run(lambda x, *p: function(x.float(), *p), arrays, *constants)
         if option == "residual":
             arrays.append(self._seen(w, w.residual))
             return self._run(lambda x, residual, *p: function(x + residual, *p), arrays, *constants)
@@ -386,6 +441,25 @@ class Torch(Rival):
         weight, bias = (self.torch.from_numpy(p).requires_grad_() for p in (w.weight, w.bias))
         y = [self.aten.rms_norm(t, weight.shape, weight, EPS) + bias for t in x]
         return lambda k: self.torch.autograd.grad(y[k], (x[k], weight, bias), dy[k], retain_graph=True)
+
+
+class TorchIo(Torch):
+    """What people normalize volumes with by a mask, `ZNormalization`, less what it does about files."""
+
+    name, package = "torchio", "torchio"
+    dtypes, options = ("float32",), ("mask",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchio import ZNormalization
+
+        self.normalized = ZNormalization.znorm
+
+    def takes(self, case: Case, threads: int) -> bool:
+        return super().takes(case, threads) and case.option == "mask"
+
+    def instance_forward(self, w: Workload, threads: int) -> Call:
+        return self._run(self.normalized, [self._seen(w, w.x), self._seen(w, w.where)])
 
 
 class Inductor(Torch):
@@ -530,12 +604,12 @@ class OpenVino(Rival):
 
 class OneDnn(Rival):
     """One primitive, outputs given. Instance norm is group norm with one channel a group, or backward batch norm of a
-    single image of N * C channels. Group norm's gradient
-    and half types but of rows run code that is there for reference, at 100 times the limit, and the gradient of RMS
-    norm is that of layer norm: they are left out."""
+    single image of N * C channels. Group norm's gradient, views and half types but of rows run code that is there for
+    reference, at 100 times the limit, and the gradient of RMS norm is that of layer norm: they are left out."""
 
     name, package = "oneDNN", "onednn"
     dtypes = ("float32", "bfloat16")
+    options = ("misaligned",)
 
     def __init__(self) -> None:
         import onednn
@@ -606,7 +680,7 @@ class OneDnn(Rival):
         return self._run(w, "batch", flags=self.dnn.GLOBAL_STATS, **running)
 
 
-RIVALS = (Normkit, NormkitNew, NumPy, Torch, Inductor, OnnxRuntime, OneDnn, OpenVino, Jax)
+RIVALS = (Normkit, NormkitNew, NumPy, Numba, Torch, Inductor, OnnxRuntime, OneDnn, OpenVino, Jax, TorchIo)
 
 
 @cache

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cases import ACTIVATIONS, VIEWS, Case
+from cases import ACTIVATIONS, MASKS, VIEWS, Case
 from limits import Limit
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # last, so that no module here is shadowed
@@ -43,10 +43,12 @@ def dtype_named(name: str) -> np.dtype:
 
 
 def arrays(count: int, shape: tuple[int, ...], dtype: np.dtype) -> list[np.ndarray]:
-    """Uninitialized, in one buffer; each at a line of its own, which spares every contender the split loads."""
+    """Zeros in one buffer; each at a line of its own, which spares every contender the split loads. They are written:
+    pages that have only been read are all one, which the caches hold."""
     size = math.prod(shape) * dtype.itemsize
     slot = -(-size // LINE) * LINE
     buffer = np.empty(count * slot + PAGE, np.uint8)
+    buffer.fill(0)
     start = -buffer.ctypes.data % PAGE
     return [np.ndarray(shape, dtype, buffer, start + k * slot) for k in range(count)]
 
@@ -65,30 +67,46 @@ class Workload:
         self.x = self._filled(rng, mean)
         self.dy = self._filled(rng) if case.direction == "backward" else []
         self.residual = self._filled(rng) if case.option == "residual" else []
-        self.y = arrays(self.sets, case.memory, self.dtype)
+        self.y = arrays(self.sets, case.memory, dtype_named(case.result_dtype))
         for k in range(self.sets):
             self.poison(k)
         compute = np.float64 if case.dtype == "float64" else np.float32
         self.weight, self.bias = rng.uniform(0.5, 1.0, (2, math.prod(case.parameters))).astype(compute)
-        n, *_, last = case.shape
-        self.where = np.arange(last) < rng.integers(last // 2, last, (n, *(1 for _ in case.shape[1:])))
+        self.where = self._masks(rng) if case.option in MASKS else []
+        if case.option == "mask":  # nobody scales a volume
+            self.weight[...], self.bias[...] = 1, 0
         self.running_mean, self.running_var = rng.uniform(0.5, 1.5, (2, case.channels)).astype(compute)
 
     def _filled(self, rng: np.random.Generator, mean: float = 0.0) -> list[np.ndarray]:
         whole, seen = VIEWS.get(self.case.option, (tuple, np.asarray))
         first, *rest = map(seen, arrays(self.sets, whole(self.case.memory), self.dtype))
-        first[...] = rng.standard_normal(self.case.memory, np.float32) + np.float32(mean)
+        if self.dtype == np.uint8:
+            first[...] = rng.integers(256, size=self.case.memory, dtype=np.uint8)
+        else:
+            first[...] = rng.standard_normal(self.case.memory, np.float32) + np.float32(mean)
         for array in rest:
             array[...] = first
         return [first, *rest]
+
+    def _masks(self, rng: np.random.Generator) -> list[np.ndarray]:
+        n, _, *spatial = shape = self.case.shape
+        if self.case.option == "where":
+            frames = rng.integers(spatial[-1] // 2, spatial[-1], (n, 1, *(1 for _ in spatial)))
+            return [np.arange(spatial[-1]) < frames] * self.sets
+        ball = sum(a * a for a in np.ogrid[tuple(slice(-1, 1, extent * 1j) for extent in spatial)]) < 1
+        return [np.broadcast_to(ball, shape).copy() for _ in range(self.sets)]
 
     def poison(self, k: int) -> None:
         """Fills an output with NaN, so that what is not written is seen."""
         self.y[k].view(np.uint8).fill(0xFF)
 
     def limit(self, threads: int) -> Limit:
-        x = self.x if self.x[0].flags.c_contiguous else arrays(self.sets, self.case.memory, self.dtype)
-        return Limit(list(zip(*filter(len, (x, self.dy, self.residual, self.y)), strict=True)), threads)
+        """Of the arrays of the case, or, where x is a view or a mask is read too, of dense ones with as many bytes."""
+        moved = list(filter(len, (self.x, self.dy, self.residual, self.y)))
+        if self.case.option in (*VIEWS, "mask"):
+            size = self.case.moved_bytes // len(moved)
+            moved = [arrays(self.sets, (size,), np.dtype(np.uint8)) for _ in moved]
+        return Limit(list(zip(*moved, strict=True)), threads)
 
     def far(self, k: int) -> int:
         """The set that the limit takes when the contender takes set k: one that has left the cache."""
@@ -111,7 +129,7 @@ class Workload:
         weight, bias = self._parameter(self.weight), self._parameter(self.bias)
         if case.operation != "eval":
             options = {
-                "where": self.where[piece] if case.option == "where" else True,
+                "where": self.where[0][piece] if self.where else True,
                 "activation": case.option if case.option in ACTIVATIONS else None,
             }
             x = x + self._seen(self.residual[0], piece) if self.residual else x

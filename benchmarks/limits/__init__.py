@@ -55,7 +55,7 @@ def _library() -> ctypes.CDLL | None:
         new.replace(built)
     library = ctypes.CDLL(str(built))
     library.limit_seconds.restype = ctypes.c_double
-    library.limit_seconds.argtypes = [ctypes.c_int] * 2 + [ctypes.c_void_p] * 3 + [ctypes.c_size_t]
+    library.limit_seconds.argtypes = [ctypes.c_int] * 2 + [ctypes.c_void_p] * 3 + [ctypes.c_size_t, ctypes.c_int]
     return library
 
 
@@ -71,12 +71,13 @@ Timed = Callable[[tuple[int, int], int], float]  # ((kernel, threads), k) -> sec
 def _compiled(library: ctypes.CDLL, sets: Sequence[tuple[np.ndarray, ...]]) -> Timed:
     """Sets of arrays: one or two to read, one to write."""
     pointers = [(s[0].ctypes.data, s[1].ctypes.data if len(s) == 3 else None, s[-1].ctypes.data) for s in sets]
-    size = sets[0][0].nbytes
-    return lambda way, k: library.limit_seconds(*way, *pointers[k], size)
+    size = sets[0][-1].nbytes
+    times = size // sets[0][0].nbytes
+    return lambda way, k: library.limit_seconds(*way, *pointers[k], size, times)
 
 
 def _in_numpy(sets: Sequence[tuple[np.ndarray, ...]], threads: int) -> Timed:
-    flat = [[np.array_split(a.reshape(-1).view(np.uint8), threads) for a in s] for s in sets]
+    flat = [[np.array_split(a.reshape(-1).view(f"u{a.itemsize}"), threads) for a in s] for s in sets]
     pool = ThreadPoolExecutor(threads)
 
     def part(*arrays: np.ndarray) -> None:
@@ -95,13 +96,15 @@ def _in_numpy(sets: Sequence[tuple[np.ndarray, ...]], threads: int) -> Timed:
 
 
 class Limit:
-    """Sets of arrays (read, written) or (read, read, written), dense: `seconds(k)` moves set k at full speed.
+    """Sets of dense arrays (read, written) or (read, read, written): `seconds(k)` moves set k at full speed. What is
+    written has as many bytes as each of the others, or four times as many.
 
     With several threads, or with one where that is faster: small arrays are not worth a second.
     """
 
     def __init__(self, sets: Sequence[tuple[np.ndarray, ...]], threads: int):
         library = _library()
+        self._sets = sets  # alive: the library has their addresses alone
         self._timed = _compiled(library, sets) if library else _in_numpy(sets, threads)
         kernels = library.limit_kernels() if library else 1
         ways = list(itertools.product(range(kernels), sorted({1, threads})))

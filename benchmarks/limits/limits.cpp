@@ -55,34 +55,39 @@ void drain() {
 constexpr std::size_t kBlock = 256, kLine = 64, kAhead = 4096;
 
 /// c = a ^ b, or a copy of a where b is null. Exclusive or, because additions of arbitrary bits meet denormal numbers.
-template <bool kStream, bool kPrefetch> void move(const char* a, const char* b, char* c, std::size_t bytes) {
-  const auto put = [&](std::size_t at) {
-    const Vec v = b ? Vec::load(a + at) ^ Vec::load(b + at) : Vec::load(a + at);
-    kStream ? v.stream(c + at) : v.store(c + at);
+/// c has kTimes the bytes of a: each of its blocks repeats what it has read.
+template <bool kStream, bool kPrefetch, int kTimes>
+void move(const char* a, const char* b, char* c, std::size_t bytes) {
+  const auto put = [&](std::size_t at, std::size_t j) {
+    const std::size_t from = at / kTimes + j % (kBlock / kTimes);
+    const Vec v = b ? Vec::load(a + from) ^ Vec::load(b + from) : Vec::load(a + from);
+    kStream ? v.stream(c + at + j) : v.store(c + at + j);
   };
-  const auto put_bytes = [&](std::size_t from, std::size_t to) {
-    for (; from < to; ++from) c[from] = static_cast<char>(b ? a[from] ^ b[from] : a[from]);
+  const auto put_bytes = [&](std::size_t at, std::size_t to) {
+    for (; at < to; ++at) c[at] = static_cast<char>(b ? a[at / kTimes] ^ b[at / kTimes] : a[at / kTimes]);
   };
   std::size_t at = -reinterpret_cast<std::uintptr_t>(c) % kLine;  // streams want whole lines
   at = at < bytes ? at : bytes;
   put_bytes(0, at);
   for (; at + kBlock <= bytes; at += kBlock) {
-    for (std::size_t line = 0; kPrefetch && line < kBlock; line += kLine) {
-      __builtin_prefetch(a + at + kAhead + line);
-      if (b) __builtin_prefetch(b + at + kAhead + line);
+    for (std::size_t line = 0; kPrefetch && line < kBlock / kTimes; line += kLine) {
+      __builtin_prefetch(a + at / kTimes + kAhead + line);
+      if (b) __builtin_prefetch(b + at / kTimes + kAhead + line);
     }
-    for (std::size_t j = 0; j < kBlock; j += sizeof(Vec)) put(at + j);
+    for (std::size_t j = 0; j < kBlock; j += sizeof(Vec)) put(at, j);
   }
   put_bytes(at, bytes);
   if (kStream) drain();
 }
 
-void libc(const char* a, const char* b, char* c, std::size_t bytes) {
-  b ? move<false, false>(a, b, c, bytes) : static_cast<void>(std::memcpy(c, a, bytes));
+template <int kTimes> void libc(const char* a, const char* b, char* c, std::size_t bytes) {
+  b || kTimes > 1 ? move<false, false, kTimes>(a, b, c, bytes) : static_cast<void>(std::memcpy(c, a, bytes));
 }
 
 using Kernel = void (*)(const char*, const char*, char*, std::size_t);
-constexpr Kernel kKernels[] = {libc, move<false, false>, move<false, true>, move<true, false>, move<true, true>};
+template <int kTimes>
+constexpr Kernel kKernels[] = {libc<kTimes>, move<false, false, kTimes>, move<false, true, kTimes>,
+                               move<true, false, kTimes>, move<true, true, kTimes>};
 
 /// Threads that stand ready before the clock starts, so that waking them is not part of the limit.
 class Crew {
@@ -135,15 +140,18 @@ class Crew {
 
 }  // namespace
 
-extern "C" int limit_kernels() { return static_cast<int>(std::size(kKernels)); }
+extern "C" int limit_kernels() { return static_cast<int>(std::size(kKernels<1>)); }
 
-/// Seconds that `threads` threads take to write c = a, or c = a ^ b where b is given.
-extern "C" double limit_seconds(int kernel, int threads, const char* a, const char* b, char* c, std::size_t bytes) {
+/// Seconds that `threads` threads take to write the bytes of c = a, or c = a ^ b where b is given, or to write four bytes
+/// for each of a: `times` is 1 or 4.
+extern "C" double limit_seconds(int kernel, int threads, const char* a, const char* b, char* c, std::size_t bytes,
+                                int times) {
   static Crew* const crew = new Crew;  // never destroyed: its threads run until the process ends
+  const Kernel run = times == 4 ? kKernels<4>[kernel] : kKernels<1>[kernel];
   const std::size_t share = (bytes / threads / kBlock + 1) * kBlock;
   return crew->seconds(threads, [&](int k) {
     const std::size_t from = k * share < bytes ? k * share : bytes;
     const std::size_t size = from + share < bytes ? share : bytes - from;
-    kKernels[kernel](a + from, b ? b + from : nullptr, c + from, size);
+    run(a + from / times, b ? b + from / times : nullptr, c + from, size);
   });
 }

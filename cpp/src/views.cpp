@@ -18,6 +18,17 @@ void copy_row(std::byte* to, auto to_step, const std::byte* from, auto from_step
   for (std::int64_t k = 0; k < columns; ++k) std::memcpy(to + k * to_step, from + k * from_step, kBytes);
 }
 
+/// Copies bytes by lines, and fetches what is `ahead`. For memcpy() of a row glibc may take "rep movsb", which took five times as
+/// long to a place that is no multiple of 16.
+void copy_bytes(std::byte* to, const std::byte* from, std::int64_t bytes, std::int64_t ahead) {
+  std::int64_t k = 0;
+  for (; k + 64 <= bytes; k += 64) {
+    __builtin_prefetch(from + k + ahead);
+    std::memcpy(to + k, from + k, 64);
+  }
+  std::memcpy(to + k, from + k, static_cast<std::size_t>(bytes - k));
+}
+
 /// Bytes that copies of rows run ahead: rows that are far apart are not foreseen.
 constexpr std::int64_t kRowsAhead = 4096;
 
@@ -26,24 +37,34 @@ template <int kBytes>
 void copy_lattice(std::byte* to, Lattice to_step, const std::byte* from, Lattice from_step, std::int64_t rows,
                   std::int64_t columns) {
   constexpr std::integral_constant<std::int64_t, kBytes> dense;
+  if (from_step.row < 0) {  // memory is read in its order
+    to += (rows - 1) * to_step.row, from += (rows - 1) * from_step.row;
+    to_step.row = -to_step.row, from_step.row = -from_step.row;
+  }
   const std::int64_t reach = (columns - 1) * from_step.column, row_bytes = std::abs(reach) + kBytes;
   const std::int64_t ahead = row_bytes < kRowsAhead ? kRowsAhead / row_bytes * from_step.row : 0;
   for (std::int64_t row = 0; row < rows; ++row, to += to_step.row, from += from_step.row) {
-    const auto gathered = [&](auto step) { copy_row<kBytes>(to, dense, from, step, columns); };
+    if (to_step.column == kBytes && from_step.column == kBytes) {
+      copy_bytes(to, from, columns * kBytes, ahead);
+      continue;
+    }
     if (ahead != 0)
       for (std::int64_t byte = 0; byte < row_bytes; byte += 64)
         __builtin_prefetch(from + std::min<std::int64_t>(reach, 0) + ahead + byte);
-    if (to_step.column != kBytes) copy_row<kBytes>(to, to_step.column, from, dense, columns);
-    else if (from_step.column == kBytes) std::memcpy(to, from, static_cast<std::size_t>(columns) * kBytes);
-    else if (from_step.column == -kBytes) gathered(std::integral_constant<std::int64_t, -kBytes>());
-    else if (from_step.column == 0) gathered(std::integral_constant<std::int64_t, 0>());
-    else if (from_step.column == 2 * kBytes) gathered(std::integral_constant<std::int64_t, 2 * kBytes>());
-    else gathered(from_step.column);
+    const auto copied = [&](auto step) {
+      if (to_step.column == kBytes) copy_row<kBytes>(to, dense, from, step, columns);
+      else copy_row<kBytes>(to, step, from, dense, columns);
+    };
+    const std::int64_t step = to_step.column == kBytes ? from_step.column : to_step.column;
+    if (step == -kBytes) copied(std::integral_constant<std::int64_t, -kBytes>());
+    else if (step == 0) copied(std::integral_constant<std::int64_t, 0>());
+    else if (step == 2 * kBytes) copied(std::integral_constant<std::int64_t, 2 * kBytes>());
+    else copied(step);
   }
 }
 
-/// Copies a lattice one side of which is dense. Where the other one's columns are further apart than its rows, a few rows
-/// are walked at a time, so that what shares a line of memory is copied together.
+/// Copies a lattice one side of which is dense. Where the other one's columns are further apart than its rows, tiles are copied,
+/// so that what shares a line of memory is copied together, while the lines of the tile beside are fetched.
 template <int kBytes>
 void copy_block(std::byte* to, Lattice to_step, const std::byte* from, Lattice from_step, std::int64_t rows,
                 std::int64_t columns) {
@@ -51,12 +72,15 @@ void copy_block(std::byte* to, Lattice to_step, const std::byte* from, Lattice f
   if (rows == 1 || !(wide(to_step) || wide(from_step)))
     return copy_lattice<kBytes>(to, to_step, from, from_step, rows, columns);
   constexpr std::int64_t kTile = 64 / kBytes;
-  for (std::int64_t row = 0; row < rows; row += kTile)
-    for (std::int64_t column = 0; column < columns; column += kTile) {
+  for (std::int64_t column = 0; column < columns; column += kTile)
+    for (std::int64_t row = 0; row < rows; row += kTile) {
       std::byte* const tile = to + row * to_step.row + column * to_step.column;
       const std::byte* const seen = from + row * from_step.row + column * from_step.column;
-      copy_lattice<kBytes>(tile, to_step, seen, from_step, std::min(kTile, rows - row),
-                           std::min(kTile, columns - column));
+      const std::int64_t width = std::min(kTile, columns - column);
+      for (std::int64_t k = kTile; k < kTile + width; ++k)
+        wide(to_step) ? __builtin_prefetch(tile + k * to_step.column, 1)
+                      : __builtin_prefetch(seen + k * from_step.column);
+      copy_lattice<kBytes>(tile, to_step, seen, from_step, std::min(kTile, rows - row), width);
     }
 }
 

@@ -46,7 +46,7 @@ class Device(Memory):
 
     def merged(self, a: Any, b: Any, twofold: bool) -> Any:
         """The moments of two sets as one, by merge() of formula.hpp, but rounded once more where that fuses."""
-        (mean, m2, own, low), (other, more, others, other_low) = (self.xp.moveaxis(m, -1, 0) for m in (a, b))
+        (mean, m2, own, low), (other, more, others, other_low) = ([m[..., k] for k in range(4)] for m in (a, b))
         n = own + others
         share, delta = others / (n + (n == 0)), (other - mean) + (other_low - low)
         step = delta * share + low
@@ -55,7 +55,7 @@ class Device(Memory):
         rest = (mean - (whole - of_step)) + (step - of_step)
         m2 = m2 + (delta * (delta * (own * share)) + more)
         where = self.xp.where
-        rest = where((whole - whole == 0) & twofold, rest, 0.0)
+        rest = where(whole - whole == 0, rest, 0.0) if twofold else low
         return self.xp.stack((where(own == 0, other, whole), m2, n, where(own == 0, other_low, rest)), -1)
 
     def deviation(self, moments: Any, eps: float, *, inverse: bool) -> Any:

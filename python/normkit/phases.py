@@ -223,7 +223,7 @@ def moments(x: Array, *, axis: Axes, center: bool = True, where: Mask | None = N
 
     They are merged in float64, whatever the dtype of x. Chunks of float64 x are summed in float64, so that mean +
     mean_low and m2 are exact to a few roundings of it; of other x in float32: of random numbers the mean is within 1e-6
-    standard deviations, and m2 within 1e-6 of itself, as a rule ten times nearer.
+    standard deviations, and m2 within 1e-5 of itself, as a rule ten times nearer.
 
     Parameters
     ----------
