@@ -583,7 +583,7 @@ template <class S> NORMKIT_CALLED double solved_rstd(Moments<S> m, Denominator d
 
 /// Hands the moments of a statistic out to the arrays that were asked for.
 template <class S>
-NORMKIT_DEVICE void publish(const Task& t, std::int64_t statistic, const Moments<S>& m, double rstd) {
+NORMKIT_CALLED void publish(const Task& t, std::int64_t statistic, Moments<S> m, double rstd) {
   if (t.mean) *at<S>(t.mean, statistic) = static_cast<S>(m.mean);
   if (t.rstd) *at<S>(t.rstd, statistic) = nearest<S>(rstd);
   if (t.moments) put_moments(moments_of<double>(m), t.moments + kMomentDoubles<double> * statistic);

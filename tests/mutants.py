@@ -144,7 +144,7 @@ MUTANTS = [
            "a mean of float64 is one number", "extremes phases"),
     Mutant(FORMULA, "a.n == 0 ? «b.mean_low» : both.low", "both.low",
            "a mean loses its low part beside an empty set", "phases"),
-    Mutant(FORMULA, "static_cast<S>(«size > most» && size - size == 0", "false",
+    Mutant(FORMULA, "return «s > most» ? most :", "false",
            "subnormal numbers without eps give infinite y", "edges"),
     Mutant(FORMULA, "m.n == 0 ? 0 : rstd_of(«m.m2 / m.n», d.eps)", "m.m2 / (m.n - 1)",
            "the variance is unbiased", "values"),

@@ -151,11 +151,12 @@ template <class S> NORMKIT_HD Statistic<S> statistic_of(const Moments<S>& m, dou
   return statistic_of<S>(m.mean, low_of(m), rstd);
 }
 
-/// v in S, which ends where float does: a finite v stays finite. Without eps, subnormal x have a 1/std beyond float.
+/// A scale in S: the largest number there is where S has none as large. Without eps, subnormal x have a 1/std beyond float.
 template <class S> NORMKIT_HD S nearest(double v) {
-  constexpr double most = sizeof(S) == 8 ? 0x1.fffffffffffffp1023 : 0x1.fffffep127;
-  const double size = v < 0 ? -v : v;
-  return static_cast<S>(size > most && size - size == 0 ? (v < 0 ? -most : most) : v);
+  const S s = static_cast<S>(v);
+  if constexpr (sizeof(S) == 8) return s;
+  constexpr S most = 0x1.fffffep127f;
+  return s > most ? most : s < -most ? -most : s;
 }
 
 /// y = (x - mean) * scale + shift: a whole normalization, once scale and shift are known. A kernel finds them once for
