@@ -40,7 +40,7 @@ Gradient: TypeAlias = Literal["dx", "dweight", "dbias", "dslopes"]
 Gradients: TypeAlias = tuple[Gradient, ...] | Collection[Gradient]
 AdaptiveGradient: TypeAlias = Literal["dcontent", "dstyle"]
 AdaptiveGradients: TypeAlias = tuple[AdaptiveGradient, ...] | Collection[AdaptiveGradient]
-# Of NumPy's types those that are floating. Type checkers know bfloat16 of ml_dtypes by its name alone.
+# NumPy's floating types are taken, no others of its own. Type checkers know bfloat16 of ml_dtypes by its name alone.
 Float: TypeAlias = (
     Literal["float32", "float64", "float16", "bfloat16", "f4", "f8", "f2", "f", "d", "e"]
     | type[np.floating[Any]]

@@ -936,7 +936,7 @@ def _apply_channels(
 
 
 def _slopes_of(activation: Any) -> Any:
-    """Those of prelu, where they are no number."""
+    """The slopes of an activation that is prelu; None where they are a number, or it has none."""
     is_pair = isinstance(activation, tuple | list) and len(activation) == 2 and isinstance(activation[0], str)
     if not is_pair or activation[0] != "prelu" or isinstance(activation[1], int | float | np.number):
         return None
