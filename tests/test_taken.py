@@ -72,6 +72,10 @@ def test_integers_of_any_type(index, rng):
             twice = getattr(nk, f"{name}_double_backward")
             yield from twice(ddx, None, None, dy, x, **stats, **options)[:2]
 
+        y, *given = nk.adaptive_instance_norm(x, dy, channel_axis=n, return_stats=True)
+        yield y
+        yield from nk.adaptive_instance_norm_backward(dy, x, ddx, *given, channel_axis=n)
+
     for found, expected in zip(results(index), results(1), strict=True):
         assert bits(found) == bits(expected)
 
@@ -233,6 +237,15 @@ def test_one_number_as_statistics(op, kind, rng):
     found, expected = (op.backward(dy, x, *stats) for stats in (given, arrays))
     assert [bits(g) for g in found] == [bits(g) for g in expected]
     found, expected = (op.double_backward((ddx, None, None), dy, x, *stats)[:2] for stats in (given, arrays))
+    assert [bits(g) for g in found] == [bits(g) for g in expected]
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, np.array])
+def test_one_number_as_statistics_of_content(kind, rng):
+    dy, content, style = (uniform(rng, SHAPE) for _ in range(3))
+    given = [kind(np.float32(v)) for v in rng.uniform(0.5, 2, 2)]
+    arrays = [np.full(SHAPE[:2], v) for v in given]
+    found, expected = (nk.adaptive_instance_norm_backward(dy, content, style, *stats) for stats in (given, arrays))
     assert [bits(g) for g in found] == [bits(g) for g in expected]
 
 

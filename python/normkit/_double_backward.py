@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 
 from ._compiled import compiled
-from ._memory import Memory, dtype_name, views_of
+from ._memory import Memory, dtype_name, views_or_numbers
 
 _LINE = 64  # bytes
 Block: TypeAlias = tuple[slice, ...]
@@ -246,11 +246,9 @@ def _double_backward(
         raise ValueError("ddx, ddweight and ddbias are None, expected an array for at least one of them")
     if isinstance(options.get("axis"), Iterator):
         options["axis"] = tuple(options["axis"])  # read more than once
-    statistics = {"mean": mean, "rstd": rstd}
-    numbers = {name: s for name, s in statistics.items() if isinstance(s, int | float | np.number | np.bool_)}
-    arrays = {"x": x, "dy": dy, **statistics, "weight": weight, "ddx": ddx, "ddweight": ddweight, "ddbias": ddbias}
-    v, memory = views_of(**{name: array for name, array in arrays.items() if name not in numbers})
-    v |= numbers
+    v, memory = views_or_numbers(
+        "mean", "rstd", x=x, dy=dy, mean=mean, rstd=rstd, weight=weight, ddx=ddx, ddweight=ddweight, ddbias=ddbias
+    )
     given = {name: v[name] for name in ("dy", "x", "mean", "rstd", "weight")} | options
     if kind == "group":
         given["num_groups"] = num_groups
