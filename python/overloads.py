@@ -71,7 +71,7 @@ def forward(function: ast.FunctionDef) -> list[ast.FunctionDef]:
                     arguments_of(centered)["center"].annotation = ast.parse("Literal[True]", mode="eval").body
                     made.append(centered)
                 made.append(overload(function, array, returns, **types))
-    return [*made, overload(function, None, "Any", return_stats="bool")]
+    return [*made, overload(function, None, "Any", return_stats="Flag")]
 
 
 def stub_of(function: ast.FunctionDef) -> list[ast.FunctionDef]:

@@ -105,7 +105,7 @@ class HostMoments:
 
 
 def _arrays_in(arguments: Any) -> list[np.ndarray]:
-    """Those in pairs too, such as slopes of prelu."""
+    """The arrays among arguments and in pairs among them, such as slopes of prelu."""
     inner = [b for a in arguments if isinstance(a, tuple | list) for b in a]
     return [a for a in [*arguments, *inner] if type(a) is np.ndarray]
 

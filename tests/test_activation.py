@@ -112,7 +112,7 @@ LIMITS = {
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if isinstance(a, str)])
 def test_infinities_have_the_limits(activation, dtype, isa):
-    """Of value and derivative, from the largest finite number on."""
+    """Value and derivative have their limits from the largest finite number on."""
     end = np.finfo(dtype).max if dtype.kind == "f" else bounds.LARGEST["bfloat16"]
     x = np.array([-np.inf, np.inf, -end, end]).astype(dtype).reshape(1, 1, -1)
     left, right, *slopes = LIMITS[activation]

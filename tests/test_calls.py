@@ -34,6 +34,14 @@ def test_signature_is_that_of_the_function_in_python(function):
     assert repr(function) == repr(python)
 
 
+def test_tools_find_its_source_and_its_arguments(function):
+    """Editors and what makes documentation ask inspect."""
+    python = function.__wrapped__
+    assert f"\ndef {function.__name__}(" in inspect.getsource(function)
+    assert inspect.getfullargspec(function) == inspect.getfullargspec(python)
+    assert inspect.signature(function, follow_wrapped=False) == inspect.signature(python)
+
+
 def test_is_pickled_and_copied_as_itself(function):
     assert pickle.loads(pickle.dumps(function)) is function
     assert copy.copy(function) is copy.deepcopy(function) is function

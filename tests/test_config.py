@@ -19,6 +19,56 @@ def python(*arguments, **environment):
     return done.stdout
 
 
+class Index:
+    def __index__(self):
+        return 3
+
+
+SETTINGS = [(normkit.set_num_threads, normkit.get_num_threads), (normkit.set_cache_limit, normkit.get_cache_limit)]
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("n", [3, Index(), np.uint8(3), np.array(3)], ids=repr)
+def test_integers_of_any_type_are_taken(n):
+    limit = normkit.get_cache_limit()
+    try:
+        for change, get in SETTINGS:
+            change(n)
+            assert get() == 3
+        normkit.set_num_threads(1)
+        with normkit.num_threads(n):
+            normkit.normalize(np.ones((2, 3)), axis=1)
+            assert repr(normkit.get_num_threads()) == "3"
+    finally:
+        normkit.set_cache_limit(limit)
+
+
+@pytest.mark.parametrize(
+    ("n", "kind", "message"),
+    [
+        ("2", TypeError, "n is '2', expected an integer"),
+        (2.0, TypeError, "n is 2.0, expected an integer"),
+        (None, TypeError, "n is None, expected an integer"),
+        (2**64, ValueError, f"n is {2**64}, expected at most "),
+    ],
+    ids=repr,
+)
+def test_what_is_no_number_of_threads_or_bytes(n, kind, message):
+    before = [get() for _, get in SETTINGS]
+    for change in (*(change for change, _ in SETTINGS), lambda n: normkit.num_threads(n).__enter__()):
+        with pytest.raises(kind) as caught:
+            change(n)
+        assert str(caught.value).startswith(message)
+    assert [get() for _, get in SETTINGS] == before
+
+
+@pytest.mark.parametrize("name", ["mmx", None, 3, b"avx2"], ids=repr)
+def test_what_is_no_instruction_set(name):
+    expected = ", ".join(map(repr, normkit.isas()))
+    with pytest.raises(ValueError, match=f"^name is {name!r}, expected one of {expected}$"), normkit.use_isa(name):
+        pass
+
+
 def test_version():
     assert normkit.__version__[0].isdigit()
 

@@ -29,7 +29,7 @@ def layout(request):
 
 
 def backward_arguments(op, layout, dtype, shape, rng):
-    """Those of a backward, without a weight and with one."""
+    """The arguments of a backward, without a weight and with one."""
     dy, x = (lay(uniform(rng, shape, dtype), layout) for _ in range(2))
     _, mean, rstd = op.statistics(x)
     for weight in (None, np.asarray(rng.standard_normal(op.weight_shape(shape, "channel")), np.float32)):

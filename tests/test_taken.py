@@ -41,7 +41,43 @@ def test_axes(axis, same, rng):
     for call in (nk.normalize, nk.layer_norm, nk.rms_norm, nk.l2_normalize):
         for _ in range(2):  # also where the plan may be known
             assert bits(call(x, axis=axis)) == bits(call(x, axis=same))
-    assert bits(nk.moments(x, axis=axis).m2) == bits(nk.moments(x, axis=same).m2)
+    stats = nk.moments(x, axis=same)
+    assert bits(nk.moments(x, axis=axis).m2) == bits(stats.m2)
+    given = uniform(rng, SHAPE), None, None, uniform(rng, SHAPE), x, stats.mean, stats.rstd()
+    for call in (nk.normalize_double_backward, nk.layer_norm_double_backward):
+        assert [bits(d) for d in call(*given, axis=axis)[:2]] == [bits(d) for d in call(*given, axis=same)[:2]]
+    found, expected = (nk.rms_norm_double_backward(*given[:5], given[6], axis=a)[1] for a in (axis, same))
+    assert bits(found) == bits(expected)
+
+
+def test_an_iterator_of_axes(rng):
+    x = uniform(rng, SHAPE)
+    given = x, None, None, x, x, 0.5, 2.0
+    assert bits(nk.layer_norm(x, axis=iter((0, 2)))) == bits(nk.layer_norm(x, axis=(0, 2)))
+    found, expected = (nk.layer_norm_double_backward(*given, axis=axis)[1] for axis in (iter((0, 2)), (0, 2)))
+    assert bits(found) == bits(expected)
+
+
+@pytest.mark.parametrize("index", [Index(), np.uint8(1), np.array(1)], ids=repr)
+def test_integers_of_any_type(index, rng):
+    """As the axis of channels and as the number of groups: forward, backward and twice backward."""
+    ddx, dy, x = (uniform(rng, SHAPE) for _ in range(3))
+    stats = {"mean": 0.5, "rstd": 2.0}
+
+    def results(n):
+        for name in ("instance_norm", "batch_norm", "group_norm"):
+            options = {"channel_axis": n} | ({"num_groups": n} if name == "group_norm" else {})
+            yield getattr(nk, name)(x, **options, **({"training": True} if name == "batch_norm" else {}))
+            yield from getattr(nk, f"{name}_backward")(dy, x, **stats, **options)
+            twice = getattr(nk, f"{name}_double_backward")
+            yield from twice(ddx, None, None, dy, x, **stats, **options)[:2]
+
+        y, *given = nk.adaptive_instance_norm(x, dy, channel_axis=n, return_stats=True)
+        yield y
+        yield from nk.adaptive_instance_norm_backward(dy, x, ddx, *given, channel_axis=n)
+
+    for found, expected in zip(results(index), results(1), strict=True):
+        assert bits(found) == bits(expected)
 
 
 def test_axes_that_change(rng):
@@ -191,15 +227,25 @@ def test_numbers_as_statistics(layout, kind, axis, isa, rng):
     assert [bits(g) for g in found] == [bits(g) for g in expected]
 
 
+@pytest.mark.parametrize("kind", [float, np.float32, np.array])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
-def test_arrays_without_axes_as_statistics(op, rng):
-    """Every backward and double backward takes such statistics."""
+def test_one_number_as_statistics(op, kind, rng):
+    """Every backward and double backward takes a number, or an array without axes, for all statistics."""
     dy, x, ddx = (uniform(rng, SHAPE) for _ in range(3))
-    given = [np.array(v, np.float32) for v in rng.uniform(0.5, 2, 2)]
+    given = [kind(np.float32(v)) for v in rng.uniform(0.5, 2, 2)]
     arrays = [np.full(op.statistics_shape(SHAPE), v) for v in given]
     found, expected = (op.backward(dy, x, *stats) for stats in (given, arrays))
     assert [bits(g) for g in found] == [bits(g) for g in expected]
     found, expected = (op.double_backward((ddx, None, None), dy, x, *stats)[:2] for stats in (given, arrays))
+    assert [bits(g) for g in found] == [bits(g) for g in expected]
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, np.array])
+def test_one_number_as_statistics_of_content(kind, rng):
+    dy, content, style = (uniform(rng, SHAPE) for _ in range(3))
+    given = [kind(np.float32(v)) for v in rng.uniform(0.5, 2, 2)]
+    arrays = [np.full(SHAPE[:2], v) for v in given]
+    found, expected = (nk.adaptive_instance_norm_backward(dy, content, style, *stats) for stats in (given, arrays))
     assert [bits(g) for g in found] == [bits(g) for g in expected]
 
 

@@ -1,23 +1,35 @@
 """Threads, instruction sets and the cache of outputs: the only settings that a process has. Results do not depend on
 threads and cache, nor on the instruction set as long as it has a fused multiply-add."""
 
+import operator
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import SupportsIndex
 
 from . import _core
 
 _threads: ContextVar[int | None] = ContextVar("threads", default=None)
 
 
-def _check_threads(n: int) -> None:
-    if n < 1:
-        raise ValueError(f"n is {n}, expected at least 1")
+def _checked(n: SupportsIndex, least: int, most: int) -> int:
+    try:
+        count = operator.index(n)
+    except TypeError:
+        raise TypeError(f"n is {n!r}, expected an integer") from None
+    if not least <= count <= most:
+        expected = f"at least {least}" if count < least else f"at most {most}"
+        raise ValueError(f"n is {count}, expected {expected}")
+    return count
 
 
-def set_num_threads(n: int) -> None:
+def _checked_threads(n: SupportsIndex) -> int:
+    return _checked(n, 1, 2**31 - 1)
+
+
+def set_num_threads(n: SupportsIndex) -> None:
     """Let every call of the process use up to `n` threads.
 
     The calling thread is one of them.
@@ -29,6 +41,8 @@ def set_num_threads(n: int) -> None:
 
     Raises
     ------
+    TypeError
+        For what is no integer.
     ValueError
         Below 1.
 
@@ -41,8 +55,7 @@ def set_num_threads(n: int) -> None:
     1
     >>> nk.set_num_threads(before)
     """
-    _check_threads(n)
-    _core.set_num_threads(n)
+    _core.set_num_threads(_checked_threads(n))
 
 
 def get_num_threads() -> int:
@@ -66,7 +79,7 @@ def get_num_threads() -> int:
 
 
 @contextmanager
-def num_threads(n: int) -> Iterator[None]:
+def num_threads(n: SupportsIndex) -> Iterator[None]:
     """Use up to `n` threads within a `with` block, whatever the process may use.
 
     It is for the calls of the block alone: other threads and other tasks of asyncio are as they were.
@@ -83,6 +96,8 @@ def num_threads(n: int) -> Iterator[None]:
 
     Raises
     ------
+    TypeError
+        For what is no integer.
     ValueError
         Below 1.
 
@@ -93,9 +108,9 @@ def num_threads(n: int) -> Iterator[None]:
     ...     nk.get_num_threads()
     1
     """
-    _check_threads(n)
+    count = _checked_threads(n)
     _core.follow_threads_of(_threads)
-    before = _threads.set(n)
+    before = _threads.set(count)
     try:
         yield
     finally:
@@ -170,7 +185,7 @@ def use_isa(name: str) -> Iterator[None]:
     True
     """
     before = isa()
-    if not _core.use_isa(name):
+    if not (isinstance(name, str) and _core.use_isa(name)):
         raise ValueError(f"name is {name!r}, expected one of {', '.join(map(repr, isas()))}")
     try:
         yield
@@ -178,7 +193,7 @@ def use_isa(name: str) -> Iterator[None]:
         _core.use_isa(before)
 
 
-def set_cache_limit(n: int) -> None:
+def set_cache_limit(n: SupportsIndex) -> None:
     """Keep up to so many bytes of the memory of outputs that have been freed, for the next ones.
 
     New memory comes from the system page by page, which takes several times as long as writing to it. So the memory of
@@ -191,6 +206,8 @@ def set_cache_limit(n: int) -> None:
 
     Raises
     ------
+    TypeError
+        For what is no integer.
     ValueError
         Below 0.
 
@@ -203,9 +220,7 @@ def set_cache_limit(n: int) -> None:
     0
     >>> nk.set_cache_limit(before)
     """
-    if n < 0:
-        raise ValueError(f"n is {n}, expected at least 0")
-    _core.set_cache_limit(n)
+    _core.set_cache_limit(_checked(n, 0, 2**64 - 1))
 
 
 def get_cache_limit() -> int:

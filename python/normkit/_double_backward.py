@@ -8,13 +8,14 @@ import functools
 import inspect
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
 from ._compiled import compiled
-from ._memory import Memory, dtype_name, views_of
+from ._memory import Memory, dtype_name, views_or_numbers
 
 _LINE = 64  # bytes
 Block: TypeAlias = tuple[slice, ...]
@@ -56,6 +57,16 @@ def _backward(
 # ---- views -------------------------------------------------------------------------------------------------------
 
 
+def _from_first(axes: Any, ndim: int) -> list[int]:
+    """Axes, in any of the ways that calls take them, as numbers from 0 to ndim - 1."""
+    if axes is None:
+        return list(range(ndim))
+    try:
+        return [operator.index(axes) % ndim]
+    except TypeError:  # there are several
+        return [operator.index(axis) % ndim for axis in axes]
+
+
 class _Frame:
     """Moves the axes of x: the axes that are kept come first, the normalized ones last. All that it makes are views."""
 
@@ -64,13 +75,13 @@ class _Frame:
         self.channels: list[int] = []  # the axes that (C,) and (N, C) lie along, where weights belong to channels
         self.by_extents = kind == "layer"  # weights have the normalized axes alone
         self.channel, self.groups = -1, 1  # the axis that is two to a statistic: groups, channels of a group
+        named = _from_first(axes, ndim)
         if kind in ("instance", "group"):
-            kept = self.channels = [0, axes % ndim]
+            kept = self.channels = [0, *named]
         elif kind == "batch":
-            kept = self.channels = [axes % ndim]
+            kept = self.channels = named
         else:
-            reduced = {axis % ndim for axis in (axes if isinstance(axes, tuple | list) else (axes,))}
-            kept = [axis for axis in range(ndim) if axis not in reduced]
+            kept = [axis for axis in range(ndim) if axis not in named]
         self.reduced = [axis for axis in range(ndim) if axis not in kept]
         if kind == "group":
             self.channel, self.groups = self.channels[1], num_groups
@@ -93,7 +104,7 @@ class _Frame:
         return self.memory.transposed(array, self.order)
 
     def statistics(self, array: Any) -> Any:
-        if not array.shape:  # one for all
+        if not getattr(array, "shape", ()):  # one for all: a number or an array without axes
             one, array = array, self.memory.empty(self.kept, "float64")
             self.memory.copy(array, one)
         return array[(..., *(None for _ in self.statistics_shape[len(self.kept) :]))]
@@ -233,7 +244,11 @@ def _double_backward(
     """(d_dy, d_x, d_weight) of any normalization, for any library and layout. `options` are those of its backward."""
     if ddx is None and ddweight is None and ddbias is None:
         raise ValueError("ddx, ddweight and ddbias are None, expected an array for at least one of them")
-    v, memory = views_of(x=x, dy=dy, mean=mean, rstd=rstd, weight=weight, ddx=ddx, ddweight=ddweight, ddbias=ddbias)
+    if isinstance(options.get("axis"), Iterator):
+        options["axis"] = tuple(options["axis"])  # read more than once
+    v, memory = views_or_numbers(
+        "mean", "rstd", x=x, dy=dy, mean=mean, rstd=rstd, weight=weight, ddx=ddx, ddweight=ddweight, ddbias=ddbias
+    )
     given = {name: v[name] for name in ("dy", "x", "mean", "rstd", "weight")} | options
     if kind == "group":
         given["num_groups"] = num_groups
@@ -244,7 +259,7 @@ def _double_backward(
     x, weight = v["x"], v["weight"]
     with memory:
         backward(**given, need=(), weight_offset=weight_offset)  # judges what it takes
-        frame = _Frame(memory, kind, options.get("channel_axis", options.get("axis")), num_groups, x)
+        frame = _Frame(memory, kind, options.get("channel_axis", options.get("axis")), operator.index(num_groups), x)
         own = frame.absent() if weight is None else tuple(weight.shape)
         whose = "dweight" if weight is None else "weight"
         for name, wanted, of in (("ddx", frame.shape, "x"), ("ddweight", own, whose), ("ddbias", own, whose)):

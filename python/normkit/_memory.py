@@ -222,3 +222,10 @@ def views_of(**arrays: Any) -> tuple[dict[str, Any], Memory]:
     and device that is of."""
     views, memory = _core.views(**arrays)
     return views, memory or NUMPY
+
+
+def views_or_numbers(*names: str, **arrays: Any) -> tuple[dict[str, Any], Memory]:
+    """views_of(), where the arrays of these names may be numbers, which they stay."""
+    numbers = {name: arrays.pop(name) for name in names if isinstance(arrays[name], int | float | np.number | np.bool_)}
+    views, memory = views_of(**arrays)
+    return views | numbers, memory

@@ -28,21 +28,24 @@ class OtherMask(SupportsDLPack, Protocol):
 
 NDArray: TypeAlias = np.ndarray[tuple[Any, ...], np.dtype[Any]]
 Array: TypeAlias = NDArray | SupportsDLPack
-Mask: TypeAlias = np.ndarray[tuple[Any, ...], np.dtype[np.bool]] | OtherMask | bool
-Statistics: TypeAlias = Array | float  # a number stands for all of them
+Integer: TypeAlias = SupportsIndex
+Number: TypeAlias = float | np.floating[Any] | np.integer[Any]
+Flag: TypeAlias = bool | np.bool
+Mask: TypeAlias = np.ndarray[tuple[Any, ...], np.dtype[np.bool]] | OtherMask | Flag
+Statistics: TypeAlias = Array | Number  # a number stands for all of them
 Axes: TypeAlias = SupportsIndex | Iterable[SupportsIndex] | None
 Named: TypeAlias = Literal[
     "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "elu", "sigmoid", "tanh", "relu6", "hardswish", "mish",
     "softplus",
 ]  # fmt: skip
-Activation: TypeAlias = Named | tuple[Literal["leaky_relu", "elu"], float] | tuple[Literal["prelu"], Statistics] | None
+Activation: TypeAlias = Named | tuple[Literal["leaky_relu", "elu"], Number] | tuple[Literal["prelu"], Statistics] | None
 Gradient: TypeAlias = Literal["dx", "dweight", "dbias", "dslopes"]
 Gradients: TypeAlias = tuple[Gradient, ...] | Collection[Gradient]
 AdaptiveGradient: TypeAlias = Literal["dcontent", "dstyle"]
 AdaptiveGradients: TypeAlias = tuple[AdaptiveGradient, ...] | Collection[AdaptiveGradient]
-# Of NumPy's types those that are floating. Type checkers know bfloat16 of ml_dtypes by its name alone.
+# NumPy's floating types are taken, no others of its own. Type checkers know bfloat16 of ml_dtypes by its name alone.
 Float: TypeAlias = (
-    Literal["float32", "float64", "float16", "bfloat16", "f4", "f8", "f2", "f", "d", "e"]
+    Literal["float32", "float64", "float16", "bfloat16", "f4", "f8", "f2", "<f4", "<f8", "<f2", "f", "d", "e"]
     | type[np.floating[Any]]
     | type[float]
     | np.dtype[Any]

@@ -6,6 +6,7 @@ shift.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,20 @@ import numpy as np
 
 from ._compiled import compiled
 from ._double_backward import double_backward
-from ._memory import Memory, views_of
-from ._types import Activation, AdaptiveGradients, Array, Axes, Float, Gradients, Mask, Statistics
+from ._memory import Memory, views_of, views_or_numbers
+from ._types import (
+    Activation,
+    AdaptiveGradients,
+    Array,
+    Axes,
+    Flag,
+    Float,
+    Gradients,
+    Integer,
+    Mask,
+    Number,
+    Statistics,
+)
 from .phases import Moments
 
 __all__ = [
@@ -60,20 +73,20 @@ def instance_norm(
     weight: Array | None = None,
     bias: Array | None = None,
     *,
-    eps: float = 1e-5,
-    channel_axis: int = 1,
+    eps: Number = 1e-5,
+    channel_axis: Integer = 1,
     running_mean: Array | None = None,
     running_var: Array | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
+    use_input_stats: Flag = True,
+    momentum: Number = 0.1,
     out: Array | None = None,
     out_dtype: Float = None,
-    return_stats: bool = False,
+    return_stats: Flag = False,
     where: Mask | None = None,
     activation: Activation = None,
     residual: Array | None = None,
-    return_residual: bool = False,
-    weight_offset: float = 0.0,
+    return_residual: Flag = False,
+    weight_offset: Number = 0.0,
 ) -> Any:
     """Normalize each channel of each image by its own mean and variance.
 
@@ -152,14 +165,14 @@ def instance_norm_backward(
     rstd: Statistics,
     weight: Array | None = None,
     *,
-    channel_axis: int = 1,
-    use_input_stats: bool = True,
+    channel_axis: Integer = 1,
+    use_input_stats: Flag = True,
     need: Gradients = _ALL,
     out: Array | None = None,
     where: Mask | None = None,
     bias: Array | None = None,
     activation: Activation = None,
-    weight_offset: float = 0.0,
+    weight_offset: Number = 0.0,
     dresidual: Array | None = None,
 ) -> tuple[Any, ...]:
     """The gradient of `instance_norm`.
@@ -225,9 +238,9 @@ def instance_norm_double_backward(
     rstd: Statistics,
     weight: Array | None = None,
     *,
-    channel_axis: int = 1,
-    use_input_stats: bool = True,
-    weight_offset: float = 0.0,
+    channel_axis: Integer = 1,
+    use_input_stats: Flag = True,
+    weight_offset: Number = 0.0,
 ) -> tuple[Any, Any, Any]:
     """The gradient of a scalar through `instance_norm_backward`, as a penalty on gradients needs it.
 
@@ -272,20 +285,20 @@ def instance_norm_double_backward(
 @compiled("forward", "group")
 def group_norm(
     x: Array,
-    num_groups: int,
+    num_groups: Integer,
     weight: Array | None = None,
     bias: Array | None = None,
     *,
-    eps: float = 1e-5,
-    channel_axis: int = 1,
+    eps: Number = 1e-5,
+    channel_axis: Integer = 1,
     out: Array | None = None,
     out_dtype: Float = None,
-    return_stats: bool = False,
+    return_stats: Flag = False,
     where: Mask | None = None,
     activation: Activation = None,
     residual: Array | None = None,
-    return_residual: bool = False,
-    weight_offset: float = 0.0,
+    return_residual: Flag = False,
+    weight_offset: Number = 0.0,
 ) -> Any:
     """Normalize each image over groups of channels.
 
@@ -317,19 +330,19 @@ def group_norm(
 def group_norm_backward(
     dy: Array,
     x: Array,
-    num_groups: int,
+    num_groups: Integer,
     mean: Statistics,
     rstd: Statistics,
     weight: Array | None = None,
     *,
-    channel_axis: int = 1,
-    use_input_stats: bool = True,
+    channel_axis: Integer = 1,
+    use_input_stats: Flag = True,
     need: Gradients = _ALL,
     out: Array | None = None,
     where: Mask | None = None,
     bias: Array | None = None,
     activation: Activation = None,
-    weight_offset: float = 0.0,
+    weight_offset: Number = 0.0,
     dresidual: Array | None = None,
 ) -> tuple[Any, ...]:
     """The gradient of `group_norm`, by the formulas of `instance_norm_backward`.
@@ -361,14 +374,14 @@ def group_norm_double_backward(
     ddbias: Array | None,
     dy: Array,
     x: Array,
-    num_groups: int,
+    num_groups: Integer,
     mean: Statistics,
     rstd: Statistics,
     weight: Array | None = None,
     *,
-    channel_axis: int = 1,
-    use_input_stats: bool = True,
-    weight_offset: float = 0.0,
+    channel_axis: Integer = 1,
+    use_input_stats: Flag = True,
+    weight_offset: Number = 0.0,
 ) -> tuple[Any, Any, Any]:
     """The gradient of a scalar through `group_norm_backward`.
 
@@ -399,15 +412,15 @@ def layer_norm(
     bias: Array | None = None,
     *,
     axis: Axes = -1,
-    eps: float = 1e-5,
+    eps: Number = 1e-5,
     out: Array | None = None,
     out_dtype: Float = None,
-    return_stats: bool = False,
+    return_stats: Flag = False,
     where: Mask | None = None,
     activation: Activation = None,
     residual: Array | None = None,
-    return_residual: bool = False,
-    weight_offset: float = 0.0,
+    return_residual: Flag = False,
+    weight_offset: Number = 0.0,
 ) -> Any:
     """Normalize over the given axes, which need not be the last ones.
 
@@ -446,13 +459,13 @@ def layer_norm_backward(
     weight: Array | None = None,
     *,
     axis: Axes = -1,
-    use_input_stats: bool = True,
+    use_input_stats: Flag = True,
     need: Gradients = _ALL,
     out: Array | None = None,
     where: Mask | None = None,
     bias: Array | None = None,
     activation: Activation = None,
-    weight_offset: float = 0.0,
+    weight_offset: Number = 0.0,
     dresidual: Array | None = None,
 ) -> tuple[Any, ...]:
     """The gradient of `layer_norm`, by the formulas of `instance_norm_backward`.
@@ -492,8 +505,8 @@ def layer_norm_double_backward(
     weight: Array | None = None,
     *,
     axis: Axes = -1,
-    use_input_stats: bool = True,
-    weight_offset: float = 0.0,
+    use_input_stats: Flag = True,
+    weight_offset: Number = 0.0,
 ) -> tuple[Any, Any, Any]:
     """The gradient of a scalar through `layer_norm_backward`.
 
@@ -526,15 +539,15 @@ def rms_norm(
     bias: Array | None = None,
     *,
     axis: Axes = -1,
-    eps: float | None = None,
+    eps: Number | None = None,
     out: Array | None = None,
     out_dtype: Float = None,
-    return_stats: bool = False,
+    return_stats: Flag = False,
     where: Mask | None = None,
     activation: Activation = None,
     residual: Array | None = None,
-    return_residual: bool = False,
-    weight_offset: float = 0.0,
+    return_residual: Flag = False,
+    weight_offset: Number = 0.0,
 ) -> Any:
     """Divide by the root mean square over the given axes.
 
@@ -572,13 +585,13 @@ def rms_norm_backward(
     weight: Array | None = None,
     *,
     axis: Axes = -1,
-    use_input_stats: bool = True,
+    use_input_stats: Flag = True,
     need: Gradients = _ALL,
     out: Array | None = None,
     where: Mask | None = None,
     bias: Array | None = None,
     activation: Activation = None,
-    weight_offset: float = 0.0,
+    weight_offset: Number = 0.0,
     dresidual: Array | None = None,
 ) -> tuple[Any, ...]:
     """The gradient of `rms_norm`.
@@ -618,8 +631,8 @@ def rms_norm_double_backward(
     weight: Array | None = None,
     *,
     axis: Axes = -1,
-    use_input_stats: bool = True,
-    weight_offset: float = 0.0,
+    use_input_stats: Flag = True,
+    weight_offset: Number = 0.0,
 ) -> tuple[Any, Any, Any]:
     """The gradient of a scalar through `rms_norm_backward`.
 
@@ -654,18 +667,18 @@ def batch_norm(
     *,
     running_mean: Array | None = None,
     running_var: Array | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    channel_axis: int = 1,
+    training: Flag = False,
+    momentum: Number = 0.1,
+    eps: Number = 1e-5,
+    channel_axis: Integer = 1,
     out: Array | None = None,
     out_dtype: Float = None,
-    return_stats: bool = False,
+    return_stats: Flag = False,
     where: Mask | None = None,
     activation: Activation = None,
     residual: Array | None = None,
-    return_residual: bool = False,
-    weight_offset: float = 0.0,
+    return_residual: Flag = False,
+    weight_offset: Number = 0.0,
 ) -> Any:
     """Normalize each channel over the batch, or by its running statistics.
 
@@ -708,14 +721,14 @@ def batch_norm_backward(
     rstd: Statistics,
     weight: Array | None = None,
     *,
-    training: bool = True,
-    channel_axis: int = 1,
+    training: Flag = True,
+    channel_axis: Integer = 1,
     need: Gradients = _ALL,
     out: Array | None = None,
     where: Mask | None = None,
     bias: Array | None = None,
     activation: Activation = None,
-    weight_offset: float = 0.0,
+    weight_offset: Number = 0.0,
     dresidual: Array | None = None,
 ) -> tuple[Any, ...]:
     """The gradient of `batch_norm`, by the formulas of `instance_norm_backward`.
@@ -756,9 +769,9 @@ def batch_norm_double_backward(
     rstd: Statistics,
     weight: Array | None = None,
     *,
-    training: bool = True,
-    channel_axis: int = 1,
-    weight_offset: float = 0.0,
+    training: Flag = True,
+    channel_axis: Integer = 1,
+    weight_offset: Number = 0.0,
 ) -> tuple[Any, Any, Any]:
     """The gradient of a scalar through `batch_norm_backward`.
 
@@ -786,15 +799,15 @@ def adaptive_instance_norm(
     content: Array,
     style: Array,
     *,
-    eps: float = 1e-5,
-    channel_axis: int = 1,
+    eps: Number = 1e-5,
+    channel_axis: Integer = 1,
     out: Array | None = None,
     out_dtype: Float = None,
-    return_stats: bool = False,
+    return_stats: Flag = False,
     where: Mask | None = None,
     activation: Activation = None,
     residual: Array | None = None,
-    return_residual: bool = False,
+    return_residual: Flag = False,
 ) -> Any:
     """Give each channel of each image the mean and deviation that it has in another image (AdaIN).
 
@@ -847,8 +860,8 @@ def adaptive_instance_norm_backward(
     mean: Statistics,
     rstd: Statistics,
     *,
-    eps: float = 1e-5,
-    channel_axis: int = 1,
+    eps: Number = 1e-5,
+    channel_axis: Integer = 1,
     need: AdaptiveGradients = ("dcontent", "dstyle"),
     out: Array | None = None,
     where: Mask | None = None,
@@ -892,9 +905,9 @@ def adaptive_instance_norm_backward(
     if unknown:
         raise ValueError(f"need has {unknown[0]!r}, expected names from ('dcontent', 'dstyle')")
     slopes = _slopes_of(activation)
-    v, memory = views_of(
-        content=content, style=style, dy=dy, mean=mean, rstd=rstd, out=out, where=where, dresidual=dresidual,
-        slopes=slopes,
+    v, memory = views_or_numbers(
+        "mean", "rstd", content=content, style=style, dy=dy, mean=mean, rstd=rstd, out=out, where=where,
+        dresidual=dresidual, slopes=slopes,
     )  # fmt: skip
     kind = str(v["style"].dtype).rpartition(".")[2]
     if kind.startswith(("bool", "int", "uint")):
@@ -918,7 +931,7 @@ def adaptive_instance_norm_backward(
 
 
 @compiled("moments", "instance")
-def _moments_of_channels(x: Array, *, channel_axis: int) -> Any:
+def _moments_of_channels(x: Array, *, channel_axis: Integer) -> Any:
     """Mean, m2 and count of each, and their memory."""
 
 
@@ -930,26 +943,26 @@ def _apply_channels(
     weight: Array | None = None,
     bias: Array | None = None,
     *,
-    channel_axis: int,
+    channel_axis: Integer,
 ) -> Any:
     """`apply` over the axes of instance norm."""
 
 
 def _slopes_of(activation: Any) -> Any:
-    """Those of prelu, where they are no number."""
+    """The slopes of an activation that is prelu; None where they are a number, or it has none."""
     is_pair = isinstance(activation, tuple | list) and len(activation) == 2 and isinstance(activation[0], str)
     if not is_pair or activation[0] != "prelu" or isinstance(activation[1], int | float | np.number):
         return None
     return activation[1]
 
 
-def _style_of(content: Any, style: Any, channel_axis: int, eps: float) -> tuple[Moments, Any, Any]:
+def _style_of(content: Any, style: Any, channel_axis: Integer, eps: Any) -> tuple[Any, Any, Any]:
     """The moments of style, sqrt(var + eps) and the mean. Style has content's images and channels, or one image."""
     with _called("style"):
         numbers, memory, twofold = _moments_of_channels(style, channel_axis=channel_axis)
         moments = Moments._of(numbers, memory, True, twofold)
     shape: tuple[int, ...] = tuple(content.shape)
-    if -len(shape) <= channel_axis < len(shape):  # else content is refused by its own call
+    if -len(shape) <= operator.index(channel_axis) < len(shape):  # else content is refused by its own call
         found, expected = tuple(moments.count.shape), (shape[0], shape[channel_axis])
         if found != expected and found != (1, expected[1]):
             raise ValueError(
@@ -982,9 +995,9 @@ def l2_normalize(
     x: Array,
     *,
     axis: Axes = -1,
-    eps: float = 1e-12,
+    eps: Number = 1e-12,
     out: Array | None = None,
-    return_stats: bool = False,
+    return_stats: Flag = False,
 ) -> Any:
     """Divide by the Euclidean norm over the given axes.
 
@@ -1025,7 +1038,7 @@ def l2_normalize_backward(
     rnorm: Statistics,
     *,
     axis: Axes = -1,
-    eps: float = 1e-12,
+    eps: Number = 1e-12,
     out: Array | None = None,
 ) -> Any:
     """The gradient of `l2_normalize`.
@@ -1063,16 +1076,16 @@ def normalize(
     bias: Array | None = None,
     *,
     axis: Axes,
-    center: bool = True,
-    eps: float = 1e-5,
+    center: Flag = True,
+    eps: Number = 1e-5,
     out: Array | None = None,
     out_dtype: Float = None,
-    return_stats: bool = False,
+    return_stats: Flag = False,
     where: Mask | None = None,
     activation: Activation = None,
     residual: Array | None = None,
-    return_residual: bool = False,
-    weight_offset: float = 0.0,
+    return_residual: Flag = False,
+    weight_offset: Number = 0.0,
 ) -> Any:
     """Normalize x over any axes: the one operation beneath all the named ones.
 
@@ -1114,14 +1127,14 @@ def normalize_backward(
     weight: Array | None = None,
     *,
     axis: Axes,
-    center: bool = True,
-    use_input_stats: bool = True,
+    center: Flag = True,
+    use_input_stats: Flag = True,
     need: Gradients = _ALL,
     out: Array | None = None,
     where: Mask | None = None,
     bias: Array | None = None,
     activation: Activation = None,
-    weight_offset: float = 0.0,
+    weight_offset: Number = 0.0,
     dresidual: Array | None = None,
 ) -> tuple[Any, ...]:
     """The gradient of `normalize`, by the formulas of `instance_norm_backward`.
@@ -1164,9 +1177,9 @@ def normalize_double_backward(
     weight: Array | None = None,
     *,
     axis: Axes,
-    center: bool = True,
-    use_input_stats: bool = True,
-    weight_offset: float = 0.0,
+    center: Flag = True,
+    use_input_stats: Flag = True,
+    weight_offset: Number = 0.0,
 ) -> tuple[Any, Any, Any]:
     """The gradient of a scalar through `normalize_backward`.
 

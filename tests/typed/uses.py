@@ -45,12 +45,15 @@ for data in (x.astype(np.float16), x > 0.5, (100 * x).astype(np.int64), x.astype
 nk.layer_norm(x, out_dtype="bfloat16")
 nk.layer_norm(x, out_dtype=float), nk.layer_norm(x, out_dtype=x.dtype), nk.layer_norm(x, out_dtype="f4")
 nk.instance_norm(x, where=x > 0, activation="silu"), nk.instance_norm(x, where=True)
+nk.group_norm(x, np.int64(2), eps=np.float32(1e-3), channel_axis=np.int8(1), weight_offset=np.float64(1))
+nk.batch_norm(x, training=np.True_), nk.instance_norm(x, where=np.True_)
+assert_type(nk.instance_norm(x, return_stats=np.bool(flag)), Any)
 nk.instance_norm(x, activation=("leaky_relu", 0.2), out=np.empty_like(x))
 
 _, mean, rstd = nk.instance_norm(x, return_stats=True)
 assert_type(nk.instance_norm_backward(x, x, mean, rstd, weight), tuple[Arrays, Arrays, Arrays])
 dx, dweight, dbias = nk.instance_norm_backward(x, x, mean, rstd, weight, need=["dx"], out=x.copy())
-nk.layer_norm_backward(x, x, 0.0, 1.0)
+nk.layer_norm_backward(x, x, 0.0, np.float32(1.0))
 nk.instance_norm_double_backward(x, None, None, x, x, mean, rstd)
 nk.adaptive_instance_norm_backward(x, x, x, mean, rstd, need=("dstyle",))
 
