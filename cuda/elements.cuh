@@ -581,12 +581,18 @@ template <class X> NORMKIT_DEVICE bool like_x(const Task& t) { return sizeof(X) 
 template <class S> NORMKIT_CALLED Moments<S> merged(Moments<S> a, Moments<S> b) { return merge(a, b); }
 template <class S> NORMKIT_CALLED double solved_rstd(Moments<S> m, Denominator d) { return rstd_of(m, d); }
 
-/// Hands the moments of a statistic out to the arrays that were asked for.
+/// Hands the moments of a statistic out to the arrays that were asked for. What is called gets copies: of a task it would want
+/// the address, and the task would go to memory.
 template <class S>
-NORMKIT_CALLED void publish(const Task& t, std::int64_t statistic, Moments<S> m, double rstd) {
-  if (t.mean) *at<S>(t.mean, statistic) = static_cast<S>(m.mean);
-  if (t.rstd) *at<S>(t.rstd, statistic) = nearest<S>(rstd);
-  if (t.moments) put_moments(moments_of<double>(m), t.moments + kMomentDoubles<double> * statistic);
+NORMKIT_CALLED void hand_out(std::byte* mean_at, std::byte* rstd_at, double* moments_at, std::int64_t statistic,
+                             Moments<S> m, double rstd) {
+  if (mean_at) *at<S>(mean_at, statistic) = static_cast<S>(m.mean);
+  if (rstd_at) *at<S>(rstd_at, statistic) = nearest<S>(rstd);
+  if (moments_at) put_moments(moments_of<double>(m), moments_at + kMomentDoubles<double> * statistic);
+}
+template <class S>
+NORMKIT_DEVICE void publish(const Task& t, std::int64_t statistic, const Moments<S>& m, double rstd) {
+  hand_out(t.mean, t.rstd, t.moments, statistic, m, rstd);
 }
 
 // ---- backward ----------------------------------------------------------------------------------------------------
