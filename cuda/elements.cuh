@@ -451,7 +451,7 @@ template <int N, class F> NORMKIT_DEVICE void for_members(unsigned members, int 
 // ---- activation --------------------------------------------------------------------------------------------------
 
 template <class S> NORMKIT_CALLED S activated(Activation activation, S z) { return activate(activation, z); }
-/// The same of one that is_kink(), in line.
+/// activated() for one that is_kink(), in line.
 template <class S> NORMKIT_DEVICE S kinked(Activation activation, S z) {
   const ActivationKind relu = ActivationKind::relu;
   return activation.kind == relu ? activate({relu, 0}, z)

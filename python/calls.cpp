@@ -139,7 +139,7 @@ class Arrays {
     if (PyArray_CheckExact(array.ptr())) return;
     if (PyObject_IsInstance(array.ptr(), python_module("numpy.ma").attr("MaskedArray").ptr()) == 1)
       type_error(std::string(name) + " is a masked array, expected a plain one: a mask would be ignored; pass " + name +
-                 ".data, and where=~" + name + ".mask");
+                 ".data" + (std::strcmp(name, "x") == 0 ? ", and where=~x.mask" : ""));
   }
   static void judge_on_cpu(const char* name, nb::handle array, const Library& library) {
     if (PyArray_Check(array.ptr())) return;

@@ -19,8 +19,10 @@ std::int64_t integer(const char* name, nb::handle h) {
     PyErr_Clear();
     throw Error(Error::Kind::type, std::string(name) + " is " + nb::repr(h).c_str() + ", expected an integer");
   }
-  const long long value = PyLong_AsLongLong(index.ptr());
-  if (value == -1 && PyErr_Occurred()) throw nb::python_error();
+  int overflow = 0;
+  const long long value = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+  if (overflow)
+    throw Error(Error::Kind::value, std::string(name) + " is " + nb::repr(h).c_str() + ", expected one of 64 bits");
   return value;
 }
 
@@ -30,7 +32,9 @@ std::vector<std::int64_t> axes_of(nb::handle h, int ndim) {
   std::vector<std::int64_t> axes;
   for (int axis = 0; h.is_none() && axis < ndim; ++axis) axes.push_back(axis);
   if (h.is_none()) return axes;
-  const nb::object index = nb::steal(PyNumber_Index(h.ptr())), items = nb::steal(PyObject_GetIter(h.ptr()));
+  const nb::object index = nb::steal(PyNumber_Index(h.ptr()));
+  PyErr_Clear();  // no iterator is asked for while an error is pending
+  const nb::object items = nb::steal(PyObject_GetIter(h.ptr()));
   PyErr_Clear();
   if (index.is_valid() || !items.is_valid() || PyUnicode_Check(h.ptr()) || PyBytes_Check(h.ptr()))
     return {integer("axis", h)};

@@ -732,6 +732,21 @@ MOMENTS_ERRORS = {
         TypeError,
         "m2 has dtype complex128, expected real numbers",
     ),
+    "moments-complex": (
+        lambda m: nk.Moments(3, np.ones(2), np.complex64(1j)),
+        TypeError,
+        "m2 is a complex64, expected a NumPy array or an object with __dlpack__",
+    ),
+    "correction-complex": (
+        lambda m: m.var(np.complex64(1)),
+        TypeError,
+        "correction is np.complex64(1+0j), expected a number",
+    ),
+    "axis-huge": (
+        lambda m: nk.moments(np.ones(3), axis=2**70),
+        ValueError,
+        "axis is 1180591620717411303424, expected one of 64 bits",
+    ),
 }
 
 

@@ -96,6 +96,8 @@ def test_masked_arrays_are_refused(rng):
         TypeError, match=r"^x is a masked array, expected a plain one: .* pass x\.data, and where=~x\.mask$"
     ):
         OPERATIONS["layer"].forward(np.ma.masked_array(uniform(rng, (4, 6))))
+    with pytest.raises(TypeError, match=r"^weight is a masked array, expected a plain one: .* pass weight\.data$"):
+        OPERATIONS["layer"].forward(uniform(rng, (4, 6)), np.ma.masked_array(uniform(rng, (6,))))
 
 
 def test_memory_mapped(tmp_path, rng):

@@ -18,6 +18,8 @@ from ._compiled import compiled
 from ._memory import NUMPY, Memory, library_of, views_of
 from ._types import Activation, Array, Axes, Float, Mask, Statistics
 
+_REAL = int | float | np.integer | np.floating | np.bool_  # what is a number, not complex
+
 
 class Moments:
     """Number, mean and sum of squared deviations of the members of each statistic, in float64.
@@ -58,7 +60,7 @@ class Moments:
     ) -> None:
         low = 0 if mean_low is None else mean_low
         given = {"mean": 0 if mean is None else mean, "m2": m2, "count": count, "mean_low": low}
-        numbers = {name: float(v) for name, v in given.items() if isinstance(v, int | float | np.number | np.bool_)}
+        numbers = {name: float(v) for name, v in given.items() if isinstance(v, _REAL)}
         if len(numbers) == len(given):
             given["m2"] = np.asarray(numbers.pop("m2"))
         views, memory = views_of(**{name: v for name, v in given.items() if name not in numbers})
@@ -149,7 +151,7 @@ class Moments:
             return memory.hand_over(self._var(memory, correction))
 
     def _var(self, memory: Memory, correction: float) -> Any:
-        if not isinstance(correction, int | float | np.number):
+        if not isinstance(correction, _REAL):
             raise TypeError(f"correction is {correction!r}, expected a number")
         with np.errstate(all="ignore"):
             where, count, m2 = memory.xp.where, self._numbers[..., 2], self._numbers[..., 1]
