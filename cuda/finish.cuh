@@ -81,7 +81,7 @@ NORMKIT_DEVICE Solved<S> solve(const Work& work, std::int64_t r, Statistic<S> s,
   // The sums are about the high part of the given mean: its low part, or the distance to the mean of the data, is still to come.
   double shift = 0, mean = static_cast<double>(s.mean) + static_cast<double>(s.mean_low);
   if (t.centered && total.n > 0) shift = t.frozen ? static_cast<double>(s.mean_low) : total.sums.d / total.n;
-  if (t.centered && !t.frozen) mean = static_cast<double>(s.mean) + shift, s = statistic_of<S>(s.mean, shift, s.rstd);
+  if (t.centered && !t.frozen) mean = static_cast<double>(s.mean) + shift, s = shifted(s, shift);
   const Sums<double> sums = recenter(total.sums, shift);
   const Gradient<S> gradient =
       t.frozen ? Gradient<S>{0, 0, 0} : gradient_of(s, sums, total.n, t.centered, t.denominator);

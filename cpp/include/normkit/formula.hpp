@@ -136,27 +136,33 @@ template <class S> NORMKIT_HD double rstd_of(const Moments<S>& m, Denominator d)
   return divisor == 0 ? 0 : 1 / divisor;
 }
 
-/// The Statistic whose mean is `mean` + `more`: `mean_low` is the part of it that S has no digits for.
-template <class S> NORMKIT_HD Statistic<S> statistic_of(double mean, double more, double rstd) {
+/// The Statistic with this mean and this 1/std: `mean_low` is the part of the mean that S has no digits for.
+template <class S> NORMKIT_HD Statistic<S> statistic_of(double mean, double mean_low, double rstd) {
   if constexpr (sizeof(S) == 8) {
-    const Twofold sum = two_sum(mean, more);
-    return {sum.high, sum.low, rstd};
+    return {mean, mean_low, rstd};
   } else {
-    const double sum = mean + more;
-    const S high = static_cast<S>(sum);
-    return {high, static_cast<S>(sum - static_cast<double>(high)), rstd};
+    const S high = static_cast<S>(mean);
+    return {high, static_cast<S>(mean - static_cast<double>(high)), rstd};
   }
 }
 template <class S> NORMKIT_HD Statistic<S> statistic_of(const Moments<S>& m, double rstd) {
   return statistic_of<S>(m.mean, low_of(m), rstd);
 }
 
+/// The Statistic whose mean is `shift` above the high part of another's.
+template <class S> NORMKIT_HD Statistic<S> shifted(const Statistic<S>& s, double shift) {
+  const double mean = static_cast<double>(s.mean);
+  Twofold sum{mean + shift, 0};
+  if constexpr (sizeof(S) == 8) sum = two_sum(mean, shift);
+  return statistic_of<S>(sum.high, sum.low, s.rstd);
+}
+
 /// A scale in S: the largest number there is where S has none as large. Without eps, subnormal x have a 1/std beyond float.
 template <class S> NORMKIT_HD S nearest(double v) {
   const S s = static_cast<S>(v);
-  if constexpr (sizeof(S) == 8) return s;
   constexpr S most = 0x1.fffffep127f;
-  return s > most ? most : s < -most ? -most : s;
+  if constexpr (sizeof(S) == 4) return s > most ? most : s < -most ? -most : s;
+  else return s;
 }
 
 /// y = (x - mean) * scale + shift: a whole normalization, once scale and shift are known. A kernel finds them once for

@@ -184,7 +184,8 @@ NORMKIT_LOCAL void turn_tile(const float* from, std::int64_t columns, float* to)
   const Eight high = __builtin_shufflevector(row[0], row[1], 2, 10, 3, 11, 6, 14, 7, 15);
   const Eight next_low = __builtin_shufflevector(row[2], row[3], 0, 8, 1, 9, 4, 12, 5, 13);
   const Eight next_high = __builtin_shufflevector(row[2], row[3], 2, 10, 3, 11, 6, 14, 7, 15);
-  const auto put = [&](int k, Eight column) { __builtin_memcpy(to + k * kLanes<F32>, &column, sizeof(Eight)); };
+  const auto put = [&](int k, const Eight& column)
+                       NORMKIT_INLINE_LAMBDA { __builtin_memcpy(to + k * kLanes<F32>, &column, sizeof(Eight)); };
   put(0, __builtin_shufflevector(low, next_low, 0, 1, 8, 9, 4, 5, 12, 13));  // a loop would go through memory
   put(1, __builtin_shufflevector(low, next_low, 2, 3, 10, 11, 6, 7, 14, 15));
   put(2, __builtin_shufflevector(high, next_high, 0, 1, 8, 9, 4, 5, 12, 13));

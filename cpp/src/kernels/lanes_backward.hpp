@@ -176,7 +176,7 @@ template <class S> void lanes_solve(const Task& t, std::int64_t o, ColumnSums co
     }
     Statistic<S> s = given_statistic<S>(t, r);
     const double shift = mean_shift(t, s, reduced.sums.d, reduced.n);
-    if (t.centered && !t.frozen) s = statistic_of<S>(static_cast<double>(s.mean), shift, s.rstd);
+    if (t.centered && !t.frozen) s = shifted(s, shift);
     const Sums<double> sums = recenter(reduced.sums, shift);
     const Gradient<S> gradient =
         t.frozen ? Gradient<S>{0, 0, 0} : gradient_of(s, sums, reduced.n, t.centered, t.denominator);

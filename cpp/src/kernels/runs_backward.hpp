@@ -285,7 +285,7 @@ template <class S> Solved<S> solve(const Task& t, std::int64_t r, std::int64_t o
   Statistic<S> s = given_statistic<S>(t, r);
   // The sums are about s.mean: the low part of a given mean, or the distance to the mean of the data, is still to come.
   const double shift = mean_shift(t, s, reduced.sums.d, reduced.n);
-  if (t.centered && !t.frozen) s = statistic_of<S>(static_cast<double>(s.mean), shift, s.rstd);
+  if (t.centered && !t.frozen) s = shifted(s, shift);
   const Sums<double> sums = recenter(reduced.sums, shift);
   for_own_dparams(t, o, lane, [&](double* d) { d[0] = s.rstd * mul_add(-shift, d[1], d[0]); });
   if (t.kind == ParamKind::statistic) t.dparams[2 * r] = s.rstd * sums.gx, t.dparams[2 * r + 1] = sums.g;
