@@ -65,7 +65,9 @@ def test_two_phases_are_one_call(axis, layout, dtype, shape, kind, rng):
     weight = None if kind == "none" else rng.standard_normal(extents).astype(np.float32)
     y, mean, rstd = nk.normalize(x, axis=axis, return_stats=True)
     m = nk.moments(x, axis=axis)
-    assert bits(nk.apply(x, m.mean, m.rstd(), axis=axis)) == bits(y)
+    assert bits(nk.apply(x, m, m.rstd(), axis=axis)) == bits(y)
+    if x.dtype != np.float64:  # whose mean has more digits than m.mean
+        assert bits(nk.apply(x, m.mean, m.rstd(), axis=axis)) == bits(y)
     dx = nk.normalize_backward(dy, x, mean, rstd, weight, axis=axis)[0]
     sums = nk.backward_sums(dy, x, mean, rstd, weight, axis=axis)
     assert bits(nk.apply_backward(dy, x, mean, rstd, sums, m.count, weight, axis=axis)) == bits(dx)
