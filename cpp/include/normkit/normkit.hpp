@@ -184,8 +184,8 @@ void backward(const Args& args, const Spec& spec);
 ///
 ///     moments = (mean, m2, count, mean_low)        m2 = sum((x - mean)^2), over the members of the part
 ///
-/// The mean is mean + mean_low, exact to about 100 bits where x is float64; of all other dtypes a float64 holds it, and
-/// mean_low is 0.
+/// The mean is mean + mean_low, exact to a few roundings of the distances to it where x is float64; of all other dtypes a
+/// float64 holds it, and mean_low is 0.
 ///
 /// A part is a piece of x along any axes, with all the axes of x. merge_moments() merges the moments of all parts; then
 /// apply() is called on each part, with the mean that was found and with rstd = 1 / sqrt(m2 / count + spec.eps), or 0
