@@ -23,6 +23,9 @@ class Index:
     def __index__(self):
         return 3
 
+    def __repr__(self):
+        return "Index()"
+
 
 SETTINGS = [(normkit.set_num_threads, normkit.get_num_threads), (normkit.set_cache_limit, normkit.get_cache_limit)]
 
