@@ -152,6 +152,12 @@ bool view_numpy(nb::handle h, View& v) {
   return true;
 }
 
+bool is_number(nb::handle value) {
+  PyObject* const v = value.ptr();
+  if (PyFloat_Check(v) || PyLong_Check(v) || PyArray_IsScalar(v, Bool) || PyArray_IsScalar(v, Floating)) return true;
+  return PyArray_IsScalar(v, Integer) && !PyArray_IsScalar(v, Timedelta);
+}
+
 nb::object new_numpy(Dtype dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides) {
   PyArray_Descr* const descr = reinterpret_cast<PyArray_Descr*>(numpy_dtype(dtype).release().ptr());
   npy_intp dims[NPY_MAXDIMS], bytes[NPY_MAXDIMS];

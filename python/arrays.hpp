@@ -75,6 +75,9 @@ bool read_if_plain(nb::handle array, const Library& library, OnDevice& into);
 void view_device(const char* name, nb::handle array, const Library& library, View& v);
 std::byte* device_data(nb::handle array, const Library& library);
 
+/// True for a real number of Python or NumPy, which stands for all elements of an array.
+bool is_number(nb::handle value);
+
 /// A new array of NumPy, dense with these strides in elements.
 nb::object new_numpy(Dtype dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides);
 

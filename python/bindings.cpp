@@ -102,6 +102,7 @@ NB_MODULE(_core, m) {
   m.def("function", [type = function::new_type()](nb::handle python, const char* op, const char* kind, nb::dict fixed) {
     return calls::function(type, python, op, kind, fixed);
   }, "python"_a, "op"_a, "kind"_a, "fixed"_a);
+  m.def("is_number", &arrays::is_number, "value"_a.none());
   m.def("views", &calls::views, "arrays"_a);
   m.def("forget_plans", &calls::forget_plans);
   m.def("merge_moments", &merge_moments, "a"_a, "b"_a, "twofold"_a);

@@ -49,7 +49,9 @@ nb::object python_module(const char* name) { return nb::module_::import_(name); 
   const std::string library = arrays::library_of(array).name, named(name);
   std::string way;
   if (library == "pandas") way = ": pass " + named + ".to_numpy()";
-  if (library == "xarray") way = ": pass " + named + ".values, or call through xarray.apply_ufunc";
+  if (library == "xarray")
+    way = ": pass " + (type == "DataArray" ? named + ".values" : "the values of a variable of " + named) +
+          ", or call through xarray.apply_ufunc";
   if (library == "dask") way = ": call on each chunk, through dask.array.map_blocks";
   type_error(named + " is " + (vowel ? "an " : "a ") + type + ", expected a NumPy array or an object with __dlpack__" +
              way);
@@ -58,7 +60,9 @@ nb::object python_module(const char* name) { return nb::module_::import_(name); 
 constexpr int kCuda = 2, kManaged = 13, kCpu = 1, kPinned = 3;  // DLPack device types
 
 void require_dlpack(const char* name, nb::handle array) {
-  if (!nb::hasattr(array, "__dlpack__") || !nb::hasattr(array, "__dlpack_device__")) not_an_array(name, array);
+  const bool is_class = PyType_Check(array.ptr());  // which shows what its instances have
+  if (is_class || !nb::hasattr(array, "__dlpack__") || !nb::hasattr(array, "__dlpack_device__"))
+    not_an_array(name, array);
 }
 
 /// The kind of device by DLPack, and its number.
@@ -431,9 +435,7 @@ class Function final : public function::Body {
     const auto is_number = [&](OperandIndex k) {
       const OperandRow& row = kOperandTable[k];
       const bool may_be = row.role == Role::statistic || row.role == Role::count || k == normkit::kSlopes;
-      return may_be && contains(row.reads, op_) &&
-             (PyFloat_Check(values[k]) || PyLong_Check(values[k]) || PyArray_IsScalar(values[k], Integer) ||
-              PyArray_IsScalar(values[k], Floating));
+      return may_be && contains(row.reads, op_) && arrays::is_number(values[k]);
     };
     const auto is_there = [&](OperandIndex k) { return values[k] != Py_None || k == normkit::kX || k == normkit::kDy; };
     for (const OperandIndex k : arrays_)

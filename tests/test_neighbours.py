@@ -51,6 +51,7 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import normkit
 print(*(w.message for w in caught))
+assert {w.filename for w in caught} == {"<string>"}  # whoever imports, not the library
 print(normkit.get_num_threads(), normkit.get_cache_limit())"""
     message, got = python(code, NORMKIT_NUM_THREADS=value).splitlines()
     count = got.split()[0]
@@ -183,6 +184,7 @@ def test_what_freezes_programs_sees_all_modules():
     [
         ("pandas.core.frame", "DataFrame", "pass x.to_numpy()"),
         ("xarray.core.dataarray", "DataArray", "pass x.values, or call through xarray.apply_ufunc"),
+        ("xarray.core.dataset", "Dataset", "pass the values of a variable of x, or call through xarray.apply_ufunc"),
         ("dask.array.core", "Array", "call on each chunk, through dask.array.map_blocks"),
     ],
 )
@@ -193,6 +195,13 @@ def test_what_holds_an_array_is_refused_with_the_way(library, name, way):
     with pytest.raises(TypeError) as caught:
         nk.instance_norm(x)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("library", "name"), [("numpy", "ndarray"), ("torch", "Tensor")])
+def test_a_class_of_arrays_is_no_array(library, name):
+    array = getattr(pytest.importorskip(library), name)
+    with pytest.raises(TypeError, match=rf"^x is an? {type(array).__name__}, expected a NumPy array or an object"):
+        nk.instance_norm(array)
 
 
 @pytest.mark.parametrize("dtype", ["<U3", ">U3", "|S3", ">c8", ">M8[s]", "O"])

@@ -200,6 +200,22 @@ def test_moments_are_values(op, rng):
         hash(m)
 
 
+@pytest.mark.parametrize(
+    ("given", "kind", "message"),
+    [
+        ({"count": -1}, ValueError, "count has what is negative or NaN, expected the number of members"),
+        ({"count": np.array([3.0, np.nan])}, ValueError, "count has what is negative or NaN"),
+        ({"mean": np.timedelta64(1, "s")}, TypeError, "mean is a timedelta64, expected"),
+        ({"m2": 1j}, TypeError, "m2 is a complex, expected"),
+    ],
+)
+def test_what_are_no_moments(given, kind, message):
+    good = {"count": np.array([0, 3]), "mean": np.array([0.0, 1.0]), "m2": np.array([0.0, 2.0])}
+    normkit.Moments(**good)
+    with pytest.raises(kind, match=f"^{message}"):
+        normkit.Moments(**good | given)
+
+
 @pytest.mark.parametrize("op", NORMALIZE, ids=repr)
 def test_variance_and_rstd(op, rng):
     x = uniform(rng, SMALL, np.float64)

@@ -11,6 +11,7 @@ from checks import check_backward
 from reference import OPERATIONS, REGISTRY, Operation
 
 SHAPE = (3, 5, 4)
+AN_ARRAY = "expected a NumPy array or an object with __dlpack__"
 
 
 class Index:
@@ -260,10 +261,11 @@ def test_integers_and_scalars_as_statistics(rng):
 @pytest.mark.parametrize(
     ("given", "kind", "message"),
     [
-        ("1", TypeError, "rstd is a str, expected a NumPy array or an object with __dlpack__"),
-        (1j, TypeError, "rstd is a complex, expected a NumPy array or an object with __dlpack__"),
-        (np.complex64(1), TypeError, "rstd is a complex64, expected a NumPy array or an object with __dlpack__"),
-        ([1.0], TypeError, "rstd is a list, expected a NumPy array or an object with __dlpack__"),
+        ("1", TypeError, f"rstd is a str, {AN_ARRAY}"),
+        (1j, TypeError, f"rstd is a complex, {AN_ARRAY}"),
+        (np.complex64(1), TypeError, f"rstd is a complex64, {AN_ARRAY}"),
+        (np.timedelta64(1, "s"), TypeError, f"rstd is a timedelta64, {AN_ARRAY}"),
+        ([1.0], TypeError, f"rstd is a list, {AN_ARRAY}"),
         (np.array(1), TypeError, "rstd has dtype int64, expected float32 or float64"),
         (np.ones(1), ValueError, "rstd has shape (1,), expected (3, 4): one element per statistic"),
     ],

@@ -254,8 +254,8 @@ Extents strides_over_x(const Args& args, OperandIndex k, Dtype dtype, const Shap
 
 Strides dense_strides(const Geometry& g) { return {g.steps * g.columns(), g.columns(), g.run, 1}; }
 
-/// Puts the arrays that have the shape of x, and the mask, into the geometry, in which the traversal is chosen. Those
-/// that do not lie as the kernels want them get a view.
+/// Puts the arrays that have the shape of x, and the mask, into the geometry, in which the traversal is chosen. An array
+/// that does not lie as the kernels want it gets a view.
 void place(Plan& p, const Seen& seen, const Blocks& blocks, const Layout& layout) {
   const Args& args = seen.args;
   const Shapes& shapes = p.shapes;

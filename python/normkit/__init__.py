@@ -6,6 +6,7 @@ import nanobind_backend as _nanobind_backend  # type: ignore[import-untyped]  # 
 from . import _documentation, _threadpoolctl, functional  # noqa: F401 - it registers
 from ._config import (
     cache_size,
+    check_environment,
     clear_cache,
     cuda_available,
     get_cache_limit,
@@ -24,6 +25,7 @@ from .phases import Moments, apply, apply_backward, backward_sums, merge, moment
 
 _described = (*functional.__all__, "apply", "apply_backward", "backward_sums", "merge", "moments")
 _documentation.complete({name: globals()[name] for name in _described})
+check_environment()
 
 __all__ = [
     *functional.__all__,

@@ -322,19 +322,17 @@ def show_config() -> None:
         print(f"CUDA: not in this build ({_core.no_cuda})")
 
 
-def _check_environment() -> None:
+def check_environment() -> None:
+    """Warns whoever imports the package of settings that are none."""
     wanted = os.environ.get("NORMKIT_ISA", "")
     if wanted and wanted not in isas():
         expected = ", ".join(map(repr, isas()))
-        warnings.warn(f"NORMKIT_ISA is {wanted!r}, expected one of {expected}; using {isa()!r}", stacklevel=2)
+        warnings.warn(f"NORMKIT_ISA is {wanted!r}, expected one of {expected}; using {isa()!r}", stacklevel=3)
     wanted = os.environ.get("NORMKIT_NUM_THREADS", "")
     if wanted and str(get_num_threads()) != wanted.lstrip("0"):
         expected = "expected a number of threads, at least 1"
-        warnings.warn(f"NORMKIT_NUM_THREADS is {wanted!r}, {expected}; using {get_num_threads()}", stacklevel=2)
+        warnings.warn(f"NORMKIT_NUM_THREADS is {wanted!r}, {expected}; using {get_num_threads()}", stacklevel=3)
     wanted = os.environ.get("NORMKIT_CACHE_BYTES", "")
     if wanted and str(get_cache_limit()) != (wanted.lstrip("0") or "0"):
         message = f"NORMKIT_CACHE_BYTES is {wanted!r}, expected a number of bytes; using {get_cache_limit()}"
-        warnings.warn(message, stacklevel=2)
-
-
-_check_environment()
+        warnings.warn(message, stacklevel=3)

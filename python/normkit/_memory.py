@@ -226,6 +226,6 @@ def views_of(**arrays: Any) -> tuple[dict[str, Any], Memory]:
 
 def views_or_numbers(*names: str, **arrays: Any) -> tuple[dict[str, Any], Memory]:
     """views_of(), where the arrays of these names may be numbers, which they stay."""
-    numbers = {name: arrays.pop(name) for name in names if isinstance(arrays[name], int | float | np.number | np.bool_)}
+    numbers = {name: arrays.pop(name) for name in names if _core.is_number(arrays[name])}
     views, memory = views_of(**arrays)
     return views | numbers, memory

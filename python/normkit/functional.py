@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from . import _core
 from ._compiled import compiled
 from ._double_backward import double_backward
 from ._memory import Memory, views_of, views_or_numbers
@@ -951,7 +952,7 @@ def _apply_channels(
 def _slopes_of(activation: Any) -> Any:
     """The slopes of an activation that is prelu; None where they are a number, or it has none."""
     is_pair = isinstance(activation, tuple | list) and len(activation) == 2 and isinstance(activation[0], str)
-    if not is_pair or activation[0] != "prelu" or isinstance(activation[1], int | float | np.number):
+    if not is_pair or activation[0] != "prelu" or _core.is_number(activation[1]):
         return None
     return activation[1]
 

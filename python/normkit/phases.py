@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from . import _core
 from ._compiled import compiled
 from ._memory import NUMPY, Memory, library_of, views_of
 from ._types import Activation, Array, Axes, Float, Mask, Statistics
-
-_REAL = int | float | np.integer | np.floating | np.bool_  # what is a number, not complex
 
 
 class Moments:
@@ -59,8 +58,8 @@ class Moments:
         self, count: Statistics, mean: Statistics | None, m2: Statistics, mean_low: Statistics | None = None
     ) -> None:
         low = 0 if mean_low is None else mean_low
-        given = {"mean": 0 if mean is None else mean, "m2": m2, "count": count, "mean_low": low}
-        numbers = {name: float(v) for name, v in given.items() if isinstance(v, _REAL)}
+        given: dict[str, Any] = {"mean": 0 if mean is None else mean, "m2": m2, "count": count, "mean_low": low}
+        numbers = {name: float(v) for name, v in given.items() if _core.is_number(v)}
         if len(numbers) == len(given):
             given["m2"] = np.asarray(numbers.pop("m2"))
         views, memory = views_of(**{name: v for name, v in given.items() if name not in numbers})
@@ -78,6 +77,8 @@ class Moments:
             zeros = memory.xp.zeros_like(next(iter(wide.values())))
             parts = [wide[name] if name in wide else zeros + numbers[name] for name in given]
             self._numbers = memory.xp.stack(parts, -1)
+            if not bool((self._numbers[..., 2] >= 0).all()):
+                raise ValueError("count has what is negative or NaN, expected the number of members of each statistic")
         self._memory, self._centered, self._twofold = memory, mean is not None, mean_low is not None
 
     @classmethod
@@ -111,18 +112,22 @@ class Moments:
 
     @property
     def count(self) -> Any:
+        """The number of members of each statistic."""
         return self._part(2)
 
     @property
     def mean(self) -> Any:
+        """The mean of each statistic, rounded to float64; None without centering."""
         return self._part(0) if self._centered else None
 
     @property
     def m2(self) -> Any:
+        """The sum of squared deviations from the mean; without centering, of squares."""
         return self._part(1)
 
     @property
     def mean_low(self) -> Any:
+        """What rounding took from the mean: 0 unless x was float64."""
         return self._part(3)
 
     def merge(self, other: Moments) -> Moments:
@@ -151,7 +156,7 @@ class Moments:
             return memory.hand_over(self._var(memory, correction))
 
     def _var(self, memory: Memory, correction: float) -> Any:
-        if not isinstance(correction, _REAL):
+        if not _core.is_number(correction):
             raise TypeError(f"correction is {correction!r}, expected a number")
         with np.errstate(all="ignore"):
             where, count, m2 = memory.xp.where, self._numbers[..., 2], self._numbers[..., 1]

@@ -88,7 +88,7 @@ bool split_lanes(std::span<const std::int64_t> shape, int split, Layout& layout)
 
 /// Puts parameters that vary along `param_axes` into the geometry, which is as if there were none before; false where it
 /// cannot hold them, as they vary along axes that are not neighbors. Parameters that vary along all axes always fit.
-/// Those that vary along the slowest kept axes too, but not along the next ones, get these axes as `outer`.
+/// If they vary along the slowest kept axes too, but not along the next ones, these axes become `outer`.
 bool place_params(std::span<const std::int64_t> shape, AxisMask param_axes, Layout& layout);
 
 /// The strides of an array in the geometry, from those of its axes in elements; empty where axes that share a place do
