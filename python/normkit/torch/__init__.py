@@ -1,13 +1,16 @@
-"""normkit inside PyTorch: functions whose gradients PyTorch records, on the CPU and on CUDA.
+"""normkit inside PyTorch: functions and modules whose gradients PyTorch records, on the CPU and on CUDA.
 
     import normkit.torch as nt
 
-    y = nt.group_norm(x, 8, weight, bias, activation="silu")  # normkit's name, order and options
+    y = nt.group_norm(x, 8, weight, bias, activation="silu")  # a function: normkit's name, order and options
+    norm = nt.GroupNorm(8, 64, activation="silu")             # a module: torch.nn's name and constructor
 
-They work in torch.compile, torch.export, torch.func and under autocast, and are differentiable twice.
+All of it works in torch.compile, torch.export, torch.func and under autocast, and is differentiable twice.
 """
 
-from . import functions
+from . import functions, modules
 from .functions import *  # noqa: F403 - every function, as listed there
+from .modules import *  # noqa: F403 - every module, as listed there
 
-__all__ = [*functions.__all__]
+
+__all__ = [*functions.__all__, *modules.__all__]
