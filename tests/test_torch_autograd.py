@@ -352,18 +352,21 @@ def test_forward_mode_is_refused_not_wrong():
 # ---- memory ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("residual", [False, True])
-def test_what_is_saved(residual):
-    """x, or the sum that was normalized; the statistics; the weights. Nothing is a copy."""
+def test_what_is_saved(residual, activation):
+    """x, or the sum that was normalized; statistics; weight, and bias where an activation depends on it. No copies."""
     x, weight, bias = uniform(*SHAPE).requires_grad_(), uniform(4).requires_grad_(), uniform(4).requires_grad_()
     saved = []
     more = {"residual": uniform(*SHAPE), "return_residual": True} if residual else {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        found = nt.instance_norm(x, weight, bias, activation="relu", **more)
+        found = nt.instance_norm(x, weight, bias, activation=activation, **more)
     normalized, *others = saved
     assert normalized.data_ptr() == (found[1] if residual else x).data_ptr()
-    assert [t.data_ptr() for t in others[:2]] == [weight.data_ptr(), bias.data_ptr()]
-    assert [tuple(t.shape) for t in others[2:]] == [(2, 4), (2, 4)]
+    expected = [weight.data_ptr(), bias.data_ptr()] if activation else [weight.data_ptr()]
+    *params, mean, rstd = others
+    assert [t.data_ptr() for t in params] == expected
+    assert mean.shape == rstd.shape == (2, 4)
 
 
 def test_changing_what_is_saved_is_noticed():

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - everybody's name for it
@@ -105,27 +106,26 @@ def _prelu(spec: Spec, slopes: Any) -> dict[str, Any]:
 # ---- memory ------------------------------------------------------------------------------------------------------
 
 
+def _arrays(*tensors: Any) -> list[Any]:
+    """The tensors as the core takes them fastest: as NumPy arrays over their memory, where that is the CPU's."""
+    if tensors[0].is_cpu:
+        try:
+            if tensors[0].dtype is not torch.bfloat16:
+                return [t if t is None else (t.data if t.requires_grad else t).numpy() for t in tensors]
+            return [t if t is None else _array(t.data) for t in tensors]
+        except (TypeError, RuntimeError):  # sparse, negated lazily, on another device: the core says what it takes
+            pass
+    return [t if t is None else t.detach() for t in tensors]
+
+
 def _array(tensor: Tensor) -> Any:
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    if tensor.dtype is torch.bfloat16:
+    if tensor.dtype is torch.bfloat16:  # which NumPy does not have
         return tensor.view(torch.int16).numpy().view(bfloat16_dtype())
     return tensor.numpy()
 
 
-def _arrays(first: Tensor, *others: Optional) -> list[Any]:
-    """The tensors as the core takes them fastest: as NumPy arrays over their memory, where that is the CPU's."""
-    tensors = (first, *others)
-    if first.is_cpu:
-        try:
-            return [None if tensor is None else _array(tensor) for tensor in tensors]
-        except (TypeError, RuntimeError):  # sparse, negated lazily, on another device: the core says what it takes
-            pass
-    return [None if tensor is None else tensor.detach() for tensor in tensors]
-
-
 def _tensor(array: Any) -> Any:
-    if array is None or isinstance(array, Tensor):
+    if type(array) is not np.ndarray:  # of a GPU, or nothing
         return array
     if array.dtype.kind == "V":  # bfloat16
         return torch.from_numpy(array.view("i2")).view(torch.bfloat16)
@@ -152,10 +152,8 @@ def forward(
     found = row.forward(
         x_, weight=weight_, bias=bias_, where=where_, return_stats=with_stats, **_options(spec, "forward"), **more
     )
-    if not spec.frozen:
-        for running in (running_mean, running_var):
-            if running is not None:
-                torch.autograd.graph.increment_version(running)
+    if (mean_ is not None or var_ is not None) and not spec.frozen:
+        torch.autograd.graph.increment_version([r for r in (running_mean, running_var) if r is not None])
     if not isinstance(found, tuple):
         return _tensor(found), None, None, None
     y, *others = map(_tensor, found)
@@ -350,6 +348,8 @@ def second_gradients(
 ) -> list[Optional]:  # fmt: skip
     """[d_dy, d_x, d_weight, d_bias, d_slopes] of any call, by PyTorch: `seconds` are the gradients of a scalar with
     respect to dx, dweight, dbias and dslopes."""
+    if bias is None and seconds[2] is not None:  # one of the shape of weight, on which nothing depends
+        bias = torch.zeros_like(weight)
     given = [x, weight, bias, slopes]
     present = [k for k, tensor in enumerate(given) if tensor is not None]
 

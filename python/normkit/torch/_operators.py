@@ -143,6 +143,8 @@ def save_forward(
     rstd: Optional, spec: Spec,
 ) -> None:  # fmt: skip
     """Saves what a backward needs. `x`: what was normalized, with the residual."""
+    if bias is not None and not spec.activation and weight is not None and weight.shape == bias.shape:
+        bias = None  # it would only say which shape dbias has
     ctx.set_materialize_grads(False)
     ctx.spec = spec
     ctx.save_for_backward(x, weight, bias, where, slopes, mean, rstd)
@@ -192,6 +194,7 @@ def gradients_of_backward(ctx: Any, seconds: Sequence[Optional], double: Callabl
         return [d_dy, d_x, None, None, d_weight, None, None, None, d_dtotal]
     found = phases.second_gradients(seconds, dy, x, mean, rstd, weight, bias, where, slopes, spec)
     d_dy, d_x, d_weight, d_bias, d_slopes = found
+    d_bias = None if bias is None else d_bias
     return [d_dy, d_x, None, None, d_weight, d_bias, None, d_slopes, d_dtotal]
 
 
@@ -339,12 +342,13 @@ def _deviation_vmap(info: Any, in_dims: Any, style: Tensor, channel_axis: int, e
 
 # ---- both kinds --------------------------------------------------------------------------------------------------
 
+is_transforming = torch._C._are_functorch_transforms_active
 _transformable: dict[str, Any] = {}
 
 
 def call(name: str, *args: Any) -> Any:
     """Calls an operator, where it matters as an autograd.Function."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if not torch.compiler.is_compiling() and is_transforming():
         return _transformable[name].apply(*args)
     return getattr(torch.ops.normkit, name)(*args)
 

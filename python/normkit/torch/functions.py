@@ -19,6 +19,7 @@ from ._operators import (
     gradient_of_deviation,
     gradients_of_backward,
     gradients_of_forward,
+    is_transforming,
     refuse_third,
     save_backward,
     save_forward,
@@ -26,7 +27,8 @@ from ._operators import (
 
 __all__ = ["adaptive_instance_norm", "batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
-_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_is_dispatching, _is_traced = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)))
 
 
 # ---- autograd ----------------------------------------------------------------------------------------------------
@@ -46,6 +48,10 @@ class _Forward(torch.autograd.Function):
     def backward(ctx: Any, dy: Any, dtotal: Any = None) -> Any:
         call = _backward if torch.is_grad_enabled() else phases.backward
         return *gradients_of_forward(ctx, dy, dtotal, call), None, None, None
+
+
+# Function.apply without what it does for torch.func, whose transforms do not come here.
+_apply = super(torch.autograd.Function, _Forward).apply
 
 
 class _Backward(torch.autograd.Function):
@@ -98,15 +104,9 @@ class _Deviation(torch.autograd.Function):
 
 def _holds_values(*tensors: Optional) -> bool:
     """True where a call may read memory; else somebody looks on who is told of operators."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_transforming() or _is_dispatching() or _is_traced():
         return False
-    if (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state() is not None
-    ):
-        return False
-    return all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+    return _PLAIN.issuperset(map(type, tensors))
 
 
 def _check(tensors: tuple[Any, ...]) -> None:
@@ -119,7 +119,11 @@ def _check(tensors: tuple[Any, ...]) -> None:
 def _records(*tensors: Optional) -> bool:
     if torch.autograd.forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def _float32(tensor: Optional) -> Optional:
@@ -148,7 +152,7 @@ def _call(
                     running.copy_(new)
         return (y, total) if return_residual else y
     if _records(x, weight, bias, residual, slopes):
-        found = _Forward.apply(*tensors, spec)
+        found = _apply(*tensors, spec)
         return found if residual is None or return_residual else found[0]
     y, _, _, total = phases.forward(*tensors, spec, with_stats=False, with_total=return_residual)
     return (y, total) if return_residual else y
