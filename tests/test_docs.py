@@ -3,7 +3,6 @@
 import doctest
 import importlib
 import inspect
-import pkgutil
 import re
 from pathlib import Path
 
@@ -14,10 +13,12 @@ ROOT = Path(__file__).parents[1]
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
 OPTIONAL = ("cupy", "torch", "jax", "ml_dtypes", "matplotlib", "PIL")
 DOCTEST = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-MODULES = [
-    "normkit",
-    *(m.name for m in pkgutil.walk_packages(normkit.__path__, "normkit.", lambda _: None) if "__main__" not in m.name),
-]
+PACKAGE = Path(normkit.__file__).parent
+MODULES = sorted(
+    ".".join(("normkit", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+    if path.name != "__main__.py"
+)
 
 
 def blocks(page):

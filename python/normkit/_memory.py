@@ -60,8 +60,8 @@ _LAZY = {"Negative": "negated", "Conjugate": "conjugated"}
 def _tensor(torch: Any, name: str, tensor: Any, is_written: bool) -> Any:
     if tensor.requires_grad and getattr(torch, "is_grad_enabled", lambda: True)():
         raise TypeError(
-            f"{name} requires grad, expected a tensor that does not: use normkit.torch, whose functions record gradients, "
-            f"or pass {name}.detach()"
+            f"{name} requires grad, expected a tensor that does not: use normkit.torch, whose functions record "
+            f"gradients, or pass {name}.detach()"
         )
     for key in _keys(torch, tensor):
         if key in _LAZY:
