@@ -109,13 +109,15 @@ def test_a_tensor_that_requires_grad_is_refused(torch):
     with pytest.raises(TypeError) as caught:
         normkit.instance_norm(x)
     assert str(caught.value) == (
-        "x requires grad, expected a tensor that does not: normkit records no gradients, pass x.detach()"
+        "x requires grad, expected a tensor that does not: use normkit.torch, whose functions record gradients, "
+        "or pass x.detach()"
     )
     weight = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(TypeError) as caught:
         normkit.instance_norm(x.detach(), weight)
     assert str(caught.value) == (
-        "weight requires grad, expected a tensor that does not: normkit records no gradients, pass weight.detach()"
+        "weight requires grad, expected a tensor that does not: use normkit.torch, whose functions record gradients, "
+        "or pass weight.detach()"
     )
 
 

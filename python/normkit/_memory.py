@@ -60,7 +60,8 @@ _LAZY = {"Negative": "negated", "Conjugate": "conjugated"}
 def _tensor(torch: Any, name: str, tensor: Any, is_written: bool) -> Any:
     if tensor.requires_grad and getattr(torch, "is_grad_enabled", lambda: True)():
         raise TypeError(
-            f"{name} requires grad, expected a tensor that does not: normkit records no gradients, pass {name}.detach()"
+            f"{name} requires grad, expected a tensor that does not: use normkit.torch, whose functions record "
+            f"gradients, or pass {name}.detach()"
         )
     for key in _keys(torch, tensor):
         if key in _LAZY:
@@ -70,7 +71,7 @@ def _tensor(torch: Any, name: str, tensor: Any, is_written: bool) -> Any:
         elif key not in _PLAIN:
             raise TypeError(
                 f"{name} is a {type(tensor).__name__} of kind {key} on device {tensor.device}, expected a plain dense "
-                "tensor that holds its elements: pass one, outside of torch.compile, torch.func and modes of dispatch"
+                "tensor that holds its elements: use normkit.torch in torch.compile, torch.func and modes of dispatch"
             )
     return tensor.detach() if tensor.requires_grad else tensor
 

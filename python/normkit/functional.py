@@ -959,18 +959,26 @@ def _slopes_of(activation: Any) -> Any:
 
 def _style_of(content: Any, style: Any, channel_axis: Integer, eps: Any) -> tuple[Any, Any, Any]:
     """The moments of style, sqrt(var + eps) and the mean. Style has content's images and channels, or one image."""
-    with _called("style"):
-        numbers, memory, twofold = _moments_of_channels(style, channel_axis=channel_axis)
-        moments = Moments._of(numbers, memory, True, twofold)
+    moments = _moments_of_style(style, channel_axis)
     shape: tuple[int, ...] = tuple(content.shape)
     if -len(shape) <= operator.index(channel_axis) < len(shape):  # else content is refused by its own call
-        found, expected = tuple(moments.count.shape), (shape[0], shape[channel_axis])
-        if found != expected and found != (1, expected[1]):
-            raise ValueError(
-                f"style has images and channels {found}, expected {expected}, those of content, or {(1, expected[1])}"
-            )
+        check_style(tuple(moments.count.shape), (shape[0], shape[channel_axis]))
     std, mean = moments._deviation(eps), moments.mean
     return (moments, std[0], mean[0]) if std.shape[0] == 1 != shape[0] else (moments, std, mean)
+
+
+def _moments_of_style(style: Any, channel_axis: Integer) -> Moments:
+    with _called("style"):
+        numbers, memory, twofold = _moments_of_channels(style, channel_axis=channel_axis)
+    return Moments._of(numbers, memory, True, twofold)
+
+
+def check_style(found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Refuses a style whose images and channels are neither those of content nor one image."""
+    if found != expected and found != (1, expected[1]):
+        raise ValueError(
+            f"style has images and channels {found}, expected {expected}, those of content, or {(1, expected[1])}"
+        )
 
 
 @contextmanager

@@ -1,0 +1,196 @@
+"""A model of torch.nn's modules, converted to normkit's where it stands."""
+
+import copy
+import inspect
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from . import modules as ours
+
+__all__ = ["Conversion", "convert"]
+
+_CLASSES: dict[type, type] = {getattr(nn, name): getattr(ours, name) for name in ours.__all__ if hasattr(nn, name)}
+_NORMS = (*_CLASSES, *_CLASSES.values())
+
+
+@dataclass
+class Conversion:
+    """What `convert` did to a model, by the names of its modules."""
+
+    converted: dict[str, str] = field(default_factory=dict)  # module: its class now
+    fused: dict[str, str] = field(default_factory=dict)  # module: the activation that is in it now
+    left: dict[str, str] = field(default_factory=dict)  # module: why it or its activation stayed
+    _undo: list[Any] = field(default_factory=list, repr=False)
+
+    def __str__(self) -> str:
+        lines = [f"{name}: {kind}{self._with(name)}" for name, kind in self.converted.items()]
+        lines += [f"{name}: it stays, {reason}" for name, reason in self.left.items()]
+        return "\n".join(lines) or "nothing to convert"
+
+    def _with(self, name: str) -> str:
+        return f" with {self.fused[name]}" if name in self.fused else ""
+
+    def undo(self) -> None:
+        """Makes the model what it was. Parameters and buffers stay as they are now."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def convert(model: nn.Module, fuse: bool = True) -> Conversion:
+    """Has the normalizations of a model be normkit's, in place: the same modules with another class.
+
+    Parameters, buffers, hooks, modes and devices are therefore the same objects; an optimizer goes on with them. Only
+    modules whose class is one of torch.nn itself are converted, not subclasses.
+
+    Parameters
+    ----------
+    model
+        Any module; may be such a normalization itself.
+    fuse
+        Also compute an activation in the normalization before it, where torch.nn.Sequential or torch.fx proves that it
+        gets what that gives, nobody else does, and neither is shared or has hooks. nn.Identity takes its place.
+
+    Returns
+    -------
+    Conversion
+        What was done and what was left, and why; its `undo()` takes all of it back.
+    """
+    done = Conversion()
+    names = {name: module for name, module in model.named_modules() if type(module) in _NORMS}
+    pairs = dict(_fusible(model, done)) if fuse else {}
+    for name, module in names.items():
+        if type(module) in _CLASSES:
+            _put_class(module, _CLASSES[type(module)], done)
+            done.converted[name] = type(module).__name__
+        if name in pairs and module.activation is None:
+            _fuse(model, module, pairs[name], done)
+            done.fused[name] = pairs[name]
+    for name, module in model.named_modules():
+        if isinstance(module, tuple(_CLASSES)) and type(module) not in _NORMS:
+            done.left[name] = f"{type(module).__name__} is a class of its own"
+    return done
+
+
+def _put_class(module: nn.Module, kind: type, done: Conversion) -> None:
+    before = type(module)
+    module.__class__ = kind
+    done._undo.append(lambda: setattr(module, "__class__", before))
+
+
+def _fuse(model: nn.Module, module: nn.Module, name: str, done: Conversion) -> None:
+    path, _, last = name.rpartition(".")
+    parent, activation = model.get_submodule(path), model.get_submodule(name)
+    module.activation = _activation_of(activation)
+    parent._modules[last] = nn.Identity().train(activation.training)
+
+    def undo() -> None:
+        del module.activation
+        parent._modules[last] = activation
+
+    done._undo.append(undo)
+
+
+def _activation_of(module: nn.Module) -> Any:
+    """The activation that a module is, as functions of normkit take it; None where it is none, or one of its own."""
+    kind, m = type(module), module
+    plain = {
+        nn.ReLU: "relu", nn.SiLU: "silu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh", nn.ReLU6: "relu6",
+        nn.Hardswish: "hardswish", nn.Mish: "mish",
+    }  # fmt: skip
+    if kind in plain:
+        return plain[kind]
+    if kind is nn.GELU:
+        return "gelu_tanh" if m.approximate == "tanh" else "gelu"
+    if kind is nn.LeakyReLU:
+        return ("leaky_relu", m.negative_slope)
+    if kind is nn.ELU:
+        return ("elu", m.alpha)
+    if kind is nn.Softplus and (m.beta, m.threshold) == (1, 20):
+        return "softplus"
+    return None
+
+
+# ---- what may be fused -------------------------------------------------------------------------------------------
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    kinds = [kind for kind in vars(module) if kind.endswith("_hooks") and "state_dict" not in kind]
+    return any(len(vars(module)[kind]) for kind in kinds)
+
+
+def _fusible(model: nn.Module, done: Conversion) -> Iterator[tuple[str, str]]:
+    """Names of normalizations and of the activations that may be in them."""
+    by_name = dict(model.named_modules(remove_duplicate=False))
+    uses = Counter(id(module) for module in by_name.values())
+    found = dict(_in_sequence(by_name)) | _in_graphs(model)
+    for norm, activation in found.items():
+        for name in (norm, activation):
+            if uses[id(by_name[name])] > 1:
+                done.left[activation] = f"{name} is in several places"
+            elif _is_hooked(by_name[name]):
+                done.left[activation] = f"{name} has hooks"
+        if activation not in done.left:
+            yield norm, activation
+
+
+def _in_sequence(by_name: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
+    for name, module in by_name.items():
+        if type(module) is not nn.Sequential:
+            continue
+        children = list(module._modules.items())
+        for (a, norm), (b, activation) in itertools.pairwise(children):
+            if type(norm) in _NORMS and activation is not None and _activation_of(activation) is not None:
+                prefix = f"{name}." if name else ""
+                yield prefix + a, prefix + b
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in _NORMS or bool(super().is_leaf_module(m, module_qualified_name))
+
+
+def _in_graphs(model: nn.Module, prefix: str = "") -> dict[str, str]:
+    """Pairs that are one in every graph of the model; where it cannot be traced, those of its children."""
+    if type(model) in _NORMS or _activation_of(model) is not None or not model._modules:
+        return {}
+    try:
+        graphs = list(_graphs(model))
+    except Exception:  # a model may do anything when it is traced, and then proves nothing
+        found: dict[str, str] = {}
+        for name, child in model.named_children():
+            found |= _in_graphs(child, f"{prefix}{name}.")
+        return found
+    first, *others = (_pairs(graph, model) for graph in graphs)
+    agreed = {norm: act for norm, act in first.items() if all(pairs.get(norm) == act for pairs in others)}
+    return {prefix + norm: prefix + activation for norm, activation in agreed.items()}
+
+
+def _graphs(model: nn.Module) -> Iterator[fx.Graph]:
+    """In training and not, with optional arguments and without: what code decides by these, it does in one of them."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    absent = {p.name: p.default for p in parameters if p.default is not p.empty}
+    for training in (True, False):
+        for concrete in (None, absent) if absent else (None,):
+            # Code that is traced may change what it finds; parameters, which it does not, need no copy.
+            copied = copy.deepcopy(model, {id(p): p for p in model.parameters()}).train(training)
+            yield _Tracer().trace(copied, concrete_args=concrete)
+
+
+def _pairs(graph: fx.Graph, model: nn.Module) -> dict[str, str]:
+    """Normalizations that run once, and the activation that alone gets what they give, and runs once too."""
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    count = Counter(id(model.get_submodule(node.target)) for node in calls)
+    found = {}
+    for node in calls:
+        norm, users = model.get_submodule(node.target), list(node.users)
+        if type(norm) not in _NORMS or count[id(norm)] > 1 or len(users) != 1 or users[0].op != "call_module":
+            continue
+        activation = model.get_submodule(users[0].target)
+        if _activation_of(activation) is not None and count[id(activation)] == 1:
+            found[node.target] = users[0].target
+    return found

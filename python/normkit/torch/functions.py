@@ -1,0 +1,316 @@
+"""The normalizations of normkit on tensors that require grad, differentiable twice.
+
+They take what the functions of the same names in `normkit` take, in the same order. PyTorch's own have their running
+statistics before the weights, and layer norm the normalized shape: here these are options.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional as core
+from .._types import Activation
+from . import _operations as phases
+from ._operations import OPERATIONS, Optional, Spec
+from ._operators import (
+    call,
+    gradient_of_deviation,
+    gradients_of_backward,
+    gradients_of_forward,
+    is_transforming,
+    refuse_third,
+    save_backward,
+    save_forward,
+)
+
+__all__ = ["adaptive_instance_norm", "batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
+
+_is_dispatching, _is_traced = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)))
+
+
+# ---- autograd ----------------------------------------------------------------------------------------------------
+
+
+class _Forward(torch.autograd.Function):
+    """A forward whose tensors hold values."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        x, weight, bias, residual, where, slopes, _, _, spec = args
+        y, mean, rstd, total = phases.forward(*args, with_stats=True, with_total=True)
+        save_forward(ctx, x if residual is None else total, weight, bias, where, slopes, mean, rstd, spec)
+        return y if residual is None else (y, total)  # gradients of gradients go through what is saved
+
+    @staticmethod
+    def backward(ctx: Any, dy: Any, dtotal: Any = None) -> Any:
+        call = _backward if torch.is_grad_enabled() else phases.backward
+        return *gradients_of_forward(ctx, dy, dtotal, call), None, None, None
+
+
+# Function.apply without what it does for torch.func, whose transforms do not come here.
+_apply = super(torch.autograd.Function, _Forward).apply
+
+
+class _Backward(torch.autograd.Function):
+    """A backward that is differentiated in turn."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        *tensors, spec, _ = args
+        save_backward(ctx, *tensors[:-1], spec)
+        return tuple(phases.backward(*args))
+
+    @staticmethod
+    def backward(ctx: Any, *seconds: Any) -> Any:
+        call = _DoubleBackward.apply if torch.is_grad_enabled() else phases.double_backward
+        return *gradients_of_backward(ctx, seconds, call), None, None
+
+
+class _DoubleBackward(torch.autograd.Function):
+    """The last derivative that there is."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        return tuple(phases.double_backward(*args))
+
+    backward = staticmethod(refuse_third)
+
+
+def _backward(*args: Any) -> Any:
+    return _Backward.apply(*args)
+
+
+class _Deviation(torch.autograd.Function):
+    """sqrt(var + eps) and the mean of a style."""
+
+    @staticmethod
+    def forward(ctx: Any, style: Tensor, channel_axis: int, eps: float) -> Any:
+        ctx.channel_axis, ctx.eps = channel_axis, eps
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(style)
+        return phases.deviation(style, channel_axis, eps)
+
+    @staticmethod
+    def backward(ctx: Any, dstd: Any, dmean: Any) -> Any:
+        (style,) = ctx.saved_tensors
+        return gradient_of_deviation(style, dstd, dmean, ctx.channel_axis, ctx.eps), None, None
+
+
+# ---- calls -------------------------------------------------------------------------------------------------------
+
+
+def _holds_values(*tensors: Optional) -> bool:
+    """True where a call may read memory; else somebody looks on who is told of operators."""
+    if torch.compiler.is_compiling() or is_transforming() or _is_dispatching() or _is_traced():
+        return False
+    return _PLAIN.issuperset(map(type, tensors))
+
+
+def _check(tensors: tuple[Any, ...]) -> None:
+    """Refuses what is neither a tensor nor stands for one."""
+    for name, tensor in zip(("x", "weight", "bias", "residual", "where"), tensors, strict=False):
+        if tensor is not None and not isinstance(tensor, Tensor) and not hasattr(tensor, "__torch_function__"):
+            raise TypeError(f"{name} is {type(tensor).__name__}, expected a torch.Tensor")
+
+
+def _records(*tensors: Optional) -> bool:
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def _float32(tensor: Optional) -> Optional:
+    if tensor is None or tensor.dtype not in (torch.float16, torch.bfloat16):
+        return tensor
+    return tensor.float()
+
+
+def _call(
+    x: Tensor, weight: Optional, bias: Optional, spec: Spec, where: Any, residual: Optional, return_residual: bool,
+    slopes: Optional, running_mean: Optional = None, running_var: Optional = None,
+) -> Any:  # fmt: skip
+    if OPERATIONS[spec.kind].in_float32 and torch.is_autocast_enabled("cuda") and x.is_cuda:
+        x, weight, bias, residual = map(_float32, (x, weight, bias, residual))
+    if isinstance(where, bool):
+        where = None if where else torch.zeros((), dtype=torch.bool, device=x.device)
+    if return_residual and residual is None:
+        raise ValueError("residual is None, expected a tensor like x: return_residual is True")
+    tensors = (x, weight, bias, residual, where, slopes, running_mean, running_var)
+    if not _holds_values(*tensors):
+        _check(tensors)
+        y, _, _, total, *learnt = call("forward", *tensors, *spec)
+        if not spec.frozen:
+            for running, new in zip((running_mean, running_var), learnt, strict=True):
+                if running is not None:
+                    running.copy_(new)
+        return (y, total) if return_residual else y
+    if _records(x, weight, bias, residual, slopes):
+        found = _apply(*tensors, spec)
+        return found if residual is None or return_residual else found[0]
+    y, _, _, total = phases.forward(*tensors, spec, with_stats=False, with_total=return_residual)
+    return (y, total) if return_residual else y
+
+
+def _activation(activation: Any) -> tuple[str, float | None, Optional]:
+    """Its name, its parameter where that is a number, and where it is a tensor."""
+    if activation is None:
+        return "", None, None
+    if isinstance(activation, str):
+        return activation, None, None
+    name, parameter = activation
+    return (name, None, parameter) if isinstance(parameter, Tensor) else (name, float(parameter), None)
+
+
+def instance_norm(
+    x: Tensor,
+    weight: Optional = None,
+    bias: Optional = None,
+    *,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    running_mean: Optional = None,
+    running_var: Optional = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    where: Tensor | bool | None = None,
+    activation: Activation = None,
+    residual: Optional = None,
+    return_residual: bool = False,
+    weight_offset: float = 0.0,
+) -> Any:
+    """`normkit.instance_norm` with gradients: each channel of each image by its own mean and variance.
+
+    `torch.nn.functional.instance_norm(x, mean, var, weight, bias)` is
+    ``instance_norm(x, weight, bias, running_mean=mean, running_var=var)``.
+    """
+    name, slope, slopes = _activation(activation)
+    spec = Spec("instance", (channel_axis,), 1, not use_input_stats, eps, momentum, weight_offset, name, slope)
+    return _call(x, weight, bias, spec, where, residual, return_residual, slopes, running_mean, running_var)
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Optional = None,
+    bias: Optional = None,
+    *,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    where: Tensor | bool | None = None,
+    activation: Activation = None,
+    residual: Optional = None,
+    return_residual: bool = False,
+    weight_offset: float = 0.0,
+) -> Any:
+    """`normkit.group_norm` with gradients: each image over groups of channels."""
+    name, slope, slopes = _activation(activation)
+    spec = Spec("group", (channel_axis,), num_groups, False, eps, 0.0, weight_offset, name, slope)
+    return _call(x, weight, bias, spec, where, residual, return_residual, slopes)
+
+
+def _axes(x: Tensor, axis: int | Iterable[int] | None) -> tuple[int, ...]:
+    if axis is None:
+        return tuple(range(x.dim()))
+    return (axis,) if isinstance(axis, int) else tuple(axis)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Optional = None,
+    bias: Optional = None,
+    *,
+    axis: int | Iterable[int] | None = -1,
+    eps: float = 1e-5,
+    where: Tensor | bool | None = None,
+    activation: Activation = None,
+    residual: Optional = None,
+    return_residual: bool = False,
+    weight_offset: float = 0.0,
+) -> Any:
+    """`normkit.layer_norm` with gradients, over any axes.
+
+    `torch.nn.functional.layer_norm(x, (C, H, W), weight, bias)` is ``layer_norm(x, weight, bias, axis=(-3, -2, -1))``.
+    """
+    name, slope, slopes = _activation(activation)
+    spec = Spec("layer", _axes(x, axis), 1, False, eps, 0.0, weight_offset, name, slope)
+    return _call(x, weight, bias, spec, where, residual, return_residual, slopes)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Optional = None,
+    bias: Optional = None,
+    *,
+    axis: int | Iterable[int] | None = -1,
+    eps: float | None = None,
+    where: Tensor | bool | None = None,
+    activation: Activation = None,
+    residual: Optional = None,
+    return_residual: bool = False,
+    weight_offset: float = 0.0,
+) -> Any:
+    """`normkit.rms_norm` with gradients: by the root mean square over any axes."""
+    name, slope, slopes = _activation(activation)
+    spec = Spec("rms", _axes(x, axis), 1, False, eps, 0.0, weight_offset, name, slope)
+    return _call(x, weight, bias, spec, where, residual, return_residual, slopes)
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Optional = None,
+    bias: Optional = None,
+    *,
+    running_mean: Optional = None,
+    running_var: Optional = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    where: Tensor | bool | None = None,
+    activation: Activation = None,
+    residual: Optional = None,
+    return_residual: bool = False,
+    weight_offset: float = 0.0,
+) -> Any:
+    """`normkit.batch_norm` with gradients: each channel over the batch, or by its running statistics.
+
+    `torch.nn.functional.batch_norm(x, mean, var, weight, bias)` is
+    ``batch_norm(x, weight, bias, running_mean=mean, running_var=var)``.
+    """
+    name, slope, slopes = _activation(activation)
+    spec = Spec("batch", (channel_axis,), 1, not training, eps, momentum, weight_offset, name, slope)
+    return _call(x, weight, bias, spec, where, residual, return_residual, slopes, running_mean, running_var)
+
+
+def adaptive_instance_norm(
+    content: Tensor,
+    style: Tensor,
+    *,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    where: Tensor | bool | None = None,
+    activation: Activation = None,
+    residual: Optional = None,
+    return_residual: bool = False,
+) -> Any:
+    """`normkit.adaptive_instance_norm` with gradients of content and of style."""
+    if -content.dim() <= channel_axis < content.dim() and -style.dim() <= channel_axis < style.dim():
+        found, expected = ((t.shape[0], t.shape[channel_axis]) for t in (style, content))
+        core.check_style(found, expected)
+    if _holds_values(style):
+        std, mean = _Deviation.apply(style, channel_axis, eps)
+    else:
+        std, mean = call("deviation", style, channel_axis, eps)
+    if style.shape[0] == 1 != content.shape[0]:
+        std, mean = std[0], mean[0]
+    return instance_norm(
+        content, std, mean, eps=eps, channel_axis=channel_axis, where=where, activation=activation, residual=residual,
+        return_residual=return_residual,
+    )  # fmt: skip

@@ -1,0 +1,153 @@
+"""torch.nn's normalization modules on normkit: the same constructors, parameters, buffers and state dicts.
+
+Each is a subclass of its namesake that computes in another way, and takes `activation` besides.
+"""
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._types import Activation
+from . import functions
+
+__all__ = [
+    "AdaptiveInstanceNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
+    "RMSNorm",
+]
+
+
+_ACTIVATION = inspect.Parameter("activation", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Activation)
+
+
+class _Activated(nn.Module):
+    """A module with an activation, before the class of torch.nn whose constructor it has."""
+
+    activation: Activation = None  # of modules that were unpickled or converted, too
+
+    def __init__(self, *args: Any, activation: Activation = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if isinstance(activation, tuple) and isinstance(activation[1], Tensor):
+            raise TypeError(
+                "activation has slopes that are a tensor, expected a number: a module keeps no parameter there; call "
+                "the function of normkit.torch, or use torch.nn.PReLU behind the module"
+            )
+        self.activation = activation
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        theirs = next((base for base in cls.__mro__ if base.__module__.startswith("torch.nn.modules")), nn.Module)
+        if theirs is not nn.Module:
+            parameters = [*inspect.signature(theirs).parameters.values(), _ACTIVATION]
+            cls.__signature__ = inspect.Signature(parameters)
+
+    def extra_repr(self) -> str:
+        own = super().extra_repr()
+        return own if self.activation is None else f"{own}, activation={self.activation!r}".removeprefix(", ")
+
+
+class _InstanceNorm(_Activated):
+    """What InstanceNorm1d, 2d and 3d have in common: what PyTorch's forward calls when it has judged the input."""
+
+    def _apply_instance_norm(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name for it
+        return functions.instance_norm(
+            input, self.weight, self.bias, running_mean=self.running_mean, running_var=self.running_var,
+            use_input_stats=self.training or not self.track_running_stats, momentum=self.momentum or 0.0, eps=self.eps,
+            activation=self.activation,
+        )  # fmt: skip
+
+
+class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
+    """`torch.nn.InstanceNorm1d`, with `activation`."""
+
+
+class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
+    """`torch.nn.InstanceNorm2d`, with `activation`."""
+
+
+class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
+    """`torch.nn.InstanceNorm3d`, with `activation`."""
+
+
+class _BatchNorm(_Activated):
+    """What BatchNorm1d, 2d and 3d have in common."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name for it
+        self._check_input_dim(input)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # the average over all batches
+                momentum = 1.0 / float(self.num_batches_tracked)
+        is_used = not self.training or self.track_running_stats
+        mean, var = (self.running_mean, self.running_var) if is_used else (None, None)
+        learns = self.training or (self.running_mean is None and self.running_var is None)
+        return functions.batch_norm(
+            input, self.weight, self.bias, running_mean=mean, running_var=var, training=learns, momentum=momentum,
+            eps=self.eps, activation=self.activation,
+        )  # fmt: skip
+
+
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d`, with `activation`."""
+
+
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d`, with `activation`."""
+
+
+class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d`, with `activation`."""
+
+
+class GroupNorm(_Activated, nn.GroupNorm):
+    """`torch.nn.GroupNorm`, with `activation`."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name for it
+        return functions.group_norm(
+            input, self.num_groups, self.weight, self.bias, eps=self.eps, activation=self.activation
+        )
+
+
+def _last_axes(input: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:  # noqa: A002
+    if tuple(input.shape[-len(shape) :]) != shape:
+        raise ValueError(f"input has shape {tuple(input.shape)}, expected one that ends with {shape}, normalized_shape")
+    return tuple(range(-len(shape), 0))
+
+
+class LayerNorm(_Activated, nn.LayerNorm):
+    """`torch.nn.LayerNorm`, with `activation`."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name for it
+        axes = _last_axes(input, self.normalized_shape)
+        return functions.layer_norm(input, self.weight, self.bias, axis=axes, eps=self.eps, activation=self.activation)
+
+
+class RMSNorm(_Activated, nn.RMSNorm):
+    """`torch.nn.RMSNorm`, with `activation`."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name for it
+        axes = _last_axes(input, self.normalized_shape)
+        return functions.rms_norm(input, self.weight, axis=axes, eps=self.eps, activation=self.activation)
+
+
+class AdaptiveInstanceNorm(_Activated, nn.Module):
+    """`normkit.torch.adaptive_instance_norm` of a content and a style, without parameters."""
+
+    def __init__(self, eps: float = 1e-5, *, activation: Activation = None) -> None:
+        super().__init__(activation=activation)
+        self.eps = eps
+
+    def forward(self, content: Tensor, style: Tensor) -> Tensor:
+        return functions.adaptive_instance_norm(content, style, eps=self.eps, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}{'' if self.activation is None else f', activation={self.activation!r}'}"
