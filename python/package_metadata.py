@@ -1,6 +1,8 @@
-"""What pyproject.toml leaves to this script when normkit is packaged: the version, and the README for an index."""
+"""What pyproject.toml leaves to this script when normkit is packaged: version, dependencies, the README for an index."""
 
+import os
 import re
+import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +18,12 @@ def version() -> str:
     found = re.search(r"^project\(normkit VERSION ([\d.]+)", (ROOT / "CMakeLists.txt").read_text("utf-8"), re.MULTILINE)
     assert found, "CMakeLists.txt has no project(normkit VERSION ...)"
     return found[1]
+
+
+def dependencies() -> list[str]:
+    """NumPy, and what has nanobind where that is not linked in, which pyproject.toml decides by the same conditions."""
+    linked = os.environ.get("NORMKIT_LINKED") == "1" or sysconfig.get_config_var("Py_GIL_DISABLED")
+    return ["numpy>=2.0", *([] if linked else ["nanobind-backend>=1.0"])]
 
 
 def index_page(text: str, repository: str | None) -> str:
@@ -35,4 +43,10 @@ def index_page(text: str, repository: str | None) -> str:
 def dynamic_metadata(_settings: Mapping[str, object], project: Mapping[str, dict[str, str]]) -> dict[str, object]:
     """The hook that scikit-build-core calls, with the table `project` of pyproject.toml."""
     page = index_page((ROOT / "README.md").read_text("utf-8"), project.get("urls", {}).get("Repository"))
-    return {"version": version(), "readme": {"content-type": "text/markdown", "text": page}}
+    readme = {"content-type": "text/markdown", "text": page}
+    return {"version": version(), "dependencies": dependencies(), "readme": readme}
+
+
+def dynamic_wheel(_settings: Mapping[str, object]) -> dict[str, bool]:
+    """The fields that a wheel may have other than the sdist it was made of."""
+    return {"dependencies": True}
