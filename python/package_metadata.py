@@ -1,4 +1,4 @@
-"""What pyproject.toml leaves to this script when normkit is packaged: version, dependencies, the README for an index."""
+"""What pyproject.toml leaves to this script: the version, dependencies, and the README as an index shows it."""
 
 import os
 import re
