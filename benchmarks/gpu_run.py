@@ -67,8 +67,8 @@ CPU_CASES = " or ".join(
 def requirements() -> list[str]:
     """All that pyproject.toml wants to build, run and test, and what stops a test that hangs."""
     whole = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    project = whole["project"]
-    listed = [*project["dependencies"], *whole["build-system"]["requires"], *project["optional-dependencies"]["test"]]
+    builds = [*whole["build-system"]["requires"], *whole["tool"]["scikit-build"]["build"]["requires"]]
+    listed = [*builds, *whole["project"]["optional-dependencies"]["test"]]
     return [*dict.fromkeys(listed), "ninja", "pytest-timeout"]
 
 

@@ -1,12 +1,15 @@
 #include "output_cache.hpp"
 
+#if !defined(_WIN32)
 #include <pthread.h>
 #include <sys/mman.h>
+#endif
 
 #include <charconv>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <new>
 #include <system_error>
 #include <vector>
 
@@ -19,6 +22,7 @@ namespace output_cache {
 namespace {
 
 constexpr std::size_t kLine = 64;
+constexpr std::align_val_t kAlign{kLine};
 constexpr std::size_t kDefaultLimit = std::size_t{256} << 20;
 /// Bytes from which on memory is worth the system's large pages, of which there are fewer to fill.
 constexpr std::size_t kHugePages = std::size_t{4} << 20;
@@ -31,7 +35,7 @@ void* elements_of(Header* h) { return reinterpret_cast<std::byte*>(h) + kLine; }
 
 void* from_system(std::size_t bytes) {
   const std::size_t capacity = (bytes + kLine - 1) / kLine * kLine;
-  void* memory = std::aligned_alloc(kLine, kLine + capacity);
+  void* memory = ::operator new(kLine + capacity, kAlign, std::nothrow);
   if (!memory) return nullptr;
 #if defined(MADV_HUGEPAGE)
   if (capacity >= kHugePages) {
@@ -100,7 +104,7 @@ class Cache {
     std::size_t gone = 0;
     for (; held_ > limit_; ++gone) {
       held_ -= free_[gone]->capacity;
-      std::free(free_[gone]);
+      ::operator delete(free_[gone], kAlign);
     }
     free_.erase(free_.begin(), free_.begin() + static_cast<std::ptrdiff_t>(gone));
   }
@@ -112,9 +116,11 @@ class Cache {
 Cache& cache() {
   static Cache* const all = [] {
     Cache* made = new Cache;
-    static Cache* shared = made;
+    [[maybe_unused]] static Cache* shared = made;
+#if !defined(_WIN32)
     // A fork while another thread holds the lock would leave the child with a lock that nobody opens.
     pthread_atfork([] { shared->mutex.lock(); }, [] { shared->mutex.unlock(); }, [] { shared->mutex.unlock(); });
+#endif
     return made;
   }();
   return *all;

@@ -1,6 +1,8 @@
 #include "policy.hpp"
 
+#if !defined(_WIN32)
 #include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <iterator>

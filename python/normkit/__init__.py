@@ -1,7 +1,10 @@
 """normkit: normalization of NumPy arrays and DLPack tensors, forward and backward, at the speed of memory."""
 
-# _core imports it unseen: by this line tools that freeze programs take it along.
-import nanobind_backend as _nanobind_backend  # type: ignore[import-untyped]  # noqa: F401 - for _core
+from contextlib import suppress as _suppress
+
+# _core imports it unseen, unless it was linked in: by this line tools that freeze programs take it along.
+with _suppress(ImportError):
+    import nanobind_backend as _nanobind_backend  # type: ignore[import-untyped]  # noqa: F401 - for _core
 
 from . import _documentation, _threadpoolctl, functional  # noqa: F401 - it registers
 from ._config import (

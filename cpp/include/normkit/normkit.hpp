@@ -1,18 +1,20 @@
-// normkit: normalization of dense arrays, forward and backward. This header is all that a C++ user reads.
-//
-// Every normalization is one operation: statistics over some axes of x, then a scale and a shift.
-//
-//     const std::int64_t shape[] = {8, 3, 224, 224}, per_channel[] = {3};
-//     normkit::Args args;
-//     args.x = normkit::Array::dense(x, normkit::Dtype::float32, shape);
-//     args.out = normkit::Array::dense(y, normkit::Dtype::float32, shape);
-//     args.weight = normkit::Array::dense(weight, normkit::Dtype::float32, per_channel);
-//     normkit::forward(args, normkit::instance_spec(4));
+/// @file
+/// normkit: normalization of dense arrays, forward and backward. This header is all that a C++ user reads.
+///
+/// Every normalization is one operation: statistics over some axes of x, then a scale and a shift.
+///
+///     const std::int64_t shape[] = {8, 3, 224, 224}, per_channel[] = {3};
+///     normkit::Args args;
+///     args.x = normkit::Array::dense(x, normkit::Dtype::float32, shape);
+///     args.out = normkit::Array::dense(y, normkit::Dtype::float32, shape);
+///     args.weight = normkit::Array::dense(weight, normkit::Dtype::float32, per_channel);
+///     normkit::forward(args, normkit::instance_spec(4));
 #pragma once
 
-#if __cplusplus < 202002L
+// clang-cl says which standard it compiles in _MSVC_LANG.
+#if __cplusplus < 202002L && (!defined(_MSVC_LANG) || _MSVC_LANG < 202002L)
 #error "normkit.hpp wants C++20: compile with -std=c++20"
-#endif
+#else
 
 #include <array>
 #include <cstddef>
@@ -27,6 +29,10 @@
 #include "normkit/dtype.hpp"
 #include "normkit/geometry.hpp"
 
+#if defined(NORMKIT_SHARED) && defined(__GNUC__)
+#pragma GCC visibility push(default)  // of all that is declared here, in a shared library and for it
+#endif
+
 namespace normkit {
 
 /// Bad input. The message names the argument, what was given and what would be right. An Error is thrown before
@@ -34,25 +40,27 @@ namespace normkit {
 struct Error : std::runtime_error {
   /// What is wrong: a dtype; a shape, a layout, a number or an array that is not there; an axis that x does not have.
   enum class Kind { type, value, axis };
-  Kind kind;
+  Kind kind;  ///< which of them
+  /// An error with a message in full.
   Error(Kind k, const std::string& message) : std::runtime_error(message), kind(k) {}
 };
 
 /// A view of somebody's array on the CPU; a default view stands for an absent array. The view owns nothing: the
 /// elements, the shape and the strides must outlive it.
 struct Array {
-  std::byte* data = nullptr;
-  Dtype dtype = Dtype::float32;
-  bool present = false;
-  bool read_only = false;
-  std::span<const std::int64_t> shape;
-  std::span<const std::int64_t> strides;  // in bytes, any sign; empty: dense, the last axis fastest
-  std::string_view other_dtype = {};      // what the type is called where dtype is Dtype::other
+  std::byte* data = nullptr;              ///< the element whose indices are all 0
+  Dtype dtype = Dtype::float32;           ///< of the elements
+  bool present = false;                   ///< false: the array is absent
+  bool read_only = false;                 ///< true: a call that would write it throws Error
+  std::span<const std::int64_t> shape;    ///< one extent for each axis
+  std::span<const std::int64_t> strides;  ///< in bytes, any sign; empty: dense, the last axis fastest
+  std::string_view other_dtype = {};      ///< what the type is called where dtype is Dtype::other
 
   /// A dense array in C order.
   static Array dense(const void* data, Dtype dtype, std::span<const std::int64_t> shape) {
     return {static_cast<std::byte*>(const_cast<void*>(data)), dtype, true, false, shape, {}, {}};
   }
+  /// The number of axes.
   int ndim() const { return static_cast<int>(shape.size()); }
   /// Bytes from one index of `axis` to the next.
   std::int64_t stride(int axis) const {
@@ -65,27 +73,28 @@ struct Array {
 
 /// What is normalized and how weight and bias are laid over x.
 struct Spec {
-  AxisMask reduce_axes = 0;  // axes that a statistic is taken over, one bit each
-  bool centered = true;      // false: root mean square, no mean (Zhang and Sennrich, 2019)
+  AxisMask reduce_axes = 0;  ///< axes that a statistic is taken over, one bit each
+  bool centered = true;      ///< false: root mean square, no mean (Zhang and Sennrich, 2019)
   /// True: x is divided by its Euclidean norm, or by eps where the norm is less; rstd then stands for one over that
   /// divisor.
   bool divides_by_norm = false;
-  double eps = 1e-5;  // added to the variance
-  bool use_input_stats = true;  // false: running_mean and running_var (forward), mean and rstd (backward) are constants
-  double momentum = 0.1;  // running <- (1 - momentum) * running + momentum * statistic
-  double weight_offset = 0;  // added to weight where it is used; an absent weight stays 1
-  Activation activation;  // of y
+  double eps = 1e-5;  ///< added to the variance
+  /// False: running_mean and running_var (forward), mean and rstd (backward) are constants.
+  bool use_input_stats = true;
+  double momentum = 0.1;     ///< running <- (1 - momentum) * running + momentum * statistic
+  double weight_offset = 0;  ///< added to weight where it is used; an absent weight stays 1
+  Activation activation;     ///< of y
 
   /// The shapes that weight and bias may have, as sets of axes of x, of which the first `param_forms` count; where that
   /// is 0, any shape that broadcasts against x.
   std::array<AxisMask, 3> param_axes{};
-  int param_forms = 0;
+  int param_forms = 0;  ///< how many of `param_axes` count
   /// What one element of weight belongs to, as messages say it.
   const char* param_meaning = "one element per channel of x";
-  int channel_axis = 1;  // the axis that running statistics belong to, and that groups divide
+  int channel_axis = 1;  ///< the axis that running statistics belong to, and that groups divide
   /// More than 0: the channels form so many groups, and a statistic is taken over the channels of one group too.
   std::int64_t num_groups = 0;
-  const char* frozen_by = "use_input_stats";  // the option that clears use_input_stats, for messages
+  const char* frozen_by = "use_input_stats";  ///< the option that clears use_input_stats, for messages
 };
 
 // Each of these functions makes the Spec of a named normalization of an x with `ndim` axes, or of shape `shape`. An
@@ -118,6 +127,7 @@ Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 /// a apply(), b backward(), s backward_sums(), d apply_backward(). An array that is not wanted may be absent, unless
 /// the table says otherwise.
 ///
+/// ```
 /// x                   all   any dtype (backward: floating), any strides; see forward() for what is refused
 /// dy                  bsd   like x
 /// weight, bias        fabsd float32, float64 or the dtype of x; absent means 1 and 0. In backward bias says what shape dbias
@@ -142,13 +152,17 @@ Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 /// dweight, dbias      b     the shapes of weight and bias, any floating dtype, written. Without bias dbias is like dweight; without
 ///                           weight dweight has the extents of the first form, or of the normalized axes
 /// dslopes             b     the shape of slopes, any floating dtype, written
+/// ```
 ///
 /// An array that is written must overlap no other, except where the table says so. Statistics, parameters and their
 /// gradients are dense, their axes in the order in which they lie in x.
 struct Args {
+  /// @{
+  /// One array of the call, as the table says.
   Array x, dy, weight, bias, slopes, mean, rstd, mean_low, running_mean, running_var, residual, dresidual, where, sums,
       count, out, sum, moments, dweight, dbias, dslopes;
-  Dtype out_dtype = Dtype::other;  // the dtype that y is to have; `other`: the dtype of x, or float32 for an integer x
+  /// @}
+  Dtype out_dtype = Dtype::other;  ///< that y is to have; `other`: the dtype of x, or float32 for an integer x
   /// Called where the memory of two arrays interleaves; returns true where they share an element. Where it is null,
   /// they are taken to share one.
   bool (*share_elements)(const Array& a, const Array& b) = nullptr;
@@ -218,16 +232,23 @@ void apply_backward(const Args& args, const Spec& spec);
 /// the moments of the members of into[k] and from[k] together. Either may have none: (0, 0, 0, 0). `x`: the dtype of x.
 void merge_moments(double* into, const double* from, std::int64_t n, Dtype x);
 
-/// isa() names the instruction set in use, isas() all that this build and this machine have, the best first. use_isa()
-/// chooses one by its name, and returns false where there is none of that name. NORMKIT_ISA in the environment makes
-/// the first choice.
+/// The name of the instruction set in use. NORMKIT_ISA in the environment makes the first choice.
 std::string isa();
+/// The names of all instruction sets that this build and this machine have, the best first.
 std::vector<std::string> isas();
+/// Chooses an instruction set by its name; false where there is none of that name.
 bool use_isa(const std::string& name);
 
 /// How many threads a call may use, the calling one included. The number starts at NORMKIT_NUM_THREADS, or at the CPUs
 /// of the affinity mask and the cgroup quota, at most OMP_NUM_THREADS. Results do not depend on it.
 int num_threads();
+/// Sets that number, at least 1.
 void set_num_threads(int n);
 
 }  // namespace normkit
+
+#if defined(NORMKIT_SHARED) && defined(__GNUC__)
+#pragma GCC visibility pop
+#endif
+
+#endif
