@@ -77,7 +77,7 @@ class Programs:
         options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
         command = [str(self.folder / f"{name}-{sanitizer}"), *arguments]
         return subprocess.run(
-            command, env={**os.environ, **shim, **options}, capture_output=True, text=True, timeout=300
+            command, env={**os.environ, **shim, **options}, capture_output=True, text=True, timeout=900
         )
 
     def expect_pass(self, name: str, arguments: tuple[str, ...], runs: list[tuple[str, int]]) -> None:
