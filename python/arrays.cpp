@@ -51,6 +51,12 @@ Dtype dtype_named(std::string name, std::string& other) {
   return Dtype::other;
 }
 
+/// Of what the core makes: real numbers.
+nb::dlpack::dtype dlpack_dtype(Dtype dtype) {
+  return {static_cast<std::uint8_t>(dtype == Dtype::bfloat16 ? 4 : 2),
+          static_cast<std::uint8_t>(8 * normkit::size_of(dtype)), 1};
+}
+
 int type_number(Dtype dtype) {
   constexpr int kNumbers[] = {NPY_FLOAT, NPY_DOUBLE, NPY_HALF,   -1,        NPY_UBYTE,  NPY_BYTE, NPY_USHORT,
                               NPY_SHORT, NPY_INT32,  NPY_UINT32, NPY_INT64, NPY_UINT64, NPY_BOOL};
@@ -216,9 +222,7 @@ nb::object to_dlpack(nb::handle array) {
     shape[axis] = static_cast<std::size_t>(v.array.shape[axis]);
     strides[axis] = v.array.stride(axis) / normkit::size_of(v.array.dtype);
   }
-  const bool bfloat = v.array.dtype == Dtype::bfloat16;
-  const nb::dlpack::dtype dtype{static_cast<std::uint8_t>(bfloat ? 4 : 2),
-                                static_cast<std::uint8_t>(8 * normkit::size_of(v.array.dtype)), 1};
+  const nb::dlpack::dtype dtype = dlpack_dtype(v.array.dtype);
   return nb::cast(nb::ndarray<nb::array_api>(v.array.data, static_cast<std::size_t>(v.array.ndim()), shape,
                                              nb::borrow(array), strides, dtype, nb::device::cpu::value));
 }
@@ -227,12 +231,28 @@ nb::object to_dlpack(nb::handle array) {
 
 namespace {
 
-/// The beginning of what a versioned capsule of DLPack 1 holds, which nanobind does not tell.
+/// What a versioned capsule of DLPack 1 holds, which nanobind does not tell.
 struct Versioned {
-  std::uint32_t major, minor;
-  void *manager, *deleter;
-  std::uint64_t flags;
+  std::uint32_t major = 1, minor = 0;
+  void* manager = nullptr;
+  void (*deleter)(Versioned*) = nullptr;
+  std::uint64_t flags = 0;
+  nb::dlpack::dltensor tensor;
 };
+
+/// The name of a dtype; empty where it is none of NumPy's and not bfloat16.
+std::string word_of(nb::dlpack::dtype type) {
+  static const char* const kinds[] = {"int", "uint", "float", "", "bfloat", "complex", "bool"};  // by type code
+  const bool known = type.code < std::size(kinds) && *kinds[type.code] && type.bits % 8 == 0 && type.lanes == 1 &&
+                     (type.code != 4 || type.bits == 16) && (type.code != 6 || type.bits == 8);
+  return known ? kinds[type.code] + (type.code == 6 ? "" : std::to_string(type.bits)) : "";
+}
+
+Dtype dtype_of(nb::dlpack::dtype type) {
+  if (type == nb::dlpack::dtype{2, 32, 1}) return Dtype::float32;
+  std::string other;
+  return dtype_named(word_of(type), other);
+}
 
 nb::object capsule_of(nb::handle array, nb::handle stream) {
   const nb::object method = array.attr("__dlpack__");
@@ -268,10 +288,8 @@ void import_dlpack(const char* name, nb::handle array, nb::handle stream, View& 
   check_axes(name, static_cast<std::int64_t>(ndim));
   const nb::dlpack::dtype type = a.dtype();
   const std::int64_t bytes = type.bits / 8;
-  static const char* const kinds[] = {"int", "uint", "float", "", "bfloat", "complex", "bool"};  // by type code
-  const bool known = type.code < std::size(kinds) && *kinds[type.code] && bytes * 8 == type.bits && type.lanes == 1 &&
-                     (type.code != 4 || bytes == 2) && (type.code != 6 || bytes == 1);
-  if (!known)
+  const std::string word = word_of(type);
+  if (word.empty())
     type_error(named + " has a DLPack type with code " + std::to_string(type.code) + " and " +
                std::to_string(type.bits) + " bits, expected float32, float64, float16 or bfloat16");
   v.object = array;
@@ -281,7 +299,6 @@ void import_dlpack(const char* name, nb::handle array, nb::handle stream, View& 
     empty = empty || v.shape[axis] == 0;
     if (__builtin_mul_overflow(a.stride(axis), bytes, &v.strides[axis])) v.strides[axis] = INT64_MIN;
   }
-  const std::string word = kinds[type.code] + (type.code == 6 ? "" : std::to_string(type.bits));
   const Dtype dtype = dtype_named(word, v.other_dtype);
   std::byte* const data = static_cast<std::byte*>(const_cast<void*>(static_cast<const void*>(a.data())));
   v.array = {data, dtype, true, read_only, {v.shape.data(), ndim}, {v.strides.data(), ndim}, v.other_dtype};
@@ -289,7 +306,7 @@ void import_dlpack(const char* name, nb::handle array, nb::handle stream, View& 
   if (!data && !empty) value_error(named + " has no memory, expected an array that holds its elements");
 }
 
-// ---- GPUs --------------------------------------------------------------------------------------------------------
+// ---- tensors on the CPU, without calls of Python ---------------------------------------------------------------------
 
 namespace {
 
@@ -307,6 +324,98 @@ class Name {
  private:
   PyObject* name_;
 };
+
+/// DLPack's table of functions, DLPackExchangeAPI, by which a library hands out tensors and takes them.
+struct Exchange {
+  std::uint32_t major, minor;
+  const void* older;
+  void *allocate, *versioned_of;
+  int (*object_of)(Versioned* stolen, void** object);
+  int (*tensor_of)(void* object, nb::dlpack::dltensor* borrowed);
+};
+
+/// The table of a type; null where it has none of this version.
+const Exchange* exchange_of(nb::handle type) {
+  const nb::object capsule = nb::getattr(type, "__dlpack_c_exchange_api__", nb::none());
+  const char* const name = "dlpack_exchange_api";
+  if (!PyCapsule_IsValid(capsule.ptr(), name)) return nullptr;
+  const auto* api = static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), name));
+  return api->major == 1 && api->tensor_of ? api : nullptr;
+}
+
+/// A NumPy array that a tensor is over.
+struct Lent {
+  Versioned versioned;
+  PyObject* array;
+  normkit::Extents shape, strides;
+
+  static void give_back(Versioned* v) {
+    Lent* const lent = static_cast<Lent*>(v->manager);
+    if (Py_IsInitialized()) {
+      const nb::gil_scoped_acquire lock;
+      Py_DECREF(lent->array);
+    }
+    delete lent;
+  }
+};
+
+}  // namespace
+
+nb::object of_tensors(nb::handle type, nb::args tensors) {
+  static const Name is_neg("is_neg");
+  const Exchange* const api = exchange_of(type);
+  if (!api) return nb::none();
+  nb::list found;
+  for (nb::handle tensor : tensors) {
+    if (tensor.is_none()) {
+      found.append(nb::none());
+      continue;
+    }
+    if (!PyType_IsSubtype(Py_TYPE(tensor.ptr()), reinterpret_cast<PyTypeObject*>(type.ptr()))) return nb::none();
+    if (is_neg.call(tensor).is(nb::handle(Py_True))) return nb::none();  // its memory is not its value
+    nb::dlpack::dltensor t;
+    if (api->tensor_of(tensor.ptr(), &t) != 0) {  // sparse, say: who reads it another way says so
+      PyErr_Clear();
+      return nb::none();
+    }
+    const Dtype dtype = dtype_of(t.dtype);
+    if (t.device.device_type != nb::device::cpu::value || dtype == Dtype::other || t.ndim > normkit::kMaxAxes)
+      return nb::none();
+    normkit::Extents bytes;
+    for (int axis = 0; axis < t.ndim; ++axis) bytes[axis] = t.strides[axis] * normkit::size_of(dtype);
+    void* const data = static_cast<std::byte*>(t.data) + t.byte_offset;
+    found.append(numpy_over(data, numpy_dtype(dtype), t.ndim, t.shape, bytes.data(), true, tensor));
+  }
+  return found;
+}
+
+nb::object to_tensor(nb::handle type, nb::handle array) {
+  const Exchange* const api = exchange_of(type);
+  if (!api) type_error("type has no functions of DLPack, expected one such as torch.Tensor");
+  View v;
+  view_numpy(array, v);
+  auto lent = std::make_unique<Lent>();
+  for (int axis = 0; axis < v.array.ndim(); ++axis) {
+    lent->shape[axis] = v.array.shape[axis];
+    lent->strides[axis] = v.array.stride(axis) / normkit::size_of(v.array.dtype);
+  }
+  lent->array = Py_NewRef(array.ptr());
+  lent->versioned.manager = lent.get(), lent->versioned.deleter = Lent::give_back;
+  lent->versioned.tensor = {v.array.data,
+                            {nb::device::cpu::value, 0},
+                            v.array.ndim(),
+                            dlpack_dtype(v.array.dtype),
+                            lent->shape.data(),
+                            lent->strides.data(),
+                            0};
+  void* tensor = nullptr;
+  if (api->object_of(&lent.release()->versioned, &tensor) != 0) throw nb::python_error();
+  return nb::steal(static_cast<PyObject*>(tensor));
+}
+
+// ---- GPUs --------------------------------------------------------------------------------------------------------
+
+namespace {
 
 std::int64_t number(nb::handle h) {
   const long long value = PyLong_AsLongLong(h.ptr());

@@ -95,4 +95,12 @@ nb::object numpy_dtype(Dtype dtype);
 /// A NumPy array as something that other libraries import, whatever its dtype.
 nb::object to_dlpack(nb::handle array);
 
+/// A list of NumPy arrays over the memory of tensors, and of None where there is None; no matter whether they require
+/// grad. None where one of them is no array of `type` on the CPU, or has a dtype that the core does not know. `type` has
+/// DLPack's table of functions, as torch.Tensor does.
+nb::object of_tensors(nb::handle type, nb::args tensors);
+
+/// A tensor of `type` over the memory of a NumPy array that the core made.
+nb::object to_tensor(nb::handle type, nb::handle array);
+
 }  // namespace arrays

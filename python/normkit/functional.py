@@ -962,7 +962,7 @@ def _style_of(content: Any, style: Any, channel_axis: Integer, eps: Any) -> tupl
     moments = _moments_of_style(style, channel_axis)
     shape: tuple[int, ...] = tuple(content.shape)
     if -len(shape) <= operator.index(channel_axis) < len(shape):  # else content is refused by its own call
-        check_style(tuple(moments.count.shape), (shape[0], shape[channel_axis]))
+        _check_style(tuple(moments.count.shape), (shape[0], shape[channel_axis]))
     std, mean = moments._deviation(eps), moments.mean
     return (moments, std[0], mean[0]) if std.shape[0] == 1 != shape[0] else (moments, std, mean)
 
@@ -973,7 +973,7 @@ def _moments_of_style(style: Any, channel_axis: Integer) -> Moments:
     return Moments._of(numbers, memory, True, twofold)
 
 
-def check_style(found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+def _check_style(found: tuple[int, ...], expected: tuple[int, ...]) -> None:
     """Refuses a style whose images and channels are neither those of content nor one image."""
     if found != expected and found != (1, expected[1]):
         raise ValueError(

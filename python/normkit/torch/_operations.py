@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - everybody's name for it
 
 from .. import functional as core
-from .._memory import bfloat16_dtype
+from .._memory import _core
 
 Optional: TypeAlias = Tensor | None
 
@@ -80,27 +80,25 @@ SPEC_SCHEMA = (
 
 
 @lru_cache(1024)
-def _options(spec: Spec, phase: str) -> dict[str, Any]:
-    """The options of a phase, but for those that depend on tensors. The core knows calls again by their objects."""
+def _call(spec: Spec, phase: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The function of a phase, and its options but for those that depend on tensors.
+
+    They are always the same objects, by which the core knows calls again.
+    """
     row = spec.operation
-    options: dict[str, Any] = {"weight_offset": spec.weight_offset, **row.fixed}
-    options[row.axes] = spec.axes if row.axes == "axis" else spec.axes[0]
-    if spec.kind == "group":
-        options["num_groups"] = spec.groups
-    frozen_option = row.learns or "use_input_stats"
+    options: dict[str, Any] = {row.axes: spec.axes if row.axes == "axis" else spec.axes[0], **row.fixed}
+    if spec.weight_offset:
+        options["weight_offset"] = spec.weight_offset
     if phase == "forward":
         options["eps"] = spec.eps
         if row.learns:
             options |= {row.learns: not spec.frozen, "momentum": spec.momentum}
     elif spec.frozen:
-        options[frozen_option] = False
-    if phase != "double_backward" and spec.activation and spec.activation != "prelu":
+        options[row.learns or "use_input_stats"] = False
+    has_slopes = spec.activation == "prelu" and spec.slope is None  # a tensor
+    if phase != "double_backward" and spec.activation and not has_slopes:
         options["activation"] = spec.activation if spec.slope is None else (spec.activation, spec.slope)
-    return options
-
-
-def _prelu(spec: Spec, slopes: Any) -> dict[str, Any]:
-    return {"activation": ("prelu", spec.slope if slopes is None else slopes)} if spec.activation == "prelu" else {}
+    return getattr(row, phase), options
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------
@@ -108,28 +106,14 @@ def _prelu(spec: Spec, slopes: Any) -> dict[str, Any]:
 
 def _arrays(*tensors: Any) -> list[Any]:
     """The tensors as the core takes them fastest: as NumPy arrays over their memory, where that is the CPU's."""
-    if tensors[0].is_cpu:
-        try:
-            if tensors[0].dtype is not torch.bfloat16:
-                return [t if t is None else (t.data if t.requires_grad else t).numpy() for t in tensors]
-            return [t if t is None else _array(t.data) for t in tensors]
-        except (TypeError, RuntimeError):  # sparse, negated lazily, on another device: the core says what it takes
-            pass
-    return [t if t is None else t.detach() for t in tensors]
-
-
-def _array(tensor: Tensor) -> Any:
-    if tensor.dtype is torch.bfloat16:  # which NumPy does not have
-        return tensor.view(torch.int16).numpy().view(bfloat16_dtype())
-    return tensor.numpy()
+    found: list[Any] | None = _core.of_tensors(Tensor, *tensors)
+    if found is None:  # a call with tensors of a GPU, or with some of which the core has to say what is wrong
+        return [t if t is None else t.detach() for t in tensors]
+    return found
 
 
 def _tensor(array: Any) -> Any:
-    if type(array) is not np.ndarray:  # of a GPU, or nothing
-        return array
-    if array.dtype.kind == "V":  # bfloat16
-        return torch.from_numpy(array.view("i2")).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    return _core.to_tensor(Tensor, array) if type(array) is np.ndarray else array
 
 
 # ---- phases ------------------------------------------------------------------------------------------------------
@@ -140,19 +124,22 @@ def forward(
     running_mean: Optional, running_var: Optional, spec: Spec, *, with_stats: bool, with_total: bool,
 ) -> tuple[Tensor, Optional, Optional, Optional]:  # fmt: skip
     """(y, mean, rstd, x + residual). Running statistics are updated in place."""
-    row = spec.operation
+    function, options = _call(spec, "forward")
     x_, weight_, bias_, residual_, where_, slopes_, mean_, var_ = _arrays(
         x, weight, bias, residual, where, slopes, running_mean, running_var
     )
-    more = _prelu(spec, slopes_)
-    if residual_ is not None:
+    groups = (spec.groups,) if spec.kind == "group" else ()
+    more: dict[str, Any] = {}
+    if where is not None:
+        more["where"] = where_
+    if slopes is not None:
+        more["activation"] = ("prelu", slopes_)
+    if residual is not None:
         more |= {"residual": residual_, "return_residual": with_total}
-    if mean_ is not None or var_ is not None:
+    if running_mean is not None or running_var is not None:
         more |= {"running_mean": mean_, "running_var": var_}
-    found = row.forward(
-        x_, weight=weight_, bias=bias_, where=where_, return_stats=with_stats, **_options(spec, "forward"), **more
-    )
-    if (mean_ is not None or var_ is not None) and not spec.frozen:
+    found = function(x_, *groups, weight_, bias_, return_stats=with_stats, **options, **more)
+    if not spec.frozen and (running_mean is not None or running_var is not None):
         torch.autograd.graph.increment_version([r for r in (running_mean, running_var) if r is not None])
     if not isinstance(found, tuple):
         return _tensor(found), None, None, None
@@ -172,23 +159,25 @@ def _named_gradients(need: Need) -> tuple[str, ...]:
     return tuple(name for name, is_needed in zip(GRADIENTS, need, strict=True) if is_needed)
 
 
-def _statistics_of(spec: Spec, mean: Any, rstd: Any) -> dict[str, Any]:
-    return {"rstd": rstd} if spec.kind == "rms" else {"mean": mean, "rstd": rstd}
-
-
 def backward(
     dy: Tensor, x: Tensor, mean: Optional, rstd: Tensor, weight: Optional, bias: Optional, where: Optional,
     slopes: Optional, dtotal: Optional, spec: Spec, need: Need,
 ) -> list[Optional]:  # fmt: skip
     """[dx, dweight, dbias, dslopes], None for what is not needed."""
-    row = spec.operation
+    function, options = _call(spec, "backward")
     dy_, x_, mean_, rstd_, weight_, bias_, where_, slopes_, dtotal_ = _arrays(
         dy, x, mean, rstd, weight, bias, where, slopes, dtotal
     )
-    found = row.backward(
-        dy=dy_, x=x_, **_statistics_of(spec, mean_, rstd_), weight=weight_, need=_named_gradients(need), where=where_,
-        bias=bias_, dresidual=dtotal_, **_options(spec, "backward"), **_prelu(spec, slopes_),
-    )  # fmt: skip
+    groups = (spec.groups,) if spec.kind == "group" else ()
+    statistics = (rstd_,) if spec.kind == "rms" else (mean_, rstd_)
+    more = {"where": where_} if where is not None else {}
+    if bias is not None:
+        more["bias"] = bias_
+    if dtotal is not None:
+        more["dresidual"] = dtotal_
+    if slopes is not None:
+        more["activation"] = ("prelu", slopes_)
+    found = function(dy_, x_, *groups, *statistics, weight_, need=_named_gradients(need), **options, **more)
     gradients = [_tensor(array) for array in found]
     return gradients if need[3] else [*gradients, None]
 
@@ -198,11 +187,11 @@ def double_backward(
     weight: Optional, spec: Spec,
 ) -> list[Optional]:  # fmt: skip
     """[d_dy, d_x, d_weight] of a call without a mask and without an activation."""
-    row = spec.operation
+    function, options = _call(spec, "double_backward")
     dy_, x_, mean_, rstd_, weight_, *second = _arrays(dy, x, mean, rstd, weight, ddx, ddweight, ddbias)
-    found = row.double_backward(
-        *second, dy=dy_, x=x_, **_statistics_of(spec, mean_, rstd_), weight=weight_, **_options(spec, "double_backward")
-    )
+    groups = (spec.groups,) if spec.kind == "group" else ()
+    statistics = (rstd_,) if spec.kind == "rms" else (mean_, rstd_)
+    found = function(*second, dy_, x_, *groups, *statistics, weight_, **options)
     return [_tensor(array) for array in found]
 
 

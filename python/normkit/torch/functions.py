@@ -303,7 +303,7 @@ def adaptive_instance_norm(
     """`normkit.adaptive_instance_norm` with gradients of content and of style."""
     if -content.dim() <= channel_axis < content.dim() and -style.dim() <= channel_axis < style.dim():
         found, expected = ((t.shape[0], t.shape[channel_axis]) for t in (style, content))
-        core.check_style(found, expected)
+        core._check_style(found, expected)
     if _holds_values(style):
         std, mean = _Deviation.apply(style, channel_axis, eps)
     else:
