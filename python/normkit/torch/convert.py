@@ -4,7 +4,7 @@ import copy
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,14 +62,15 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
     """
     done = Conversion()
     names = {name: module for name, module in model.named_modules() if type(module) in _NORMS}
-    pairs = dict(_fusible(model, done)) if fuse else {}
+    pairs = {norm: rest for norm, *rest in _fusible(model, done)} if fuse else {}
     for name, module in names.items():
         if type(module) in _CLASSES:
             _put_class(module, _CLASSES[type(module)], done)
             done.converted[name] = type(module).__name__
-        if name in pairs and module.activation is None:
-            _fuse(model, module, pairs[name], done)
-            done.fused[name] = pairs[name]
+        if module in pairs and module.activation is None:
+            activation, places = pairs[module]
+            _fuse(model, module, activation, places, done)
+            done.fused[name] = places[0]
     for name, module in model.named_modules():
         if isinstance(module, tuple(_CLASSES)) and type(module) not in _NORMS:
             done.left[name] = f"{type(module).__name__} is a class of its own"
@@ -82,16 +83,20 @@ def _put_class(module: nn.Module, kind: type, done: Conversion) -> None:
     done._undo.append(lambda: setattr(module, "__class__", before))
 
 
-def _fuse(model: nn.Module, module: nn.Module, name: str, done: Conversion) -> None:
-    path, _, last = name.rpartition(".")
-    parent, activation = model.get_submodule(path), model.get_submodule(name)
+def _fuse(model: nn.Module, module: nn.Module, activation: nn.Module, places: list[str], done: Conversion) -> None:
+    """Puts an activation into a module, and nn.Identity into the places that it has."""
     module.activation = _activation_of(activation)
-    parent._modules[last] = nn.Identity().train(activation.training)
+
+    def put(one: nn.Module) -> None:
+        for name in places:
+            path, _, last = name.rpartition(".")
+            model.get_submodule(path)._modules[last] = one
 
     def undo() -> None:
         del module.activation
-        parent._modules[last] = activation
+        put(activation)
 
+    put(nn.Identity().train(activation.training))
     done._undo.append(undo)
 
 
@@ -123,30 +128,32 @@ def _is_hooked(module: nn.Module) -> bool:
     return any(len(vars(module)[kind]) for kind in kinds)
 
 
-def _fusible(model: nn.Module, done: Conversion) -> Iterator[tuple[str, str]]:
-    """Names of normalizations and of the activations that may be in them."""
-    by_name = dict(model.named_modules(remove_duplicate=False))
-    uses = Counter(id(module) for module in by_name.values())
-    found = dict(_in_sequence(by_name)) | _in_graphs(model)
-    for norm, activation in found.items():
-        for name in (norm, activation):
-            if uses[id(by_name[name])] > 1:
-                done.left[activation] = f"{name} is in several places"
-            elif _is_hooked(by_name[name]):
-                done.left[activation] = f"{name} has hooks"
-        if activation not in done.left:
-            yield norm, activation
+def _fusible(model: nn.Module, done: Conversion) -> Iterator[tuple[nn.Module, nn.Module, list[str]]]:
+    """Normalizations, the activations that may be in them, and all names of each of these."""
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(module, []).append(name)
+    # What a graph shows is proven for modules that have no name outside of what was traced; what a Sequential does, for
+    # those that have one name.
+    found: dict[nn.Module, tuple[nn.Module, str | None]] = dict(_in_sequence(places)) | _in_graphs(model)
+    for norm, (activation, traced) in found.items():
+        name = places[activation][0]
+        for module in (norm, activation):
+            names = places[module]
+            if len(names) > 1 if traced is None else not all(n.startswith(traced) for n in names):
+                done.left[name] = f"{names[0]} is in several places"
+            elif _is_hooked(module):
+                done.left[name] = f"{names[0]} has hooks"
+        if name not in done.left:
+            yield norm, activation, places[activation]
 
 
-def _in_sequence(by_name: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
-    for name, module in by_name.items():
-        if type(module) is not nn.Sequential:
-            continue
-        children = list(module._modules.items())
-        for (a, norm), (b, activation) in itertools.pairwise(children):
-            if type(norm) in _NORMS and activation is not None and _activation_of(activation) is not None:
-                prefix = f"{name}." if name else ""
-                yield prefix + a, prefix + b
+def _in_sequence(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, tuple[nn.Module, None]]]:
+    for module in modules:
+        if type(module) is nn.Sequential:
+            for norm, activation in itertools.pairwise(module._modules.values()):
+                if type(norm) in _NORMS and activation is not None and _activation_of(activation) is not None:
+                    yield norm, (activation, None)
 
 
 class _Tracer(fx.Tracer):
@@ -154,20 +161,19 @@ class _Tracer(fx.Tracer):
         return type(m) in _NORMS or bool(super().is_leaf_module(m, module_qualified_name))
 
 
-def _in_graphs(model: nn.Module, prefix: str = "") -> dict[str, str]:
-    """Pairs that are one in every graph of the model; where it cannot be traced, those of its children."""
+def _in_graphs(model: nn.Module, prefix: str = "") -> dict[nn.Module, tuple[nn.Module, str]]:
+    """Pairs that are one in every graph of the model, and how its names begin; without graphs, its children's."""
     if type(model) in _NORMS or _activation_of(model) is not None or not model._modules:
         return {}
     try:
         graphs = list(_graphs(model))
     except Exception:  # a model may do anything when it is traced, and then proves nothing
-        found: dict[str, str] = {}
+        found: dict[nn.Module, tuple[nn.Module, str]] = {}
         for name, child in model.named_children():
             found |= _in_graphs(child, f"{prefix}{name}.")
         return found
     first, *others = (_pairs(graph, model) for graph in graphs)
-    agreed = {norm: act for norm, act in first.items() if all(pairs.get(norm) == act for pairs in others)}
-    return {prefix + norm: prefix + activation for norm, activation in agreed.items()}
+    return {norm: (act, prefix) for norm, act in first.items() if all(pairs.get(norm) is act for pairs in others)}
 
 
 def _graphs(model: nn.Module) -> Iterator[fx.Graph]:
@@ -181,16 +187,15 @@ def _graphs(model: nn.Module) -> Iterator[fx.Graph]:
             yield _Tracer().trace(copied, concrete_args=concrete)
 
 
-def _pairs(graph: fx.Graph, model: nn.Module) -> dict[str, str]:
+def _pairs(graph: fx.Graph, model: nn.Module) -> dict[nn.Module, nn.Module]:
     """Normalizations that run once, and the activation that alone gets what they give, and runs once too."""
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    count = Counter(id(model.get_submodule(node.target)) for node in calls)
+    called = {node: model.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
+    count = Counter(called.values())
     found = {}
-    for node in calls:
-        norm, users = model.get_submodule(node.target), list(node.users)
-        if type(norm) not in _NORMS or count[id(norm)] > 1 or len(users) != 1 or users[0].op != "call_module":
-            continue
-        activation = model.get_submodule(users[0].target)
-        if _activation_of(activation) is not None and count[id(activation)] == 1:
-            found[node.target] = users[0].target
+    for node, norm in called.items():
+        users = list(node.users)
+        if type(norm) in _NORMS and count[norm] == 1 and len(users) == 1 and users[0] in called:
+            activation = called[users[0]]
+            if _activation_of(activation) is not None and count[activation] == 1:
+                found[norm] = activation
     return found
