@@ -19,6 +19,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 nt = pytest.importorskip("normkit.torch")
+pytest.importorskip("expecttest", reason="PyTorch's own samples want expecttest")
 from normkit._memory import _core, dtype_named  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from torch.testing._internal.common_methods_invocations import op_db  # noqa: E402

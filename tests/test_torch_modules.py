@@ -10,6 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 nt = pytest.importorskip("normkit.torch")
+pytest.importorskip("expecttest", reason="PyTorch's own samples want expecttest")
 from torch.testing._internal.common_modules import module_db  # noqa: E402
 
 nn = torch.nn
