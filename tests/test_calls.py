@@ -1,6 +1,7 @@
 """Functions whose body is C++: what they say of themselves, and that a repeated call is like its first one."""
 
 import copy
+import doctest
 import gc
 import inspect
 import pickle
@@ -37,7 +38,13 @@ def test_signature_is_that_of_the_function_in_python(function):
 def test_tools_find_its_source_and_its_arguments(function):
     """Editors and what makes documentation ask inspect."""
     python = function.__wrapped__
+    assert inspect.isfunction(function)
+    assert not inspect.isfunction(type(function))
+    assert inspect.getsourcefile(function) == inspect.getsourcefile(python)
     assert f"\ndef {function.__name__}(" in inspect.getsource(function)
+    (found,) = doctest.DocTestFinder(recurse=False).find(function)
+    assert found.examples
+    assert found.lineno + 1 > inspect.getsourcelines(function)[1]
     assert inspect.getfullargspec(function) == inspect.getfullargspec(python)
     assert inspect.signature(function, follow_wrapped=False) == inspect.signature(python)
 

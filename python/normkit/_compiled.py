@@ -16,7 +16,8 @@ def compiled(op: str, kind: str, **fixed: Any) -> Callable[[_Function], _Functio
 
     def decorated(function: _Function) -> _Function:
         result: Any = _core.function(function, op, kind, fixed)
-        for name in ("__code__", "__defaults__", "__kwdefaults__"):  # inspect knows by these what is like a function
+        # What tools look at, to whom it is like a function of Python.
+        for name in ("__code__", "__defaults__", "__kwdefaults__", "__globals__", "__closure__"):
             setattr(result, name, getattr(function, name))
         return result  # type: ignore[no-any-return]
 

@@ -141,8 +141,8 @@ def instance_norm(
     Returns
     -------
     y, or (y, mean, rstd), and x + residual with `return_residual`
-        y is like x in library, shape and memory layout. mean and rstd = 1 / sqrt(var + eps) are (N, C), of float32,
-        or of float64 where x is.
+        Here y is like x in library, shape and memory layout. mean and rstd = 1 / sqrt(var + eps) are (N, C), of
+        float32, or of float64 where x is.
 
     Raises
     ------
@@ -213,9 +213,9 @@ def instance_norm_backward(
     Returns
     -------
     (dx, dweight, dbias)
-        dx is like x, dweight like weight. dbias has the shape of bias where it is passed, else that of weight, and the
-        dtype of weight. Without weight they are (C,), of the dtype of the statistics. With "dslopes" in `need` that is
-        the last, like slopes.
+        Here dx is like x, dweight like weight. dbias has the shape of bias where it is passed, else that of weight, and
+        the dtype of weight. Without weight they are (C,), of the dtype of the statistics. With "dslopes" in `need` that
+        is the last, like slopes.
 
     Examples
     --------
@@ -481,7 +481,7 @@ def layer_norm_backward(
     Returns
     -------
     (dx, dweight, dbias)
-        dx is like x; dweight and dbias have the extents of the normalized axes.
+        Here dx is like x; dweight and dbias have the extents of the normalized axes.
 
     Examples
     --------
@@ -608,7 +608,7 @@ def rms_norm_backward(
     Returns
     -------
     (dx, dweight, dbias)
-        dx is like x; dweight and dbias have the extents of the normalized axes.
+        Here dx is like x; dweight and dbias have the extents of the normalized axes.
 
     Examples
     --------
@@ -746,7 +746,7 @@ def batch_norm_backward(
     Returns
     -------
     (dx, dweight, dbias)
-        dx is like x; dweight and dbias are (C,).
+        Here dx is like x; dweight and dbias are (C,).
 
     Examples
     --------
@@ -1028,8 +1028,8 @@ def l2_normalize(
     Returns
     -------
     y, or (y, rnorm)
-        y is like x in library, shape and memory layout, float32 where x has integers. rnorm = 1 / max(norm, eps) has
-        the shape of x without `axis`; it is of float32, or of float64 where x is.
+        Here y is like x in library, shape and memory layout, float32 where x has integers. rnorm = 1 / max(norm, eps)
+        has the shape of x without `axis`; it is of float32, or of float64 where x is.
 
     Examples
     --------
@@ -1160,8 +1160,8 @@ def normalize_backward(
     Returns
     -------
     (dx, dweight, dbias)
-        dx is like x, dweight like weight. dbias has the shape of bias where it is passed, else that of weight. Without
-        weight they have the extents of the normalized axes.
+        Here dx is like x, dweight like weight. dbias has the shape of bias where it is passed, else that of weight.
+        Without weight they have the extents of the normalized axes.
 
     Examples
     --------

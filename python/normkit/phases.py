@@ -334,8 +334,8 @@ def backward_sums(
 
     Returns
     -------
-    sums : the shape of x without `axis`, and 3
-        Of float64. Those of parts add, whatever the library: ``sums + others``.
+    the shape of x without `axis`, and 3
+        Sums of float64. Those of parts add, whatever the library: ``sums + others``.
 
     Raises
     ------
