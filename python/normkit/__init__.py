@@ -6,10 +6,9 @@ from contextlib import suppress as _suppress
 with _suppress(ImportError):
     import nanobind_backend as _nanobind_backend  # type: ignore[import-untyped]  # noqa: F401 - for _core
 
-from . import _documentation, _threadpoolctl, functional  # noqa: F401 - it registers
+from . import _config, _documentation, _threadpoolctl, functional  # noqa: F401 - it registers
 from ._config import (
     cache_size,
-    check_environment,
     clear_cache,
     cuda_available,
     get_cache_limit,
@@ -28,7 +27,7 @@ from .phases import Moments, apply, apply_backward, backward_sums, merge, moment
 
 _described = (*functional.__all__, "apply", "apply_backward", "backward_sums", "merge", "moments")
 _documentation.complete({name: globals()[name] for name in _described})
-check_environment()
+_config.check_environment()
 
 __all__ = [
     *functional.__all__,
