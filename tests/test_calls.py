@@ -42,9 +42,11 @@ def test_tools_find_its_source_and_its_arguments(function):
     assert not inspect.isfunction(type(function))
     assert inspect.getsourcefile(function) == inspect.getsourcefile(python)
     assert f"\ndef {function.__name__}(" in inspect.getsource(function)
-    (found,) = doctest.DocTestFinder(recurse=False).find(function)
+    in_module = doctest.DocTestFinder().find(normkit.functional)
+    (found,) = (test for test in in_module if test.name == f"normkit.functional.{function.__name__}")
     assert found.examples
     assert found.lineno + 1 > inspect.getsourcelines(function)[1]
+    assert not inspect.getclosurevars(function).nonlocals
     assert inspect.getfullargspec(function) == inspect.getfullargspec(python)
     assert inspect.signature(function, follow_wrapped=False) == inspect.signature(python)
 
