@@ -12,6 +12,7 @@ as the length of its path: whoever measures has to leave none. In two steps:
   slower is below MISTAKES, for all suspects and rounds together.
 """
 
+import functools
 import itertools
 import math
 from collections import defaultdict
@@ -27,6 +28,7 @@ Ratios = dict[str, list[float]]
 Measure = Callable[[list[str], int], Ratios]  # (cases, pairs) -> their ratios
 
 
+@functools.cache
 def left_out(pairs: int, mistakes: float) -> int:
     """How many averages of two ratios lie beyond an end of the interval, which errs with at most that probability.
 
