@@ -19,6 +19,7 @@
 #include "options.hpp"
 #include "output_cache.hpp"
 #include "plan.hpp"
+#include "xla.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -102,6 +103,11 @@ NB_MODULE(_core, m) {
   m.def("function", [type = function::new_type()](nb::handle python, const char* op, const char* kind, nb::dict fixed) {
     return calls::function(type, python, op, kind, fixed);
   }, "python"_a, "op"_a, "kind"_a, "fixed"_a);
+  m.def("description", &calls::description, "function"_a, "args"_a, "options"_a);
+  nb::list operands;
+  for (const normkit::OperandRow& row : normkit::kOperandTable) operands.append(row.name);
+  m.attr("operands") = nb::tuple(operands);
+  m.def("xla_handler", &xla::handler, "on_device"_a);
   m.def("is_number", &arrays::is_number, "value"_a.none());
   m.def("views", &calls::views, "arrays"_a);
   m.def("forget_plans", &calls::forget_plans);

@@ -16,6 +16,7 @@
 #include "options.hpp"
 #include "plan.hpp"
 #include "recent.hpp"
+#include "xla.hpp"
 
 namespace calls {
 namespace {
@@ -319,6 +320,7 @@ nb::object run(const Plan& plan, Addresses& at, PyObject* const* values, const M
 // ---- a function --------------------------------------------------------------------------------------------------
 
 std::int64_t epoch = 0;
+bool describes_next = false;  // the next call is not to run, see description()
 
 /// True where a mask is True itself, of Python or of NumPy: all elements are members, as without a mask.
 bool is_every(nb::handle where) {
@@ -347,6 +349,7 @@ class Function final : public function::Body {
       values[options::kCenter] = values[normkit::kMean] == Py_None ? Py_False : Py_True;
     if (is_every(values[normkit::kWhere])) values[normkit::kWhere] = Py_None;
     const nb::object slopes = options::take_slopes(values);
+    if (describes_next) return plan_and_run(values, nullptr);
     recent::Key key;
     Addresses at{};
     for (const OperandIndex k : arrays_) {
@@ -462,6 +465,7 @@ class Function final : public function::Body {
     args.out_dtype = options::dtype_named(values[options::kOutDtype]);
     args.share_elements = share_elements;
     if (!spec.centered) args.mean = args.mean_low = {};
+    if (std::exchange(describes_next, false)) return xla::description(args, spec, op_, wanted);
     const Plan plan = normkit::plan(args, spec, op_, wanted, !whose.is_on_device());
     if (key) keep(*key, values, plan, args, views, std::move(held));
     Addresses at{};
@@ -532,6 +536,14 @@ nb::object function(nb::handle type, nb::handle python, const char* op, const ch
     return slot;
   });
   return function::make(type, python, std::move(arguments), std::move(body));
+}
+
+nb::object description(nb::handle function, nb::args args, nb::kwargs options) {
+  describes_next = true;
+  const struct Reset {
+    ~Reset() { describes_next = false; }
+  } reset;
+  return function(*args, **options);
 }
 
 nb::object views(nb::kwargs arrays) {

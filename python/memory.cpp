@@ -51,13 +51,17 @@ void follow_threads_of(nb::object variable) {
   if (!threads_of_context.is_valid()) threads_of_context = variable.release();
 }
 
+void run_as_it_is(Job& job) {
+  Workspace workspace(workspace_doubles(job));
+  normkit::run(job, workspace.data());
+}
+
 void Memory::run(Job& job) const {
   if (threads_of_context.is_valid())
     if (const nb::object threads = threads_of_context.attr("get")(); !threads.is_none())
       job.threads = nb::cast<int>(threads);
-  Workspace workspace(workspace_doubles(job));
-  if (job.task.geometry.size() < kReleaseElements) return normkit::run(job, workspace.data());
-  unlocked::run([&] { normkit::run(job, workspace.data()); });
+  if (job.task.geometry.size() < kReleaseElements) return run_as_it_is(job);
+  unlocked::run([&] { run_as_it_is(job); });
 }
 
 void Memory::copy(nb::handle into, nb::handle from, nb::handle axes) const {

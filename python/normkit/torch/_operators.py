@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._operations import Frame, Spec
 from . import _operations as phases
-from ._operations import SPEC_SCHEMA, Frame, Optional, Spec
+from ._operations import SPEC_SCHEMA, Optional
 
 _library = torch.library.Library("normkit", "DEF")
 _SCHEMAS = {
@@ -290,7 +291,7 @@ def _forward_vmap(info: Any, in_dims: Any, x: Tensor, *args: Any) -> Any:
             "forward",
             batch.data(x, in_dims[0]), batch.param(weight, in_dims[1]), batch.param(bias, in_dims[2]),
             batch.data(residual, in_dims[3]), batch.mask(where, in_dims[4]),
-            batch.param(slopes, in_dims[5]), None, None, *frame.general(x),
+            batch.param(slopes, in_dims[5]), None, None, *frame.general(phases.eps_of(x)),
         )  # fmt: skip
         y, total = batch.back(y), total if residual is None else batch.back(total)
     elif not spec.frozen or any(dim is not None for dim in in_dims[1:3] + in_dims[4:8]):
@@ -319,7 +320,7 @@ def _backward_vmap(info: Any, in_dims: Any, dy: Tensor, x: Tensor, *args: Any) -
         batch.first(rstd, in_dims[3]), batch.param(weight, in_dims[4], varies=True),
         batch.param(bias, in_dims[5], varies=True), batch.mask(where, in_dims[6]),
         batch.param(slopes, in_dims[7], varies=True),
-        batch.data(dtotal, in_dims[8]), *batch.frame.general(x), need,
+        batch.data(dtotal, in_dims[8]), *batch.frame.general(phases.eps_of(x)), need,
     )  # fmt: skip
     dx, *params = found
     absent = batch.frame.absent_shape()

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import functional as core
+from .._operations import OPERATIONS, Spec, axes_of
 from .._types import Activation
 from . import _operations as phases
-from ._operations import OPERATIONS, Optional, Spec
+from ._operations import Optional
 from ._operators import (
     call,
     gradient_of_deviation,
@@ -215,12 +216,6 @@ def group_norm(
     return _call(x, weight, bias, spec, where, residual, return_residual, slopes)
 
 
-def _axes(x: Tensor, axis: int | Iterable[int] | None) -> tuple[int, ...]:
-    if axis is None:
-        return tuple(range(x.dim()))
-    return (axis,) if isinstance(axis, int) else tuple(axis)
-
-
 def layer_norm(
     x: Tensor,
     weight: Optional = None,
@@ -239,7 +234,7 @@ def layer_norm(
     `torch.nn.functional.layer_norm(x, (C, H, W), weight, bias)` is ``layer_norm(x, weight, bias, axis=(-3, -2, -1))``.
     """
     name, slope, slopes = _activation(activation)
-    spec = Spec("layer", _axes(x, axis), 1, False, eps, 0.0, weight_offset, name, slope)
+    spec = Spec("layer", axes_of(x, axis), 1, False, eps, 0.0, weight_offset, name, slope)
     return _call(x, weight, bias, spec, where, residual, return_residual, slopes)
 
 
@@ -258,7 +253,7 @@ def rms_norm(
 ) -> Any:
     """`normkit.rms_norm` with gradients: by the root mean square over any axes."""
     name, slope, slopes = _activation(activation)
-    spec = Spec("rms", _axes(x, axis), 1, False, eps, 0.0, weight_offset, name, slope)
+    spec = Spec("rms", axes_of(x, axis), 1, False, eps, 0.0, weight_offset, name, slope)
     return _call(x, weight, bias, spec, where, residual, return_residual, slopes)
 
 

@@ -1,0 +1,173 @@
+"""The table of operations, for libraries that record gradients: how the core calls them, and as what they lie in x.
+
+An operation has three phases: forward, backward and double_backward. All but Frame is options of calls; what is here
+knows arrays by their shape and by `reshape` alone.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeAlias
+
+from . import functional as core
+
+
+class Operation(NamedTuple):
+    """How the core calls an operation and its options."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    double_backward: Callable[..., Any]
+    axes: str = "axis"  # the option that says which axes
+    learns: str = ""  # the option that is false where statistics are constants, of operations that can keep them
+    fixed: dict[str, Any] = {}  # options that make a named operation of a general one  # noqa: RUF012 - never changed
+    in_float32: bool = False  # under autocast on CUDA, as PyTorch's
+
+
+def _named(name: str, **row: Any) -> Operation:
+    forward, backward, double = (getattr(core, f"{name}{phase}") for phase in ("", "_backward", "_double_backward"))
+    return Operation(forward, backward, double, **row)
+
+
+OPERATIONS = {
+    "instance": _named("instance_norm", axes="channel_axis", learns="use_input_stats"),
+    "group": _named("group_norm", axes="channel_axis", in_float32=True),
+    "layer": _named("layer_norm", in_float32=True),
+    "rms": _named("rms_norm", in_float32=True),
+    "batch": _named("batch_norm", axes="channel_axis", learns="training"),
+    # Any of the above on an array with more axes, which is how they are under vmap.
+    "centered": _named("normalize", fixed={"center": True}),
+    "uncentered": _named("normalize", fixed={"center": False}),
+}
+
+
+class Spec(NamedTuple):
+    """All of a call that is no tensor, in the order in which operators take it."""
+
+    kind: str  # a key of OPERATIONS
+    axes: tuple[int, ...]  # the normalized ones, or the one of the channels
+    groups: int
+    frozen: bool  # the statistics are constants
+    eps: float | None  # None: that of the dtype, for rms
+    momentum: float
+    weight_offset: float
+    activation: str  # "" where there is none
+    slope: float | None  # the parameter of an activation that has a number
+
+    @property
+    def operation(self) -> Operation:
+        return OPERATIONS[self.kind]
+
+    @property
+    def is_centered(self) -> bool:
+        return self.kind not in ("rms", "uncentered")
+
+
+# ---- options of the core -----------------------------------------------------------------------------------------
+
+
+@lru_cache(1024)
+def call_of(spec: Spec, phase: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The function of a phase, and its options but for those that depend on tensors.
+
+    They are always the same objects, by which the core knows calls again.
+    """
+    row = spec.operation
+    options: dict[str, Any] = {row.axes: spec.axes if row.axes == "axis" else spec.axes[0], **row.fixed}
+    if spec.weight_offset:
+        options["weight_offset"] = spec.weight_offset
+    if phase == "forward":
+        options["eps"] = spec.eps
+        if row.learns:
+            options |= {row.learns: not spec.frozen, "momentum": spec.momentum}
+    elif spec.frozen:
+        options[row.learns or "use_input_stats"] = False
+    has_slopes = spec.activation == "prelu" and spec.slope is None  # a tensor
+    if phase != "double_backward" and spec.activation and not has_slopes:
+        options["activation"] = spec.activation if spec.slope is None else (spec.activation, spec.slope)
+    return getattr(row, phase), options
+
+
+GRADIENTS = ("dx", "dweight", "dbias", "dslopes")
+Need: TypeAlias = tuple[bool, bool, bool, bool]
+
+
+@lru_cache
+def named_gradients(need: Need) -> tuple[str, ...]:
+    """The core knows calls again by their objects, so it is always the same tuple."""
+    return tuple(name for name, is_needed in zip(GRADIENTS, need, strict=True) if is_needed)
+
+
+# ---- axes --------------------------------------------------------------------------------------------------------
+
+
+def axes_of(x: Any, axis: int | Iterable[int] | None) -> tuple[int, ...]:
+    """The axes that an option `axis` stands for."""
+    if axis is None:
+        return tuple(range(x.ndim))
+    return (axis,) if isinstance(axis, int) else tuple(axis)
+
+
+class Frame:
+    """How an operation lies in the axes of x, counted from the end, so that more axes in front change nothing.
+
+    Every operation is `normalize` on a view of x: that of group norm has the groups and their channels as two axes.
+    """
+
+    def __init__(self, spec: Spec, shape: Sequence[int]) -> None:
+        self.spec, self.shape, ndim = spec, tuple(shape), len(shape)
+        named = sorted(axis % ndim for axis in spec.axes)
+        self.of_channels = spec.operation.axes == "channel_axis"
+        if self.of_channels:
+            kept = named if spec.kind == "batch" else [0, *named]
+        else:
+            kept = [axis for axis in range(ndim) if axis not in named]
+        self.kept = kept
+        reduced = [axis for axis in range(ndim) if axis not in kept]
+        self.split = named[0] if spec.kind == "group" else -1  # the axis that becomes two
+        self.axes = tuple(axis - ndim - (axis < self.split) for axis in reduced)
+        if self.split >= 0:
+            self.axes = (*self.axes, self.split - ndim)
+        # Axes that a parameter may have alone, without those that broadcasting wants.
+        self.forms = [[named[-1]], [0, named[-1]]] if self.of_channels else [named]
+
+    def data(self, array: Any) -> Any:
+        """A view of an array that has the shape of x, or more axes in front."""
+        if self.split < 0:
+            return array
+        shape, at = tuple(array.shape), self.split - len(self.shape)
+        groups = self.spec.groups
+        return array.reshape((*shape[:at], groups, shape[at] // groups, *shape[len(shape) + at + 1 :]))
+
+    def back(self, array: Any) -> Any:
+        """The array that has this view."""
+        if self.split < 0:
+            return array
+        shape, at = tuple(array.shape), self.split - len(self.shape)
+        return array.reshape((*shape[: at - 1], shape[at - 1] * shape[at], *shape[len(shape) + at + 1 :]))
+
+    def param_shape(self, shape: Sequence[int]) -> list[int]:
+        """The shape with which a parameter broadcasts against the view."""
+        ndim = len(self.shape)
+        along: Sequence[int] = range(ndim - len(shape), ndim)
+        for form in self.forms:
+            if tuple(shape) == tuple(self.shape[axis] for axis in form):
+                along = form
+        extents = dict(zip(along, shape, strict=True))
+        aligned = [extents.get(axis, 1) for axis in range(ndim)]
+        if self.split >= 0:
+            groups = self.spec.groups if aligned[self.split] > 1 else 1
+            aligned[self.split : self.split + 1] = [groups, aligned[self.split] // groups]
+        return aligned
+
+    def statistics_shape(self) -> list[int]:
+        return [self.spec.groups if axis == self.split else self.shape[axis] for axis in self.kept]
+
+    def absent_shape(self) -> list[int]:
+        """The shape of the gradient of a parameter that is not there."""
+        return [self.shape[axis] for axis in self.forms[0]]
+
+    def general(self, eps: float) -> Spec:
+        """The operation on the view. `eps`: what stands for None."""
+        kind = "centered" if self.spec.is_centered else "uncentered"
+        eps = eps if self.spec.eps is None else self.spec.eps
+        return self.spec._replace(kind=kind, axes=self.axes, groups=1, eps=eps)

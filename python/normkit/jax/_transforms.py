@@ -1,0 +1,347 @@
+"""The phases of an operation under jit, grad and vmap.
+
+A phase has a rule for vmap, where one more axis of all arrays is one more axis of one call, and a rule for its
+gradient: that of a forward is a backward; that of a backward is made of jnp, which has all further ones.
+"""
+
+import math
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import SymbolicZero
+
+from .._operations import Frame, Spec
+from ._xla import RUNNING, Arrays, Call, compute_dtype, execute
+
+LIKE_X = ("x", "dy", "residual", "dresidual")
+GRADIENTS = {"x": "out", "weight": "dweight", "bias": "dbias", "slopes": "dslopes"}
+
+
+def eps_of(x: Any) -> float:
+    """What rms norm adds where it is not told: PyTorch's choice too."""
+    return float(jnp.finfo(compute_dtype(x)).eps)
+
+
+# ---- vmap --------------------------------------------------------------------------------------------------------
+
+
+class _Batch:
+    """Arrays of a call of which some have one more axis, in front."""
+
+    def __init__(self, call: Call, size: int, batched: dict[str, bool], arrays: Arrays) -> None:
+        self.call, self.size, self.batched, self.arrays = call, size, batched, arrays
+        self.frame = Frame(call.spec, self.own("x"))
+
+    def own(self, name: str) -> tuple[int, ...]:
+        """The shape without that axis."""
+        return tuple(self.arrays[name].shape[int(self.batched[name]) :])
+
+    def lead(self, name: str, always: bool) -> tuple[int, ...]:
+        return (self.size,) if always or self.batched[name] else ()
+
+    def each(self, name: str) -> Any:
+        array = self.arrays[name]
+        return array if self.batched[name] else jnp.broadcast_to(array, (self.size, *array.shape))
+
+    def mask(self) -> Any:
+        """Of the shape of x."""
+        lead, own = self.lead("where", False), self.own("where")
+        ones = (1,) * (len(self.frame.shape) - len(own))
+        return jnp.broadcast_to(self.arrays["where"].reshape(lead + ones + own), (*lead, *self.frame.shape))
+
+    def general(self) -> Arrays:
+        """As `normalize` of an array with more axes, which every operation is."""
+        frame = self.frame
+
+        def seen(name: str) -> Any:
+            if name in LIKE_X:
+                return frame.data(self.each(name))
+            if name == "where":
+                return frame.data(self.mask())
+            if name in ("mean", "rstd"):
+                return self.each(name)
+            varies = self.call.phase == "backward"  # its gradients do
+            array = self.each(name) if varies else self.arrays[name]
+            return array.reshape((*self.lead(name, varies), *frame.param_shape(self.own(name))))
+
+        inner = self.call._replace(spec=frame.general(eps_of(self.arrays["x"])))
+        found = run(inner, {name: seen(name) for name in self.arrays})
+
+        def back(name: str, array: Any) -> Any:
+            if name in ("out", "sum"):
+                return frame.back(array)
+            return array.reshape((self.size, *self.own(name[1:]))) if name in GRADIENTS.values() else array
+
+        return {name: back(name, array) for name, array in found.items()}
+
+    # ---- running statistics, which belong to the channels ----
+
+    @property
+    def _axis(self) -> int:
+        return int(self.frame.kept[-1])
+
+    def _aligned(self, name: str) -> list[int]:
+        return self.frame.param_shape(self.own(name))
+
+    def has_fixed_channels(self) -> bool:
+        """True where the new axis is to channels as all others are: statistics are constants, and parameters shared."""
+        others = [name for name in self.arrays if name not in LIKE_X]
+        params = [name for name in others if name not in (*RUNNING, "where")]
+        return (
+            self.call.spec.frozen
+            and not any(self.batched[name] for name in others)
+            and all(math.prod(self._aligned(name)) == self._aligned(name)[self._axis] for name in params)
+        )
+
+    def fixed_channels(self) -> Arrays:
+        spec = self.call.spec._replace(kind="batch", axes=(self._axis - len(self.frame.shape),))
+        arrays = {name: self.each(name) if name in LIKE_X else array for name, array in self.arrays.items()}
+        found = run(self.call._replace(spec=spec), arrays)
+        shape = (self.size, *self.frame.statistics_shape())
+        return {name: jnp.broadcast_to(a, shape) if name in ("mean", "rstd") else a for name, a in found.items()}
+
+    def more_channels(self) -> Arrays:
+        """The channels of all are the channels of one call."""
+        size, axis = self.size, self._axis
+        count = self.frame.shape[axis]
+
+        def merged(array: Any, at: int) -> Any:
+            array = jnp.moveaxis(array, 0, at)
+            return array.reshape((*array.shape[:at], size * count, *array.shape[at + 2 :]))
+
+        def parted(array: Any, at: int) -> Any:
+            return jnp.moveaxis(array.reshape((*array.shape[:at], size, count, *array.shape[at + 1 :])), at, 0)
+
+        def seen(name: str) -> Any:
+            if name in RUNNING:
+                return merged(self.each(name), 0)
+            if name in LIKE_X:
+                return merged(self.each(name), axis)
+            if name == "where":
+                return merged(jnp.broadcast_to(self.mask(), (size, *self.frame.shape)), axis)
+            shape = self._aligned(name)
+            array = self.arrays[name].reshape((*self.lead(name, False), *shape))
+            shape[axis] = count
+            return merged(jnp.broadcast_to(array, (size, *shape)), axis)
+
+        found = run(self.call, {name: seen(name) for name in self.arrays})
+        at = {"out": axis, "sum": axis, **dict.fromkeys(RUNNING, 0)}
+        of_statistics = len(self.frame.kept) - 1
+        return {name: parted(array, at.get(name, of_statistics)) for name, array in found.items()}
+
+
+@lru_cache(1024)
+def _mappable(call: Call) -> Any:
+    @custom_vmap
+    def run(arrays: Arrays) -> Arrays:
+        return execute(call, arrays)
+
+    @run.def_vmap
+    def _(size: int, batched: Any, arrays: Arrays) -> Any:
+        batch = _Batch(call, size, batched[0], arrays)
+        if not arrays.keys() & set(RUNNING):
+            found = batch.general()
+        else:
+            found = batch.fixed_channels() if batch.has_fixed_channels() else batch.more_channels()
+        return found, dict.fromkeys(found, True)
+
+    return run
+
+
+def run(call: Call, arrays: Arrays) -> Arrays:
+    """The call, which vmap knows how to map."""
+    found: Arrays = _mappable(call)(arrays)
+    return found
+
+
+# ---- gradients ---------------------------------------------------------------------------------------------------
+
+
+def _values(primals: Any) -> Arrays:
+    return {name: primal.value for name, primal in primals.items()}
+
+
+def _is_there(cotangent: Any) -> bool:
+    return not (cotangent is None or isinstance(cotangent, SymbolicZero))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def forward(call: Call, arrays: Arrays) -> Arrays:
+    return run(call, arrays)
+
+
+def _forward_kept(call: Call, primals: Any) -> Any:
+    arrays = _values(primals)
+    statistics = ("mean", "rstd") if call.spec.is_centered else ("rstd",)
+    total = ("sum",) if "residual" in arrays else ()
+    wants = (*call.wants, *(name for name in statistics + total if name not in call.wants))
+    found = forward(call._replace(wants=wants), arrays)  # which is to have gradients of its own
+    kept = {name: arrays[name] for name in ("weight", "bias", "where", "slopes") if name in arrays}
+    kept |= {"x": found.get("sum", arrays["x"]), **{name: found[name] for name in statistics}}
+    needed = {name: () if primal.perturbed else None for name, primal in primals.items()}  # no arrays, but a structure
+    return {name: found[name] for name in call.wants}, (kept, needed)
+
+
+def _forward_gradients(call: Call, saved: Any, cotangents: Arrays) -> Any:
+    kept, needed = saved
+    dy, dtotal = cotangents["out"], cotangents.get("sum")
+    gradients = dict.fromkeys(needed)
+    wanted = {name for name, is_needed in needed.items() if is_needed is not None}
+    if not _is_there(dy):
+        found = {"out": dtotal} if _is_there(dtotal) else {}
+    else:
+        arrays = kept | {"dy": dy} | ({"dresidual": dtotal} if _is_there(dtotal) else {})
+        names = [name for name in GRADIENTS if name in wanted or (name == "x" and "residual" in wanted)]
+        found = backward(Call("backward", call.spec, tuple(GRADIENTS[name] for name in names)), arrays)
+    for name in wanted:
+        gradient = found.get("out" if name == "residual" else GRADIENTS.get(name, ""))
+        like = kept["x" if name == "residual" else name] if gradient is not None else None
+        gradients[name] = None if gradient is None else gradient.astype(like.dtype)
+    return (gradients,)
+
+
+forward.defvjp(_forward_kept, _forward_gradients, symbolic_zeros=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def backward(call: Call, arrays: Arrays) -> Arrays:
+    return run(call, arrays)
+
+
+def _backward_kept(call: Call, primals: Any) -> Any:
+    arrays = _values(primals)
+    return backward(call, arrays), arrays
+
+
+def _backward_gradients(call: Call, arrays: Arrays, seconds: Arrays) -> Any:
+    """By jnp. mean and rstd are functions of x, and have their gradients there."""
+    gradients = dict.fromkeys(arrays)
+    if not any(map(_is_there, seconds.values())):
+        return (gradients,)
+    given = {name: arrays[name] for name in GRADIENTS if name in arrays}
+
+    def first(dy: Any, given: Arrays) -> Any:
+        y, pull = jax.vjp(lambda given: composed(call.spec, given, arrays), given)
+        return pull(dy.astype(y.dtype))[0]
+
+    _, pull = jax.vjp(first, arrays["dy"], given)
+
+    def second(name: str) -> Any:
+        cotangent = seconds.get(GRADIENTS[name])
+        like = given[name]
+        return cotangent.astype(like.dtype) if _is_there(cotangent) else jnp.zeros_like(like)
+
+    d_dy, found = pull({name: second(name) for name in given})
+    gradients |= {"dy": d_dy, **found}
+    if "dresidual" in arrays and _is_there(seconds.get("out")):
+        gradients["dresidual"] = seconds["out"]
+    return (gradients,)
+
+
+backward.defvjp(_backward_kept, _backward_gradients, symbolic_zeros=True)
+
+
+# ---- the same in words of jnp ------------------------------------------------------------------------------------
+
+_ACTIVATIONS: dict[str, Any] = {
+    "relu": jax.nn.relu,
+    "leaky_relu": jax.nn.leaky_relu,
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": jax.nn.gelu,
+    "elu": jax.nn.elu,
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
+    "relu6": jax.nn.relu6,
+    "hardswish": jax.nn.hard_swish,
+    "mish": jax.nn.mish,
+    "softplus": jax.nn.softplus,
+    "prelu": lambda y, slopes: jnp.where(y > 0, y, slopes * y),
+}
+
+
+def composed(spec: Spec, given: Arrays, arrays: Arrays) -> Any:
+    """The forward in jnp, in float64 where JAX has it. `arrays` has the mask, and statistics that are constants."""
+    x = given["x"]
+    frame, wide = Frame(spec, x.shape), jnp.promote_types(x.dtype, jnp.result_type(float))
+    data = frame.data(x).astype(wide)
+
+    def param(name: str) -> Any:
+        array = given[name]
+        return array.reshape(frame.param_shape(array.shape)).astype(wide)
+
+    if spec.frozen:
+        shape = [1 if axis - data.ndim in frame.axes else extent for axis, extent in enumerate(data.shape)]
+        y = (data - arrays["mean"].reshape(shape)) * arrays["rstd"].reshape(shape).astype(wide)
+    else:
+        mask = frame.data(jnp.broadcast_to(arrays["where"], x.shape)) if "where" in arrays else True
+        y = _normalized(data, mask, frame, eps_of(x) if spec.eps is None else spec.eps)
+    if "weight" in given:
+        y = y * (param("weight") + spec.weight_offset)
+    if "bias" in given:
+        y = y + param("bias")
+    if spec.activation:
+        parameters = [param("slopes")] if "slopes" in given else [] if spec.slope is None else [spec.slope]
+        y = _ACTIVATIONS[spec.activation](y, *parameters)
+    return frame.back(y)
+
+
+def _normalized(data: Any, mask: Any, frame: Frame, eps: float) -> Any:
+    def members(array: Any) -> Any:
+        return jnp.sum(jnp.where(mask, array, 0), frame.axes, keepdims=True)
+
+    counted = members(jnp.ones_like(data))
+    count = jnp.maximum(counted, 1)
+    for _ in range(2 * frame.spec.is_centered):  # the mean is rounded: the second one is that of what is left
+        data = data - members(data) / count
+    var = members(data**2) / count + eps
+    is_there = (var > 0) & (counted > 0)  # else rstd is 0, and so are its gradients
+    return data * jnp.where(is_there, jax.lax.rsqrt(jnp.where(is_there, var, 1)), 0)
+
+
+# ---- a style -----------------------------------------------------------------------------------------------------
+
+
+@lru_cache(1024)
+def _mappable_deviation(spec: Spec, dtype: str) -> Any:
+    @custom_vmap
+    def run(style: Any) -> Any:
+        with jax.enable_x64(True):  # moments are of float64, whatever JAX is told to have
+            moments = execute(Call("moments", spec, ("moments",)), {"x": style})["moments"]
+            var = moments[..., 1] / jnp.maximum(moments[..., 2], 1)
+            return jnp.sqrt(var + spec.eps).astype(dtype), moments[..., 0].astype(dtype)
+
+    @run.def_vmap
+    def _(size: int, batched: Any, style: Any) -> Any:
+        """Images are independent: those of all are one batch."""
+        axis = spec.axes[0] % (style.ndim - 1)
+        found = _mappable_deviation(spec._replace(axes=(axis,)), dtype)(style.reshape((-1, *style.shape[2:])))
+        return tuple(s.reshape((size, -1, s.shape[-1])) for s in found), (True, True)
+
+    return run
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def deviation(spec: Spec, dtype: str, style: Any) -> Any:
+    """sqrt(var + eps) and the mean of each channel of each image."""
+    return _mappable_deviation(spec, dtype)(style)
+
+
+def _deviation_kept(spec: Spec, dtype: str, style: Any) -> Any:
+    return deviation(spec, dtype, style), style
+
+
+def _deviation_gradient(spec: Spec, dtype: str, style: Any, cotangents: Any) -> Any:
+    """dstyle = (dmean + style_hat * dstd) / members: an instance norm of style."""
+    if not jnp.issubdtype(style.dtype, jnp.floating):
+        return (None,)
+    dstd, dmean = cotangents
+    members = max(style.size // max(dstd.size, 1), 1)
+    arrays = {"x": style, "weight": dstd / members, "bias": dmean / members}
+    return (forward(Call("forward", spec, ("out",)), arrays)["out"],)
+
+
+deviation.defvjp(_deviation_kept, _deviation_gradient)

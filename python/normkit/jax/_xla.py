@@ -1,0 +1,247 @@
+"""A phase of an operation as a call that XLA makes: of the core, without Python, or else by way of Python.
+
+Arrays go by the names that the core has for them: dicts of them are what a call is given and what it gives. Only what
+is there is in a dict.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from functools import cache, lru_cache, partial
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from numpy.lib.stride_tricks import as_strided
+
+from .. import _core as _typed_core
+from .. import functional as core
+from .._memory import dtype_named
+from .._operations import Frame, Spec, call_of
+
+_core: Any = _typed_core  # it takes any arrays, which no stub can say
+Arrays: TypeAlias = dict[str, Any]
+RUNNING = ("running_mean", "running_var")
+
+
+class Call(NamedTuple):
+    """All of a call that is no array."""
+
+    phase: str  # forward, backward, or moments, which gives the mean and sqrt(var + eps) of each channel of an image
+    spec: Spec
+    wants: tuple[str, ...]  # the outputs, by the names of the core: `out` is y or dx, `sum` is x + residual
+
+
+# ---- the core's functions ----------------------------------------------------------------------------------------
+
+
+def _bound(call: Call, arrays: Arrays) -> Callable[[], Any]:
+    """The call of the core on arrays of NumPy; running statistics would be updated in place."""
+    spec, arrays = call.spec, dict(arrays)
+    if call.phase == "moments":
+        return partial(core._moments_of_channels, arrays["x"], channel_axis=spec.axes[0])
+    function, options = call_of(spec, call.phase)
+    slopes = arrays.pop("slopes", None)
+    more: dict[str, Any] = {} if slopes is None else {"activation": ("prelu", slopes)}
+    if spec.kind == "group":
+        more["num_groups"] = spec.groups
+    if call.phase == "forward":
+        more |= {"return_stats": "rstd" in call.wants, "return_residual": "sum" in call.wants}
+    else:
+        more["need"] = tuple("dx" if name == "out" else name for name in call.wants)
+        if spec.kind == "uncentered":
+            more["mean"] = None
+    return partial(function, **arrays, **options, **more)
+
+
+@cache
+def _element(name: str) -> np.ndarray[Any, Any]:
+    return np.zeros(1, dtype_named(name))
+
+
+def _stand_in(shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
+    """An array that lies like one of this shape and dtype, whose memory is not there and must not be looked at."""
+    element = _element(dtype)
+    strides = [element.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return as_strided(element, shape, strides, writeable=True)
+
+
+@lru_cache(1024)
+def _described(call: Call, avals: tuple[tuple[str, tuple[int, ...], str], ...]) -> Any:
+    arrays = {name: _stand_in(shape, dtype) for name, shape, dtype in avals}
+    bound = _bound(call, arrays)
+    return _core.description(bound.func, *bound.args, **bound.keywords)
+
+
+def describe(call: Call, arrays: Arrays) -> Any:
+    """The numbers that the handler reads, and what has to be packed. Raises what the call itself would raise."""
+    return _described(call, tuple((name, tuple(a.shape), str(a.dtype)) for name, a in arrays.items()))
+
+
+# ---- outputs -----------------------------------------------------------------------------------------------------
+
+
+def compute_dtype(x: Any) -> Any:
+    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+
+
+def _outputs(call: Call, arrays: Arrays) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes and dtypes of what a call gives."""
+    x, weight = arrays["x"], arrays.get("weight")
+    statistics = tuple(Frame(call.spec, x.shape).statistics_shape())
+    if call.phase == "moments":
+        return {"moments": jax.ShapeDtypeStruct((*statistics, 4), np.float64)}
+
+    def output(name: str) -> jax.ShapeDtypeStruct:
+        if name in ("mean", "rstd"):
+            return jax.ShapeDtypeStruct(statistics, compute_dtype(x))
+        if name in ("dweight", "dbias", "dslopes"):
+            param = arrays[name[1:]]
+            dtype = param.dtype if name == "dslopes" else compute_dtype(x) if weight is None else weight.dtype
+            return jax.ShapeDtypeStruct(param.shape, dtype)
+        if name in RUNNING:
+            return jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype)
+        is_number = jnp.issubdtype(x.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype if is_number else jnp.float32)
+
+    return {name: output(name) for name in call.wants}
+
+
+# ---- axes of shard_map -------------------------------------------------------------------------------------------
+
+
+def _varying(array: Any) -> frozenset[Any]:
+    """The axes of a mesh along which an array varies, inside of shard_map."""
+    aval = jax.typeof(array)
+    mat = getattr(aval, "mat", None)
+    found: frozenset[Any] = getattr(aval, "vma", frozenset()) if mat is None else mat.varying
+    return found
+
+
+def _vary(array: Any, axes: frozenset[Any]) -> Any:
+    missing = tuple(axes - _varying(array))
+    if not missing:
+        return array
+    return jax.lax.pcast(array, missing, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(array, missing)
+
+
+def varying_alike(arrays: Arrays, also: frozenset[Any] = frozenset()) -> Arrays:
+    """The arrays as if all varied along what one of them varies along: XLA's calls do not mix them."""
+    axes = also.union(*map(_varying, arrays.values()))
+    return {name: _vary(array, axes) for name, array in arrays.items()} if axes else arrays
+
+
+# ---- what does not lie as kernels want it ------------------------------------------------------------------------
+
+
+class _Packed(NamedTuple):
+    """An array in the place of an operand: how it is made of that, or that of it. See Temporary in plan.hpp."""
+
+    dtype: Any
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    seen: tuple[int, ...]
+
+    @property
+    def is_dy(self) -> bool:
+        """The operand is dbias, which no kernel writes: dy is added up into it."""
+        return not any(self.strides)
+
+    @property
+    def order(self) -> list[int]:
+        """The axes from the slowest to the fastest."""
+        return sorted(range(len(self.shape)), key=lambda axis: -self.strides[axis])
+
+    @property
+    def lying(self) -> tuple[int, ...]:
+        return tuple(self.shape[axis] for axis in self.order)
+
+    @property
+    def _repeats(self) -> tuple[int, ...]:
+        return tuple(axis for axis, extent in enumerate(self.shape) if extent > 1 and self.seen[axis] == 0)
+
+    def pack(self, array: Any) -> Any:
+        if array.shape != self.shape:
+            repeats = self._repeats
+            array = array.reshape([1 if axis in repeats else extent for axis, extent in enumerate(self.shape)])
+            array = jnp.broadcast_to(array, self.shape)
+        return array.astype(self.dtype).transpose(self.order)
+
+    def unpack(self, array: Any, like: jax.ShapeDtypeStruct) -> Any:
+        if self.is_dy:
+            array = array.astype(jnp.promote_types(array.dtype, jnp.float32))
+        else:
+            array = array.transpose([int(axis) for axis in np.argsort(self.order)])
+        return array.sum(self._repeats).reshape(like.shape).astype(like.dtype)
+
+
+# ---- calls -------------------------------------------------------------------------------------------------------
+
+TARGET = f"normkit_{_typed_core.version}"  # its numbers are those of this version
+
+
+@cache
+def _is_known() -> bool:
+    """True where XLA takes the handlers; registers them."""
+    try:
+        for platform, on_device in (("cpu", False), ("CUDA", True)):
+            jax.ffi.register_ffi_target(TARGET, _core.xla_handler(on_device), platform=platform)
+    except Exception as error:
+        warnings.warn(
+            f"normkit.jax calls normkit through Python, which is slow: JAX {jax.__version__} has a foreign function "
+            f"interface of a version that this normkit does not know ({error})", stacklevel=2,
+        )  # fmt: skip
+        return False
+    return True
+
+
+def execute(call: Call, arrays: Arrays) -> Arrays:
+    """What the call gives. XLA runs it; nothing here can be differentiated or mapped."""
+    outputs = _outputs(call, arrays)
+    numbers, temporaries = describe(call, arrays)
+    if arrays["x"].size == 0:
+        return {n: arrays[n] if n in RUNNING else jnp.zeros(out.shape, out.dtype) for n, out in outputs.items()}
+    if not _is_known():
+        found = jax.pure_callback(partial(_by_python, call), outputs, arrays)
+        return dict(found)
+    names = _core.operands
+    packed = {names[k]: _Packed(dtype_named(dtype), *lies) for k, dtype, *lies in temporaries}
+    given = arrays if "weight" in arrays else arrays | {"weight": jnp.ones((), jnp.float32)}
+    inputs = {
+        name: packed[name].pack(given[name]) if name in packed else array
+        for name, array in given.items()
+        if name in arrays or name in packed
+    }
+    inputs = varying_alike(inputs)
+    results = {
+        name: jax.ShapeDtypeStruct(packed[name].lying, packed[name].dtype) if name in packed else output
+        for name, output in outputs.items()
+        if name not in packed or not packed[name].is_dy
+    }
+    found = jax.ffi.ffi_call(
+        TARGET, list(results.values()),
+        input_output_aliases={[*inputs].index(name): [*results].index(name) for name in RUNNING if name in results},
+    )(
+        *inputs.values(),
+        call=np.array([*numbers, len(inputs), *(names.index(name) for name in (*inputs, *results))], np.int64),
+    )  # fmt: skip
+    by_name = dict(zip(results, found, strict=True))
+    return {
+        name: packed[name].unpack(by_name.get(name, arrays.get("dy")), output) if name in packed else by_name[name]
+        for name, output in outputs.items()
+    }
+
+
+def _by_python(call: Call, arrays: Arrays) -> Arrays:
+    arrays = {name: np.array(a) if name in RUNNING else np.asarray(a) for name, a in arrays.items()}
+    found = _bound(call, arrays)()
+    if call.phase == "moments":
+        return {"moments": found[0]}
+    if call.phase == "backward":
+        order = ("out", "dweight", "dbias", "dslopes")
+        by_name = dict(zip(order, found, strict=False))
+    else:
+        order = tuple(name for name in ("out", "mean", "rstd", "sum") if name in call.wants)
+        by_name = dict(zip(order, found if isinstance(found, tuple) else (found,), strict=True))
+    return {name: arrays[name] if name in RUNNING else by_name[name] for name in call.wants}

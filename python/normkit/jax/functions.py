@@ -1,0 +1,242 @@
+"""The normalizations of normkit as functions of JAX.
+
+They take what the functions of the same names in `normkit` take, in the same order, but for `out`. What is no array is
+known when a call is traced: numbers, axes and names.
+"""
+
+import operator
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from .. import functional as core
+from .._operations import Spec, axes_of
+from .._types import Activation
+from ._transforms import deviation, forward
+from ._xla import RUNNING, Call, compute_dtype, describe, varying_alike
+
+__all__ = ["adaptive_instance_norm", "batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
+
+_run = partial(jax.jit, static_argnums=0, inline=True)(forward)
+_deviation = partial(jax.jit, static_argnums=(0, 1), inline=True)(deviation)
+
+
+def _array(name: str, value: Any) -> Any:
+    if not isinstance(value, jax.Array | np.ndarray | np.generic):
+        raise TypeError(f"{name} is {type(value).__name__}, expected a jax.Array")
+    return jnp.asarray(value)
+
+
+def _call(
+    spec: Spec, return_stats: bool, return_residual: bool, where: Any, *, residual: Any = None, **given: Any
+) -> Any:
+    if where is not None and not isinstance(where, jax.Array | np.ndarray):
+        where = None if where else np.zeros((), np.bool_)
+    if return_residual and residual is None:
+        raise ValueError("residual is None, expected an array like x: return_residual is True")
+    given |= {"where": where, "residual": residual}
+    arrays = {name: _array(name, a) for name, a in given.items() if a is not None or name == "x"}
+    statistics = ("mean", "rstd") if spec.is_centered else ("rstd",)
+    running = tuple(name for name in RUNNING if name in arrays and not spec.frozen)
+    wants = ("out", *statistics * return_stats, *("sum",) * return_residual, *running)
+    call = Call("forward", spec, wants)
+    describe(call, arrays)  # judges what was given
+    found = _run(call, varying_alike(arrays))
+    results = [found[name] if name in ("out", "sum") else jax.lax.stop_gradient(found[name]) for name in wants]
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _spec(
+    kind: str, axes: tuple[int, ...], eps: Any, weight_offset: Any, activation: Any, *, groups: Any = 1,
+    frozen: bool = False, momentum: Any = 0.0,
+) -> tuple[Spec, Any]:  # fmt: skip
+    """All of a call that is no array, and the slopes of an activation that is prelu."""
+    slope = slopes = None
+    if isinstance(activation, tuple | list) and len(activation) == 2:
+        activation, slope = activation
+        if activation == "prelu" and isinstance(slope, jax.Array | np.ndarray):
+            slope, slopes = None, slope
+    for name, number in (("eps", eps), ("weight_offset", weight_offset), ("momentum", momentum), ("slope", slope)):
+        if isinstance(number, jax.core.Tracer):
+            raise TypeError(f"{name} is a tracer, expected a number that is known when the call is traced")
+    axes = tuple(map(operator.index, axes))
+    spec = Spec(
+        kind, axes, operator.index(groups), frozen, eps, momentum, weight_offset, activation or "", slope
+    )  # fmt: skip
+    return spec, slopes
+
+
+def instance_norm(
+    x: jax.Array,
+    weight: Any = None,
+    bias: Any = None,
+    *,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    running_mean: Any = None,
+    running_var: Any = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    return_stats: bool = False,
+    where: Any = None,
+    activation: Activation = None,
+    residual: Any = None,
+    return_residual: bool = False,
+    weight_offset: float = 0.0,
+) -> Any:
+    """`normkit.instance_norm` in JAX: each channel of each image by its own mean and variance.
+
+    Returns y, then what was asked for, in this order: mean and rstd; x + residual; running_mean and running_var as they
+    become, where they were given and `use_input_stats` is true. To gradients all of these but the sum are constants.
+    """
+    spec, slopes = _spec(
+        "instance", (channel_axis,), eps, weight_offset, activation, frozen=not use_input_stats, momentum=momentum
+    )
+    return _call(
+        spec, return_stats, return_residual, where, x=x, weight=weight, bias=bias, residual=residual, slopes=slopes,
+        running_mean=running_mean, running_var=running_var,
+    )  # fmt: skip
+
+
+def group_norm(
+    x: jax.Array,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    *,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    return_stats: bool = False,
+    where: Any = None,
+    activation: Activation = None,
+    residual: Any = None,
+    return_residual: bool = False,
+    weight_offset: float = 0.0,
+) -> Any:
+    """`normkit.group_norm` in JAX: each image over groups of channels.
+
+    Returns y, then what was asked for: mean and rstd, constants to gradients; x + residual.
+    """
+    spec, slopes = _spec("group", (channel_axis,), eps, weight_offset, activation, groups=num_groups)
+    return _call(
+        spec, return_stats, return_residual, where, x=x, weight=weight, bias=bias, residual=residual, slopes=slopes
+    )
+
+
+def layer_norm(
+    x: jax.Array,
+    weight: Any = None,
+    bias: Any = None,
+    *,
+    axis: int | Iterable[int] | None = -1,
+    eps: float = 1e-5,
+    return_stats: bool = False,
+    where: Any = None,
+    activation: Activation = None,
+    residual: Any = None,
+    return_residual: bool = False,
+    weight_offset: float = 0.0,
+) -> Any:
+    """`normkit.layer_norm` in JAX, over any axes.
+
+    Returns y, then what was asked for: mean and rstd, constants to gradients; x + residual.
+    """
+    spec, slopes = _spec("layer", axes_of(x, axis), eps, weight_offset, activation)
+    return _call(
+        spec, return_stats, return_residual, where, x=x, weight=weight, bias=bias, residual=residual, slopes=slopes
+    )
+
+
+def rms_norm(
+    x: jax.Array,
+    weight: Any = None,
+    bias: Any = None,
+    *,
+    axis: int | Iterable[int] | None = -1,
+    eps: float | None = None,
+    return_stats: bool = False,
+    where: Any = None,
+    activation: Activation = None,
+    residual: Any = None,
+    return_residual: bool = False,
+    weight_offset: float = 0.0,
+) -> Any:
+    """`normkit.rms_norm` in JAX: by the root mean square over any axes.
+
+    Returns y, then what was asked for: rstd, a constant to gradients; x + residual.
+    """
+    spec, slopes = _spec("rms", axes_of(x, axis), eps, weight_offset, activation)
+    return _call(
+        spec, return_stats, return_residual, where, x=x, weight=weight, bias=bias, residual=residual, slopes=slopes
+    )
+
+
+def batch_norm(
+    x: jax.Array,
+    weight: Any = None,
+    bias: Any = None,
+    *,
+    running_mean: Any = None,
+    running_var: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    return_stats: bool = False,
+    where: Any = None,
+    activation: Activation = None,
+    residual: Any = None,
+    return_residual: bool = False,
+    weight_offset: float = 0.0,
+) -> Any:
+    """`normkit.batch_norm` in JAX: each channel over the batch, or by its running statistics.
+
+    ``y, mean, var = batch_norm(x, running_mean=mean, running_var=var, training=True)`` is a step of training.
+
+    Returns y, then what was asked for, in this order: mean and rstd; x + residual; running_mean and running_var as they
+    become, where they were given and `training` is true. To gradients all of these but the sum are constants.
+    """
+    spec, slopes = _spec(
+        "batch", (channel_axis,), eps, weight_offset, activation, frozen=not training, momentum=momentum
+    )
+    return _call(
+        spec, return_stats, return_residual, where, x=x, weight=weight, bias=bias, residual=residual, slopes=slopes,
+        running_mean=running_mean, running_var=running_var,
+    )  # fmt: skip
+
+
+def adaptive_instance_norm(
+    content: jax.Array,
+    style: jax.Array,
+    *,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    return_stats: bool = False,
+    where: Any = None,
+    activation: Activation = None,
+    residual: Any = None,
+    return_residual: bool = False,
+) -> Any:
+    """`normkit.adaptive_instance_norm` in JAX, with gradients of content and of style.
+
+    Returns y, then what was asked for: mean and rstd of content, constants to gradients; content + residual.
+    """
+    content, style = _array("content", content), _array("style", style)
+    spec, _ = _spec("instance", (channel_axis,), eps, 0.0, None)
+    with core._called("style"):
+        describe(Call("moments", spec, ("moments",)), {"x": style})
+    if -content.ndim <= channel_axis < content.ndim:
+        found, expected = ((a.shape[0], a.shape[channel_axis]) for a in (style, content))
+        core._check_style(found, expected)
+    std, mean = _deviation(spec, str(np.dtype(compute_dtype(content))), style)
+    if style.shape[0] == 1 != content.shape[0]:
+        std, mean = std[0], mean[0]
+    with core._called("content"):
+        return instance_norm(
+            content, std, mean, eps=eps, channel_axis=channel_axis, return_stats=return_stats, where=where,
+            activation=activation, residual=residual, return_residual=return_residual,
+        )  # fmt: skip
