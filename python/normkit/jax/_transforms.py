@@ -14,7 +14,8 @@ from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
 from .._operations import Frame, Spec
-from ._xla import RUNNING, Arrays, Call, compute_dtype, execute
+from . import _xla
+from ._xla import RUNNING, Arrays, Call, compute_dtype, execute, of_images
 
 LIKE_X = ("x", "dy", "residual", "dresidual")
 GRADIENTS = {"x": "out", "weight": "dweight", "bias": "dbias", "slopes": "dslopes"}
@@ -76,6 +77,30 @@ class _Batch:
             return array.reshape((self.size, *self.own(name[1:]))) if name in GRADIENTS.values() else array
 
         return {name: back(name, array) for name, array in found.items()}
+
+    # ---- a style, which has images ----
+
+    def more_images(self) -> Arrays:
+        """Images are independent: those of all are the images of one call."""
+        size, (count, *rest) = self.size, self.frame.shape
+
+        def merged(array: Any) -> Any:
+            return array.reshape((-1, *array.shape[2:]))
+
+        def seen(name: str) -> Any:
+            if name == "style":
+                styles = self.each(name)
+                return merged(jnp.broadcast_to(styles, (size, count, *styles.shape[2:])))
+            if name in LIKE_X:
+                return merged(self.each(name))
+            if name == "where":
+                return merged(jnp.broadcast_to(self.mask(), (size, count, *rest)))
+            shape = self._aligned(name)
+            array = self.arrays[name].reshape((*self.lead(name, False), *shape))
+            return merged(jnp.broadcast_to(array, (size, count, *shape[1:])))
+
+        found = run(self.call, {name: seen(name) for name in self.arrays})
+        return {name: array.reshape((size, count, *array.shape[1:])) for name, array in found.items()}
 
     # ---- running statistics, which belong to the channels ----
 
@@ -142,7 +167,9 @@ def _mappable(call: Call) -> Any:
     @run.def_vmap
     def _(size: int, batched: Any, arrays: Arrays) -> Any:
         batch = _Batch(call, size, batched[0], arrays)
-        if not arrays.keys() & set(RUNNING):
+        if "style" in arrays:
+            found = batch.more_images()
+        elif not arrays.keys() & set(RUNNING):
             found = batch.general()
         else:
             found = batch.fixed_channels() if batch.has_fixed_channels() else batch.more_channels()
@@ -179,7 +206,7 @@ def _forward_kept(call: Call, primals: Any) -> Any:
     total = ("sum",) if "residual" in arrays else ()
     wants = (*call.wants, *(name for name in statistics + total if name not in call.wants))
     found = forward(call._replace(wants=wants), arrays)  # which is to have gradients of its own
-    kept = {name: arrays[name] for name in ("weight", "bias", "where", "slopes") if name in arrays}
+    kept = {name: arrays[name] for name in ("weight", "bias", "where", "slopes", "style") if name in arrays}
     kept |= {"x": found.get("sum", arrays["x"]), **{name: found[name] for name in statistics}}
     needed = {name: () if primal.perturbed else None for name, primal in primals.items()}  # no arrays, but a structure
     return {name: found[name] for name in call.wants}, (kept, needed)
@@ -190,6 +217,13 @@ def _forward_gradients(call: Call, saved: Any, cotangents: Arrays) -> Any:
     dy, dtotal = cotangents["out"], cotangents.get("sum")
     gradients = dict.fromkeys(needed)
     wanted = {name for name, is_needed in needed.items() if is_needed is not None}
+    if "style" in kept and _is_there(dy):
+        kept = dict(kept)
+        params, pull = jax.vjp(partial(_of_style, call.spec, kept["x"]), kept.pop("style"))
+        inner = needed | dict.fromkeys(params, needed["style"])
+        (found,) = _forward_gradients(call, (kept | params, inner), cotangents)
+        style = pull({name: found[name] for name in params})[0] if "style" in wanted else None
+        return ({name: style if name == "style" else found[name] for name in needed},)
     if not _is_there(dy):
         found = {"out": dtotal} if _is_there(dtotal) else {}
     else:
@@ -201,6 +235,11 @@ def _forward_gradients(call: Call, saved: Any, cotangents: Arrays) -> Any:
         like = kept["x" if name == "residual" else name] if gradient is not None else None
         gradients[name] = None if gradient is None else gradient.astype(like.dtype)
     return (gradients,)
+
+
+def _of_style(spec: Spec, x: Any, style: Any) -> Arrays:
+    dtype = jnp.dtype(compute_dtype(x)).name
+    return of_images(x.shape[0], deviation(spec.axes[0], spec.eps or 0.0, dtype, style))
 
 
 forward.defvjp(_forward_kept, _forward_gradients, symbolic_zeros=True)
@@ -306,40 +345,35 @@ def _normalized(data: Any, mask: Any, frame: Frame, eps: float) -> Any:
 
 
 @lru_cache(1024)
-def _mappable_deviation(spec: Spec, dtype: str) -> Any:
+def _mappable_deviation(axis: int, eps: float, dtype: str) -> Any:
     @custom_vmap
     def run(style: Any) -> Any:
-        with jax.enable_x64(True):  # moments are of float64, whatever JAX is told to have
-            moments = execute(Call("moments", spec, ("moments",)), {"x": style})["moments"]
-            var = moments[..., 1] / jnp.maximum(moments[..., 2], 1)
-            return jnp.sqrt(var + spec.eps).astype(dtype), moments[..., 0].astype(dtype)
+        return _xla.deviation(style, axis, eps, dtype)
 
     @run.def_vmap
     def _(size: int, batched: Any, style: Any) -> Any:
         """Images are independent: those of all are one batch."""
-        axis = spec.axes[0] % (style.ndim - 1)
-        found = _mappable_deviation(spec._replace(axes=(axis,)), dtype)(style.reshape((-1, *style.shape[2:])))
+        found = _mappable_deviation(axis, eps, dtype)(style.reshape((-1, *style.shape[2:])))
         return tuple(s.reshape((size, -1, s.shape[-1])) for s in found), (True, True)
 
     return run
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def deviation(spec: Spec, dtype: str, style: Any) -> Any:
-    """sqrt(var + eps) and the mean of each channel of each image."""
-    return _mappable_deviation(spec, dtype)(style)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def deviation(axis: int, eps: float, dtype: str, style: Any) -> Any:
+    """`_xla.deviation`, which has a gradient here."""
+    return _mappable_deviation(axis, eps, dtype)(style)
 
 
-def _deviation_kept(spec: Spec, dtype: str, style: Any) -> Any:
-    return deviation(spec, dtype, style), style
+def _deviation_kept(axis: int, eps: float, dtype: str, style: Any) -> Any:
+    return deviation(axis, eps, dtype, style), style
 
 
-def _deviation_gradient(spec: Spec, dtype: str, style: Any, cotangents: Any) -> Any:
+def _deviation_gradient(axis: int, eps: float, dtype: str, style: Any, cotangents: Any) -> Any:
     """dstyle = (dmean + style_hat * dstd) / members: an instance norm of style."""
-    if not jnp.issubdtype(style.dtype, jnp.floating):
-        return (None,)
     dstd, dmean = cotangents
     members = max(style.size // max(dstd.size, 1), 1)
+    spec = Spec("instance", (axis,), 1, False, eps, 0.0, 0.0, "", None)
     arrays = {"x": style, "weight": dstd / members, "bias": dmean / members}
     return (forward(Call("forward", spec, ("out",)), arrays)["out"],)
 

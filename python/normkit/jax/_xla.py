@@ -28,7 +28,7 @@ RUNNING = ("running_mean", "running_var")
 class Call(NamedTuple):
     """All of a call that is no array."""
 
-    phase: str  # forward, backward, or moments, which gives the mean and sqrt(var + eps) of each channel of an image
+    phase: str  # forward, backward, or moments
     spec: Spec
     wants: tuple[str, ...]  # the outputs, by the names of the core: `out` is y or dx, `sum` is x + residual
 
@@ -196,15 +196,51 @@ def _is_known() -> bool:
     return True
 
 
+def deviation(style: Any, axis: int, eps: float, dtype: Any) -> tuple[Any, Any]:
+    """sqrt(var + eps) and the mean of each channel of each image, from moments in float64."""
+    call = Call("moments", Spec("instance", (axis,), 1, False, eps, 0.0, 0.0, "", None), ("moments",))
+    if not _is_known():
+        statistics = jax.ShapeDtypeStruct(_outputs(call, {"x": style})["moments"].shape[:-1], dtype)
+
+        def by_python(style: Any) -> Any:
+            moments = core._moments_of_style(np.asarray(style), axis)
+            return moments._deviation(eps).astype(dtype), moments.mean.astype(dtype)
+
+        found: tuple[Any, Any] = jax.pure_callback(by_python, (statistics, statistics), style)
+        return found
+    with jax.enable_x64(True):  # whatever JAX is told to have
+        moments = execute(call, {"x": style})["moments"]
+        var = moments[..., 1] / jnp.maximum(moments[..., 2], 1)
+        return jnp.sqrt(var + eps).astype(dtype), moments[..., 0].astype(dtype)
+
+
+def of_images(images: int, statistics: tuple[Any, Any]) -> Arrays:
+    """The weight and bias that a style gives so many images."""
+    std, mean = statistics
+    return {"weight": std[0], "bias": mean[0]} if len(std) == 1 != images else {"weight": std, "bias": mean}
+
+
 def execute(call: Call, arrays: Arrays) -> Arrays:
-    """What the call gives. XLA runs it; nothing here can be differentiated or mapped."""
+    """What the call gives. XLA runs it; nothing here can be differentiated or mapped.
+
+    A style in the place of weight and bias has its own deviation for them, in float64, as `adaptive_instance_norm` has.
+    """
+    if "style" not in arrays:
+        return _execute(call, arrays)
+    with jax.enable_x64(True):
+        arrays = dict(arrays)
+        statistics = deviation(arrays.pop("style"), call.spec.axes[0], call.spec.eps or 0.0, jnp.float64)
+        return _execute(call, arrays | of_images(arrays["x"].shape[0], statistics))
+
+
+def _execute(call: Call, arrays: Arrays) -> Arrays:
     outputs = _outputs(call, arrays)
     numbers, temporaries = describe(call, arrays)
+    along = frozenset[Any]().union(*map(_varying, arrays.values()))
     if arrays["x"].size == 0:
         return {n: arrays[n] if n in RUNNING else jnp.zeros(out.shape, out.dtype) for n, out in outputs.items()}
     if not _is_known():
-        found = jax.pure_callback(partial(_by_python, call), outputs, arrays)
-        return dict(found)
+        return varying_alike(jax.pure_callback(partial(_by_python, call), outputs, arrays), along)
     names = _core.operands
     packed = {names[k]: _Packed(dtype_named(dtype), *lies) for k, dtype, *lies in temporaries}
     given = arrays if "weight" in arrays else arrays | {"weight": jnp.ones((), jnp.float32)}
@@ -213,7 +249,7 @@ def execute(call: Call, arrays: Arrays) -> Arrays:
         for name, array in given.items()
         if name in arrays or name in packed
     }
-    inputs = varying_alike(inputs)
+    inputs = varying_alike(inputs, along)
     results = {
         name: jax.ShapeDtypeStruct(packed[name].lying, packed[name].dtype) if name in packed else output
         for name, output in outputs.items()
@@ -227,10 +263,11 @@ def execute(call: Call, arrays: Arrays) -> Arrays:
         call=np.array([*numbers, len(inputs), *(names.index(name) for name in (*inputs, *results))], np.int64),
     )  # fmt: skip
     by_name = dict(zip(results, found, strict=True))
-    return {
+    found = {
         name: packed[name].unpack(by_name.get(name, arrays.get("dy")), output) if name in packed else by_name[name]
         for name, output in outputs.items()
     }
+    return varying_alike(found, along)
 
 
 def _by_python(call: Call, arrays: Arrays) -> Arrays:

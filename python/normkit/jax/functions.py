@@ -16,13 +16,12 @@ from jax import numpy as jnp
 from .. import functional as core
 from .._operations import Spec, axes_of
 from .._types import Activation
-from ._transforms import deviation, forward
-from ._xla import RUNNING, Call, compute_dtype, describe, varying_alike
+from ._transforms import forward
+from ._xla import RUNNING, Call, describe, varying_alike
 
 __all__ = ["adaptive_instance_norm", "batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
 _run = partial(jax.jit, static_argnums=0, inline=True)(forward)
-_deviation = partial(jax.jit, static_argnums=(0, 1), inline=True)(deviation)
 
 
 def _array(name: str, value: Any) -> Any:
@@ -44,7 +43,7 @@ def _call(
     running = tuple(name for name in RUNNING if name in arrays and not spec.frozen)
     wants = ("out", *statistics * return_stats, *("sum",) * return_residual, *running)
     call = Call("forward", spec, wants)
-    describe(call, arrays)  # judges what was given
+    describe(call, {name: a for name, a in arrays.items() if name != "style"})  # judges what was given
     found = _run(call, varying_alike(arrays))
     results = [found[name] if name in ("out", "sum") else jax.lax.stop_gradient(found[name]) for name in wants]
     return results[0] if len(results) == 1 else tuple(results)
@@ -226,17 +225,13 @@ def adaptive_instance_norm(
     Returns y, then what was asked for: mean and rstd of content, constants to gradients; content + residual.
     """
     content, style = _array("content", content), _array("style", style)
-    spec, _ = _spec("instance", (channel_axis,), eps, 0.0, None)
+    spec, slopes = _spec("instance", (channel_axis,), eps, 0.0, activation)
     with core._called("style"):
         describe(Call("moments", spec, ("moments",)), {"x": style})
     if -content.ndim <= channel_axis < content.ndim:
         found, expected = ((a.shape[0], a.shape[channel_axis]) for a in (style, content))
         core._check_style(found, expected)
-    std, mean = _deviation(spec, str(np.dtype(compute_dtype(content))), style)
-    if style.shape[0] == 1 != content.shape[0]:
-        std, mean = std[0], mean[0]
     with core._called("content"):
-        return instance_norm(
-            content, std, mean, eps=eps, channel_axis=channel_axis, return_stats=return_stats, where=where,
-            activation=activation, residual=residual, return_residual=return_residual,
-        )  # fmt: skip
+        return _call(
+            spec, return_stats, return_residual, where, x=content, style=style, residual=residual, slopes=slopes
+        )
