@@ -48,6 +48,7 @@ nb::object python_module(const char* name) { return nb::module_::import_(name); 
       nb::str(nb::handle(reinterpret_cast<PyObject*>(Py_TYPE(array.ptr()))).attr("__name__")).c_str();
   const bool vowel = std::strchr("aeiouAEIOU", type[0]) != nullptr;
   const std::string library = arrays::library_of(array).name, named(name);
+  if (library == "jax") python_module("normkit._memory").attr("readable")(name, array, false);  // refuses tracers
   std::string way;
   if (library == "pandas") way = ": pass " + named + ".to_numpy()";
   if (library == "xarray")

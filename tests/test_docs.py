@@ -61,8 +61,9 @@ def test_page(page, number, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name):
-    if name.startswith("normkit.torch"):
-        pytest.importorskip("torch", reason="PyTorch is not installed")
+    for library in ("torch", "jax"):
+        if name.startswith(f"normkit.{library}"):
+            pytest.importorskip(library, reason=f"{library} is not installed")
     module = importlib.import_module(name)
     found = doctest.testmod(module, optionflags=DOCTEST)
     assert found.failed == 0

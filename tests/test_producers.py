@@ -165,7 +165,7 @@ def test_a_tracer_of_jax(monkeypatch):
     class DynamicJaxprTracer(Tracer):
         pass
 
-    with pytest.raises(TypeError, match="x is a DynamicJaxprTracer of JAX, expected an array that holds values: call"):
+    with pytest.raises(TypeError, match="x is a DynamicJaxprTracer of JAX, expected an array that holds values: use"):
         normkit.instance_norm(DynamicJaxprTracer())
 
 

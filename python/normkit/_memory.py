@@ -47,8 +47,8 @@ def readable(name: str, array: Any, is_written: bool) -> Any:
     jax = sys.modules.get("jax")
     if library == "jax" and jax is not None and isinstance(array, jax.core.Tracer):
         raise TypeError(
-            f"{name} is a {type(array).__name__} of JAX, expected an array that holds values: call normkit outside of "
-            "jit, grad and vmap, or through jax.pure_callback"
+            f"{name} is a {type(array).__name__} of JAX, expected an array that holds values: use normkit.jax, "
+            "whose functions jit, grad, vmap and shard_map know"
         )
     return array
 

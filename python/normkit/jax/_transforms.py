@@ -206,7 +206,7 @@ def _forward_kept(call: Call, primals: Any) -> Any:
     total = ("sum",) if "residual" in arrays else ()
     wants = (*call.wants, *(name for name in statistics + total if name not in call.wants))
     found = forward(call._replace(wants=wants), arrays)  # which is to have gradients of its own
-    kept = {name: arrays[name] for name in ("weight", "bias", "where", "slopes", "style") if name in arrays}
+    kept: Arrays = {name: arrays[name] for name in ("weight", "bias", "where", "slopes", "style") if name in arrays}
     kept |= {"x": found.get("sum", arrays["x"]), **{name: found[name] for name in statistics}}
     needed = {name: () if primal.perturbed else None for name, primal in primals.items()}  # no arrays, but a structure
     return {name: found[name] for name in call.wants}, (kept, needed)
@@ -215,7 +215,7 @@ def _forward_kept(call: Call, primals: Any) -> Any:
 def _forward_gradients(call: Call, saved: Any, cotangents: Arrays) -> Any:
     kept, needed = saved
     dy, dtotal = cotangents["out"], cotangents.get("sum")
-    gradients = dict.fromkeys(needed)
+    gradients: Arrays = dict.fromkeys(needed)
     wanted = {name for name, is_needed in needed.items() if is_needed is not None}
     if "style" in kept and _is_there(dy):
         kept = dict(kept)
@@ -232,8 +232,8 @@ def _forward_gradients(call: Call, saved: Any, cotangents: Arrays) -> Any:
         found = backward(Call("backward", call.spec, tuple(GRADIENTS[name] for name in names)), arrays)
     for name in wanted:
         gradient = found.get("out" if name == "residual" else GRADIENTS.get(name, ""))
-        like = kept["x" if name == "residual" else name] if gradient is not None else None
-        gradients[name] = None if gradient is None else gradient.astype(like.dtype)
+        if gradient is not None:  # that of bias has the dtype of weight
+            gradients[name] = gradient.astype(kept["x" if name == "residual" else name].dtype)
     return (gradients,)
 
 
@@ -257,7 +257,7 @@ def _backward_kept(call: Call, primals: Any) -> Any:
 
 def _backward_gradients(call: Call, arrays: Arrays, seconds: Arrays) -> Any:
     """By jnp. mean and rstd are functions of x, and have their gradients there."""
-    gradients = dict.fromkeys(arrays)
+    gradients: Arrays = dict.fromkeys(arrays)
     if not any(map(_is_there, seconds.values())):
         return (gradients,)
     given = {name: arrays[name] for name in GRADIENTS if name in arrays}
@@ -269,7 +269,7 @@ def _backward_gradients(call: Call, arrays: Arrays, seconds: Arrays) -> Any:
     _, pull = jax.vjp(first, arrays["dy"], given)
 
     def second(name: str) -> Any:
-        cotangent = seconds.get(GRADIENTS[name])
+        cotangent: Any = seconds.get(GRADIENTS[name])
         like = given[name]
         return cotangent.astype(like.dtype) if _is_there(cotangent) else jnp.zeros_like(like)
 

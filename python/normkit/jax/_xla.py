@@ -6,7 +6,6 @@ is there is in a dict.
 
 import math
 import warnings
-from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -36,7 +35,7 @@ class Call(NamedTuple):
 # ---- the core's functions ----------------------------------------------------------------------------------------
 
 
-def _bound(call: Call, arrays: Arrays) -> Callable[[], Any]:
+def _bound(call: Call, arrays: Arrays) -> partial[Any]:
     """The call of the core on arrays of NumPy; running statistics would be updated in place."""
     spec, arrays = call.spec, dict(arrays)
     if call.phase == "moments":
@@ -275,10 +274,8 @@ def _by_python(call: Call, arrays: Arrays) -> Arrays:
     found = _bound(call, arrays)()
     if call.phase == "moments":
         return {"moments": found[0]}
-    if call.phase == "backward":
-        order = ("out", "dweight", "dbias", "dslopes")
-        by_name = dict(zip(order, found, strict=False))
-    else:
-        order = tuple(name for name in ("out", "mean", "rstd", "sum") if name in call.wants)
-        by_name = dict(zip(order, found if isinstance(found, tuple) else (found,), strict=True))
+    order = ["out", "dweight", "dbias", "dslopes"]
+    if call.phase == "forward":
+        order = [name for name in ("out", "mean", "rstd", "sum") if name in call.wants]
+    by_name = dict(zip(order, found if isinstance(found, tuple) else (found,), strict=False))
     return {name: arrays[name] if name in RUNNING else by_name[name] for name in call.wants}

@@ -17,7 +17,7 @@ from .. import functional as core
 from .._operations import Spec, axes_of
 from .._types import Activation
 from ._transforms import forward
-from ._xla import RUNNING, Call, describe, varying_alike
+from ._xla import RUNNING, Call, compute_dtype, describe, varying_alike
 
 __all__ = ["adaptive_instance_norm", "batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
@@ -37,8 +37,11 @@ def _call(
         where = None if where else np.zeros((), np.bool_)
     if return_residual and residual is None:
         raise ValueError("residual is None, expected an array like x: return_residual is True")
-    given |= {"where": where, "residual": residual}
-    arrays = {name: _array(name, a) for name, a in given.items() if a is not None or name == "x"}
+    given |= {"where": where, "residual": residual, "x": _array("x", given["x"])}
+    if spec.activation == "prelu" and spec.slope is not None:
+        given["slopes"] = np.asarray(spec.slope, compute_dtype(given["x"]))
+        spec = spec._replace(slope=None)
+    arrays = {name: _array(name, a) for name, a in given.items() if a is not None}
     statistics = ("mean", "rstd") if spec.is_centered else ("rstd",)
     running = tuple(name for name in RUNNING if name in arrays and not spec.frozen)
     wants = ("out", *statistics * return_stats, *("sum",) * return_residual, *running)
