@@ -146,9 +146,10 @@ Error* failure(const CallFrame& frame, int code, const char* message) {
 
 template <bool on_device> Error* handle(CallFrame* frame) {
   if (frame->extensions && frame->extensions->type == kMetadata) {
-    // XLA refuses versions that it does not know: it is told its own, or the newest of those that are known here.
+    // XLA refuses versions that it does not know: it is told its own, or the newest of those that are known here. It says
+    // which is its own since 0.2.
     Version& told = reinterpret_cast<MetadataExtension*>(frame->extensions)->metadata->version;
-    const Version& its = frame->api->version;
+    const Version its = frame->api ? frame->api->version : Version{0, nullptr, kMajor, kOldestMinor};
     const bool known = its.major == kMajor && its.minor >= kOldestMinor && its.minor < kNewestMinor;
     told.major = kMajor, told.minor = known ? its.minor : kNewestMinor;
     return nullptr;

@@ -674,7 +674,7 @@ class Runtime:
     def version(self):
         metadata = Metadata()
         extension = Extension(ctypes.sizeof(Extension), 1, None, ctypes.pointer(metadata))
-        frame = Frame(next=ctypes.addressof(extension), api=ctypes.pointer(self.api))
+        frame = Frame(next=ctypes.addressof(extension), api=self.api and ctypes.pointer(self.api))
         assert self.handler(frame) is None
         return metadata.version.major, metadata.version.minor
 
@@ -703,6 +703,9 @@ def test_the_version_that_handlers_tell():
     for on_device in (False, True):
         for version, told in (((0, 1), 1), ((0, 2), 2), ((0, 3), 3), ((0, 4), 3), ((0, 0), 3), ((1, 1), 3)):
             assert Runtime(on_device, version).version() == (0, told)
+        runtime = Runtime(on_device)
+        runtime.api = None  # so are calls of 0.1
+        assert runtime.version() == (0, 1)
 
 
 @pytest.mark.parametrize("name", ["group", "batch"])

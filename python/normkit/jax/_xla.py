@@ -67,15 +67,15 @@ def _stand_in(shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
 
 
 @lru_cache(1024)
-def _described(call: Call, avals: tuple[tuple[str, tuple[int, ...], str], ...]) -> Any:
-    arrays = {name: _stand_in(shape, dtype) for name, shape, dtype in avals}
+def _described(call: Call, avals: tuple[tuple[str, tuple[int, ...], Any], ...]) -> Any:
+    arrays = {name: _stand_in(shape, str(dtype)) for name, shape, dtype in avals}
     bound = _bound(call, arrays)
     return _core.description(bound.func, *bound.args, **bound.keywords)
 
 
 def describe(call: Call, arrays: Arrays) -> Any:
     """The numbers that the handler reads, and what has to be packed. Raises what the call itself would raise."""
-    return _described(call, tuple((name, tuple(a.shape), str(a.dtype)) for name, a in arrays.items()))
+    return _described(call, tuple((name, a.shape, a.dtype) for name, a in arrays.items()))
 
 
 # ---- outputs -----------------------------------------------------------------------------------------------------
@@ -184,6 +184,7 @@ TARGET = f"normkit_{_typed_core.version}"  # its numbers are those of this versi
 def _is_known() -> bool:
     """True where XLA takes the handlers; registers them."""
     try:
+        jax.devices()  # what is registered before there are any is judged when they come
         for platform, on_device in (("cpu", False), ("CUDA", True)):
             jax.ffi.register_ffi_target(TARGET, _core.xla_handler(on_device), platform=platform)
     except Exception as error:

@@ -25,7 +25,9 @@ _run = partial(jax.jit, static_argnums=0, inline=True)(forward)
 
 
 def _array(name: str, value: Any) -> Any:
-    if not isinstance(value, jax.Array | np.ndarray | np.generic):
+    if isinstance(value, jax.Array):
+        return value
+    if not isinstance(value, np.ndarray | np.generic):
         raise TypeError(f"{name} is {type(value).__name__}, expected a jax.Array")
     return jnp.asarray(value)
 
