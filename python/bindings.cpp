@@ -107,7 +107,7 @@ NB_MODULE(_core, m) {
   nb::list operands;
   for (const normkit::OperandRow& row : normkit::kOperandTable) operands.append(row.name);
   m.attr("operands") = nb::tuple(operands);
-  m.def("xla_handler", &xla::handler, "on_device"_a);
+  m.attr("xla_handlers") = xla::handlers();
   m.def("is_number", &arrays::is_number, "value"_a.none());
   m.def("views", &calls::views, "arrays"_a);
   m.def("forget_plans", &calls::forget_plans);

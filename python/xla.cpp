@@ -1,11 +1,12 @@
 #include "xla.hpp"
 
+#include <array>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <exception>
 #include <span>
-#include <type_traits>
 #include <vector>
 
 #include "cuda.hpp"
@@ -27,20 +28,43 @@ using normkit::Spec;
 
 // ---- a call as numbers -------------------------------------------------------------------------------------------
 
+/// Everything of a call that is no array, in words of 8 bytes.
 struct Call {
-  Op op;
-  OperandMask wanted;
-  Spec spec;
-
-  /// Calls f with everything of a call that is no array.
-  template <class F> void each(F f) {
-    f(op), f(wanted);
-    f(spec.reduce_axes), f(spec.centered), f(spec.eps), f(spec.use_input_stats), f(spec.momentum);
-    f(spec.weight_offset), f(spec.activation.kind), f(spec.activation.parameter);
-    for (normkit::AxisMask& axes : spec.param_axes) f(axes);
-    f(spec.param_forms), f(spec.channel_axis), f(spec.num_groups);
-  }
+  std::int64_t op, wanted, reduce_axes, centered, use_input_stats, activation, param_axes[3], param_forms, channel_axis,
+      num_groups;
+  double eps, momentum, weight_offset, parameter;
 };
+constexpr int kDtypes = static_cast<int>(normkit::Dtype::other);
+constexpr std::int64_t kWords = sizeof(Call) / sizeof(std::int64_t);
+
+Call call_of(const Spec& s, Op op, OperandMask wanted) {
+  const auto axes = [&](int form) { return static_cast<std::int64_t>(s.param_axes[form]); };
+  return {static_cast<std::int64_t>(op),
+          wanted,
+          static_cast<std::int64_t>(s.reduce_axes),
+          s.centered,
+          s.use_input_stats,
+          static_cast<std::int64_t>(s.activation.kind),
+          {axes(0), axes(1), axes(2)},
+          s.param_forms,
+          s.channel_axis,
+          s.num_groups,
+          s.eps,
+          s.momentum,
+          s.weight_offset,
+          s.activation.parameter};
+}
+
+Spec spec_of(const Call& c) {
+  Spec s;
+  s.reduce_axes = static_cast<normkit::AxisMask>(c.reduce_axes), s.centered = c.centered != 0, s.eps = c.eps;
+  s.use_input_stats = c.use_input_stats != 0, s.momentum = c.momentum, s.weight_offset = c.weight_offset;
+  s.activation = {static_cast<normkit::ActivationKind>(c.activation), c.parameter};
+  for (int form = 0; form < 3; ++form) s.param_axes[form] = static_cast<normkit::AxisMask>(c.param_axes[form]);
+  s.param_forms = static_cast<int>(c.param_forms), s.channel_axis = static_cast<int>(c.channel_axis);
+  s.num_groups = c.num_groups;
+  return s;
+}
 
 class Reader {
  public:
@@ -53,10 +77,10 @@ class Reader {
     numbers_ = numbers_.subspan(first.size());
     return first;
   }
-  int operand() {
-    const std::int64_t k = next();
-    if (k < 0 || k >= normkit::kOperands) refuse();
-    return static_cast<int>(k);
+  int below(int limit) {
+    const std::int64_t number = next();
+    if (number < 0 || number >= limit) refuse();
+    return static_cast<int>(number);
   }
   [[noreturn]] static void refuse() { normkit::value_error("these are not the numbers of a call of this normkit"); }
 
@@ -66,27 +90,24 @@ class Reader {
 
 /// The plan of a GPU, which packs arrays whole and gathers nothing: all that is packed is packed by XLA. No array has an
 /// address yet; they lie apart from each other.
-Plan planned(Args args, const Call& call) {
+Plan planned(Args& args, const Spec& spec, Op op, OperandMask wanted) {
   for (int k = 0; k < normkit::kOperands; ++k)
     (args.*kOperandTable[k].array).data = reinterpret_cast<std::byte*>(static_cast<std::uintptr_t>(k + 1) << 58);
-  return normkit::plan(args, call.spec, call.op, call.wanted, false);
+  return normkit::plan(args, spec, op, wanted, false);
 }
 
 Plan read(Reader& reader) {
   Call call;
-  call.each([&](auto& value) {
-    using T = std::remove_reference_t<decltype(value)>;
-    const std::int64_t number = reader.next();
-    if constexpr (std::is_same_v<T, double>) value = std::bit_cast<double>(number);
-    else value = static_cast<T>(number);
-  });
+  std::memcpy(&call, reader.span(kWords).data(), sizeof(call));
+  if (call.op < 0 || call.op > static_cast<int>(Op::apply_backward)) Reader::refuse();
+  if (call.activation < 0 || call.activation >= normkit::kActivationKinds) Reader::refuse();
   Args args;
   for (std::int64_t left = reader.next(); left > 0; --left) {
-    Array& a = args.*kOperandTable[reader.operand()].array;
-    a.dtype = static_cast<normkit::Dtype>(reader.next()), a.present = true;
+    Array& a = args.*kOperandTable[reader.below(normkit::kOperands)].array;
+    a.dtype = static_cast<normkit::Dtype>(reader.below(kDtypes)), a.present = true;
     a.shape = reader.span(reader.next());
   }
-  return planned(args, call);
+  return planned(args, spec_of(call), static_cast<Op>(call.op), static_cast<OperandMask>(call.wanted));
 }
 
 // ---- handlers ----------------------------------------------------------------------------------------------------
@@ -127,16 +148,15 @@ void execute(const CallFrame& frame, bool on_device) {
   const Numbers& given = *static_cast<const Numbers*>(attributes.values[0]);
   if (given.dtype != kInt64) Reader::refuse();
   Reader reader({static_cast<const std::int64_t*>(given.data), given.count});
-  const Plan plan = read(reader);
+  Plan plan = read(reader);
   Addresses at{};
   if (reader.next() != frame.arguments.count) Reader::refuse();
   for (const Buffers* buffers : {&frame.arguments, &frame.results})
     for (std::int64_t k = 0; k < buffers->count; ++k)
-      at[reader.operand()] = static_cast<std::byte*>(buffers->buffers[k]->data);
-  normkit::Job job = plan.job;
-  normkit::point(job, plan.op, at);
-  if (on_device) run_on_device(frame, job);
-  else memory::run_as_it_is(job);
+      at[reader.below(normkit::kOperands)] = static_cast<std::byte*>(buffers->buffers[k]->data);
+  normkit::point(plan.job, plan.op, at);
+  if (on_device) run_on_device(frame, plan.job);
+  else memory::run_as_it_is(plan.job);
 }
 
 Error* failure(const CallFrame& frame, int code, const char* message) {
@@ -144,7 +164,7 @@ Error* failure(const CallFrame& frame, int code, const char* message) {
   return frame.api->create_error(&made);
 }
 
-template <bool on_device> Error* handle(CallFrame* frame) {
+Error* handle(CallFrame* frame, bool on_device) {
   if (frame->extensions && frame->extensions->type == kMetadata) {
     // XLA refuses versions that it does not know: it is told its own, or the newest of those that are known here. It says
     // which is its own since 0.2.
@@ -176,31 +196,32 @@ nb::object tuple_of(const normkit::Extents& numbers, int count) {
 }  // namespace
 
 nb::object description(Args args, const Spec& spec, Op op, OperandMask wanted) {
-  Call call{op, wanted, spec};
-  nb::list numbers, packed, arrays;
-  call.each([&](const auto& value) {
-    using T = std::remove_cvref_t<decltype(value)>;
-    if constexpr (std::is_same_v<T, double>) numbers.append(std::bit_cast<std::int64_t>(value));
-    else numbers.append(static_cast<std::int64_t>(value));
-  });
+  nb::list numbers, packed;
+  const auto put = [&](std::int64_t number) { numbers.append(number); };
+  const auto words = std::bit_cast<std::array<std::int64_t, kWords>>(call_of(spec, op, wanted));
+  for (const std::int64_t word : words) put(word);
   std::int64_t count = 0;
+  for (const normkit::OperandRow& row : kOperandTable) count += (args.*row.array).present;
+  put(count);
   for (int k = 0; k < normkit::kOperands; ++k) {
     Array& a = args.*kOperandTable[k].array;
     if (!a.present) continue;
-    ++count, a.strides = {};
-    arrays.append(k), arrays.append(static_cast<std::int64_t>(a.dtype)), arrays.append(a.ndim());
-    for (const std::int64_t extent : a.shape) arrays.append(extent);
+    a.strides = {};
+    put(k), put(static_cast<std::int64_t>(a.dtype)), put(a.ndim());
+    for (const std::int64_t extent : a.shape) put(extent);
   }
-  numbers.append(count);
-  numbers.extend(arrays);
-  for (const normkit::Temporary& t : planned(args, call).temporaries)
+  for (const normkit::Temporary& t : planned(args, spec, op, wanted).temporaries)
     packed.append(nb::make_tuple(static_cast<int>(t.operand), normkit::name_of(t.dtype), tuple_of(t.shape, t.ndim),
                                  tuple_of(t.strides, t.ndim), tuple_of(t.seen_strides, t.ndim)));
   return nb::make_tuple(numbers, packed);
 }
 
-nb::object handler(bool on_device) {
-  return nb::capsule(reinterpret_cast<void*>(on_device ? &handle<true> : &handle<false>), "xla._CUSTOM_CALL_TARGET");
+nb::object handlers() {
+  const auto capsule = [](Handler* handler) {
+    return nb::capsule(reinterpret_cast<void*>(handler), "xla._CUSTOM_CALL_TARGET");
+  };
+  return nb::make_tuple(capsule([](CallFrame* frame) { return handle(frame, false); }),
+                        capsule([](CallFrame* frame) { return handle(frame, true); }));
 }
 
 }  // namespace xla

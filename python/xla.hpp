@@ -15,10 +15,10 @@ namespace nb = nanobind;
 /// Returns ([number, ...], [(operand, dtype, shape, strides, seen_strides), ...]).
 nb::object description(normkit::Args args, const normkit::Spec& spec, normkit::Op op, normkit::OperandMask wanted);
 
-/// The handlers, as capsules that jax.ffi.register_ffi_target takes.
+/// The handlers of the CPU and of CUDA, as capsules that jax.ffi.register_ffi_target takes.
 ///
 /// A handler has one attribute: the numbers of a description; how many arguments there are; the operands that arguments
 /// and then results stand for. Running statistics are arguments and results in one memory.
-nb::object handler(bool on_device);
+nb::object handlers();
 
 }  // namespace xla

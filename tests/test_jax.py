@@ -525,7 +525,7 @@ def test_other_numbers_are_refused(rng):
         return target(x, call=np.array(numbers, np.int64), **more)
 
     same_bits([called(right)], [normkit.layer_norm(x)])
-    wrong = [right[:5], [], [*right[:-1], 99], [*right[:-3], 2, *right[-2:]]]
+    wrong = [right[:5], [], [*right[:-1], 99], [*right[:-3], 2, *right[-2:]], [6, *right[1:]], [-1, *right[1:]]]
     for numbers in wrong:
         with pytest.raises(jax.errors.JaxRuntimeError, match="these are not the numbers of a call of this normkit"):
             called(numbers).block_until_ready()
@@ -642,7 +642,7 @@ class Runtime:
     def __init__(self, on_device, version=(0, 3)):
         get = ctypes.pythonapi.PyCapsule_GetPointer
         get.restype, get.argtypes = POINTER, [ctypes.py_object, ctypes.c_char_p]
-        address = get(_xla._core.xla_handler(on_device), b"xla._CUSTOM_CALL_TARGET")
+        address = get(_xla._core.xla_handlers[on_device], b"xla._CUSTOM_CALL_TARGET")
         self.handler = ctypes.CFUNCTYPE(POINTER, ctypes.POINTER(Frame))(address)
         self.asked, self.complaint, self.held, self.fails = [], None, {}, None
         self.api = Api(version=Version(0, None, *version), create_error=COMPLAIN(self.create_error))

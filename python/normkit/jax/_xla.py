@@ -185,8 +185,8 @@ def _is_known() -> bool:
     """True where XLA takes the handlers; registers them."""
     try:
         jax.devices()  # what is registered before there are any is judged when they come
-        for platform, on_device in (("cpu", False), ("CUDA", True)):
-            jax.ffi.register_ffi_target(TARGET, _core.xla_handler(on_device), platform=platform)
+        for platform, handler in zip(("cpu", "CUDA"), _core.xla_handlers, strict=True):
+            jax.ffi.register_ffi_target(TARGET, handler, platform=platform)
     except Exception as error:
         warnings.warn(
             f"normkit.jax calls normkit through Python, which is slow: JAX {jax.__version__} has a foreign function "
