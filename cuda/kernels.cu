@@ -28,8 +28,6 @@ template <class X, class F> auto with_kernel(const Work& work, F f) {
   if constexpr (kMany) {
     if (special == Special::along) return with_runs<X, Special::along>(direction, f);
     if (special == Special::none) return with_runs<X, Special::none>(direction, f);
-  } else if (special == Special::none && direction == Direction::forward) {
-    return f(Type<RunsForward<X, Special::none>>{});
   }
   return with_runs<X, Special::anything>(direction, f);
 }
