@@ -103,7 +103,6 @@ NB_MODULE(_core, m) {
   m.def("function", [type = function::new_type()](nb::handle python, const char* op, const char* kind, nb::dict fixed) {
     return calls::function(type, python, op, kind, fixed);
   }, "python"_a, "op"_a, "kind"_a, "fixed"_a);
-  m.def("description", &calls::description, "function"_a, "args"_a, "options"_a);
   nb::list operands;
   for (const normkit::OperandRow& row : normkit::kOperandTable) operands.append(row.name);
   m.attr("operands") = nb::tuple(operands);

@@ -321,7 +321,6 @@ nb::object run(const Plan& plan, Addresses& at, PyObject* const* values, const M
 // ---- a function --------------------------------------------------------------------------------------------------
 
 std::int64_t epoch = 0;
-bool describes_next = false;  // the next call is not to run, see description()
 
 /// True where a mask is True itself, of Python or of NumPy: all elements are members, as without a mask.
 bool is_every(nb::handle where) {
@@ -343,14 +342,7 @@ class Function final : public function::Body {
   }
 
   nb::object call(PyObject** values) override {
-    for (const auto& [slot, name] : flags_)
-      if (!PyBool_Check(values[slot])) values[slot] = truth(name, values[slot]);
-    const auto mean = take_moments(values);
-    if (values[options::kCenter] == Py_None)
-      values[options::kCenter] = values[normkit::kMean] == Py_None ? Py_False : Py_True;
-    if (is_every(values[normkit::kWhere])) values[normkit::kWhere] = Py_None;
-    const nb::object slopes = options::take_slopes(values);
-    if (describes_next) return plan_and_run(values, nullptr);
+    const Held held = prepare(values);
     recent::Key key;
     Addresses at{};
     for (const OperandIndex k : arrays_) {
@@ -363,7 +355,29 @@ class Function final : public function::Body {
     return plan_and_run(values, &key);
   }
 
+  /// xla::description() of a call on NumPy's arrays, which are dense; their memory is not looked at.
+  nb::object describe(PyObject** values) override {
+    const Held held = prepare(values);
+    return plan_and_run(values, nullptr, {}, true);
+  }
+
  private:
+  /// What values that were changed borrow.
+  struct Held {
+    std::pair<nb::object, nb::object> moments;
+    nb::object slopes;
+  };
+  Held prepare(PyObject** values) const {
+    for (const auto& [slot, name] : flags_)
+      if (!PyBool_Check(values[slot])) values[slot] = truth(name, values[slot]);
+    Held held{take_moments(values), {}};
+    if (values[options::kCenter] == Py_None)
+      values[options::kCenter] = values[normkit::kMean] == Py_None ? Py_False : Py_True;
+    if (is_every(values[normkit::kWhere])) values[normkit::kWhere] = Py_None;
+    held.slopes = options::take_slopes(values);
+    return held;
+  }
+
   /// In a phase, Moments in the place of a mean become arrays of the call, which are returned: `values` borrow them.
   std::pair<nb::object, nb::object> take_moments(PyObject** values) const {
     const nb::handle given = values[normkit::kMean];
@@ -431,10 +445,10 @@ class Function final : public function::Body {
     return plan_and_run(values, &key, std::move(held));
   }
 
-  /// Plans and runs a call. `key`: by which a like call will find the plan; may be null. `held` keeps alive the objects
-  /// that the key names, beside options.
+  /// Plans and runs a call, or describes it alone. `key`: by which a like call will find the plan; may be null. `held`
+  /// keeps alive the objects that the key names, beside options.
   [[gnu::noinline]] nb::object plan_and_run(PyObject* const* values, const recent::Key* key,
-                                            std::vector<nb::object> held = {}) {
+                                            std::vector<nb::object> held = {}, bool describes = false) {
     Arrays whose("x", values[normkit::kX]);
     const auto is_number = [&](OperandIndex k) {
       const OperandRow& row = kOperandTable[k];
@@ -466,7 +480,7 @@ class Function final : public function::Body {
     args.out_dtype = options::dtype_named(values[options::kOutDtype]);
     args.share_elements = share_elements;
     if (!spec.centered) args.mean = args.mean_low = {};
-    if (std::exchange(describes_next, false)) return xla::description(args, spec, op_, wanted);
+    if (describes) return xla::description(args, spec, op_, wanted);
     const Plan plan = normkit::plan(args, spec, op_, wanted, !whose.is_on_device());
     if (key) keep(*key, values, plan, args, views, std::move(held));
     Addresses at{};
@@ -537,14 +551,6 @@ nb::object function(nb::handle type, nb::handle python, const char* op, const ch
     return slot;
   });
   return function::make(type, python, std::move(arguments), std::move(body));
-}
-
-nb::object description(nb::handle function, nb::args args, nb::kwargs options) {
-  describes_next = true;
-  const struct Reset {
-    ~Reset() { describes_next = false; }
-  } reset;
-  return function(*args, **options);
 }
 
 nb::object views(nb::kwargs arrays) {

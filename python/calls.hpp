@@ -16,10 +16,6 @@ namespace nb = nanobind;
 /// options.hpp's kinds; `fixed`: options that the signature does not have, and their values.
 nb::object function(nb::handle type, nb::handle python, const char* op, const char* kind, nb::dict fixed);
 
-/// Calls such a function to no effect: returns xla::description() of the call in place of its results. Arrays are NumPy's and
-/// dense; their memory is not looked at.
-nb::object description(nb::handle function, nb::args args, nb::kwargs options);
-
 /// Takes arrays of one library and device, by name. Returns them as the arrays that Python code computes with, of NumPy
 /// or of a GPU, and the object of _memory.py or _cuda.py that makes arrays of that library of such arrays.
 nb::object views(nb::kwargs arrays);

@@ -37,12 +37,15 @@ PyObject* refuse(PyObject* python, PyObject* const* args, Py_ssize_t count, PyOb
   return nullptr;
 }
 
+using Method = nb::object (Body::*)(PyObject** values);
+
+template <Method method = &Body::call>
 PyObject* call(PyObject* self, PyObject* const* args, std::size_t flagged_count, PyObject* names) {
   Function* f = as_function(self);
   const Py_ssize_t count = NB_VECTORCALL_NARGS(flagged_count);
   PyObject* values[Arguments::kMostSlots];
   try {
-    if (f->arguments->place(args, count, names, values)) return f->body->call(values).release().ptr();
+    if (f->arguments->place(args, count, names, values)) return (f->body->*method)(values).release().ptr();
   } catch (...) {
     set_error();
     return nullptr;
@@ -52,13 +55,14 @@ PyObject* call(PyObject* self, PyObject* const* args, std::size_t flagged_count,
 
 // ---- the type ----------------------------------------------------------------------------------------------------
 
+template <Method method = &Body::call>
 PyObject* call_by_dict(PyObject* self, PyObject* args, PyObject* options) {
   std::vector<PyObject*> all;
   for (Py_ssize_t k = 0; k < PyTuple_Size(args); ++k) all.push_back(PyTuple_GetItem(args, k));
   const nb::object names = options ? nb::steal(PySequence_Tuple(options)) : nb::object();
   for (Py_ssize_t k = 0; names.is_valid() && k < PyTuple_Size(names.ptr()); ++k)
     all.push_back(PyDict_GetItem(options, PyTuple_GetItem(names.ptr(), k)));
-  return call(self, all.data(), static_cast<std::size_t>(PyTuple_Size(args)), names.ptr());
+  return call<method>(self, all.data(), static_cast<std::size_t>(PyTuple_Size(args)), names.ptr());
 }
 
 int traverse(PyObject* self, visitproc visit, void* arg) {
@@ -99,7 +103,11 @@ PyObject* represent(PyObject* self) { return PyObject_Repr(as_function(self)->py
 /// Has a function pickled by its name in the module that defines it.
 PyObject* reduce(PyObject* self, PyObject*) { return PyObject_GetAttrString(self, "__qualname__"); }
 
-PyMethodDef methods[] = {{"__reduce__", reduce, METH_NOARGS, nullptr}, {}};
+PyMethodDef methods[] = {
+    {"__reduce__", reduce, METH_NOARGS, nullptr},
+    {"_description", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_by_dict<&Body::describe>)),
+     METH_VARARGS | METH_KEYWORDS, nullptr},
+    {}};
 PyMemberDef members[] = {
     {"__vectorcalloffset__", T_PYSSIZET, offsetof(Function, call), READONLY, nullptr},
     {"__dictoffset__", T_PYSSIZET, offsetof(Function, dict), READONLY, nullptr},
@@ -167,7 +175,7 @@ bool Arguments::place(PyObject* const* args, Py_ssize_t count, PyObject* names, 
 // ---- functions ---------------------------------------------------------------------------------------------------
 
 nb::object new_type() {
-  PyType_Slot slots[] = {{Py_tp_call, reinterpret_cast<void*>(call_by_dict)},
+  PyType_Slot slots[] = {{Py_tp_call, reinterpret_cast<void*>(call_by_dict<>)},
                          {Py_tp_traverse, reinterpret_cast<void*>(traverse)},
                          {Py_tp_clear, reinterpret_cast<void*>(clear)},
                          {Py_tp_dealloc, reinterpret_cast<void*>(destroy)},
@@ -189,7 +197,7 @@ nb::object make(nb::handle type, nb::handle python, Arguments arguments, std::un
   if (!self) throw nb::python_error();
   const nb::object made = nb::steal(self);
   Function* f = as_function(self);
-  f->call = call;
+  f->call = call<>;
   f->python = Py_NewRef(python.ptr());
   f->arguments = new Arguments(std::move(arguments));
   f->body = body.release();

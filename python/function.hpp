@@ -20,6 +20,8 @@ class Body {
  public:
   virtual ~Body() = default;
   virtual nb::object call(PyObject** values) = 0;
+  /// What a call would be, for those who make it later: `_description` in Python.
+  virtual nb::object describe(PyObject** values) = 0;
 };
 
 /// How the arguments of a function are laid out in slots, and the values of those that are not passed.

@@ -9,11 +9,9 @@ import gc
 import subprocess
 import sys
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from shutil import which
 from types import SimpleNamespace
-from typing import Any
 
 import normkit
 import numpy as np
@@ -21,69 +19,23 @@ import pytest
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 nj = pytest.importorskip("normkit.jax")
+import recorded  # noqa: E402
 from bounds import UNIT  # noqa: E402
 from cases import DTYPES  # noqa: E402
 from jax import numpy as jnp  # noqa: E402
 from jax.test_util import check_grads  # noqa: E402
 from normkit.jax import _xla  # noqa: E402
+from recorded import CASES, OPTIONS, PARAMS, SHAPE, SOME, Case  # noqa: E402
 
-SHAPE, CHANNELS, GROUPS = (2, 4, 3, 5), (4,), 2
 CALL = f"custom_call @{_xla.TARGET}"
 
 
-@dataclass(frozen=True)
-class Case:
-    """An operation: its name in both libraries, the shape of its weights, and what both libraries are told."""
-
-    name: str
-    weight: tuple[int, ...]
-    options: dict[str, Any]
-    of_backward: tuple[str, ...] = ()  # the options that its backward takes too
-    running: bool = False
-
-    def told(self, x):
-        return self.options | (running(x) if self.running else {})
-
-    def __call__(self, x, weight=None, bias=None, **options):
-        return getattr(nj, self.name)(x, weight=weight, bias=bias, **self.told(x), **options)
-
-
 def running(x):
-    """Statistics to normalize by: none is 0 or 1, no two are alike."""
     dtype = np.float64 if x.dtype == np.float64 else np.float32
-    return {"running_mean": np.linspace(-0.5, 0.5, 4, dtype=dtype), "running_var": np.linspace(0.5, 2, 4, dtype=dtype)}
+    return {name: np.array(values, dtype) for name, values in recorded.RUNNING.items()}
 
 
-CASES = {
-    "instance": Case("instance_norm", CHANNELS, {}),
-    "instance-images": Case("instance_norm", (2, 4), {}),
-    "instance-last": Case("instance_norm", (5,), {"channel_axis": -1}, ("channel_axis",)),
-    "instance-frozen": Case("instance_norm", CHANNELS, {"use_input_stats": False}, ("use_input_stats",), running=True),
-    "group": Case("group_norm", CHANNELS, {"num_groups": GROUPS}, ("num_groups",)),
-    "layer": Case("layer_norm", (3, 5), {"axis": (2, 3)}, ("axis",)),
-    "layer-channels": Case("layer_norm", CHANNELS, {"axis": 1}, ("axis",)),
-    "layer-apart": Case("layer_norm", (2, 3), {"axis": (0, 2)}, ("axis",)),
-    "rms": Case("rms_norm", (5,), {}),
-    "batch": Case("batch_norm", CHANNELS, {"training": True}, ("training",)),
-    "batch-frozen": Case("batch_norm", CHANNELS, {"training": False}, ("training",), running=True),
-}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "activation": {"activation": "silu"},
-    "parametrized": {"activation": ("leaky_relu", 0.3)},
-    "prelu": {"activation": "slopes"},
-    "residual": {"residual": True},
-    "both-sums": {"residual": True, "return_residual": True, "weight_offset": 1.0},
-    "masked": {"where": True},
-    "all": {"where": True, "residual": True, "activation": "gelu", "weight_offset": 1.0},
-}
-PARAMS = {"both": (True, True), "weight": (True, False), "bias": (False, True), "none": (False, False)}
-
-# What takes JAX a second runs for each case and each option, with options in the order that differs between cases.
-EACH = pytest.mark.parametrize(
-    ("case", "options"),
-    [(case, option) for k, case in enumerate(CASES) for option in [*OPTIONS][k % len(OPTIONS) :: len(OPTIONS)]],
-)
+EACH = pytest.mark.parametrize(("case", "options"), SOME)
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +67,7 @@ def made(rng, case, options, params="both", dtype="float64"):
     def call(*values):
         named = dict(zip(arrays, values, strict=True))
         slopes = {"activation": ("prelu", named.pop("slopes"))} if "slopes" in named else {}
-        return case(**named, **told | slopes)
+        return getattr(nj, case.name)(**named, **case.told(running(named["x"])), **told | slopes)
 
     return arrays, told, call
 
@@ -125,28 +77,7 @@ def as_tuple(found):
 
 
 def by_normkit(case, arrays, told, dys):
-    """Results and gradients by normkit's own functions."""
-    arrays, told = dict(arrays), dict(told)
-    names = [*arrays]
-    slopes = arrays.pop("slopes", None)
-    if slopes is not None:
-        told["activation"] = ("prelu", slopes)
-    forward, backward = getattr(normkit, case.name), getattr(normkit, f"{case.name}_backward")
-    wants_total, has_residual = told.pop("return_residual", False), "residual" in arrays
-    y, *others = forward(**arrays, **case.told(arrays["x"]), **told, return_stats=True, return_residual=has_residual)
-    total = others.pop() if has_residual else None
-    statistics = dict(zip(("rstd",) if len(others) == 1 else ("mean", "rstd"), others, strict=True))
-    kept = {k: v for k, v in told.items() if k in ("where", "activation", "weight_offset")}
-    needed = [name for name in ("x", "weight", "bias", "slopes") if name in names]
-    found = backward(
-        dy=dys[0], x=arrays["x"] if total is None else total, **statistics, weight=arrays.get("weight"),
-        bias=arrays.get("bias"), **kept, **{k: case.options[k] for k in case.of_backward},
-        dresidual=dys[1] if wants_total else None, need=tuple(f"d{name}" for name in needed),
-    )  # fmt: skip
-    gradients = dict(zip(("x", "weight", "bias", "slopes"), found, strict=False))
-    if has_residual:
-        gradients["residual"] = gradients["x"]
-    return ((y, total) if wants_total else (y,)), {name: gradients[name] for name in names}
+    return recorded.by_normkit(case, arrays, told, dys, running(arrays["x"]))
 
 
 def same_bits(found, expected):

@@ -10,8 +10,6 @@ import subprocess
 import sys
 import warnings
 import weakref
-from dataclasses import dataclass
-from typing import Any
 
 import normkit
 import numpy as np
@@ -20,63 +18,21 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 nt = pytest.importorskip("normkit.torch")
 pytest.importorskip("expecttest", reason="PyTorch's own samples want expecttest")
+import recorded  # noqa: E402
 from normkit._memory import _core, dtype_named  # noqa: E402
+from recorded import CASES, OPTIONS, PARAMS, SHAPE, SOME  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from torch.testing._internal.common_methods_invocations import op_db  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 F = torch.nn.functional
-SHAPE, CHANNELS, GROUPS = (2, 4, 3, 5), (4,), 2
-
-
-@dataclass(frozen=True)
-class Case:
-    """An operation: its name in both libraries, the shape of its weights, and what both libraries are told."""
-
-    name: str
-    weight: tuple[int, ...]
-    options: dict[str, Any]
-    of_backward: tuple[str, ...] = ()  # the options that its backward takes too
-    running: bool = False
-
-    def told(self, x):
-        return self.options | (running(x) if self.running else {})
-
-    def __call__(self, x, weight=None, bias=None, **options):
-        return getattr(nt, self.name)(x, weight=weight, bias=bias, **self.told(x), **options)
 
 
 def running(x):
-    """Statistics to normalize by: none is 0 or 1, no two are alike."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return {
-        "running_mean": torch.linspace(-0.5, 0.5, 4, dtype=dtype),
-        "running_var": torch.linspace(0.5, 2, 4, dtype=dtype),
-    }
+    return {name: torch.tensor(values, dtype=dtype) for name, values in recorded.RUNNING.items()}
 
 
-CASES = {
-    "instance": Case("instance_norm", CHANNELS, {}),
-    "instance-last": Case("instance_norm", (5,), {"channel_axis": -1}, ("channel_axis",)),
-    "instance-frozen": Case("instance_norm", CHANNELS, {"use_input_stats": False}, ("use_input_stats",), running=True),
-    "group": Case("group_norm", CHANNELS, {"num_groups": GROUPS}, ("num_groups",)),
-    "layer": Case("layer_norm", (3, 5), {"axis": (2, 3)}, ("axis",)),
-    "layer-channels": Case("layer_norm", CHANNELS, {"axis": 1}, ("axis",)),
-    "rms": Case("rms_norm", (5,), {}),
-    "batch": Case("batch_norm", CHANNELS, {"training": True}, ("training",)),
-    "batch-frozen": Case("batch_norm", CHANNELS, {"training": False}, ("training",), running=True),
-}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "activation": {"activation": "silu"},
-    "parametrized": {"activation": ("leaky_relu", 0.3)},
-    "prelu": {"activation": "slopes"},
-    "residual": {"residual": True},
-    "both-sums": {"residual": True, "return_residual": True, "weight_offset": 1.0},
-    "masked": {"where": True},
-    "all": {"where": True, "residual": True, "activation": "gelu", "weight_offset": 1.0},
-}
-PARAMS = {"both": (True, True), "weight": (True, False), "bias": (False, True), "none": (False, False)}
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 LAYOUTS = {
     "dense": lambda t: t,
@@ -86,11 +42,7 @@ LAYOUTS = {
 }
 
 
-# What takes PyTorch a second runs for each case and each option, with options in the order that differs between cases.
-EACH = pytest.mark.parametrize(
-    ("case", "options"),
-    [(case, option) for k, case in enumerate(CASES) for option in [*OPTIONS][k % len(OPTIONS) :: len(OPTIONS)]],
-)
+EACH = pytest.mark.parametrize(("case", "options"), SOME)
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +73,7 @@ def made(case, options, params="both", dtype=torch.float64, layout="dense"):
     def call(*values):
         named = dict(zip(tensors, values, strict=True))
         slopes = {"activation": ("prelu", named.pop("slopes"))} if "slopes" in named else {}
-        return case(**named, **told | slopes)
+        return getattr(nt, case.name)(**named, **case.told(running(named["x"])), **told | slopes)
 
     return tensors, told, call
 
@@ -135,29 +87,9 @@ def plain(tensors):
 
 
 def by_normkit(case, tensors, told, dys):
-    """Results and gradients by normkit's own functions, of tensors that do not require grad."""
-    t, told = plain(tensors), dict(told)
-    slopes = t.pop("slopes", None)
-    if slopes is not None:
-        told["activation"] = ("prelu", slopes)
-    forward, backward = getattr(normkit, case.name), getattr(normkit, f"{case.name}_backward")
-    wants_total = told.pop("return_residual", False)
-    has_residual = "residual" in t
-    results = forward(**t, **case.told(t["x"]), **told, return_stats=True, return_residual=has_residual)
-    y, *others = results
-    total = others.pop() if has_residual else None
-    statistics = dict(zip(("rstd",) if len(others) == 1 else ("mean", "rstd"), others, strict=True))
-    need = [name for name in ("x", "weight", "bias", "slopes") if name in tensors]
-    kept = {k: v for k, v in told.items() if k in ("where", "activation", "weight_offset")}
-    found = backward(
-        dy=dys[0], x=t["x"] if total is None else total, **statistics, weight=t.get("weight"), bias=t.get("bias"),
-        **kept, **{k: case.options[k] for k in case.of_backward}, dresidual=dys[1] if wants_total else None,
-        need=tuple(f"d{name}" for name in need),
-    )  # fmt: skip
-    gradients = dict(zip(("x", "weight", "bias", "slopes"), found, strict=False))
-    if has_residual:
-        gradients["residual"] = gradients["x"]
-    return (y, total) if wants_total else (y,), [gradients[name] for name in tensors]
+    """Of tensors that do not require grad."""
+    ys, gradients = recorded.by_normkit(case, plain(tensors), told, dys, running(tensors["x"]))
+    return ys, [*gradients.values()]
 
 
 def same_bits(found, expected):

@@ -1,7 +1,7 @@
 """The table of operations, for libraries that record gradients: how the core calls them, and as what they lie in x.
 
-An operation has three phases: forward, backward and double_backward. All but Frame is options of calls; what is here
-knows arrays by their shape and by `reshape` alone.
+An operation has three phases: forward, backward and double_backward. `composed` is the forward in a library's own
+words, for derivatives that the core does not have.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -171,3 +171,61 @@ class Frame:
         kind = "centered" if self.spec.is_centered else "uncentered"
         eps = eps if self.spec.eps is None else self.spec.eps
         return self.spec._replace(kind=kind, axes=self.axes, groups=1, eps=eps)
+
+
+# ---- the same in a library's own words ---------------------------------------------------------------------------
+
+
+class Words(NamedTuple):
+    """A library: what it calls things by the names that NumPy has for them, and what each calls its own way."""
+
+    namespace: Any
+    wide: Callable[[Any], Any]  # an array in the dtype to compute in
+    broadcast: Callable[[Any, tuple[int, ...]], Any]
+    activations: dict[str, Callable[..., Any]]
+
+
+def composed(words: Words, spec: Spec, given: dict[str, Any], constants: dict[str, Any], eps: float) -> Any:
+    """The forward, which the library can differentiate again and again.
+
+    `given`: x, and of weight, bias and slopes those that are there. `constants`: the mask, and statistics where the
+    call is frozen. `eps`: what stands for None.
+    """
+    x, wide = given["x"], words.wide
+    frame = Frame(spec, x.shape)
+    data = wide(frame.data(x))
+
+    def param(name: str) -> Any:
+        array = given[name]
+        return wide(array.reshape(frame.param_shape(array.shape)))
+
+    if spec.frozen:
+        shape = [1 if axis - data.ndim in frame.axes else extent for axis, extent in enumerate(data.shape)]
+        if constants.get("mean") is not None:
+            data = data - wide(constants["mean"].reshape(shape))
+        y = data * wide(constants["rstd"].reshape(shape))
+    else:
+        where = constants.get("where")
+        mask = None if where is None else frame.data(words.broadcast(where, tuple(x.shape)))
+        y = _normalized(words.namespace, data, mask, frame, eps if spec.eps is None else spec.eps)
+    if "weight" in given:
+        y = y * (param("weight") + spec.weight_offset)
+    if "bias" in given:
+        y = y + param("bias")
+    if spec.activation:
+        parameters = [param("slopes")] if "slopes" in given else [] if spec.slope is None else [spec.slope]
+        y = words.activations[spec.activation](y, *parameters)
+    return frame.back(y)
+
+
+def _normalized(xp: Any, data: Any, mask: Any, frame: Frame, eps: float) -> Any:
+    def members(array: Any) -> Any:
+        return xp.sum(array if mask is None else xp.where(mask, array, 0), axis=frame.axes, keepdims=True)
+
+    counted = members(xp.ones_like(data))
+    count = xp.clip(counted, 1)
+    for _ in range(2 * frame.spec.is_centered):  # the mean is rounded: the second one is that of what is left
+        data = data - members(data) / count
+    var = members(data**2) / count + eps
+    is_there = (var > 0) & (counted > 0)  # else rstd is 0, and so are its gradients
+    return data * xp.where(is_there, 1 / xp.sqrt(xp.where(is_there, var, 1)), 0)

@@ -13,7 +13,7 @@ from jax import numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
-from .._operations import Frame, Spec
+from .._operations import Frame, Spec, Words, composed
 from . import _xla
 from ._xla import RUNNING, Arrays, Call, compute_dtype, execute, of_images
 
@@ -260,10 +260,10 @@ def _backward_gradients(call: Call, arrays: Arrays, seconds: Arrays) -> Any:
     gradients: Arrays = dict.fromkeys(arrays)
     if not any(map(_is_there, seconds.values())):
         return (gradients,)
-    given = {name: arrays[name] for name in GRADIENTS if name in arrays}
+    given, eps = {name: arrays[name] for name in GRADIENTS if name in arrays}, eps_of(arrays["x"])
 
     def first(dy: Any, given: Arrays) -> Any:
-        y, pull = jax.vjp(lambda given: composed(call.spec, given, arrays), given)
+        y, pull = jax.vjp(lambda given: composed(_WORDS, call.spec, given, arrays, eps), given)
         return pull(dy.astype(y.dtype))[0]
 
     _, pull = jax.vjp(first, arrays["dy"], given)
@@ -302,43 +302,9 @@ _ACTIVATIONS: dict[str, Any] = {
 }
 
 
-def composed(spec: Spec, given: Arrays, arrays: Arrays) -> Any:
-    """The forward in jnp, in float64 where JAX has it. `arrays` has the mask, and statistics that are constants."""
-    x = given["x"]
-    frame, wide = Frame(spec, x.shape), jnp.promote_types(x.dtype, jnp.result_type(float))
-    data = frame.data(x).astype(wide)
-
-    def param(name: str) -> Any:
-        array = given[name]
-        return array.reshape(frame.param_shape(array.shape)).astype(wide)
-
-    if spec.frozen:
-        shape = [1 if axis - data.ndim in frame.axes else extent for axis, extent in enumerate(data.shape)]
-        y = (data - arrays["mean"].reshape(shape)) * arrays["rstd"].reshape(shape).astype(wide)
-    else:
-        mask = frame.data(jnp.broadcast_to(arrays["where"], x.shape)) if "where" in arrays else True
-        y = _normalized(data, mask, frame, eps_of(x) if spec.eps is None else spec.eps)
-    if "weight" in given:
-        y = y * (param("weight") + spec.weight_offset)
-    if "bias" in given:
-        y = y + param("bias")
-    if spec.activation:
-        parameters = [param("slopes")] if "slopes" in given else [] if spec.slope is None else [spec.slope]
-        y = _ACTIVATIONS[spec.activation](y, *parameters)
-    return frame.back(y)
-
-
-def _normalized(data: Any, mask: Any, frame: Frame, eps: float) -> Any:
-    def members(array: Any) -> Any:
-        return jnp.sum(jnp.where(mask, array, 0), frame.axes, keepdims=True)
-
-    counted = members(jnp.ones_like(data))
-    count = jnp.maximum(counted, 1)
-    for _ in range(2 * frame.spec.is_centered):  # the mean is rounded: the second one is that of what is left
-        data = data - members(data) / count
-    var = members(data**2) / count + eps
-    is_there = (var > 0) & (counted > 0)  # else rstd is 0, and so are its gradients
-    return data * jnp.where(is_there, jax.lax.rsqrt(jnp.where(is_there, var, 1)), 0)
+_WORDS = Words(
+    jnp, lambda a: a.astype(jnp.promote_types(a.dtype, jnp.result_type(float))), jnp.broadcast_to, _ACTIVATIONS
+)
 
 
 # ---- a style -----------------------------------------------------------------------------------------------------

@@ -70,7 +70,8 @@ def _stand_in(shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
 def _described(call: Call, avals: tuple[tuple[str, tuple[int, ...], Any], ...]) -> Any:
     arrays = {name: _stand_in(shape, str(dtype)) for name, shape, dtype in avals}
     bound = _bound(call, arrays)
-    return _core.description(bound.func, *bound.args, **bound.keywords)
+    function: Any = bound.func
+    return function._description(*bound.args, **bound.keywords)
 
 
 def describe(call: Call, arrays: Arrays) -> Any:
@@ -183,8 +184,8 @@ TARGET = f"normkit_{_typed_core.version}"  # its numbers are those of this versi
 @cache
 def _is_known() -> bool:
     """True where XLA takes the handlers; registers them."""
+    jax.devices()  # what is registered before there are any is judged when they come
     try:
-        jax.devices()  # what is registered before there are any is judged when they come
         for platform, handler in zip(("cpu", "CUDA"), _core.xla_handlers, strict=True):
             jax.ffi.register_ffi_target(TARGET, handler, platform=platform)
     except Exception as error:

@@ -68,9 +68,7 @@ def _spec(
         if isinstance(number, jax.core.Tracer):
             raise TypeError(f"{name} is a tracer, expected a number that is known when the call is traced")
     axes = tuple(map(operator.index, axes))
-    spec = Spec(
-        kind, axes, operator.index(groups), frozen, eps, momentum, weight_offset, activation or "", slope
-    )  # fmt: skip
+    spec = Spec(kind, axes, operator.index(groups), frozen, eps, momentum, weight_offset, activation or "", slope)
     return spec, slopes
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812 - everybody's name for it
 
 from .. import functional as core
 from .._memory import _core
-from .._operations import Frame, Need, Spec, call_of, named_gradients
+from .._operations import Need, Spec, Words, call_of, composed, named_gradients
 
 Optional: TypeAlias = Tensor | None
 
@@ -135,51 +135,13 @@ _ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+_WORDS = Words(torch, Tensor.double, Tensor.expand, _ACTIVATIONS)
+_GIVEN = ("x", "weight", "bias", "slopes")
+
+
 def eps_of(x: Tensor) -> float:
     """What rms norm adds where it is not told: PyTorch's choice too."""
     return float(torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps)
-
-
-def composed(
-    x: Tensor, weight: Optional, bias: Optional, where: Optional, slopes: Optional, mean: Optional, rstd: Optional,
-    spec: Spec,
-) -> Tensor:  # fmt: skip
-    """The forward in float64 and in PyTorch's own operations, which can be differentiated again and again."""
-    frame = Frame(spec, x.shape)
-    data = frame.data(x).double()
-    if spec.frozen:
-        seen = [1 if axis - data.ndim in frame.axes else extent for axis, extent in enumerate(data.shape)]
-        mean, rstd = (None if s is None else s.double().reshape(seen) for s in (mean, rstd))
-    else:
-        mask = None if where is None else frame.data(where.expand(x.shape))
-        mean, rstd = _statistics(data, mask, frame, eps_of(x) if spec.eps is None else spec.eps)
-    y = (data if mean is None else data - mean) * rstd
-    if weight is not None:
-        y = y * (weight.reshape(frame.param_shape(weight.shape)).double() + spec.weight_offset)
-    if bias is not None:
-        y = y + bias.reshape(frame.param_shape(bias.shape)).double()
-    if spec.activation:
-        parameters = [] if spec.slope is None else [spec.slope]
-        if slopes is not None:
-            shape = frame.param_shape(slopes.shape) if slopes.numel() > 1 else ()
-            parameters = [slopes.reshape(shape).double()]
-        y = _ACTIVATIONS[spec.activation](y, *parameters)
-    return frame.back(y)
-
-
-def _statistics(data: Tensor, mask: Optional, frame: Frame, eps: float) -> tuple[Optional, Tensor]:
-    axes = frame.axes
-    if mask is None:
-        mask = torch.ones((), dtype=torch.bool, device=data.device).expand(data.shape)
-    members = mask.sum(axes, keepdim=True)
-    count = members.clamp(min=1)
-    mean = None
-    if frame.spec.is_centered:
-        mean = torch.where(mask, data, 0.0).sum(axes, keepdim=True) / count
-        data = data - mean
-    var = (torch.where(mask, data, 0.0) ** 2).sum(axes, keepdim=True) / count + eps
-    is_there = (var > 0) & (members > 0)  # else rstd is 0, and so are its gradients
-    return mean, torch.where(is_there, torch.where(is_there, var, 1.0).rsqrt(), 0.0)
 
 
 def second_gradients(
@@ -192,11 +154,12 @@ def second_gradients(
         bias = torch.zeros_like(weight)
     given = [x, weight, bias, slopes]
     present = [k for k, tensor in enumerate(given) if tensor is not None]
+    constants = {"where": where, "mean": mean, "rstd": rstd}
 
     def gradients(dy: Tensor, *operands: Tensor) -> Any:
-        def y(*operands: Tensor) -> Tensor:
-            named = dict(zip(present, operands, strict=True))
-            return composed(named[0], named.get(1), named.get(2), where, named.get(3), mean, rstd, spec)
+        def y(*operands: Tensor) -> Any:
+            named = {_GIVEN[k]: tensor for k, tensor in zip(present, operands, strict=True)}
+            return composed(_WORDS, spec, named, constants, eps_of(x))
 
         return torch.func.vjp(y, *operands)[1](dy.double())
 

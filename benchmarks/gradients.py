@@ -1,0 +1,117 @@
+"""What normkit.torch and normkit.jax take, forward and with gradients, beside what their libraries have themselves.
+
+    python benchmarks/gradients.py torch [--threads 1]
+    python benchmarks/gradients.py jax
+
+Both take turns; a figure is the median of the ratios of their times, the library's / normkit's: above 1 normkit is
+faster. With `torch`, modules of torch.nn on a tensor so small that a call is what counts; with `jax`, a jitted
+instance norm beside the lines of jnp for it.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+SMALL = (2, 4, 4, 4)
+SHAPES = [SMALL, (16, 256, 32, 32), (8, 64, 128, 128)]  # of JAX, whose calls run together
+
+
+class Pair(NamedTuple):
+    """Each runs a number of times and waits for the end."""
+
+    name: str
+    theirs: Callable[[int], None]
+    ours: Callable[[int], None]
+    calls: int
+
+
+def seconds(run: Callable[[int], None], calls: int) -> float:
+    start = time.perf_counter()
+    run(calls)
+    return (time.perf_counter() - start) / calls
+
+
+def of_torch(threads: int | None) -> Iterator[Pair]:
+    import normkit.torch as nt
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    modules: dict[str, Callable[[Any], Any]] = {
+        "instance": lambda library: library.InstanceNorm2d(4, affine=True),
+        "group": lambda library: library.GroupNorm(2, 4),
+        "layer": lambda library: library.LayerNorm(SMALL[1:]),
+        "batch": lambda library: library.BatchNorm2d(4),
+    }
+    x, dy = torch.randn(SMALL, requires_grad=True), torch.randn(SMALL)
+
+    def forward(module: Any) -> Callable[[int], None]:
+        def run(calls: int) -> None:
+            for _ in range(calls):
+                module(x)
+
+        return run
+
+    def step(module: Any) -> Callable[[int], None]:
+        def run(calls: int) -> None:
+            for _ in range(calls):
+                module(x).backward(dy)
+
+        return run
+
+    for name, made in modules.items():
+        theirs, ours = made(torch.nn), made(nt)
+        yield Pair(f"{name} {SMALL}, forward", forward(theirs), forward(ours), 200)
+        yield Pair(f"{name} {SMALL}, forward and backward", step(theirs), step(ours), 200)
+
+
+def of_jax() -> Iterator[Pair]:
+    import jax
+    import normkit.jax as nj
+    from jax import numpy as jnp
+
+    def theirs(x: Any, weight: Any, bias: Any) -> Any:
+        mean, var = x.mean((2, 3), keepdims=True), x.var((2, 3), keepdims=True)
+        return (x - mean) * jax.lax.rsqrt(var + 1e-5) * weight[:, None, None] + bias[:, None, None]
+
+    def repeated(function: Any, *arrays: Any) -> Callable[[int], None]:
+        jitted = jax.jit(function)
+
+        def run(calls: int) -> None:
+            for _ in range(calls):
+                found = jitted(*arrays)
+            jax.block_until_ready(found)
+
+        return run
+
+    def gradients(function: Any) -> Any:
+        return jax.grad(lambda x, weight, bias, dy: (function(x, weight, bias) * dy).sum(), (0, 1, 2))
+
+    for shape in SHAPES:
+        x, dy = (jax.random.normal(jax.random.key(k), shape) for k in range(2))
+        arrays, calls = (x, jnp.ones(shape[1]), jnp.zeros(shape[1])), max(1, min(300, 200_000 // x.size))
+        forward = [repeated(function, *arrays) for function in (theirs, nj.instance_norm)]
+        yield Pair(f"{shape}, forward", *forward, calls)
+        both = [repeated(gradients(function), *arrays, dy) for function in (theirs, nj.instance_norm)]
+        yield Pair(f"{shape}, gradients", *both, calls)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("library", choices=["torch", "jax"])
+    parser.add_argument("--threads", type=int, help="of PyTorch and normkit there; of JAX, see taskset")
+    parser.add_argument("--pairs", type=int, default=20)
+    given = parser.parse_args()
+    for name, theirs, ours, calls in of_torch(given.threads) if given.library == "torch" else of_jax():
+        for run in (theirs, ours):
+            run(calls)
+        pairs = [(seconds(theirs, calls), seconds(ours, calls)) for _ in range(given.pairs)]
+        ratio = statistics.median(a / b for a, b in pairs)
+        fastest = [min(times) * 1e6 for times in zip(*pairs, strict=True)]
+        print(f"{name:44} {ratio:6.2f}    {fastest[0]:9.1f} us, normkit {fastest[1]:9.1f}")
+
+
+if __name__ == "__main__":
+    main()
