@@ -16,6 +16,21 @@ namespace {
 
 nb::object python_module(const char* name) { return nb::module_::import_(name); }
 
+/// A string that lookups of attributes take as it is.
+class Name {
+ public:
+  explicit Name(const char* name) : name_(PyUnicode_InternFromString(name)) {}
+  nb::object of(nb::handle object) const {
+    PyObject* const found = PyObject_GetAttr(object.ptr(), name_);
+    if (!found) throw nb::python_error();
+    return nb::steal(found);
+  }
+  nb::object call(nb::handle object) const { return of(object)(); }
+
+ private:
+  PyObject* name_;
+};
+
 // ---- dtypes ------------------------------------------------------------------------------------------------------
 
 constexpr const char* kBits = "[('bfloat16', '<u2')]";
@@ -117,6 +132,39 @@ nb::object numpy_dtype(Dtype dtype) {
 
 // ---- libraries ---------------------------------------------------------------------------------------------------
 
+namespace {
+
+/// What a versioned capsule of DLPack 1 holds, which nanobind does not tell.
+struct Versioned {
+  std::uint32_t major = 1, minor = 0;
+  void* manager = nullptr;
+  void (*deleter)(Versioned*) = nullptr;
+  std::uint64_t flags = 0;
+  nb::dlpack::dltensor tensor;
+};
+
+}  // namespace
+
+struct Exchange {
+  std::uint32_t major, minor;
+  const void* older;
+  void *allocate, *versioned_of;
+  int (*object_of)(Versioned* stolen, void** object);
+  int (*tensor_of)(void* object, nb::dlpack::dltensor* borrowed);
+};
+
+namespace {
+
+/// The table in a capsule; null where that is none of this version.
+const Exchange* exchange_of(nb::handle capsule) {
+  const char* const name = "dlpack_exchange_api";
+  if (!PyCapsule_IsValid(capsule.ptr(), name)) return nullptr;
+  const auto* api = static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), name));
+  return api->major == 1 && api->tensor_of ? api : nullptr;
+}
+
+}  // namespace
+
 const Library& library_of_type(nb::handle type) {
   struct Known {
     nb::object type;  // alive, else another could come to have its address
@@ -126,7 +174,8 @@ const Library& library_of_type(nb::handle type) {
   for (const std::unique_ptr<Known>& k : known)
     if (k->type.is(type)) return k->library;
   const nb::tuple found = nb::cast<nb::tuple>(python_module("normkit._memory").attr("library_of_type")(type));
-  Library library{nb::cast<nb::str>(found[0]).c_str(), Library::Kind::other, nb::cast<bool>(found[1])};
+  Library library{nb::cast<nb::str>(found[0]).c_str(), Library::Kind::other, nb::cast<bool>(found[1]),
+                  exchange_of(found[2])};
   for (const auto& [name, kind] : {std::pair{"numpy", Library::Kind::numpy}, std::pair{"cupy", Library::Kind::cupy},
                                    std::pair{"torch", Library::Kind::torch}})
     if (library.name == name) library.kind = kind;
@@ -231,15 +280,6 @@ nb::object to_dlpack(nb::handle array) {
 
 namespace {
 
-/// What a versioned capsule of DLPack 1 holds, which nanobind does not tell.
-struct Versioned {
-  std::uint32_t major = 1, minor = 0;
-  void* manager = nullptr;
-  void (*deleter)(Versioned*) = nullptr;
-  std::uint64_t flags = 0;
-  nb::dlpack::dltensor tensor;
-};
-
 /// The name of a dtype; empty where it is none of NumPy's and not bfloat16.
 std::string word_of(nb::dlpack::dtype type) {
   static const char* const kinds[] = {"int", "uint", "float", "", "bfloat", "complex", "bool"};  // by type code
@@ -310,37 +350,13 @@ void import_dlpack(const char* name, nb::handle array, nb::handle stream, View& 
 
 namespace {
 
-/// A string that lookups of attributes take as it is.
-class Name {
- public:
-  explicit Name(const char* name) : name_(PyUnicode_InternFromString(name)) {}
-  nb::object of(nb::handle object) const {
-    PyObject* const found = PyObject_GetAttr(object.ptr(), name_);
-    if (!found) throw nb::python_error();
-    return nb::steal(found);
-  }
-  nb::object call(nb::handle object) const { return of(object)(); }
-
- private:
-  PyObject* name_;
-};
-
-/// DLPack's table of functions, DLPackExchangeAPI, by which a library hands out tensors and takes them.
-struct Exchange {
-  std::uint32_t major, minor;
-  const void* older;
-  void *allocate, *versioned_of;
-  int (*object_of)(Versioned* stolen, void** object);
-  int (*tensor_of)(void* object, nb::dlpack::dltensor* borrowed);
-};
-
-/// The table of a type; null where it has none of this version.
-const Exchange* exchange_of(nb::handle type) {
-  const nb::object capsule = nb::getattr(type, "__dlpack_c_exchange_api__", nb::none());
-  const char* const name = "dlpack_exchange_api";
-  if (!PyCapsule_IsValid(capsule.ptr(), name)) return nullptr;
-  const auto* api = static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), name));
-  return api->major == 1 && api->tensor_of ? api : nullptr;
+/// True of a tensor whose memory is its value, and of which nobody wants to know how it is used.
+bool is_plain(nb::handle tensor) {
+  static const Name requires_grad("requires_grad"), is_neg("is_neg");
+  static PyObject* const is_grad_enabled = nb::getattr(python_module("torch"), "is_grad_enabled").release().ptr();
+  const nb::handle no(Py_False);
+  if (!is_neg.call(tensor).is(no)) return false;
+  return requires_grad.of(tensor).is(no) || nb::handle(is_grad_enabled)().is(no);
 }
 
 /// A NumPy array that a tensor is over.
@@ -361,37 +377,39 @@ struct Lent {
 
 }  // namespace
 
-nb::object of_tensors(nb::handle type, nb::args tensors) {
-  static const Name is_neg("is_neg");
-  const Exchange* const api = exchange_of(type);
-  if (!api) return nb::none();
-  nb::list found;
-  for (nb::handle tensor : tensors) {
-    if (tensor.is_none()) {
-      found.append(nb::none());
-      continue;
-    }
-    if (!PyType_IsSubtype(Py_TYPE(tensor.ptr()), reinterpret_cast<PyTypeObject*>(type.ptr()))) return nb::none();
-    if (is_neg.call(tensor).is(nb::handle(Py_True))) return nb::none();  // its memory is not its value
-    nb::dlpack::dltensor t;
-    if (api->tensor_of(tensor.ptr(), &t) != 0) {  // sparse, say: who reads it another way says so
-      PyErr_Clear();
-      return nb::none();
-    }
-    const Dtype dtype = dtype_of(t.dtype);
-    if (t.device.device_type != nb::device::cpu::value || dtype == Dtype::other || t.ndim > normkit::kMaxAxes)
-      return nb::none();
-    normkit::Extents bytes;
-    for (int axis = 0; axis < t.ndim; ++axis) bytes[axis] = t.strides[axis] * normkit::size_of(dtype);
-    void* const data = static_cast<std::byte*>(t.data) + t.byte_offset;
-    found.append(numpy_over(data, numpy_dtype(dtype), t.ndim, t.shape, bytes.data(), true, tensor));
+bool view_tensor(nb::handle tensor, const Library& library, View& v) {
+  if (!library.exchange) return false;
+  nb::dlpack::dltensor t;
+  if (library.exchange->tensor_of(tensor.ptr(), &t) != 0) {  // sparse, say: who reads it another way says so
+    PyErr_Clear();
+    return false;
   }
-  return found;
+  const Dtype dtype = dtype_of(t.dtype);
+  if (t.device.device_type != nb::device::cpu::value || dtype == Dtype::other || t.ndim > normkit::kMaxAxes)
+    return false;
+  bool empty = false;
+  for (int axis = 0; axis < t.ndim; ++axis) {
+    v.shape[axis] = t.shape[axis], v.strides[axis] = t.strides[axis] * normkit::size_of(dtype);
+    empty = empty || t.shape[axis] == 0;
+  }
+  if (!t.data && !empty) return false;
+  const std::size_t ndim = static_cast<std::size_t>(t.ndim);
+  v.object = tensor;
+  v.array = {static_cast<std::byte*>(t.data) + t.byte_offset,
+             dtype,
+             true,
+             false,
+             {v.shape.data(), ndim},
+             {v.strides.data(), ndim},
+             {}};
+  return true;
 }
 
-nb::object to_tensor(nb::handle type, nb::handle array) {
-  const Exchange* const api = exchange_of(type);
-  if (!api) type_error("type has no functions of DLPack, expected one such as torch.Tensor");
+bool view_plain_tensor(nb::handle tensor, const Library& library, View& v) {
+  return view_tensor(tensor, library, v) && is_plain(tensor);
+}
+
+nb::object tensor_over(nb::handle array, const Exchange& exchange) {
   View v;
   view_numpy(array, v);
   auto lent = std::make_unique<Lent>();
@@ -409,7 +427,7 @@ nb::object to_tensor(nb::handle type, nb::handle array) {
                             lent->strides.data(),
                             0};
   void* tensor = nullptr;
-  if (api->object_of(&lent.release()->versioned, &tensor) != 0) throw nb::python_error();
+  if (exchange.object_of(&lent.release()->versioned, &tensor) != 0) throw nb::python_error();
   return nb::steal(static_cast<PyObject*>(tensor));
 }
 
@@ -443,9 +461,8 @@ void read_device(nb::handle array, const Library& library, OnDevice& into) {
 
 bool read_if_plain(nb::handle array, const Library& library, OnDevice& into) {
   if (library.kind == Library::Kind::torch) {
-    static const Name is_cuda("is_cuda"), requires_grad("requires_grad"), is_neg("is_neg");
-    const nb::handle yes(Py_True), no(Py_False);
-    if (!is_cuda.of(array).is(yes) || !requires_grad.of(array).is(no) || !is_neg.call(array).is(no)) return false;
+    static const Name is_cuda("is_cuda");
+    if (!is_cuda.of(array).is(nb::handle(Py_True)) || !is_plain(array)) return false;
   } else if (library.kind != Library::Kind::cupy) {
     return false;
   }

@@ -27,12 +27,17 @@ using normkit::Dtype;
 inline PyArrayObject* as_array(nb::handle h) { return reinterpret_cast<PyArrayObject*>(h.ptr()); }
 inline std::byte* data_of(nb::handle array) { return static_cast<std::byte*>(PyArray_DATA(as_array(array))); }
 
+/// DLPack's table of functions, DLPackExchangeAPI, by which a library shows its arrays and takes memory without a call of
+/// Python.
+struct Exchange;
+
 /// A library, known by the types of its arrays.
 struct Library {
   enum class Kind { numpy, cupy, torch, other };
   std::string name;
   Kind kind;
   bool frozen;  // its arrays never change
+  const Exchange* exchange;  // of PyTorch's own types: tensors of others may be more than memory. May be null
 };
 
 /// The library of arrays of a type. A subclass belongs to the library of its base: of the class which speaks DLPack.
@@ -61,6 +66,16 @@ bool view_numpy(nb::handle array, View& v);
 /// Fills in the view of what an array exports by DLPack. `stream`, if any, is the stream that will work on it: the
 /// producer sees to it that what is still to be written comes first.
 void import_dlpack(const char* name, nb::handle array, nb::handle stream, View& v);
+
+/// Fills in the view of a tensor on the CPU by its library's table, and returns true; false where there is none, and for
+/// a tensor that the table does not show.
+bool view_tensor(nb::handle tensor, const Library& library, View& v);
+
+/// The same for a tensor of which nobody knows that its memory is its value, and that it asks for no gradients.
+bool view_plain_tensor(nb::handle tensor, const Library& library, View& v);
+
+/// A tensor over the memory of a NumPy array that the core made.
+nb::object tensor_over(nb::handle array, const Exchange& exchange);
 
 /// What CuPy and PyTorch tell of an array on a GPU.
 struct OnDevice {
@@ -94,13 +109,5 @@ nb::object numpy_dtype(Dtype dtype);
 
 /// A NumPy array as something that other libraries import, whatever its dtype.
 nb::object to_dlpack(nb::handle array);
-
-/// A list of NumPy arrays over the memory of tensors, and of None where there is None; no matter whether they require
-/// grad. None where one of them is no array of `type` on the CPU, or has a dtype that the core does not know. `type` has
-/// DLPack's table of functions, as torch.Tensor does.
-nb::object of_tensors(nb::handle type, nb::args tensors);
-
-/// A tensor of `type` over the memory of a NumPy array that the core made.
-nb::object to_tensor(nb::handle type, nb::handle array);
 
 }  // namespace arrays

@@ -113,8 +113,6 @@ NB_MODULE(_core, m) {
   m.def("merge_moments", &merge_moments, "a"_a, "b"_a, "twofold"_a);
   m.def("deviation_of_moments", &deviation_of_moments, "moments"_a, "eps"_a.none(), "inverse"_a);
   m.def("to_dlpack", &arrays::to_dlpack, "array"_a);
-  m.def("of_tensors", &arrays::of_tensors, "type"_a, "tensors"_a);
-  m.def("to_tensor", &arrays::to_tensor, "type"_a, "array"_a);
   m.def("geometry", &geometry, "shape"_a, "strides"_a, "reduce_axes"_a, "param_axes"_a);
   m.def("isa", &normkit::isa);
   m.def("isas", &normkit::isas);

@@ -97,7 +97,7 @@ class Arrays {
   const Memory& open() {
     if (device_ >= 0) return memory_.emplace<memory::Device>(first_, library_, device_);
     if (library_.kind == Library::Kind::numpy) return memory::of_numpy();
-    return memory_.emplace<memory::Other>(first_);
+    return memory_.emplace<memory::Other>(first_, library_);
   }
   /// The object of Python that stands for the memory; None for NumPy's.
   nb::object python() const {
@@ -134,6 +134,7 @@ class Arrays {
     }
     const bool tells = library_.kind == Library::Kind::cupy || library_.kind == Library::Kind::torch;
     const auto* device = std::get_if<memory::Device>(&memory_);
+    if (!device && arrays::view_tensor(array, arrays::library_of(array), v)) return;
     if (device && tells) arrays::view_device(name, array, library_, v);
     else arrays::import_dlpack(name, array, device ? device->dlpack_stream() : nb::object(), v);
     if (device) normkit::check_on_elements(name, v.array);
@@ -410,9 +411,34 @@ class Function final : public function::Body {
     key.add(values[options::kCenter]);
   }
 
-  /// Calls with arrays that are not all NumPy's: by a plan that is known where they are on a GPU and their library
-  /// tells enough of them, else as if it were the first call.
-  [[gnu::noinline, gnu::cold]] nb::object call_elsewhere(PyObject* const* values) {
+  /// Calls with arrays that are not all NumPy's: tensors of the CPU, or what call_on_device() takes.
+  [[gnu::noinline]] nb::object call_elsewhere(PyObject* const* values) {
+    const arrays::Exchange* const exchange = arrays::library_of(values[normkit::kX]).exchange;
+    if (!exchange) return call_on_device(values);
+    recent::Key key;
+    Addresses at{};
+    View tensor;
+    key.put(reinterpret_cast<std::intptr_t>(exchange));
+    for (const OperandIndex k : arrays_) {
+      if (values[k] == Py_None) {
+        key.put(0);
+        continue;
+      }
+      const Library& library = arrays::library_of(values[k]);
+      const bool is_plain = library.exchange == exchange && arrays::view_plain_tensor(values[k], library, tensor);
+      if (!is_plain || !key.add_view(tensor.array)) return call_on_device(values);
+      at[k] = tensor.array.data;
+    }
+    add_options(key, values);
+    if (const std::shared_ptr<const Known> known = recent_.find(key))
+      if (known->placement.allows(at))
+        return run(known->plan, at, values, memory::Other(*exchange), nullptr, is_alone());
+    return plan_and_run(values, &key);
+  }
+
+  /// Calls by a plan that is known where arrays are on a GPU and their library tells enough of them, else as if it were
+  /// the first call.
+  [[gnu::noinline, gnu::cold]] nb::object call_on_device(PyObject* const* values) {
     const Library* library = nullptr;
     std::int64_t device = 0;
     recent::Key key;

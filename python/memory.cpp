@@ -70,9 +70,8 @@ void Memory::copy(nb::handle into, nb::handle from, nb::handle axes) const {
 
 // ---- another library on the CPU ----------------------------------------------------------------------------------
 
-Other::Other(nb::handle first) : arrays_(module("normkit._memory").attr("memory_of")(first)) {}
-
-std::byte* Other::data_of(nb::handle array) const { return arrays::data_of(array); }
+Other::Other(nb::handle first, const Library& library)
+    : exchange_(library.exchange), arrays_(module("normkit._memory").attr("memory_of")(first)) {}
 
 // ---- a GPU -------------------------------------------------------------------------------------------------------
 

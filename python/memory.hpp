@@ -53,15 +53,18 @@ void run_as_it_is(Job& job);
 /// call of this function counts.
 void follow_threads_of(nb::object variable);
 
-/// The memory of a call on arrays of another library on the CPU.
+/// The memory of a call on arrays of another library on the CPU: of NumPy, and the library's when it is handed over.
 class Other final : public Memory {
  public:
-  explicit Other(nb::handle first);
-  std::byte* data_of(nb::handle array) const override;
-  nb::object handed_over(nb::object array) const override { return arrays_.attr("hand_over")(array); }
+  explicit Other(const arrays::Exchange& exchange) : exchange_(&exchange) {}
+  Other(nb::handle first, const Library& library);
+  nb::object handed_over(nb::object array) const override {
+    return exchange_ ? arrays::tensor_over(array, *exchange_) : arrays_.attr("hand_over")(array);
+  }
   nb::object python() const { return arrays_; }
 
  private:
+  const arrays::Exchange* exchange_;
   nb::object arrays_;
 };
 

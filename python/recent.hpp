@@ -38,6 +38,16 @@ class Key {
     for (int axis = 0; axis < ndim; ++axis) put(dims[axis]), put(strides[axis]);
     return true;
   }
+  /// Adds the same of an array that may be written. False where it has more axes than a key has room for.
+  bool add_view(const normkit::Array& a) {
+    if (a.ndim() > kMostAxes) return false;
+    put(static_cast<std::int64_t>(a.dtype) + 1), put(a.ndim());
+    for (int axis = 0; axis < a.ndim(); ++axis) {
+      const std::size_t k = static_cast<std::size_t>(axis);
+      put(a.shape[k]), put(a.strides[k]);
+    }
+    return true;
+  }
   /// Adds extents, then strides, in whatever units. False where there are more axes than a key has room for.
   bool add_layout(nb::handle shape, nb::handle strides) {
     const Py_ssize_t ndim = PyTuple_Size(shape.ptr());

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from cases import bits, uniform
 from hostile import Producer, of_library
+from normkit._memory import views_of
 
 SHAPE = (2, 3, 5)
 
@@ -259,7 +260,7 @@ def test_axes_without_end(torch):
 def test_lazy_bits_are_resolved(torch):
     lazy = torch.fft.fft(torch.randn(1, 2, 64)).conj().imag
     assert lazy.is_neg()
-    for _ in range(2):
+    for _ in range(2):  # where nothing is known of such a call, and where the plan of a like one is
         assert torch.equal(normkit.instance_norm(lazy), normkit.instance_norm(lazy.clone().resolve_neg()))
     with pytest.raises(TypeError, match=r"^out is negated lazily, expected a tensor whose memory is its value$"):
         normkit.instance_norm(torch.zeros_like(lazy), out=lazy)
@@ -284,6 +285,8 @@ def test_what_is_no_memory_is_refused(torch):
         "zero": torch._efficientzerotensor((2, 3, 5)),
         "wrapper": torch.Tensor._make_subclass(Wrapper, plain),
     }
+    normkit.instance_norm(plain)  # a plan that must not be found for what is like it but for its memory
+    normkit.instance_norm(plain, residual=plain)
     for tensor in tensors.values():
         with pytest.raises(TypeError, match=r"x is .*, expected"):
             normkit.instance_norm(tensor)
@@ -291,7 +294,7 @@ def test_what_is_no_memory_is_refused(torch):
             normkit.instance_norm(plain, residual=tensor)
     for transform in (torch.func.vmap, torch.func.functionalize, lambda f: torch.func.grad(lambda t: f(t).sum())):
         with pytest.raises(TypeError, match=r"x .*, expected a (plain dense )?tensor"):
-            transform(normkit.instance_norm)(plain)
+            transform(normkit.instance_norm)(torch.stack([plain, plain]) if transform is torch.func.vmap else plain)
 
 
 def test_a_parameter_where_grad_mode_is_off(torch):
@@ -302,6 +305,47 @@ def test_a_parameter_where_grad_mode_is_off(torch):
         with off():
             y = normkit.instance_norm(values, weight)
         assert torch.equal(y, normkit.instance_norm(values, weight.detach()))
+
+
+VIEWS = {
+    "dense": lambda t: t,
+    "step": lambda t: t[:, :, ::2],
+    "swap": lambda t: t.transpose(2, 3),
+    "expand": lambda t: t[:, :, :1].expand(-1, -1, 6, -1),
+    "channels-last": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1),
+    "empty": lambda t: t[:0],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "uint8"])
+def test_tensors_are_read_where_they_lie(torch, dtype, view):
+    """By a new plan, and by the plan that the second call finds: as NumPy's arrays over the same memory."""
+    weight = torch.randn(3)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        x = VIEWS[view]((40 * torch.rand(2, 3, 6, 10)).to(getattr(torch, dtype)))
+        array = views_of(x=x)[0]["x"]
+        assert (array.ctypes.data, array.shape) == (x.data_ptr(), tuple(x.shape)) or not x.numel()
+        assert array.strides == tuple(s * x.element_size() for s in x.stride())
+        expected = [normkit.instance_norm(array, weight.numpy()), *normkit.group_norm(array, 3, return_stats=True)]
+        found = [normkit.instance_norm(x, weight), *normkit.group_norm(x, 3, return_stats=True)]
+        for y, like in zip(found, expected, strict=True):
+            assert type(y) is torch.Tensor
+            values = views_of(x=y)[0]["x"]
+            assert (values.dtype, values.strides) == (like.dtype, like.strides)
+            assert values.tobytes() == like.tobytes()
+
+
+def test_results_keep_memory_as_long_as_they_live(torch):
+    x = torch.randn(64, 64, 64)
+    y = [normkit.instance_norm(x) for _ in range(3)][-1]
+    kept, held = y.clone(), normkit.cache_size()
+    others = [normkit.instance_norm(x + 1) for _ in range(3)]
+    assert len({t.data_ptr() for t in [y, *others]}) == 4
+    assert torch.equal(y, kept)
+    del y, others
+    assert normkit.cache_size() >= held + x.nbytes
 
 
 def test_a_subclass_of_a_tensor(torch):

@@ -9,7 +9,6 @@ import gc
 import subprocess
 import sys
 import warnings
-import weakref
 
 import normkit
 import numpy as np
@@ -19,7 +18,6 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 nt = pytest.importorskip("normkit.torch")
 pytest.importorskip("expecttest", reason="PyTorch's own samples want expecttest")
 import recorded  # noqa: E402
-from normkit._memory import _core, dtype_named  # noqa: E402
 from recorded import CASES, OPTIONS, PARAMS, SHAPE, SOME  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from torch.testing._internal.common_methods_invocations import op_db  # noqa: E402
@@ -311,53 +309,6 @@ def test_changing_what_is_saved_is_noticed():
         weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [*DTYPES, "bool", "int8", "uint8", "int32", "int64"])
-def test_tensors_are_read_where_they_lie(dtype, layout):
-    x = LAYOUTS[layout](4 * uniform(*SHAPE)).to(getattr(torch, dtype))
-    none, array, scalar = _core.of_tensors(torch.Tensor, None, x, torch.ones(()))
-    assert none is None
-    assert scalar.shape == ()
-    assert (array.ctypes.data, array.shape) == (x.data_ptr(), tuple(x.shape))
-    assert array.strides == tuple(s * x.element_size() for s in x.stride())
-    assert str(array.dtype) == dtype
-    assert torch.equal(torch.from_numpy(array.astype("float64")), x.double())
-
-
-UNREADABLE = {
-    "negated": lambda x: torch.complex(x, x).conj().imag,
-    "sparse": lambda x: x.to_sparse(),
-    "meta": lambda x: x.to("meta"),
-    "complex": lambda x: x.to(torch.complex64),
-    "float8": lambda x: x.to(torch.float8_e5m2),
-    "numpy": lambda x: x.numpy(),
-    "number": lambda x: 1.0,
-}
-
-
-@pytest.mark.parametrize("kind", UNREADABLE)
-def test_what_is_no_plain_memory_is_not_read(kind):
-    x = torch.ones(2, 3)
-    assert _core.of_tensors(torch.Tensor, x, UNREADABLE[kind](x)) is None
-    assert _core.of_tensors(np.ndarray, x) is None
-    with pytest.raises(TypeError, match="type has no functions of DLPack"):
-        _core.to_tensor(np.ndarray, np.ones(3))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_tensors_keep_the_memory_they_are_made_of(dtype):
-    values = np.random.default_rng(0).standard_normal((2, 3, 4)).transpose(0, 2, 1)
-    array = values.astype(dtype_named(dtype))
-    tensor, alive = _core.to_tensor(torch.Tensor, array), weakref.ref(array)
-    assert type(tensor) is torch.Tensor
-    assert (tensor.dtype, tensor.data_ptr()) == (DTYPES[dtype], array.ctypes.data)
-    assert tensor.stride() == tuple(s // array.itemsize for s in array.strides)
-    del array
-    assert alive() is not None
-    del tensor
-    assert alive() is None
 
 
 PEAK = """

@@ -21,17 +21,20 @@ NDArray: TypeAlias = np.ndarray[Any, Any]
 # ---- libraries ---------------------------------------------------------------------------------------------------
 
 _FROZEN = ("jax", "tensorflow")  # libraries whose arrays never change
+_PLAIN_TYPES = ("torch.Tensor", "torch.nn.parameter.Parameter")
 
 
-def library_of_type(kind: type) -> tuple[str, bool]:
-    """The library that arrays of a type belong to, by the root of a module, and whether they never change.
+def library_of_type(kind: type) -> tuple[str, bool, Any]:
+    """The library that arrays of a type belong to, by the root of a module, whether they never change, and its table of
+    DLPack's functions, of types of which tensors are no more than memory.
 
     A subclass belongs to the library of its base: of the class which speaks DLPack.
     """
     base = next((c for c in reversed(kind.__mro__) if "__dlpack__" in vars(c)), kind)
     root = base.__module__.partition(".")[0]
     name = {"jaxlib": "jax"}.get(root, root)
-    return name, name in _FROZEN
+    is_plain = name == "torch" and f"{kind.__module__}.{kind.__name__}" in _PLAIN_TYPES
+    return name, name in _FROZEN, getattr(kind, "__dlpack_c_exchange_api__", None) if is_plain else None
 
 
 def library_of(array: Any) -> str:

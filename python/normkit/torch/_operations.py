@@ -7,13 +7,11 @@ Here they take and give tensors and know nothing of autograd. `functions.py` cal
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - everybody's name for it
 
 from .. import functional as core
-from .._memory import _core
 from .._operations import Need, Spec, Words, call_of, composed, named_gradients
 
 Optional: TypeAlias = Tensor | None
@@ -22,21 +20,6 @@ SPEC_SCHEMA = (  # a Spec, as operators take it
     "str kind, int[] axes, int groups, bool frozen, float? eps, float momentum, float weight_offset, str activation, "
     "float? slope"
 )
-
-
-# ---- memory ------------------------------------------------------------------------------------------------------
-
-
-def _arrays(*tensors: Any) -> list[Any]:
-    """The tensors as the core takes them fastest: as NumPy arrays over their memory, where that is the CPU's."""
-    found: list[Any] | None = _core.of_tensors(Tensor, *tensors)
-    if found is None:  # a call with tensors of a GPU, or with some of which the core has to say what is wrong
-        return [t if t is None else t.detach() for t in tensors]
-    return found
-
-
-def _tensor(array: Any) -> Any:
-    return _core.to_tensor(Tensor, array) if type(array) is np.ndarray else array
 
 
 # ---- phases ------------------------------------------------------------------------------------------------------
@@ -48,25 +31,22 @@ def forward(
 ) -> tuple[Tensor, Optional, Optional, Optional]:  # fmt: skip
     """(y, mean, rstd, x + residual). Running statistics are updated in place."""
     function, options = call_of(spec, "forward")
-    x_, weight_, bias_, residual_, where_, slopes_, mean_, var_ = _arrays(
-        x, weight, bias, residual, where, slopes, running_mean, running_var
-    )
     groups = (spec.groups,) if spec.kind == "group" else ()
     more: dict[str, Any] = {}
     if where is not None:
-        more["where"] = where_
+        more["where"] = where
     if slopes is not None:
-        more["activation"] = ("prelu", slopes_)
+        more["activation"] = ("prelu", slopes)
     if residual is not None:
-        more |= {"residual": residual_, "return_residual": with_total}
+        more |= {"residual": residual, "return_residual": with_total}
     if running_mean is not None or running_var is not None:
-        more |= {"running_mean": mean_, "running_var": var_}
-    found = function(x_, *groups, weight_, bias_, return_stats=with_stats, **options, **more)
+        more |= {"running_mean": running_mean, "running_var": running_var}
+    found = function(x, *groups, weight, bias, return_stats=with_stats, **options, **more)
     if not spec.frozen and (running_mean is not None or running_var is not None):
         torch.autograd.graph.increment_version([r for r in (running_mean, running_var) if r is not None])
     if not isinstance(found, tuple):
-        return _tensor(found), None, None, None
-    y, *others = map(_tensor, found)
+        return found, None, None, None
+    y, *others = found
     total = others.pop() if with_total and residual is not None else None
     rstd = others.pop() if with_stats else None
     return y, others.pop() if others else None, rstd, total
@@ -78,21 +58,17 @@ def backward(
 ) -> list[Optional]:  # fmt: skip
     """[dx, dweight, dbias, dslopes], None for what is not needed."""
     function, options = call_of(spec, "backward")
-    dy_, x_, mean_, rstd_, weight_, bias_, where_, slopes_, dtotal_ = _arrays(
-        dy, x, mean, rstd, weight, bias, where, slopes, dtotal
-    )
     groups = (spec.groups,) if spec.kind == "group" else ()
-    statistics = (rstd_,) if spec.kind == "rms" else (mean_, rstd_)
-    more = {"where": where_} if where is not None else {}
+    statistics = (rstd,) if spec.kind == "rms" else (mean, rstd)
+    more = {"where": where} if where is not None else {}
     if bias is not None:
-        more["bias"] = bias_
+        more["bias"] = bias
     if dtotal is not None:
-        more["dresidual"] = dtotal_
+        more["dresidual"] = dtotal
     if slopes is not None:
-        more["activation"] = ("prelu", slopes_)
-    found = function(dy_, x_, *groups, *statistics, weight_, need=named_gradients(need), **options, **more)
-    gradients = [_tensor(array) for array in found]
-    return gradients if need[3] else [*gradients, None]
+        more["activation"] = ("prelu", slopes)
+    found = function(dy, x, *groups, *statistics, weight, need=named_gradients(need), **options, **more)
+    return [*found] if need[3] else [*found, None]
 
 
 def double_backward(
@@ -101,18 +77,15 @@ def double_backward(
 ) -> list[Optional]:  # fmt: skip
     """[d_dy, d_x, d_weight] of a call without a mask and without an activation."""
     function, options = call_of(spec, "double_backward")
-    dy_, x_, mean_, rstd_, weight_, *second = _arrays(dy, x, mean, rstd, weight, ddx, ddweight, ddbias)
     groups = (spec.groups,) if spec.kind == "group" else ()
-    statistics = (rstd_,) if spec.kind == "rms" else (mean_, rstd_)
-    found = function(*second, dy_, x_, *groups, *statistics, weight_, **options)
-    return [_tensor(array) for array in found]
+    statistics = (rstd,) if spec.kind == "rms" else (mean, rstd)
+    return [*function(ddx, ddweight, ddbias, dy, x, *groups, *statistics, weight, **options)]
 
 
 def deviation(style: Tensor, channel_axis: int, eps: float) -> tuple[Tensor, Tensor]:
     """sqrt(var + eps) and the mean of each channel of each image, in float64."""
-    (array,) = _arrays(style)
-    moments = core._moments_of_style(array, channel_axis)
-    return _tensor(moments._deviation(eps)), _tensor(moments.mean)
+    moments = core._moments_of_style(style, channel_axis)
+    return moments._deviation(eps), moments.mean
 
 
 # ---- the same in PyTorch's words ---------------------------------------------------------------------------------
