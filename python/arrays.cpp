@@ -359,11 +359,11 @@ bool is_plain(nb::handle tensor) {
   return requires_grad.of(tensor).is(no) || nb::handle(is_grad_enabled)().is(no);
 }
 
-/// A NumPy array that a tensor is over.
+/// A NumPy array that a tensor is over, which has its extents.
 struct Lent {
   Versioned versioned;
   PyObject* array;
-  normkit::Extents shape, strides;
+  normkit::Extents strides;  // in elements
 
   static void give_back(Versioned* v) {
     Lent* const lent = static_cast<Lent*>(v->manager);
@@ -413,17 +413,15 @@ nb::object tensor_over(nb::handle array, const Exchange& exchange) {
   View v;
   view_numpy(array, v);
   auto lent = std::make_unique<Lent>();
-  for (int axis = 0; axis < v.array.ndim(); ++axis) {
-    lent->shape[axis] = v.array.shape[axis];
+  for (int axis = 0; axis < v.array.ndim(); ++axis)
     lent->strides[axis] = v.array.stride(axis) / normkit::size_of(v.array.dtype);
-  }
   lent->array = Py_NewRef(array.ptr());
   lent->versioned.manager = lent.get(), lent->versioned.deleter = Lent::give_back;
   lent->versioned.tensor = {v.array.data,
                             {nb::device::cpu::value, 0},
                             v.array.ndim(),
                             dlpack_dtype(v.array.dtype),
-                            lent->shape.data(),
+                            const_cast<std::int64_t*>(v.array.shape.data()),
                             lent->strides.data(),
                             0};
   void* tensor = nullptr;

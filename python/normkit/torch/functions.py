@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import functional as core
 from .._operations import OPERATIONS, Spec, axes_of
@@ -105,9 +106,9 @@ class _Deviation(torch.autograd.Function):
 
 def _holds_values(*tensors: Optional) -> bool:
     """True where a call may read memory; else somebody looks on who is told of operators."""
-    if torch.compiler.is_compiling() or is_transforming() or _is_dispatching() or _is_traced():
+    if not _PLAIN.issuperset(map(type, tensors)):
         return False
-    return _PLAIN.issuperset(map(type, tensors))
+    return not (torch.compiler.is_compiling() or is_transforming() or _is_dispatching() or _is_traced())
 
 
 def _check(tensors: tuple[Any, ...]) -> None:
@@ -118,13 +119,11 @@ def _check(tensors: tuple[Any, ...]) -> None:
 
 
 def _records(*tensors: Optional) -> bool:
-    if torch.autograd.forward_ad._current_level >= 0:
-        return True
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
-    return False
+    return forward_ad._current_level >= 0
 
 
 def _float32(tensor: Optional) -> Optional:

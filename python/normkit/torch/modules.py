@@ -83,13 +83,14 @@ class _BatchNorm(_Activated):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name for it
         self._check_input_dim(input)
         momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        if self.training and self.track_running_stats and (batches := self.num_batches_tracked) is not None:
+            batches.add_(1)
             if self.momentum is None:  # the average over all batches
-                momentum = 1.0 / float(self.num_batches_tracked)
-        is_used = not self.training or self.track_running_stats
-        mean, var = (self.running_mean, self.running_var) if is_used else (None, None)
-        learns = self.training or (self.running_mean is None and self.running_var is None)
+                momentum = 1.0 / float(batches)
+        mean, var = self.running_mean, self.running_var
+        learns = self.training or (mean is None and var is None)
+        if self.training and not self.track_running_stats:
+            mean = var = None
         return functions.batch_norm(
             input, self.weight, self.bias, running_mean=mean, running_var=var, training=learns, momentum=momentum,
             eps=self.eps, activation=self.activation,
@@ -118,7 +119,7 @@ class GroupNorm(_Activated, nn.GroupNorm):
 
 
 def _last_axes(input: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:  # noqa: A002
-    if tuple(input.shape[-len(shape) :]) != shape:
+    if input.shape[-len(shape) :] != shape:
         raise ValueError(f"input has shape {tuple(input.shape)}, expected one that ends with {shape}, normalized_shape")
     return tuple(range(-len(shape), 0))
 
