@@ -123,7 +123,8 @@ def _records(*tensors: Optional) -> bool:
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
-    return forward_ad._current_level >= 0
+    level: int = forward_ad._current_level
+    return level >= 0
 
 
 def _float32(tensor: Optional) -> Optional:
