@@ -1,11 +1,13 @@
 """What normkit.torch and normkit.jax take, forward and with gradients, beside what their libraries have themselves.
 
     python benchmarks/gradients.py torch [--threads 1]
+    python benchmarks/gradients.py nnunet [--threads 1]
     python benchmarks/gradients.py jax
 
 Both take turns; a figure is the median of the ratios of their times, the library's / normkit's: above 1 normkit is
-faster. With `torch`, modules of torch.nn on a tensor so small that a call is what counts; with `jax`, a jitted
-instance norm beside the lines of jnp for it.
+faster. With `torch`, modules of torch.nn on a tensor so small that a call is what counts; with `nnunet`, all norms of
+nnU-Net's network, each with its LeakyReLU, beside eager PyTorch and Inductor; with `jax`, a jitted instance norm
+beside the lines of jnp for it.
 """
 
 import argparse
@@ -15,6 +17,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 SMALL = (2, 4, 4, 4)
+SIZES = {32: 48, 64: 24, 128: 12, 256: 6}  # of nnU-Net's network: channels, and voxels along an axis
+NNUNET = [(channels, size, size, size) for channels, size in SIZES.items() for _ in range(4)] + 2 * [(320, 3, 3, 3)]
 SHAPES = [SMALL, (16, 256, 32, 32), (8, 64, 128, 128)]  # of JAX, whose calls run together
 
 
@@ -33,12 +37,20 @@ def seconds(run: Callable[[int], None], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def of_torch(threads: int | None) -> Iterator[Pair]:
-    import normkit.torch as nt
+def set_threads(threads: int | None) -> None:
+    import normkit
     import torch
 
     if threads:
         torch.set_num_threads(threads)
+        normkit.set_num_threads(threads)
+
+
+def of_torch(threads: int | None) -> Iterator[Pair]:
+    import normkit.torch as nt
+    import torch
+
+    set_threads(threads)
     modules: dict[str, Callable[[Any], Any]] = {
         "instance": lambda library: library.InstanceNorm2d(4, affine=True),
         "group": lambda library: library.GroupNorm(2, 4),
@@ -65,6 +77,47 @@ def of_torch(threads: int | None) -> Iterator[Pair]:
         theirs, ours = made(torch.nn), made(nt)
         yield Pair(f"{name} {SMALL}, forward", forward(theirs), forward(ours), 200)
         yield Pair(f"{name} {SMALL}, forward and backward", step(theirs), step(ours), 200)
+
+
+def of_nnunet(threads: int | None) -> Iterator[Pair]:
+    import normkit.torch as nt
+    import torch
+
+    set_threads(threads)
+    torch._dynamo.config.recompile_limit = 4 * len(NNUNET)  # all layers share the code of their forward
+
+    def forward(layers: list[Any], dys: list[Any]) -> Callable[[int], None]:
+        def run(calls: int) -> None:
+            with torch.inference_mode():
+                for layer, dy in zip(layers * calls, dys * calls, strict=True):
+                    layer(dy)
+
+        return run
+
+    def step(layers: list[Any], xs: list[Any], dys: list[Any]) -> Callable[[int], None]:
+        def run(calls: int) -> None:
+            for layer, x, dy in zip(layers * calls, xs * calls, dys * calls, strict=True):
+                layer(x).backward(dy)
+                x.grad = None
+
+        return run
+
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        dys = [torch.randn(2, *shape).contiguous(memory_format=layout) for shape in NNUNET]
+        xs = [torch.randn_like(dy).requires_grad_() for dy in dys]
+        eager = [block(torch.nn, shape[0]) for shape in NNUNET]
+        ours = [block(torch.nn, shape[0]) for shape in NNUNET]
+        for layer in ours:
+            nt.convert(layer)
+        rivals = {"eager": eager, "Inductor": [torch.compile(layer, dynamic=False) for layer in eager]}
+        for name, theirs in rivals.items():
+            where = f"{'channels first' if layout is torch.contiguous_format else 'channels last'}, {name}"
+            yield Pair(f"{where}, forward", forward(theirs, dys), forward(ours, dys), 1)
+            yield Pair(f"{where}, training", step(theirs, xs, dys), step(ours, xs, dys), 1)
+
+
+def block(nn: Any, channels: int) -> Any:
+    return nn.Sequential(nn.InstanceNorm3d(channels, affine=True), nn.LeakyReLU(inplace=True))
 
 
 def of_jax() -> Iterator[Pair]:
@@ -100,11 +153,12 @@ def of_jax() -> Iterator[Pair]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("library", choices=["torch", "jax"])
+    parser.add_argument("library", choices=["torch", "nnunet", "jax"])
     parser.add_argument("--threads", type=int, help="of PyTorch and normkit there; of JAX, see taskset")
     parser.add_argument("--pairs", type=int, default=20)
     given = parser.parse_args()
-    for name, theirs, ours, calls in of_torch(given.threads) if given.library == "torch" else of_jax():
+    pairs_of = {"torch": lambda: of_torch(given.threads), "nnunet": lambda: of_nnunet(given.threads), "jax": of_jax}
+    for name, theirs, ours, calls in pairs_of[given.library]():
         for run in (theirs, ours):
             run(calls)
         pairs = [(seconds(theirs, calls), seconds(ours, calls)) for _ in range(given.pairs)]
