@@ -353,10 +353,11 @@ namespace {
 /// True of a tensor whose memory is its value, and of which nobody wants to know how it is used.
 bool is_plain(nb::handle tensor) {
   static const Name requires_grad("requires_grad"), is_neg("is_neg");
-  static PyObject* const is_grad_enabled = nb::getattr(python_module("torch"), "is_grad_enabled").release().ptr();
   const nb::handle no(Py_False);
   if (!is_neg.call(tensor).is(no)) return false;
-  return requires_grad.of(tensor).is(no) || nb::handle(is_grad_enabled)().is(no);
+  if (requires_grad.of(tensor).is(no)) return true;
+  static PyObject* const is_grad_enabled = nb::getattr(python_module("torch"), "is_grad_enabled").release().ptr();
+  return nb::handle(is_grad_enabled)().is(no);
 }
 
 /// A NumPy array that a tensor is over, which has its extents.

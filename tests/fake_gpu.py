@@ -366,6 +366,9 @@ class FakeTorch(Library):
         self.stream = 0
         self.cuda = SimpleNamespace(current_stream=self._current_stream)
 
+    def is_grad_enabled(self) -> bool:
+        return True
+
     def dtype_of(self, dtype: np.dtype) -> Dtype:
         return getattr(self, dtype.name)
 

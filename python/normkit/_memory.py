@@ -61,7 +61,7 @@ _LAZY = {"Negative": "negated", "Conjugate": "conjugated"}
 
 
 def _tensor(torch: Any, name: str, tensor: Any, is_written: bool) -> Any:
-    if tensor.requires_grad and getattr(torch, "is_grad_enabled", lambda: True)():
+    if tensor.requires_grad and torch.is_grad_enabled():
         raise TypeError(
             f"{name} requires grad, expected a tensor that does not: use normkit.torch, whose functions record "
             f"gradients, or pass {name}.detach()"
