@@ -12,15 +12,15 @@ networks in turn.
 import argparse
 import copy
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import normkit.torch as nt
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from tqdm import tqdm
 
 CLASSES, BATCH = 3, 2  # nnU-Net's own batch; of one volume PyTorch does convolutions without oneDNN
 LAYOUTS = {"channels first": torch.contiguous_format, "channels last": torch.channels_last_3d}
@@ -65,15 +65,6 @@ def results(model: nn.Module, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 def distances(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
     """The largest difference from what is exact, in units of its largest element."""
     return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, exact, strict=True)]
-
-
-def progress(total: int) -> Iterator[None]:
-    """A bar of what is done, on the terminal."""
-    for k in range(total + 1):
-        filled = 40 * k // total
-        print(f"\r[{'#' * filled}{'.' * (40 - filled)}] {k} of {total}", end="", file=sys.stderr, flush=True)
-        yield
-    print(file=sys.stderr)
 
 
 def seconds(work: Callable[..., None], *arguments: object) -> float:
@@ -132,7 +123,7 @@ def main() -> None:
         raise SystemExit("the converted network is further from the truth than rounding explains")
 
     works = {"a training step": step, "inference": infer}
-    bar = progress(len(LAYOUTS) * (len(works) * (pairs + 1) + 1))
+    bar = tqdm(total=len(LAYOUTS) * (len(works) * (pairs + 1) + 1))
     ratios, bars = [], {}
     for layout, memory_format in LAYOUTS.items():
         arranged = x.to(memory_format=memory_format)
@@ -141,16 +132,15 @@ def main() -> None:
         for name, work in works.items():
             times = []
             for _ in range(pairs + 1):  # the first pair warms up
-                next(bar)
                 times.append([seconds(work, model, arranged, labels) for model in models.values()])
+                bar.update()
             a, b = (1e3 * statistics.median(column) for column in zip(*times[1:], strict=True))
             ratio = statistics.median(a / b for a, b in times[1:])
             ratios.append(f"{layout:16}{name:18}{a:10.0f} ms{b:10.0f} ms{ratio:10.2f}")
-        next(bar)
         for name, model in models.items():
             bars[f"{name}, {layout}"] = profile(model, arranged, labels, pairs)
-    for _ in bar:
-        pass
+        bar.update()
+    bar.close()
 
     title = f"medians of {pairs} pairs, {torch.get_num_threads()} threads"
     print(f"\n{title:34}{'before':>13}{'after':>13}{'ratio':>10}")
