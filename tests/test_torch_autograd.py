@@ -234,6 +234,25 @@ def test_every_activation_has_derivatives_of_both_orders(activation):
     assert torch.autograd.gradgradcheck(call, (x, weight), fast_mode=True)
 
 
+@pytest.mark.parametrize(("case", "options"), SOME)
+def test_second_derivatives_of_float32_are_those_of_float64(case, options):
+    """In units of the largest, to 300 roundings: of five sums one inside the other, of at most 60 terms each."""
+
+    tensors, _, call = made(CASES[case], OPTIONS[options], dtype=torch.float32)
+    count = len(as_tuple(call(*tensors.values())))
+    values = [*tensors.values(), *(uniform(*SHAPE, dtype=torch.float32) for _ in range(count))]
+
+    def second(dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in values]
+        given, dys = leaves[: len(tensors)], leaves[len(tensors) :]
+        first = torch.autograd.grad(as_tuple(call(*given)), given, dys, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves, materialize_grads=True)
+
+    for found, exact in zip(second(torch.float32), second(torch.float64), strict=True):
+        assert found.dtype == torch.float32
+        assert (found - exact).abs().max() <= 300 * 2**-24 * exact.abs().max()
+
+
 @pytest.mark.parametrize("images", [3, 1])
 def test_adaptive_has_derivatives_of_both_orders(images):
     content, style = uniform(3, 2, 4).requires_grad_(), uniform(images, 2, 5).requires_grad_()

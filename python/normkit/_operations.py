@@ -212,10 +212,21 @@ def composed(words: Words, spec: Spec, given: dict[str, Any], constants: dict[st
         y = y * (param("weight") + spec.weight_offset)
     if "bias" in given:
         y = y + param("bias")
-    if spec.activation:
-        parameters = [param("slopes")] if "slopes" in given else [] if spec.slope is None else [spec.slope]
-        y = words.activations[spec.activation](y, *parameters)
-    return frame.back(y)
+    return frame.back(_activated(words, spec, y, param("slopes") if "slopes" in given else None))
+
+
+def activated(words: Words, spec: Spec, z: Any, slopes: Any) -> Any:
+    """What the activation makes of a normalized array, in its dtype."""
+    frame = Frame(spec, z.shape)
+    slopes = None if slopes is None else slopes.reshape(frame.param_shape(slopes.shape))
+    return frame.back(_activated(words, spec, frame.data(z), slopes))
+
+
+def _activated(words: Words, spec: Spec, data: Any, slopes: Any) -> Any:
+    if not spec.activation:
+        return data
+    parameters = [slopes] if slopes is not None else [] if spec.slope is None else [spec.slope]
+    return words.activations[spec.activation](data, *parameters)
 
 
 def _normalized(xp: Any, data: Any, mask: Any, frame: Frame, eps: float) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - everybody's name for it
 
 from .. import functional as core
-from .._operations import Need, Spec, Words, call_of, composed, named_gradients
+from .._operations import Need, Spec, Words, activated, call_of, composed, named_gradients
 
 Optional: TypeAlias = Tensor | None
 
@@ -110,6 +110,12 @@ _ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 
 _WORDS = Words(torch, Tensor.double, Tensor.expand, _ACTIVATIONS)
 _GIVEN = ("x", "weight", "bias", "slopes")
+
+
+def activation_of(spec: Spec, z: Tensor, slopes: Optional) -> Tensor:
+    """Of a normalized tensor."""
+    y: Tensor = activated(_WORDS, spec, z, slopes)
+    return y
 
 
 def eps_of(x: Tensor) -> float:

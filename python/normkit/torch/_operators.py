@@ -180,7 +180,10 @@ def save_backward(ctx: Any, *args: Any) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def gradients_of_backward(ctx: Any, seconds: Sequence[Optional], double: Callable[..., Any]) -> list[Optional]:
+def gradients_of_backward(
+    ctx: Any, seconds: Sequence[Optional], double: Callable[..., Any],
+    otherwise: Callable[..., Any] = phases.second_gradients,
+) -> list[Optional]:  # fmt: skip
     """Of dy, x, mean, rstd, weight, bias, where, slopes and dtotal; mean and rstd are functions of x."""
     dy, x, mean, rstd, weight, bias, where, slopes = ctx.saved_tensors
     spec: Spec = ctx.spec
@@ -193,7 +196,7 @@ def gradients_of_backward(ctx: Any, seconds: Sequence[Optional], double: Callabl
     if is_plain:
         d_dy, d_x, d_weight = double(ddx, ddweight, ddbias, dy, x, mean, rstd, weight, spec)
         return [d_dy, d_x, None, None, d_weight, None, None, None, d_dtotal]
-    found = phases.second_gradients(seconds, dy, x, mean, rstd, weight, bias, where, slopes, spec)
+    found = otherwise(seconds, dy, x, mean, rstd, weight, bias, where, slopes, spec)
     d_dy, d_x, d_weight, d_bias, d_slopes = found
     d_bias = None if bias is None else d_bias
     return [d_dy, d_x, None, None, d_weight, d_bias, None, d_slopes, d_dtotal]

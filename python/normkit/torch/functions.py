@@ -4,7 +4,7 @@ They take what the functions of the same names in `normkit` take, in the same or
 statistics before the weights, and layer norm the normalized shape: here these are options.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *seconds: Any) -> Any:
         call = _DoubleBackward.apply if torch.is_grad_enabled() else phases.double_backward
-        return *gradients_of_backward(ctx, seconds, call), None, None
+        return *gradients_of_backward(ctx, seconds, call, _second_gradients), None, None
 
 
 class _DoubleBackward(torch.autograd.Function):
@@ -83,6 +83,35 @@ class _DoubleBackward(torch.autograd.Function):
 
 def _backward(*args: Any) -> Any:
     return _Backward.apply(*args)
+
+
+def _second_gradients(
+    seconds: Sequence[Optional], dy: Tensor, x: Tensor, mean: Optional, rstd: Tensor, weight: Optional, bias: Optional,
+    where: Optional, slopes: Optional, spec: Spec,
+) -> list[Optional]:  # fmt: skip
+    """`phases.second_gradients`, where it can be by the core of the normalization, and of the activation by PyTorch."""
+    is_exact = x.dtype in (torch.float32, torch.float64)  # else what lies between the two would be rounded
+    if not spec.activation or not is_exact or where is not None or spec.frozen or torch.is_grad_enabled():
+        return phases.second_gradients(seconds, dy, x, mean, rstd, weight, bias, where, slopes, spec)
+    plain = spec._replace(activation="", slope=None)
+    with torch.enable_grad():
+        leaves = [t if t is None else t.detach().requires_grad_() for t in (dy, x, weight, bias, slopes)]
+        dy_, x_, weight_, bias_, slopes_ = leaves
+        z = _apply(x_, weight_, bias_, None, None, None, None, None, plain)
+        y = phases.activation_of(spec, z, slopes_)
+        inputs = [z] if slopes_ is None else [z, slopes_]
+        dz, *dslopes = torch.autograd.grad(y, inputs, dy_, create_graph=True)
+        need = (*(second is not None for second in seconds[:3]), False)
+        found = _Backward.apply(dz, x_, mean, rstd, weight_, bias_, None, None, None, plain, need)
+    firsts = [*found[:3], *dslopes]
+    used = [k for k, first in enumerate(firsts) if first is not None and seconds[k] is not None]
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    by_leaf = iter(
+        torch.autograd.grad(
+            [firsts[k] for k in used], wanted, [seconds[k] for k in used], allow_unused=True, materialize_grads=True
+        )
+    )
+    return [None if leaf is None else next(by_leaf) for leaf in leaves]
 
 
 class _Deviation(torch.autograd.Function):
