@@ -14,7 +14,9 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
 
 SMALL = (2, 4, 4, 4)
 SIZES = {32: 48, 64: 24, 128: 12, 256: 6}  # of nnU-Net's network: channels, and voxels along an axis
@@ -22,16 +24,24 @@ NNUNET = [(channels, size, size, size) for channels, size in SIZES.items() for _
 SHAPES = [SMALL, (16, 256, 32, 32), (8, 64, 128, 128)]  # of JAX, whose calls run together
 
 
-class Pair(NamedTuple):
-    """Each runs a number of times and waits for the end."""
+Run: TypeAlias = Callable[[int], list[Any]]  # runs a number of times, waits for the end, and returns the last answers
 
+
+class Pair(NamedTuple):
     name: str
-    theirs: Callable[[int], None]
-    ours: Callable[[int], None]
+    theirs: Run
+    ours: Run
     calls: int
 
 
-def seconds(run: Callable[[int], None], calls: int) -> float:
+def check(found: list[Any], expected: list[Any]) -> None:
+    """Both round: what is more than a thousand roundings of the largest element is wrong."""
+    for a, b in zip(found, expected, strict=True):
+        a, b = (np.asarray(array) for array in (a, b))
+        np.testing.assert_allclose(a, b, rtol=0, atol=1000 * 2**-24 * np.abs(b).max())
+
+
+def seconds(run: Run, calls: int) -> float:
     start = time.perf_counter()
     run(calls)
     return (time.perf_counter() - start) / calls
@@ -47,6 +57,7 @@ def set_threads(threads: int | None) -> None:
 
 
 def of_torch(threads: int | None) -> Iterator[Pair]:
+    import normkit
     import normkit.torch as nt
     import torch
 
@@ -59,20 +70,27 @@ def of_torch(threads: int | None) -> Iterator[Pair]:
     }
     x, dy = torch.randn(SMALL, requires_grad=True), torch.randn(SMALL)
 
-    def forward(module: Any) -> Callable[[int], None]:
-        def run(calls: int) -> None:
+    def forward(module: Any) -> Run:
+        def run(calls: int) -> list[Any]:
             for _ in range(calls):
-                module(x)
+                y = module(x)
+            return [y.detach()]
 
         return run
 
-    def step(module: Any) -> Callable[[int], None]:
-        def run(calls: int) -> None:
+    def step(module: Any) -> Run:
+        def run(calls: int) -> list[Any]:
             for _ in range(calls):
                 module(x).backward(dy)
+            return [torch.autograd.grad(module(x), x, dy)[0]]
 
         return run
 
+    plain, weight, bias = x.detach(), torch.ones(4), torch.zeros(4)
+    yield Pair(
+        f"group {SMALL}, no gradients", forward(lambda _: torch.nn.functional.group_norm(plain, 2, weight, bias)),
+        forward(lambda _: normkit.group_norm(plain, 2, weight, bias)), 500,
+    )  # fmt: skip
     for name, made in modules.items():
         theirs, ours = made(torch.nn), made(nt)
         yield Pair(f"{name} {SMALL}, forward", forward(theirs), forward(ours), 200)
@@ -86,19 +104,21 @@ def of_nnunet(threads: int | None) -> Iterator[Pair]:
     set_threads(threads)
     torch._dynamo.config.recompile_limit = 4 * len(NNUNET)  # all layers share the code of their forward
 
-    def forward(layers: list[Any], dys: list[Any]) -> Callable[[int], None]:
-        def run(calls: int) -> None:
+    def forward(layers: list[Any], xs: list[Any]) -> Run:
+        def run(calls: int) -> list[Any]:
             with torch.inference_mode():
-                for layer, dy in zip(layers * calls, dys * calls, strict=True):
-                    layer(dy)
+                for layer, x in zip(layers * calls, xs * calls, strict=True):
+                    y = layer(x)
+            return [y]
 
         return run
 
-    def step(layers: list[Any], xs: list[Any], dys: list[Any]) -> Callable[[int], None]:
-        def run(calls: int) -> None:
+    def step(layers: list[Any], xs: list[Any], dys: list[Any]) -> Run:
+        def run(calls: int) -> list[Any]:
             for layer, x, dy in zip(layers * calls, xs * calls, dys * calls, strict=True):
-                layer(x).backward(dy)
                 x.grad = None
+                layer(x).backward(dy)
+            return [x.grad]
 
         return run
 
@@ -129,13 +149,13 @@ def of_jax() -> Iterator[Pair]:
         mean, var = x.mean((2, 3), keepdims=True), x.var((2, 3), keepdims=True)
         return (x - mean) * jax.lax.rsqrt(var + 1e-5) * weight[:, None, None] + bias[:, None, None]
 
-    def repeated(function: Any, *arrays: Any) -> Callable[[int], None]:
+    def repeated(function: Any, *arrays: Any) -> Run:
         jitted = jax.jit(function)
 
-        def run(calls: int) -> None:
+        def run(calls: int) -> list[Any]:
             for _ in range(calls):
                 found = jitted(*arrays)
-            jax.block_until_ready(found)
+            return jax.tree.leaves(jax.block_until_ready(found))
 
         return run
 
@@ -154,13 +174,14 @@ def of_jax() -> Iterator[Pair]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("library", choices=["torch", "nnunet", "jax"])
-    parser.add_argument("--threads", type=int, help="of PyTorch and normkit there; of JAX, see taskset")
+    parser.add_argument("--threads", type=int, help="of PyTorch, and of normkit beside it")
     parser.add_argument("--pairs", type=int, default=20)
     given = parser.parse_args()
+    if given.library == "jax" and given.threads:
+        parser.error("--threads is of PyTorch: JAX has as many as the process has cores, see taskset")
     pairs_of = {"torch": lambda: of_torch(given.threads), "nnunet": lambda: of_nnunet(given.threads), "jax": of_jax}
     for name, theirs, ours, calls in pairs_of[given.library]():
-        for run in (theirs, ours):
-            run(calls)
+        check(ours(calls), theirs(calls))
         pairs = [(seconds(theirs, calls), seconds(ours, calls)) for _ in range(given.pairs)]
         ratio = statistics.median(a / b for a, b in pairs)
         fastest = [min(times) * 1e6 for times in zip(*pairs, strict=True)]

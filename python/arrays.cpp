@@ -105,20 +105,18 @@ void check_axes(const char* name, std::int64_t ndim) {
                 std::to_string(normkit::kMaxAxes));
 }
 
-/// Throws where memory cannot have such extents and strides.
-void check_reach(const char* name, const View& v) {
+/// True where memory can have such extents and strides.
+bool is_in_reach(const Array& a) {
   std::int64_t reach = 0;
-  for (int axis = 0; axis < v.array.ndim(); ++axis) {
-    const std::int64_t extent = v.array.shape[axis];
+  for (int axis = 0; axis < a.ndim(); ++axis) {
+    const std::int64_t extent = a.shape[static_cast<std::size_t>(axis)], stride = a.stride(axis);
     std::int64_t far = 0;
-    const std::int64_t stride = v.array.stride(axis);
-    const bool fits = extent >= 0 && stride != INT64_MIN &&
-                      !__builtin_mul_overflow(stride < 0 ? -stride : stride, extent < 2 ? 0 : extent - 1, &far) &&
-                      !__builtin_add_overflow(reach, far, &reach) && reach < INT64_MAX / 16;
-    if (!fits)
-      value_error(std::string(name) + " has shape " + normkit::tuple(v.array.shape) +
-                  ", expected extents and strides that memory can have");
+    if (extent < 0 || stride == INT64_MIN ||
+        __builtin_mul_overflow(stride < 0 ? -stride : stride, extent < 2 ? 0 : extent - 1, &far) ||
+        __builtin_add_overflow(reach, far, &reach) || reach >= INT64_MAX / 16)
+      return false;
   }
+  return true;
 }
 
 }  // namespace
@@ -342,23 +340,15 @@ void import_dlpack(const char* name, nb::handle array, nb::handle stream, View& 
   const Dtype dtype = dtype_named(word, v.other_dtype);
   std::byte* const data = static_cast<std::byte*>(const_cast<void*>(static_cast<const void*>(a.data())));
   v.array = {data, dtype, true, read_only, {v.shape.data(), ndim}, {v.strides.data(), ndim}, v.other_dtype};
-  check_reach(name, v);
+  if (!is_in_reach(v.array))
+    value_error(named + " has shape " + normkit::tuple(v.array.shape) +
+                ", expected extents and strides that memory can have");
   if (!data && !empty) value_error(named + " has no memory, expected an array that holds its elements");
 }
 
 // ---- tensors on the CPU, without calls of Python ---------------------------------------------------------------------
 
 namespace {
-
-/// True of a tensor whose memory is its value, and of which nobody wants to know how it is used.
-bool is_plain(nb::handle tensor) {
-  static const Name requires_grad("requires_grad"), is_neg("is_neg");
-  const nb::handle no(Py_False);
-  if (!is_neg.call(tensor).is(no)) return false;
-  if (requires_grad.of(tensor).is(no)) return true;
-  static PyObject* const is_grad_enabled = nb::getattr(python_module("torch"), "is_grad_enabled").release().ptr();
-  return nb::handle(is_grad_enabled)().is(no);
-}
 
 /// A NumPy array that a tensor is over, which has its extents.
 struct Lent {
@@ -378,10 +368,19 @@ struct Lent {
 
 }  // namespace
 
-bool view_tensor(nb::handle tensor, const Library& library, View& v) {
-  if (!library.exchange) return false;
+bool is_plain(nb::handle tensor) {
+  static const Name requires_grad("requires_grad"), is_neg("is_neg");
+  const nb::handle no(Py_False);
+  if (!is_neg.call(tensor).is(no)) return false;
+  if (requires_grad.of(tensor).is(no)) return true;
+  static PyObject* const is_grad_enabled = nb::getattr(python_module("torch"), "is_grad_enabled").release().ptr();
+  return nb::handle(is_grad_enabled)().is(no);
+}
+
+bool view_tensor(nb::handle tensor, const Exchange* exchange, View& v) {
+  if (!exchange) return false;
   nb::dlpack::dltensor t;
-  if (library.exchange->tensor_of(tensor.ptr(), &t) != 0) {  // sparse, say: who reads it another way says so
+  if (exchange->tensor_of(tensor.ptr(), &t) != 0) {
     PyErr_Clear();
     return false;
   }
@@ -390,24 +389,22 @@ bool view_tensor(nb::handle tensor, const Library& library, View& v) {
     return false;
   bool empty = false;
   for (int axis = 0; axis < t.ndim; ++axis) {
-    v.shape[axis] = t.shape[axis], v.strides[axis] = t.strides[axis] * normkit::size_of(dtype);
+    v.shape[axis] = t.shape[axis];
+    if (__builtin_mul_overflow(t.strides[axis], normkit::size_of(dtype), &v.strides[axis])) return false;
     empty = empty || t.shape[axis] == 0;
   }
   if (!t.data && !empty) return false;
   const std::size_t ndim = static_cast<std::size_t>(t.ndim);
-  v.object = tensor;
-  v.array = {static_cast<std::byte*>(t.data) + t.byte_offset,
-             dtype,
-             true,
-             false,
-             {v.shape.data(), ndim},
-             {v.strides.data(), ndim},
-             {}};
+  const normkit::Array array{static_cast<std::byte*>(t.data) + t.byte_offset,
+                             dtype,
+                             true,
+                             false,
+                             {v.shape.data(), ndim},
+                             {v.strides.data(), ndim},
+                             {}};
+  if (!is_in_reach(array)) return false;
+  v.object = tensor, v.array = array;
   return true;
-}
-
-bool view_plain_tensor(nb::handle tensor, const Library& library, View& v) {
-  return view_tensor(tensor, library, v) && is_plain(tensor);
 }
 
 nb::object tensor_over(nb::handle array, const Exchange& exchange) {

@@ -37,7 +37,7 @@ struct Library {
   std::string name;
   Kind kind;
   bool frozen;  // its arrays never change
-  const Exchange* exchange;  // of PyTorch's own types: tensors of others may be more than memory. May be null
+  const Exchange* exchange;  // null but for PyTorch's own types: tensors of others may be more than memory
 };
 
 /// The library of arrays of a type. A subclass belongs to the library of its base: of the class which speaks DLPack.
@@ -67,12 +67,12 @@ bool view_numpy(nb::handle array, View& v);
 /// producer sees to it that what is still to be written comes first.
 void import_dlpack(const char* name, nb::handle array, nb::handle stream, View& v);
 
-/// Fills in the view of a tensor on the CPU by its library's table, and returns true; false where there is none, and for
-/// a tensor that the table does not show.
-bool view_tensor(nb::handle tensor, const Library& library, View& v);
+/// True of a tensor of PyTorch whose memory is its value, and which is to record no gradients.
+bool is_plain(nb::handle tensor);
 
-/// The same for a tensor of which nobody knows that its memory is its value, and that it asks for no gradients.
-bool view_plain_tensor(nb::handle tensor, const Library& library, View& v);
+/// Fills in the view of a tensor on the CPU by its library's table, and returns true. False where there is no table, and
+/// where another way to read it is to say what is wrong with it.
+bool view_tensor(nb::handle tensor, const Exchange* exchange, View& v);
 
 /// A tensor over the memory of a NumPy array that the core made.
 nb::object tensor_over(nb::handle array, const Exchange& exchange);

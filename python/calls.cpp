@@ -134,7 +134,7 @@ class Arrays {
     }
     const bool tells = library_.kind == Library::Kind::cupy || library_.kind == Library::Kind::torch;
     const auto* device = std::get_if<memory::Device>(&memory_);
-    if (!device && arrays::view_tensor(array, arrays::library_of(array), v)) return;
+    if (!device && arrays::view_tensor(array, arrays::library_of(array).exchange, v)) return;
     if (device && tells) arrays::view_device(name, array, library_, v);
     else arrays::import_dlpack(name, array, device ? device->dlpack_stream() : nb::object(), v);
     if (device) normkit::check_on_elements(name, v.array);
@@ -414,26 +414,29 @@ class Function final : public function::Body {
   /// Calls with arrays that are not all NumPy's: tensors of the CPU, or what call_on_device() takes.
   [[gnu::noinline]] nb::object call_elsewhere(PyObject* const* values) {
     const arrays::Exchange* const exchange = arrays::library_of(values[normkit::kX]).exchange;
-    if (!exchange) return call_on_device(values);
+    for (const OperandIndex k : arrays_) {  // before any is read, since asking a tensor may run anything
+      if (values[k] == Py_None) continue;
+      if (!exchange || arrays::library_of(values[k]).exchange != exchange || !arrays::is_plain(values[k]))
+        return call_on_device(values);
+    }
     recent::Key key;
     Addresses at{};
-    View tensor;
+    Views views;
     key.put(reinterpret_cast<std::intptr_t>(exchange));
     for (const OperandIndex k : arrays_) {
       if (values[k] == Py_None) {
         key.put(0);
         continue;
       }
-      const Library& library = arrays::library_of(values[k]);
-      const bool is_plain = library.exchange == exchange && arrays::view_plain_tensor(values[k], library, tensor);
-      if (!is_plain || !key.add_view(tensor.array)) return call_on_device(values);
-      at[k] = tensor.array.data;
+      if (!arrays::view_tensor(values[k], exchange, views[k]) || !key.add_view(views[k].array))
+        return call_on_device(values);
+      at[k] = views[k].array.data;
     }
     add_options(key, values);
     if (const std::shared_ptr<const Known> known = recent_.find(key))
       if (known->placement.allows(at))
         return run(known->plan, at, values, memory::Other(*exchange), nullptr, is_alone());
-    return plan_and_run(values, &key);
+    return plan_and_run(values, &key, {}, false, std::move(views));
   }
 
   /// Calls by a plan that is known where arrays are on a GPU and their library tells enough of them, else as if it were
@@ -472,9 +475,11 @@ class Function final : public function::Body {
   }
 
   /// Plans and runs a call, or describes it alone. `key`: by which a like call will find the plan; may be null. `held`
-  /// keeps alive the objects that the key names, beside options.
+  /// keeps alive the objects that the key names, beside options. `views` of plain tensors are there where these were read
+  /// for the key, which is to be of what the plan is of.
   [[gnu::noinline]] nb::object plan_and_run(PyObject* const* values, const recent::Key* key,
-                                            std::vector<nb::object> held = {}, bool describes = false) {
+                                            std::vector<nb::object> held = {}, bool describes = false,
+                                            Views&& views = {}) {
     Arrays whose("x", values[normkit::kX]);
     const auto is_number = [&](OperandIndex k) {
       const OperandRow& row = kOperandTable[k];
@@ -483,9 +488,8 @@ class Function final : public function::Body {
     };
     const auto is_there = [&](OperandIndex k) { return values[k] != Py_None || k == normkit::kX || k == normkit::kDy; };
     for (const OperandIndex k : arrays_)
-      if (is_there(k) && !is_number(k)) whose.judge(names_[k].c_str(), values[k]);
+      if (is_there(k) && !views[k].array.present && !is_number(k)) whose.judge(names_[k].c_str(), values[k]);
     const Memory& memory = whose.open();
-    Views views;
     Args args;
     std::vector<nb::object> numbers;  // as arrays of the call
     for (const OperandIndex k : arrays_) {
@@ -498,7 +502,7 @@ class Function final : public function::Body {
         numbers.push_back(given = memory.empty(dtype, 0, nullptr, nullptr));
         memory.copy(given, values[k], nb::none());
       }
-      whose.view(names_[k].c_str(), given, contains(row.writes, op_), views[k]);
+      if (!views[k].array.present) whose.view(names_[k].c_str(), given, contains(row.writes, op_), views[k]);
       args.*row.array = views[k].array;
     }
     const normkit::Spec spec = options::spec_of(kind_, op_, values, args.x);
@@ -521,7 +525,6 @@ class Function final : public function::Body {
             std::vector<nb::object> held) {
     if (plan.shapes.empty || !plan.temporaries.empty() || op_ == Op::moments) return;
     for (const OperandIndex k : arrays_) {
-      if (views[k].held.is_valid() && !views[k].held.is(views[k].object)) return;
       if (views[k].array.present && PyArray_Check(values[k]))
         held.push_back(nb::borrow(reinterpret_cast<PyObject*>(PyArray_DESCR(arrays::as_array(values[k])))));
     }

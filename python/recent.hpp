@@ -38,7 +38,8 @@ class Key {
     for (int axis = 0; axis < ndim; ++axis) put(dims[axis]), put(strides[axis]);
     return true;
   }
-  /// Adds the same of an array that may be written. False where it has more axes than a key has room for.
+  /// Adds the dtype, extents and strides of an array that may be written. False where it has more axes than a key has
+  /// room for.
   bool add_view(const normkit::Array& a) {
     if (a.ndim() > kMostAxes) return false;
     put(static_cast<std::int64_t>(a.dtype) + 1), put(a.ndim());
@@ -75,7 +76,7 @@ class Key {
     const std::size_t count = static_cast<std::size_t>(count_);
     return words.size() == count && std::memcmp(words_.data(), words.data(), count * sizeof(std::int64_t)) == 0;
   }
-  /// A hash of the first words, which are those of the first array: in a program shapes differ more often than options.
+  /// A hash of the first words, most of which are of the first array: in a program shapes differ more often than options.
   std::size_t hash() const {
     std::uint64_t h = 0;
     for (int k = 0; k < count_ && k < kHashed; ++k) h = h * 31 + static_cast<std::uint64_t>(words_[k]);

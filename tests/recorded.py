@@ -51,8 +51,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 PARAMS = {"both": (True, True), "weight": (True, False), "bias": (False, True), "none": (False, False)}
 
-# For what takes a library a second: each case and each option, with options in the order that differs between cases.
-SOME = [(case, option) for k, case in enumerate(CASES) for option in [*OPTIONS][k % len(OPTIONS) :: len(OPTIONS)]]
+# For what takes a library a second: one option for each case, and each option for some case.
+SOME = [(case, [*OPTIONS][k % len(OPTIONS)]) for k, case in enumerate(CASES)]
 
 
 def by_normkit(case: Case, arrays: dict[str, Any], told: dict[str, Any], dys: Any, running: Any) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from cases import bits, uniform
 from hostile import Producer, of_library
+from normkit import _memory
 from normkit._memory import views_of
 
 SHAPE = (2, 3, 5)
@@ -260,7 +261,10 @@ def test_axes_without_end(torch):
 def test_lazy_bits_are_resolved(torch):
     lazy = torch.fft.fft(torch.randn(1, 2, 64)).conj().imag
     assert lazy.is_neg()
-    for _ in range(2):  # where nothing is known of such a call, and where the plan of a like one is
+    like = torch.view_as_real(torch.randn(1, 2, 64, dtype=torch.complex64))[..., 1]
+    assert like.stride() == lazy.stride()
+    normkit.instance_norm(like)  # a plan that must not be found for what is like it but for its bit
+    for _ in range(2):
         assert torch.equal(normkit.instance_norm(lazy), normkit.instance_norm(lazy.clone().resolve_neg()))
     with pytest.raises(TypeError, match=r"^out is negated lazily, expected a tensor whose memory is its value$"):
         normkit.instance_norm(torch.zeros_like(lazy), out=lazy)
@@ -321,7 +325,7 @@ VIEWS = {
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "uint8"])
 def test_tensors_are_read_where_they_lie(torch, dtype, view):
-    """By a new plan, and by the plan that the second call finds: as NumPy's arrays over the same memory."""
+    """By a new plan, and by the one that the second call finds: as NumPy's arrays over the same memory."""
     weight = torch.randn(3)
     for seed in range(2):
         torch.manual_seed(seed)
@@ -338,7 +342,44 @@ def test_tensors_are_read_where_they_lie(torch, dtype, view):
             assert values.tobytes() == like.tobytes()
 
 
+def test_plain_tensors_are_read_without_python(torch, monkeypatch):
+    judged, readable = [], _memory.readable
+    monkeypatch.setattr(_memory, "readable", lambda *given: judged.append(given[0]) or readable(*given))
+    lazy = torch.fft.fft(torch.randn(1, 2, 64)).conj().imag
+    normkit.instance_norm(lazy)
+    assert judged == ["x"]  # what is watched is what judges
+    for dtype in (torch.float32, torch.float32, torch.float64):
+        normkit.instance_norm(torch.randn(2, 3, 7, dtype=dtype))
+    assert judged == ["x"]
+
+
+def test_a_plan_is_kept_for_the_layout_that_was_read(torch):
+    """Whatever happens to a tensor while it is asked: here it becomes smaller."""
+    from torch.overrides import TorchFunctionMode
+
+    class Shrinking(TorchFunctionMode):
+        def __init__(self, x, after):
+            super().__init__()
+            self.x, self.left = x, after
+
+        def __torch_function__(self, function, types, arguments=(), options=None):
+            self.left -= 1
+            if self.left == 0:
+                with torch._C.DisableTorchFunction():
+                    self.x.resize_(2, 3, 5)
+            return function(*arguments, **(options or {}))
+
+    for after in range(1, 12):
+        x = torch.randn(2, 3, 50 + after)
+        with Shrinking(x, after):
+            normkit.instance_norm(x)
+        for _ in range(2):
+            assert normkit.instance_norm(torch.randn(2, 3, 50 + after)).shape == (2, 3, 50 + after)
+            assert normkit.instance_norm(torch.randn(2, 3, 5)).shape == (2, 3, 5)
+
+
 def test_results_keep_memory_as_long_as_they_live(torch):
+    normkit.clear_cache()
     x = torch.randn(64, 64, 64)
     y = [normkit.instance_norm(x) for _ in range(3)][-1]
     kept, held = y.clone(), normkit.cache_size()

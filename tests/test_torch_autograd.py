@@ -430,6 +430,17 @@ class Wrapped(torch.nn.Module):
         return self.call(*values)
 
 
+@pytest.mark.parametrize("records", [False, True])
+def test_running_statistics_that_require_grad_are_constants(records):
+    x = uniform(*SHAPE).requires_grad_(records)
+    given, like = running(x), running(x)
+    y = nt.batch_norm(x, **{name: t.requires_grad_() for name, t in given.items()}, training=True)
+    assert torch.equal(y, nt.batch_norm(x, **like, training=True))
+    for name, t in given.items():
+        assert t.grad_fn is None
+        assert torch.equal(t, like[name])
+
+
 def test_compiled_training_updates_running_statistics():
     x = uniform(*SHAPE)
     torch._dynamo.reset()

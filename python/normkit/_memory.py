@@ -21,7 +21,6 @@ NDArray: TypeAlias = np.ndarray[Any, Any]
 # ---- libraries ---------------------------------------------------------------------------------------------------
 
 _FROZEN = ("jax", "tensorflow")  # libraries whose arrays never change
-_PLAIN_TYPES = ("torch.Tensor", "torch.nn.parameter.Parameter")
 
 
 def library_of_type(kind: type) -> tuple[str, bool, Any]:
@@ -33,8 +32,10 @@ def library_of_type(kind: type) -> tuple[str, bool, Any]:
     base = next((c for c in reversed(kind.__mro__) if "__dlpack__" in vars(c)), kind)
     root = base.__module__.partition(".")[0]
     name = {"jaxlib": "jax"}.get(root, root)
-    is_plain = name == "torch" and f"{kind.__module__}.{kind.__name__}" in _PLAIN_TYPES
-    return name, name in _FROZEN, getattr(kind, "__dlpack_c_exchange_api__", None) if is_plain else None
+    table = getattr(kind, "__dlpack_c_exchange_api__", None) if name == "torch" else None
+    if table is not None and kind not in (sys.modules["torch"].Tensor, sys.modules["torch"].nn.Parameter):
+        table = None
+    return name, name in _FROZEN, table
 
 
 def library_of(array: Any) -> str:

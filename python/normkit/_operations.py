@@ -173,13 +173,13 @@ class Frame:
         return self.spec._replace(kind=kind, axes=self.axes, groups=1, eps=eps)
 
 
-# ---- the same in a library's own words ---------------------------------------------------------------------------
+# ---- the forward in a library's own words ------------------------------------------------------------------------
 
 
 class Words(NamedTuple):
-    """A library: what it calls things by the names that NumPy has for them, and what each calls its own way."""
+    """What `composed` says in a library's own words."""
 
-    namespace: Any
+    namespace: Any  # with sum, where, clip, sqrt and ones_like, which take what NumPy's take
     wide: Callable[[Any], Any]  # an array in the dtype to compute in
     broadcast: Callable[[Any, tuple[int, ...]], Any]
     activations: dict[str, Callable[..., Any]]

@@ -162,6 +162,11 @@ def _float32(tensor: Optional) -> Optional:
     return tensor.float()
 
 
+def _constant(running: Optional) -> Optional:
+    """A running statistic, which is a constant to gradients, whether it requires one or not."""
+    return running if running is None or not running.requires_grad else running.detach()
+
+
 def _call(
     x: Tensor, weight: Optional, bias: Optional, spec: Spec, where: Any, residual: Optional, return_residual: bool,
     slopes: Optional, running_mean: Optional = None, running_var: Optional = None,
@@ -181,6 +186,7 @@ def _call(
                 if running is not None:
                     running.copy_(new)
         return (y, total) if return_residual else y
+    tensors = (*tensors[:6], _constant(running_mean), _constant(running_var))
     if _records(x, weight, bias, residual, slopes):
         found = _apply(*tensors, spec)
         return found if residual is None or return_residual else found[0]
