@@ -94,14 +94,15 @@ def train(norm: Callable[[int], nn.Module], digits: Tensor, steps: int, every: i
 
 
 def show(digits: Tensor, drawn: dict[str, Tensor], distances: dict[str, list[float]], every: int, path: str) -> None:
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
     curve, *pictures = figure.subplots(1, 2 + len(drawn), width_ratios=(1.4, *[1] * (1 + len(drawn))))
     for name, of_steps in distances.items():
         curve.plot(every * np.arange(1, len(of_steps) + 1), of_steps, label=f"{name} in the critic")
     curve.set(xlabel="step of the generator", ylabel="Frechet distance from real digits", yscale="log")
     curve.legend(frameon=False)
     for axes, (name, samples) in zip(pictures, {"real digits": digits, **drawn}.items(), strict=True):
-        rows = samples[:48, 0].reshape(8, 6, 8, 8).transpose(1, 2).reshape(64, 48)
+        framed = nn.functional.pad(samples[:36, 0], (1, 1, 1, 1))
+        rows = framed.reshape(6, 6, 10, 10).transpose(1, 2).reshape(60, 60)
         axes.imshow(rows.numpy(), cmap="gray_r", vmin=0, vmax=1)
         axes.set(xticks=[], yticks=[], title=name)
     figure.savefig(path, dpi=110)
@@ -112,7 +113,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few steps, in seconds")
     parser.add_argument("--output", default="gan.png", help="the picture to write (default: %(default)s)")
     arguments = parser.parse_args()
-    steps, every = (20, 10) if arguments.quick else (600, 20)
+    steps, every = (20, 10) if arguments.quick else (500, 20)
 
     torch.set_num_threads(1)  # of tensors as small as these: more cost more than they bring
     images, _ = load_digits(return_X_y=True)
@@ -124,7 +125,7 @@ def main() -> None:
             draw, judge, distances[name] = train(norm, digits, steps, every, bar)
             milliseconds = 1e3 * (time.perf_counter() - start) / steps
             with torch.no_grad():
-                drawn[name] = draw(torch.randn(48, NOISE))
+                drawn[name] = draw(torch.randn(36, NOISE))
             mixed = influence(judge, digits[:BATCH])
             rows.append(f"{name:16}{mixed:24.1e}{distances[name][-1]:28.2f}{milliseconds:16.0f}")
             if name == "instance norm" and mixed != 0:
