@@ -350,9 +350,7 @@ class Function final : public function::Body {
       if (!key.add_array(values[k])) return call_elsewhere(values);
       if (values[k] != Py_None) at[k] = arrays::data_of(values[k]);
     }
-    add_options(key, values);
-    if (const std::shared_ptr<const Known> known = recent_.find(key))
-      if (known->placement.allows(at)) return run(known->plan, at, values, memory::of_numpy(), nullptr, is_alone());
+    if (nb::object result = run_known(key, at, values, memory::of_numpy); result.is_valid()) return result;
     return plan_and_run(values, &key);
   }
 
@@ -411,6 +409,15 @@ class Function final : public function::Body {
     key.add(values[options::kCenter]);
   }
 
+  /// Runs by the plan of a like call, or returns nothing. `key` has the arrays, and gets the options.
+  nb::object run_known(recent::Key& key, Addresses& at, PyObject* const* values, auto memory_of) {
+    add_options(key, values);
+    const std::shared_ptr<const Known> known = recent_.find(key);
+    if (!known || !known->placement.allows(at)) return {};
+    const auto& memory = memory_of();
+    return run(known->plan, at, values, memory, nullptr, is_alone());
+  }
+
   /// Calls with arrays that are not all NumPy's: tensors of the CPU, or what call_on_device() takes.
   [[gnu::noinline]] nb::object call_elsewhere(PyObject* const* values) {
     const arrays::Exchange* const exchange = arrays::library_of(values[normkit::kX]).exchange;
@@ -432,10 +439,8 @@ class Function final : public function::Body {
         return call_on_device(values);
       at[k] = views[k].array.data;
     }
-    add_options(key, values);
-    if (const std::shared_ptr<const Known> known = recent_.find(key))
-      if (known->placement.allows(at))
-        return run(known->plan, at, values, memory::Other(*exchange), nullptr, is_alone());
+    const auto memory = [&] { return memory::Other(*exchange); };
+    if (nb::object result = run_known(key, at, values, memory); result.is_valid()) return result;
     return plan_and_run(values, &key, {}, false, std::move(views));
   }
 
@@ -465,12 +470,8 @@ class Function final : public function::Body {
     }
     if (!library || values[normkit::kX] == Py_None) return plan_and_run(values, nullptr);
     key.add(reinterpret_cast<PyObject*>(const_cast<Library*>(library))), key.put(device);
-    add_options(key, values);
-    if (const std::shared_ptr<const Known> known = recent_.find(key))
-      if (known->placement.allows(at)) {
-        const memory::Device memory(values[normkit::kX], *library, device);
-        return run(known->plan, at, values, memory, nullptr, is_alone());
-      }
+    const auto memory = [&] { return memory::Device(values[normkit::kX], *library, device); };
+    if (nb::object result = run_known(key, at, values, memory); result.is_valid()) return result;
     return plan_and_run(values, &key, std::move(held));
   }
 
