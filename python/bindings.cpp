@@ -103,6 +103,7 @@ NB_MODULE(_core, m) {
   m.def("function", [type = function::new_type()](nb::handle python, const char* op, const char* kind, nb::dict fixed) {
     return calls::function(type, python, op, kind, fixed);
   }, "python"_a, "op"_a, "kind"_a, "fixed"_a);
+  m.def("refuse", [](const char* why) { normkit::type_error(why); }, "why"_a);
   nb::list operands;
   for (const normkit::OperandRow& row : normkit::kOperandTable) operands.append(row.name);
   m.attr("operands") = nb::tuple(operands);

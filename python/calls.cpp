@@ -54,6 +54,7 @@ nb::object python_module(const char* name) { return nb::module_::import_(name); 
   if (library == "xarray")
     way = ": pass " + (type == "DataArray" ? named + ".values" : "the values of a variable of " + named) +
           ", or call through xarray.apply_ufunc";
+  if (library == "torch") way = ": use normkit.torch, whose functions torch.fx knows";
   if (library == "dask") way = ": call on each chunk, through dask.array.map_blocks";
   type_error(named + " is " + (vowel ? "an " : "a ") + type + ", expected a NumPy array or an object with __dlpack__" +
              way);
@@ -62,9 +63,9 @@ nb::object python_module(const char* name) { return nb::module_::import_(name); 
 constexpr int kCuda = 2, kManaged = 13, kCpu = 1, kPinned = 3;  // DLPack device types
 
 void require_dlpack(const char* name, nb::handle array) {
-  const bool is_class = PyType_Check(array.ptr());  // which shows what its instances have
-  if (is_class || !nb::hasattr(array, "__dlpack__") || !nb::hasattr(array, "__dlpack_device__"))
-    not_an_array(name, array);
+  const nb::handle type =
+      reinterpret_cast<PyObject*>(Py_TYPE(array.ptr()));  // not all that an object shows are methods
+  if (!nb::hasattr(type, "__dlpack__") || !nb::hasattr(type, "__dlpack_device__")) not_an_array(name, array);
 }
 
 /// The kind of device by DLPack, and its number.

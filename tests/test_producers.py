@@ -301,6 +301,31 @@ def test_what_is_no_memory_is_refused(torch):
             transform(normkit.instance_norm)(torch.stack([plain, plain]) if transform is torch.func.vmap else plain)
 
 
+COMPILED = {
+    "instance_norm": lambda x: normkit.instance_norm(x),
+    "normalize": lambda x: [normkit.normalize(x * 2, axis=-1), x][0],
+    "moments": lambda x: normkit.moments(x, axis=-1).mean,
+    "apply": lambda x: normkit.apply(x, x[..., 0], x[..., 0], axis=-1),
+    "backward": lambda x: normkit.rms_norm_backward(x, x, x[..., 0])[0],
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_torch_compile_does_not_look_into_functions(torch, name):
+    """They have code to show, which is not what they do: a graph has to break there, or to say what is to be called."""
+    x, call = torch.randn(2, 3, 5), COMPILED[name]
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(call, backend="eager")(x), call(x))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"use normkit\.torch"):
+        torch.compile(call, backend="eager", fullgraph=True)(x)
+
+
+def test_what_stands_for_a_tensor_is_refused(torch):
+    with pytest.raises(TypeError, match=r"^x is a Proxy, expected .*: use normkit.torch"):
+        torch.fx.symbolic_trace(lambda x: normkit.instance_norm(x))
+
+
 def test_a_parameter_where_grad_mode_is_off(torch):
     values, weight = torch.randn(2, 3, 5), torch.nn.Parameter(torch.ones(3))
     normkit.instance_norm(values, weight.detach())  # a plan that is not to be found where gradients are recorded
