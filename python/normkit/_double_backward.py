@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from ._compiled import compiled
+from ._compiled import body, compiled
 from ._memory import Memory, dtype_name, views_or_numbers
 
 _LINE = 64  # bytes
@@ -44,6 +44,7 @@ def double_backward(kind: str, backward: Callable[..., Any]) -> Callable[[_Funct
 @compiled("moments", "normalize")
 def _moments(x: Any, *, axis: int) -> Any:
     """Mean, m2 and count of each statistic, and their memory."""
+    body()
 
 
 @compiled("backward", "normalize")
@@ -52,6 +53,7 @@ def _backward(
     use_input_stats: bool, need: Any,
 ) -> Any:  # fmt: skip
     """The gradient of rows."""
+    body()
 
 
 # ---- views -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from ._compiled import compiled
+from ._compiled import body, compiled
 from ._double_backward import double_backward
 from ._memory import Memory, views_of, views_or_numbers
 from ._types import (
@@ -156,6 +156,7 @@ def instance_norm(
     >>> nk.instance_norm(x).round(3).tolist()
     [[[-1.342, -0.447, 0.447, 1.342], [-1.342, -0.447, 0.447, 1.342]]]
     """
+    body()
 
 
 @compiled("backward", "instance")
@@ -226,6 +227,7 @@ def instance_norm_backward(
     >>> dx.round(3).tolist(), dweight.round(3).tolist(), dbias.tolist()
     ([[[0.176, -0.22, 0.044]]], [-0.926], [1.0])
     """
+    body()
 
 
 @double_backward("instance", instance_norm_backward)
@@ -325,6 +327,7 @@ def group_norm(
     >>> nk.group_norm(x, num_groups=2).round(3).tolist()
     [[[-1.342, -0.447], [0.447, 1.342], [-1.342, -0.447], [0.447, 1.342]]]
     """
+    body()
 
 
 @compiled("backward", "group")
@@ -366,6 +369,7 @@ def group_norm_backward(
     >>> dweight.round(3).tolist(), dbias.tolist()
     ([-1.789, 1.789, -1.789, 1.789], [2.0, 2.0, 2.0, 2.0])
     """
+    body()
 
 
 @double_backward("group", group_norm_backward)
@@ -449,6 +453,7 @@ def layer_norm(
     >>> nk.layer_norm(np.array([[1.0, 2.0, 3.0], [0.0, 0.0, 6.0]])).round(3).tolist()
     [[-1.225, 0.0, 1.225], [-0.707, -0.707, 1.414]]
     """
+    body()
 
 
 @compiled("backward", "layer")
@@ -492,6 +497,7 @@ def layer_norm_backward(
     >>> dx.round(3).tolist(), dbias.tolist()
     ([[0.176, -0.22, 0.044]], [1.0, 0.0, 0.0])
     """
+    body()
 
 
 @double_backward("layer", layer_norm_backward)
@@ -576,6 +582,7 @@ def rms_norm(
     >>> nk.rms_norm(np.array([[3.0, 4.0], [6.0, 8.0]])).round(3).tolist()
     [[0.849, 1.131], [0.849, 1.131]]
     """
+    body()
 
 
 @compiled("backward", "layer", center=False)
@@ -619,6 +626,7 @@ def rms_norm_backward(
     >>> dx.round(3).tolist(), dweight.round(3).tolist()
     ([[0.181, -0.136]], [0.849, 0.0])
     """
+    body()
 
 
 @double_backward("layer", rms_norm_backward)
@@ -712,6 +720,7 @@ def batch_norm(
     >>> mean.round(3).tolist(), var.round(3).tolist()
     ([0.3], [1.6])
     """
+    body()
 
 
 @compiled("backward", "batch")
@@ -757,6 +766,7 @@ def batch_norm_backward(
     >>> dx.round(3).tolist(), dbias.tolist()
     ([[0.176], [-0.22], [0.044]], [1.0])
     """
+    body()
 
 
 @double_backward("batch", batch_norm_backward)
@@ -934,6 +944,7 @@ def adaptive_instance_norm_backward(
 @compiled("moments", "instance")
 def _moments_of_channels(x: Array, *, channel_axis: Integer) -> Any:
     """Mean, m2 and count of each, and their memory."""
+    body()
 
 
 @compiled("apply", "instance")
@@ -947,6 +958,7 @@ def _apply_channels(
     channel_axis: Integer,
 ) -> Any:
     """`apply` over the axes of instance norm."""
+    body()
 
 
 def _slopes_of(activation: Any) -> Any:
@@ -1038,6 +1050,7 @@ def l2_normalize(
     array([[0.6, 0.8],
            [0. , 0. ]], dtype=float32)
     """
+    body()
 
 
 @compiled("backward", "l2", center=False, need=("dx",))
@@ -1076,6 +1089,7 @@ def l2_normalize_backward(
     >>> nk.l2_normalize_backward(np.array([[1.0, 0.0]]), x, rnorm).round(3).tolist()
     [[0.128, -0.096]]
     """
+    body()
 
 
 @compiled("forward", "normalize")
@@ -1125,6 +1139,7 @@ def normalize(
     >>> nk.normalize(np.array([[3.0, 4.0], [6.0, 8.0]]), axis=1, center=False).round(3).tolist()
     [[0.849, 1.131], [0.849, 1.131]]
     """
+    body()
 
 
 @compiled("backward", "normalize")
@@ -1172,6 +1187,7 @@ def normalize_backward(
     >>> dx.round(3).tolist()
     [[0.176, -0.22, 0.044]]
     """
+    body()
 
 
 @double_backward("normalize", normalize_backward)
