@@ -63,8 +63,8 @@ nb::object python_module(const char* name) { return nb::module_::import_(name); 
 constexpr int kCuda = 2, kManaged = 13, kCpu = 1, kPinned = 3;  // DLPack device types
 
 void require_dlpack(const char* name, nb::handle array) {
-  const nb::handle type =
-      reinterpret_cast<PyObject*>(Py_TYPE(array.ptr()));  // not all that an object shows are methods
+  // The type is asked: there are objects that show whatever they are asked for.
+  const nb::handle type = reinterpret_cast<PyObject*>(Py_TYPE(array.ptr()));
   if (!nb::hasattr(type, "__dlpack__") || !nb::hasattr(type, "__dlpack_device__")) not_an_array(name, array);
 }
 
