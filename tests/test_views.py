@@ -175,6 +175,21 @@ def peak_bytes():
     return None
 
 
+def peak_of(call, threads):
+    """By how many bytes memory grows while a call runs for the second time."""
+    with nk.num_threads(threads):
+        call()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = peak_bytes()
+        tracemalloc.start()
+        try:
+            call()
+            assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        finally:
+            tracemalloc.stop()
+    return peak_bytes() - before
+
+
 @pytest.mark.skipif(ON_GPU, reason="a GPU packs arrays")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is Linux's to tell")
 @pytest.mark.parametrize("threads", [1, 2])
@@ -190,14 +205,49 @@ def test_no_array_is_copied_whole(axis, order, cut, threads, rng):
         nk.normalize(x, axis=axis, out=out)
         nk.normalize_backward(dy, x, mean, rstd, axis=axis, need=("dx",), out=dx)
 
-    with nk.num_threads(threads):
-        call()
-        Path("/proc/self/clear_refs").write_text("5")
-        before = peak_bytes()
-        tracemalloc.start()
-        try:
-            call()
-            assert tracemalloc.get_traced_memory()[1] < 1 << 20
-        finally:
-            tracemalloc.stop()
-    assert peak_bytes() - before < threads << 20 < x.nbytes
+    assert peak_of(call, threads) < threads << 20 < x.nbytes
+
+
+INTEGERS = ["bool", "uint8", "int8", "uint16", "int16", "int32", "uint32", "int64", "uint64"]
+DTYPES_OF_ARRAYS = [(name, "float32") for name in INTEGERS] + [("int16", "float16"), ("float32", "bfloat16")]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("axis", [(2, 3), (1,), (0, 2, 3)], ids=str)
+def test_integers_are_read_as_float32(axis, dtype, order, cut, isa, rng):
+    x = seen(rng, SHAPES["spans"], dtype, order, cut)
+    found = nk.normalize(x, axis=axis, return_stats=True)
+    expected = nk.normalize(x.astype(np.float32), axis=axis, return_stats=True)
+    assert [bits(a) for a in found] == [bits(a) for a in expected]
+
+
+@pytest.mark.parametrize("out", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "float16", "float32", "float64"])
+def test_outputs_of_another_dtype_are_rounded_once(dtype, out, order, cut, isa, rng):
+    if (dtype, out) == ("float64", "bfloat16"):
+        pytest.skip("ml_dtypes rounds to float32 on the way")
+    x = seen(rng, SHAPES["spans"], dtype, order, cut)
+    y = nk.normalize(x, axis=(1, 3), out_dtype="float64" if dtype == "float64" else "float32")
+    assert bits(nk.normalize(x, axis=(1, 3), out_dtype=out)) == bits(y.astype(DTYPES[out]))
+
+
+@pytest.mark.parametrize(("out", "digits"), [("float32", 23), ("float16", 10), ("bfloat16", 7)])
+def test_float64_is_rounded_once(out, digits, isa):
+    """Just beyond the middle of two numbers, which float32 would take for the middle itself; and what is no number."""
+    x = np.array([1 + 2.0 ** -(digits + 1) + sign * 2.0**-45 for sign in (-1, 1)])
+    x = np.stack([x, -x, 2 * x, [np.inf, np.nan]])
+    y = nk.apply(x, np.float64(0), np.float64(1), axis=None, out_dtype=out).astype(np.float64)
+    up = 1 + 2.0**-digits
+    np.testing.assert_array_equal(y, [[1, up], [-1, -up], [2, 2 * up], [np.inf, np.nan]])
+
+
+@pytest.mark.skipif(ON_GPU, reason="a GPU packs arrays")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is Linux's to tell")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("dtype", "out"), DTYPES_OF_ARRAYS)
+@pytest.mark.parametrize("axis", [(2, 3), (1, 2, 3), (0, 2, 3)], ids=str)
+def test_no_array_is_converted_whole(axis, dtype, out, threads, order, rng):
+    shape = (8, 6, 400, 300)
+    lying = tuple(shape[a] for a in order)
+    x, y = (a.transpose(np.argsort(order)) for a in (uniform(rng, lying, dtype), np.empty(lying, DTYPES[out])))
+    assert peak_of(lambda: nk.normalize(x, axis=axis, out=y, out_dtype=out), threads) < threads << 20 < y.nbytes

@@ -12,6 +12,12 @@
 
 namespace normkit {
 
+/// The dtype in which kernels read elements of `dtype`. The CPU has loops for the integers that pictures and scans are made of;
+/// a GPU converts what has no more than 16 bits as it is loaded.
+constexpr Dtype read_dtype(Dtype dtype, bool on_cpu) {
+  return dtype > Dtype::int16 || (on_cpu && dtype == Dtype::int8) ? Dtype::float32 : dtype;
+}
+
 /// An array as a kernel sees it. Inputs are never written.
 struct Operand {
   std::byte* data = nullptr;

@@ -33,7 +33,7 @@ struct Job {
   int threads = 1;
   Running running;
   ParamGradient dweight, dbias, dslopes;
-  std::vector<View> views;  // of arrays that do not lie as kernels want them; a GPU has none
+  std::vector<View> views;  // of arrays that kernels do not take as they are; a GPU has none
 };
 
 /// Calls f with the jobs that one job is made of, in their order. The gradient of slopes, a sum of dy * min(z, 0), has a job of its

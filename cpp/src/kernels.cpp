@@ -23,7 +23,7 @@ namespace {
 
 /// Calls f with the types of x and of y: y has the type of x, or the compute type.
 template <class F> void visit_output(const Task& t, F f) {
-  visit(t.x.dtype, [&](auto x) {
+  visit_read(t.x.dtype, [&](auto x) {
     using X = typename decltype(x)::type;
     if constexpr (sizeof(X) == 2 && kFloating<X>) {
       if (t.y.dtype == t.x.dtype) return f(x, x);
@@ -34,7 +34,7 @@ template <class F> void visit_output(const Task& t, F f) {
 
 /// Calls f with the type of x, which in backward is floating.
 template <class F> void visit_floating(const Task& t, F f) {
-  visit(t.x.dtype, [&](auto x) {
+  visit_read(t.x.dtype, [&](auto x) {
     using X = typename decltype(x)::type;
     if constexpr (kFloating<X>) f(x);
   });
@@ -54,7 +54,7 @@ void forward(const Task& t, std::int64_t begin, std::int64_t end, double* scratc
 }
 
 void forward_sums(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
-  visit(t.x.dtype, [&](auto x) {
+  visit_read(t.x.dtype, [&](auto x) {
     using X = typename decltype(x)::type;
     t.traversal == Traversal::runs ? runs_forward_sums<X>(t, begin, end)
                                    : lanes_forward_sums<X>(t, begin, end, scratch);
@@ -62,7 +62,7 @@ void forward_sums(const Task& t, std::int64_t begin, std::int64_t end, double* s
 }
 
 void forward_finish(const Task& t, std::int64_t begin, std::int64_t end) {
-  visit(t.x.dtype, [&](auto x) {
+  visit_read(t.x.dtype, [&](auto x) {
     using X = typename decltype(x)::type;
     t.traversal == Traversal::runs ? runs_forward_finish<X>(t, begin, end) : lanes_forward_finish<X>(t, begin, end);
   });

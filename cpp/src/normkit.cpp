@@ -78,9 +78,6 @@ void call(const Args& args, const Spec& spec, Op op) {
   Plan p = plan(args, spec, op, wanted, true);
   if (p.writes(kSum) && !args.sum.present)
     value_error("sum is None, expected an array like x: there is no y of its dtype to hold x + residual");
-  if (args.x.dtype != read_dtype(args.x.dtype))
-    type_error(std::string("x has dtype ") + name_of(args.x.dtype) +
-               ", expected one that kernels read: convert it first");
   for (const Temporary& t : p.temporaries) {
     const Role role = kOperandTable[t.operand].role;
     if (role == Role::x || role == Role::like_x || role == Role::mask) bad_layout(args, spec, op, wanted);

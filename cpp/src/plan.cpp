@@ -146,8 +146,12 @@ void describe_param(const Array& x, const Array& a, AxisMask axes, const AxisOrd
     }
 }
 
-/// True where kernels can write y as `out`, for an x of dtype `x`.
-bool fits(Dtype out, Dtype x) { return out == compute_dtype(x) || (out == x && is_floating(x)); }
+/// The dtype as which kernels see an operand, for an x of dtype `x`.
+Dtype seen_dtype(OperandIndex k, Dtype dtype, Dtype x, bool on_cpu) {
+  if (k == kX) return read_dtype(x, on_cpu);
+  if (k == kOut && dtype != x) return compute_dtype(x);
+  return dtype;
+}
 
 // ---- what kernels are told ---------------------------------------------------------------------------------------
 
@@ -208,6 +212,7 @@ struct Seen {
   Args args;
   Spec spec;
   Params params;
+  bool on_cpu;
   std::vector<Temporary> temporaries = {};
   std::deque<Extents> kept = {};  // strides in bytes of the temporaries: `args` looks into it
   std::deque<Shapes::Param> described = {};  // and their shapes
@@ -225,13 +230,6 @@ struct Seen {
     Extents& bytes = kept.emplace_back();
     for (std::size_t axis = 0; axis < shape.size(); ++axis) bytes[axis] = strides[axis] * size_of(dtype);
     a = {nullptr, dtype, true, false, shape, {bytes.data(), shape.size()}, {}};
-  }
-  void put_like_x(OperandIndex k, Dtype dtype, const Extents& strides, const Extents& otherwise) {
-    const Array& a = args.*kOperandTable[k].array;
-    Extents seen;
-    for (int axis = 0; axis < args.x.ndim(); ++axis)
-      seen[axis] = a.present ? a.stride(axis) : otherwise[axis] * size_of(dtype);
-    put(k, dtype, args.x.shape, strides, seen);
   }
 };
 
@@ -255,7 +253,7 @@ Extents strides_over_x(const Args& args, OperandIndex k, Dtype dtype, const Shap
 Strides dense_strides(const Geometry& g) { return {g.steps * g.columns(), g.columns(), g.run, 1}; }
 
 /// Puts the arrays that have the shape of x, and the mask, into the geometry, in which the traversal is chosen. An array
-/// that does not lie as the kernels want it gets a view.
+/// that the kernels do not take as it is gets a view.
 void place(Plan& p, const Seen& seen, const Blocks& blocks, const Layout& layout) {
   const Args& args = seen.args;
   const Shapes& shapes = p.shapes;
@@ -266,18 +264,20 @@ void place(Plan& p, const Seen& seen, const Blocks& blocks, const Layout& layout
   t.geometry = layout.geometry, p.job.views.clear(), p.gathered = 0;
   const auto operand = [&](OperandIndex k, Dtype dtype) -> Operand {
     const Array& a = args.*kOperandTable[k].array;
+    const Dtype seen_as = seen_dtype(k, dtype, args.x.dtype, seen.on_cpu);
     Extents bytes, elements;
     blocks.split(strides_over_x(args, k, dtype, shapes), bytes);
     for (int axis = 0; axis < blocks.ndim; ++axis) elements[axis] = bytes[axis] / size_of(dtype);
     std::optional<Strides> lying = strides_in(layout, blocks.extents(), elements);
-    if (lying && (!a.present || on_elements(a)) && takes(t, *lying, k == kWhere)) return {nullptr, dtype, *lying};
-    if (!a.present && !p.writes(k)) return {nullptr, dtype, dense_strides(g)};
+    const bool lies = lying && (!a.present || on_elements(a)) && takes(t, *lying, k == kWhere);
+    if (lies && seen_as == dtype) return {nullptr, dtype, *lying};
+    if (!a.present && !p.writes(k)) return {nullptr, seen_as, dense_strides(g)};
     if (view_of[k] < 0) {
       view_of[k] = static_cast<int>(p.job.views.size());
-      p.job.views.push_back(view_along(layout.order, blocks.extents(), bytes, size_of(dtype)));
+      p.job.views.push_back(view_along(layout.order, blocks.extents(), bytes, dtype, seen_as));
       p.gathered |= operand_bit(k);
     }
-    return {nullptr, dtype, dense_strides(g), view_of[k]};
+    return {nullptr, seen_as, dense_strides(g), view_of[k]};
   };
   const Dtype dtype = args.x.dtype;
   t.x = operand(kX, dtype);
@@ -415,22 +415,14 @@ bool schedule(Plan& p, Seen& seen, const Blocks& blocks, const Walked& walked) {
 
 // ---- what kernels cannot take as it lies -------------------------------------------------------------------------
 
-/// Has arrays in whose place kernels work on another dtype lie as they are walked.
-void put_dtypes(Seen& seen, const Plan& p, const Shapes& own, const Extents& strides) {
-  const Dtype given = seen.args.x.dtype, x = read_dtype(given);
-  if (x != given) seen.put_like_x(kX, x, strides, own.out_strides);
-  const Dtype out = seen.args.out.present ? seen.args.out.dtype : own.out_dtype;
-  if (p.writes(kOut) && !fits(out, x)) seen.put_like_x(kOut, compute_dtype(x), strides, own.out_strides);
-}
-
-/// Has arrays be packed: dense, in the order in which they are walked.
+/// Has arrays be packed: dense, in the order in which they are walked, and as kernels see them.
 void pack(Seen& seen, OperandMask packed, const Shapes& own, const Extents& strides) {
   const Array x = seen.args.x;
   for (OperandMask left = packed; left; left &= left - 1) {
     const OperandIndex k = static_cast<OperandIndex>(std::countr_zero(left));
     const Array& a = seen.args.*kOperandTable[k].array;
     const Dtype dtype = k == kWhere ? Dtype::boolean : a.present ? a.dtype : k == kOut ? own.out_dtype : x.dtype;
-    seen.put(k, dtype, x.shape, strides, strides_over_x(seen.args, k, dtype, own));
+    seen.put(k, seen_dtype(k, dtype, x.dtype, seen.on_cpu), x.shape, strides, strides_over_x(seen.args, k, dtype, own));
   }
 }
 
@@ -524,6 +516,7 @@ void add_up_dy(Seen& seen, Plan& p) {
 
 Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted, bool on_cpu) {
   Plan p;
+  on_cpu = on_cpu && takes_views();
   p.op = op, p.wanted = p.makes = wanted;
   Shapes& shapes = p.shapes;
   const Array& x = args.x;
@@ -538,7 +531,7 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted, bool on
   const Walked walked(x, spec, blocks);
   describe(x, blocks, walked, shapes);
   Params params = judge(args, spec, op, shapes.out_dtype, shapes.statistics());
-  Seen seen = Seen{args, spec, params};
+  Seen seen = Seen{args, spec, params, on_cpu};
   if (is_backward(op) && !args.weight.present) {  // whatever is wanted, lest the bits of dx depend on it
     const AxisMask absent = axes_of_absent(spec);
     seen.params = params = {absent, args.bias.present ? params.bias_axes : absent,
@@ -548,8 +541,7 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted, bool on
   if (adds_up_dy) p.makes &= ~operand_bit(kDbias);
   Shapes own = shapes;
   const auto attempt = [&](AxisMask repeated, OperandMask packed) {
-    seen = Seen{args, spec, params};
-    put_dtypes(seen, p, own, walked.strides);
+    seen = Seen{args, spec, params, on_cpu};
     if (repeated) repeat_params(seen, p, own, repeated, walked.order);
     pack(seen, packed, own, walked.strides);
     return schedule(p, seen, blocks, walked);
@@ -558,7 +550,7 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted, bool on
   const bool suit = attempt(0, 0);
   own = shapes;
   if (!suit && !attempt(repeats = axes_to_repeat(params, blocks, walked), 0)) attempt(repeats = ~AxisMask{0}, 0);
-  if (p.gathered && !(on_cpu && takes_views() && can_gather(p.job.task))) attempt(repeats, p.gathered);
+  if (p.gathered && !(on_cpu && can_gather(p.job.task))) attempt(repeats, p.gathered);
   if (repeats || !walked.is_memory_order) put_gradients_in_order(seen, p, own);
   if (adds_up_dy) seen.params = params, add_up_dy(seen, p);
   p.temporaries = std::move(seen.temporaries);

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "vec/half.hpp"
+
 namespace normkit {
 namespace {
 
@@ -101,7 +103,7 @@ template <class F> void for_blocks(const View& view, std::int64_t first, std::in
     std::int64_t rows = 1, n = std::min(columns - index[column], count - done);
     if (axes > 1 && n == columns)
       rows = std::min(view.axes[axes - 2].extent - index[axes - 2], (count - done) / columns);
-    f(place, done * view.element_bytes, axes > 1 ? view.axes[axes - 2].stride : 0, rows, n);
+    f(place, done * size_of(view.dtype), axes > 1 ? view.axes[axes - 2].stride : 0, rows, n);
     done += rows * n;
     // The next index: the columns end here, or all that is asked for does.
     place -= index[column] * view.axes[column].stride;
@@ -125,24 +127,9 @@ template <class F> void visit_bytes(std::int64_t bytes, F f) {
   }
 }
 
-}  // namespace
-
-View view_along(const AxisOrder& order, std::span<const std::int64_t> shape, std::span<const std::int64_t> strides,
-                std::int64_t element_bytes) {
-  View view{element_bytes, {}};
-  for (int at = 0; at < order.count; ++at) {
-    const int axis = order.axis[at];
-    const View::Axis here{shape[axis], strides[axis]};
-    if (!view.axes.empty() && view.axes.back().stride == here.extent * here.stride)
-      view.axes.back() = {view.axes.back().extent * here.extent, here.stride};
-    else view.axes.push_back(here);
-  }
-  if (view.axes.empty()) view.axes.push_back({1, element_bytes});
-  return view;
-}
-
-void gather(const View& view, const std::byte* array, std::int64_t first, std::int64_t count, std::byte* to) {
-  visit_bytes(view.element_bytes, [&](auto bytes) {
+/// gather() and scatter() without a conversion.
+void read(const View& view, const std::byte* array, std::int64_t first, std::int64_t count, std::byte* to) {
+  visit_bytes(size_of(view.dtype), [&](auto bytes) {
     const Lattice dense{view.axes.back().extent * bytes, bytes};
     for_blocks(view, first, count,
                [&](std::int64_t place, std::int64_t at, std::int64_t row, std::int64_t rows, std::int64_t columns) {
@@ -150,14 +137,93 @@ void gather(const View& view, const std::byte* array, std::int64_t first, std::i
     });
   });
 }
-
-void scatter(const View& view, std::byte* array, std::int64_t first, std::int64_t count, const std::byte* from) {
-  visit_bytes(view.element_bytes, [&](auto bytes) {
+void write(const View& view, std::byte* array, std::int64_t first, std::int64_t count, const std::byte* from) {
+  visit_bytes(size_of(view.dtype), [&](auto bytes) {
     const Lattice dense{view.axes.back().extent * bytes, bytes};
     for_blocks(view, first, count,
                [&](std::int64_t place, std::int64_t at, std::int64_t row, std::int64_t rows, std::int64_t columns) {
       copy_block<bytes>(array + place, {row, view.axes.back().stride}, from + at, dense, rows, columns);
     });
+  });
+}
+
+/// The nearest float, or, where `v` lies between two, the odd one of them: rounded on to a half type, it gives what `v`
+/// itself would.
+float to_odd(double v) {
+  const float nearest = static_cast<float>(v);
+  if (nearest == v || nearest != nearest) return nearest;
+  return float_of((bits_of(nearest) - (std::abs(static_cast<double>(nearest)) > std::abs(v))) | 1u);
+}
+float to_odd(float v) { return v; }
+
+/// Converts n elements, each rounded once: anything to float, or float and double to any floating type.
+void convert(const std::byte* from, Dtype dtype, std::int64_t n, std::byte* to, Dtype seen) {
+  visit(dtype, [&](auto a) {
+    using From = typename decltype(a)::type;
+    visit(seen, [&](auto b) {
+      using To = typename decltype(b)::type;
+      const From* const x = reinterpret_cast<const From*>(from);
+      To* const y = reinterpret_cast<To*>(to);
+      if constexpr (std::is_class_v<From>) {
+        if constexpr (std::is_same_v<To, float>)
+          for (std::int64_t k = 0; k < n; ++k) y[k] = widen(x[k]);
+      } else if constexpr (std::is_class_v<To>) {
+        if constexpr (std::is_floating_point_v<From>)
+          for (std::int64_t k = 0; k < n; ++k) y[k] = narrow(y, to_odd(x[k]));
+      } else if constexpr (std::is_same_v<To, float> || (std::is_same_v<To, double> && std::is_same_v<From, float>)) {
+        if (dtype == Dtype::boolean)
+          for (std::int64_t k = 0; k < n; ++k) y[k] = x[k] != 0;
+        else
+          for (std::int64_t k = 0; k < n; ++k) y[k] = static_cast<To>(x[k]);
+      }
+    });
+  });
+}
+
+/// Elements that are converted at a time.
+constexpr std::int64_t kPart = 1024;
+
+/// Calls f(part, is it a copy, first element, elements) for parts of an array, of its dtype: where they lie if they are
+/// dense, else where a copy of them is to be.
+template <class Byte, class F>
+void in_parts(const View& view, Byte* array, std::int64_t first, std::int64_t count, F f) {
+  const std::int64_t bytes = size_of(view.dtype);
+  const bool is_dense = view.axes.size() == 1 && view.axes[0].stride == bytes &&
+                        reinterpret_cast<std::uintptr_t>(array) % static_cast<std::uintptr_t>(bytes) == 0;
+  if (is_dense) return f(const_cast<std::byte*>(array) + first * bytes, false, first, count);
+  alignas(64) std::byte part[kPart * sizeof(double)];
+  for (std::int64_t done = 0; done < count; done += kPart) f(part, true, first + done, std::min(kPart, count - done));
+}
+
+}  // namespace
+
+View view_along(const AxisOrder& order, std::span<const std::int64_t> shape, std::span<const std::int64_t> strides,
+                Dtype dtype, Dtype seen) {
+  View view{dtype, seen, {}};
+  for (int at = 0; at < order.count; ++at) {
+    const int axis = order.axis[at];
+    const View::Axis here{shape[axis], strides[axis]};
+    if (!view.axes.empty() && view.axes.back().stride == here.extent * here.stride)
+      view.axes.back() = {view.axes.back().extent * here.extent, here.stride};
+    else view.axes.push_back(here);
+  }
+  if (view.axes.empty()) view.axes.push_back({1, size_of(dtype)});
+  return view;
+}
+
+void gather(const View& view, const std::byte* array, std::int64_t first, std::int64_t count, std::byte* to) {
+  if (view.dtype == view.seen) return read(view, array, first, count, to);
+  in_parts(view, array, first, count, [&](std::byte* part, bool is_copy, std::int64_t begin, std::int64_t n) {
+    if (is_copy) read(view, array, begin, n, part);
+    convert(part, view.dtype, n, to + (begin - first) * size_of(view.seen), view.seen);
+  });
+}
+
+void scatter(const View& view, std::byte* array, std::int64_t first, std::int64_t count, const std::byte* from) {
+  if (view.dtype == view.seen) return write(view, array, first, count, from);
+  in_parts(view, array, first, count, [&](std::byte* part, bool is_copy, std::int64_t begin, std::int64_t n) {
+    convert(from + (begin - first) * size_of(view.seen), view.seen, n, part, view.dtype);
+    if (is_copy) write(view, array, begin, n, part);
   });
 }
 

@@ -144,7 +144,7 @@ Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 /// sums                d     what backward_sums() has written: float64, the kept axes of x and 3
 ///                     s     written
 /// count               d     float64, one element per statistic: how many members `sums` were taken over
-/// out                 fa    y: like x in shape, of x's dtype or of compute_dtype(x); never absent. May be x itself
+/// out                 fa    y: like x in shape, of any floating dtype; never absent. May be x itself
 ///                     bd    dx: like x. May be x or dy itself
 /// sum                 fm    like x, written: x + residual; may be x or residual itself. moments() needs it, and so does an out of
 ///                           another dtype

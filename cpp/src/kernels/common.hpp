@@ -101,6 +101,19 @@ template <class S> NORMKIT_LOCAL Statistic<S> publish(const Task& t, std::int64_
 template <class X>
 constexpr bool kFloating = sizeof(X) > 1 && !__is_same(X, std::uint16_t) && !__is_same(X, std::int16_t);
 
+/// visit() for the dtypes that kernels read.
+template <class F> void visit_read(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::float64: return f(Type<double>{});
+    case Dtype::float16: return f(Type<Half>{});
+    case Dtype::bfloat16: return f(Type<Bfloat>{});
+    case Dtype::uint8: return f(Type<std::uint8_t>{});
+    case Dtype::uint16: return f(Type<std::uint16_t>{});
+    case Dtype::int16: return f(Type<std::int16_t>{});
+    default: return f(Type<float>{});
+  }
+}
+
 /// A part of a run whose parameters are one (`linear` false) or follow the elements.
 struct Piece {
   std::int64_t begin, n;      // elements of the run
@@ -202,7 +215,6 @@ template <> constexpr Dtype kDtypeOf<double> = Dtype::float64;
 template <> constexpr Dtype kDtypeOf<Half> = Dtype::float16;
 template <> constexpr Dtype kDtypeOf<Bfloat> = Dtype::bfloat16;
 template <> constexpr Dtype kDtypeOf<std::uint8_t> = Dtype::uint8;
-template <> constexpr Dtype kDtypeOf<std::int8_t> = Dtype::int8;
 template <> constexpr Dtype kDtypeOf<std::uint16_t> = Dtype::uint16;
 template <> constexpr Dtype kDtypeOf<std::int16_t> = Dtype::int16;
 template <class X>
@@ -218,7 +230,7 @@ NORMKIT_LOCAL void store_doubles(double* to, F32 v) {
 
 /// n elements of any type as doubles; `to` has room for whole vectors.
 [[gnu::noinline]] void read_doubles(const std::byte* from, Dtype dtype, std::int64_t n, double* to) {
-  visit(dtype, [&](auto type) {
+  visit_read(dtype, [&](auto type) {
     using X = typename decltype(type)::type;
     const X* x = at<X>(from, 0);
     for_positions<VectorOf<X>>(n,

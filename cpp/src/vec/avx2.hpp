@@ -70,7 +70,6 @@ inline Reg32 reg_load(const Bfloat* p) {
 inline Reg32 reg_load(const std::uint16_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(bits16(p))); }
 inline Reg32 reg_load(const std::int16_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(bits16(p))); }
 inline Reg32 reg_load(const std::uint8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bits8(p))); }
-inline Reg32 reg_load(const std::int8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bits8(p))); }
 
 inline __m128i to_bits(const Half*, Reg32 v) {
   return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

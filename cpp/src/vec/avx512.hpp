@@ -61,7 +61,6 @@ inline __m256i upper_words(__m512i v) {
 inline Reg32 from_bits(const std::uint16_t*, __m256i v) { return _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(v)); }
 inline Reg32 from_bits(const std::int16_t*, __m256i v) { return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(v)); }
 inline Reg32 from_bits(const std::uint8_t*, __m128i v) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(v)); }
-inline Reg32 from_bits(const std::int8_t*, __m128i v) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(v)); }
 inline __m256i to_bits(const Half*, Reg32 v) {
   return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }

@@ -58,9 +58,6 @@ inline Reg32 reg_load(const std::int16_t* p) { return vcvtq_f32_s32(vmovl_s16(vl
 inline Reg32 reg_load(const std::uint8_t* p) {
   return Reg32{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
 }
-inline Reg32 reg_load(const std::int8_t* p) {
-  return Reg32{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
-}
 
 inline void reg_store(float* p, Reg32 v) { vst1q_f32(p, v); }
 inline void reg_store(double* p, Reg64 v) { vst1q_f64(p, v); }

@@ -119,9 +119,8 @@ template <class T> NORMKIT_LOCAL void stream(T* p, VectorOf<T> v) {
 template <class T> NORMKIT_LOCAL VectorOf<T> load(const T* p, int n) {
   using V = VectorOf<T>;
   if constexpr (requires { reg_load_part(p, n); }) {
-    return each<V>([&](int k) NORMKIT_INLINE_LAMBDA {
-      return reg_load_part(p + k * kRegLanes<V>, n - k * kRegLanes<V>);
-    });
+    return each<V>([&](int k)
+                       NORMKIT_INLINE_LAMBDA { return reg_load_part(p + k * kRegLanes<V>, n - k * kRegLanes<V>); });
   } else {
     T part[kLanes<V>] = {};
     for (int i = 0; i < n; ++i) part[i] = p[i];

@@ -50,7 +50,6 @@ inline Reg32 reg_load(const Bfloat* p) { return _mm_castsi128_ps(_mm_slli_epi32(
 inline Reg32 reg_load(const std::uint16_t* p) { return _mm_cvtepi32_ps(_mm_cvtepu16_epi32(bits16(p))); }
 inline Reg32 reg_load(const std::int16_t* p) { return _mm_cvtepi32_ps(_mm_cvtepi16_epi32(bits16(p))); }
 inline Reg32 reg_load(const std::uint8_t* p) { return _mm_cvtepi32_ps(_mm_cvtepu8_epi32(bits8(p))); }
-inline Reg32 reg_load(const std::int8_t* p) { return _mm_cvtepi32_ps(_mm_cvtepi8_epi32(bits8(p))); }
 
 inline void reg_store(float* p, Reg32 v) { _mm_storeu_ps(p, v); }
 inline void reg_store(double* p, Reg64 v) { _mm_storeu_pd(p, v); }
