@@ -1,4 +1,7 @@
-"""Why the critic of a Wasserstein GAN wants a norm of each sample, and double backward.
+"""A critic with a gradient penalty
+================================
+
+Why the critic of a Wasserstein GAN wants a norm of each sample, and double backward.
 
     pip install ".[torch,examples]"
     python examples/gan.py [--quick] [--output gan.png]

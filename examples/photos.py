@@ -1,4 +1,7 @@
-"""Instance normalization takes brightness and contrast out of photographs.
+"""Photographs without their brightness and contrast
+=================================================
+
+Instance normalization takes brightness and contrast out of photographs.
 
     python examples/photos.py [--output photos.png]
 

@@ -1,4 +1,7 @@
-"""nnU-Net's network, its normalizations converted to normkit's in one line.
+"""nnU-Net, converted in one line
+==============================
+
+nnU-Net's network, its normalizations converted to normkit's in one line.
 
     pip install ".[torch,examples]" dynamic-network-architectures
     python examples/segment.py [--quick] [--output segment.png]

@@ -1,4 +1,7 @@
-"""What instance norm does to training, and to what a network knows of brightness and contrast.
+"""Training that does not mind the light
+=====================================
+
+What instance norm does to training, and to what a network knows of brightness and contrast.
 
     pip install ".[examples]"
     python examples/training.py [--quick] [--output training.png]

@@ -1,0 +1,64 @@
+"""The pages of normkit: sphinx-build -W docs build-docs, from the root of the checkout, with the extra `docs`."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import normkit
+from sphinx.application import Sphinx
+
+ROOT = Path(__file__).parents[1]
+
+project, author, release = "normkit", "The normkit developers", normkit.__version__
+extensions = ["myst_parser", "numpydoc", "sphinx.ext.autosummary", "sphinx.ext.mathjax", "sphinx_gallery.gen_gallery"]
+exclude_patterns = ["**/sg_execution_times.rst", "sg_execution_times.rst"]
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(torch|jax)\..*")]  # pages of others are not read
+templates_path = ["_templates"]
+default_role = "autolink"  # a link where a word in backquotes is a name, else only slanted
+
+myst_enable_extensions = ["attrs_inline", "colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_mock_imports = [name for name in ("jax", "torch") if not find_spec(name)]
+autodoc_inherit_docstrings = False
+autodoc_typehints = "none"  # docstrings have them in words
+numpydoc_show_class_members = False
+
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "gallery",
+    "filename_pattern": "$^",  # none is run: some take minutes, and their pictures are in the checkout
+    "download_all_examples": False,
+    "copyfile_regex": r".*\.(webp|png|svg)",
+    "show_signature": False,
+}
+
+html_theme = "pydata_sphinx_theme"
+html_static_path = ["_static"]
+html_css_files = ["normkit.css"]
+html_show_sourcelink = html_copy_source = False
+html_theme_options = {"show_prev_next": False}
+
+
+def keep_formulas(_app: Sphinx, _what: str, _name: str, _of: Any, _options: Any, lines: list[str]) -> None:
+    """What a docstring has indented before its first section is a formula, and stays as it is written."""
+    end = next((k for k, line in enumerate(lines) if re.fullmatch("-+", line)), len(lines))
+    lines[:end] = re.sub(r"(?m)^(\S.*)\n\n(?= )", r"\1\n\n::\n\n", "\n".join(lines[:end])).split("\n")
+
+
+def lead_links(_app: Sphinx, _page: str, source: list[str]) -> None:
+    """Links that leave this folder: to a page of the gallery, or plain words, as the repository has no address yet."""
+
+    def led(found: re.Match[str]) -> str:
+        words, path = found.groups()
+        example = re.fullmatch(r"examples/(\w+)\.py", path)
+        return f"[{words}](gallery/{example[1]}.rst)" if example else words
+
+    source[0] = re.sub(r"\[([^\]]*)\]\(\.\./([^)]*)\)", led, source[0])
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-docstring", keep_formulas, priority=400)  # before numpydoc
+    app.connect("source-read", lead_links)
