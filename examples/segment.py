@@ -3,6 +3,8 @@
 
 nnU-Net's network, its normalizations converted to normkit's in one line.
 
+To run it::
+
     pip install ".[torch,examples]" dynamic-network-architectures
     python examples/segment.py [--quick] [--output segment.png]
 
