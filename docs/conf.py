@@ -1,17 +1,20 @@
 """The pages of normkit: sphinx-build -W docs build-docs, from the root of the checkout, with the extra `docs`."""
 
 import re
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import normkit
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parents[1]
 
 project, author, release = "normkit", "The normkit developers", normkit.__version__
-extensions = ["myst_parser", "numpydoc", "sphinx.ext.autosummary", "sphinx.ext.mathjax", "sphinx_gallery.gen_gallery"]
+extensions = ["myst_parser", "numpydoc", "sphinx.ext.autosummary", "sphinx_gallery.gen_gallery"]
 exclude_patterns = ["**/sg_execution_times.rst", "sg_execution_times.rst"]
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(torch|jax)\..*")]  # pages of others are not read
@@ -31,7 +34,6 @@ sphinx_gallery_conf = {
     "gallery_dirs": "gallery",
     "filename_pattern": "$^",  # none is run: some take minutes, and their pictures are in the checkout
     "download_all_examples": False,
-    "copyfile_regex": r".*\.(webp|png|svg)",
     "show_signature": False,
 }
 
@@ -39,7 +41,10 @@ html_theme = "pydata_sphinx_theme"
 html_static_path = ["_static"]
 html_css_files = ["normkit.css"]
 html_show_sourcelink = html_copy_source = False
-html_theme_options = {"show_prev_next": False}
+html_title = project
+html_math_renderer = "mathml"
+html_sidebars = {"*": []}  # only pages of the gallery and of the reference have neighbors to show
+html_theme_options = {"show_prev_next": False, "header_links_before_dropdown": 7, "footer_end": []}
 
 
 def keep_formulas(_app: Sphinx, _what: str, _name: str, _of: Any, _options: Any, lines: list[str]) -> None:
@@ -59,6 +64,17 @@ def lead_links(_app: Sphinx, _page: str, source: list[str]) -> None:
     source[0] = re.sub(r"\[([^\]]*)\]\(\.\./([^)]*)\)", led, source[0])
 
 
+def as_mathml(block: bool) -> tuple[Callable[..., None], None]:
+    """Formulas as browsers know them, without a script."""
+
+    def visit(self: Any, node: nodes.Element) -> None:
+        self.body.append(tex2mathml(node.astext(), as_block=block))
+        raise nodes.SkipNode
+
+    return visit, None
+
+
 def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", keep_formulas, priority=400)  # before numpydoc
     app.connect("source-read", lead_links)
+    app.add_html_math_renderer("mathml", as_mathml(block=False), as_mathml(block=True))

@@ -12,7 +12,7 @@ A change of brightness and contrast is x -> contrast * x + brightness. Instance 
 measures each channel of each photograph alone. Batch norm measures a channel over the whole batch, so a photograph that
 is darker than its neighbors stays darker.
 
-.. image:: ../photos.webp
+.. image:: ../photos.jpg
    :alt: Four photographs, as taken and changed: after instance norm both look the same, after batch norm not
 """
 
@@ -26,7 +26,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from skimage import data
 
-# sphinx_gallery_thumbnail_path = 'photos.webp'
+# sphinx_gallery_thumbnail_path = 'photos.jpg'
 PHOTOGRAPHS = ("chelsea", "coffee", "astronaut", "rocket")  # they come with scikit-image
 SIZE = 300, 400
 CHANGES = {  # name: contrast, brightness

@@ -18,7 +18,7 @@ is what products of features are, summed over a picture (Gatys, Ecker and Bethge
 random filters (Ustyuzhaninov et al. 2016, https://arxiv.org/abs/1606.00021), so that nothing is downloaded. Photographs
 that the network has not seen are then painted as they were taken and in a dim light.
 
-.. image:: ../style_transfer.webp
+.. image:: ../style_transfer.jpg
    :alt: With instance norm the loss falls lower, and paintings of a photograph in two lights are the same
 """
 
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from tqdm import tqdm
 
-# sphinx_gallery_thumbnail_path = 'style_transfer.webp'
+# sphinx_gallery_thumbnail_path = 'style_transfer.jpg'
 NORMS: dict[str, Callable[..., nn.Module]] = {
     "batch norm": nt.BatchNorm2d,
     "instance norm": lambda channels, **options: nt.InstanceNorm2d(channels, affine=True, **options),
@@ -46,7 +46,7 @@ LEARNT = ("coffee", "rocket", "retina", "hubble_deep_field")
 UNSEEN = ("chelsea", "astronaut")
 DIM = 0.3, 0.1  # contrast, brightness; pixels are 0 to 1
 CHANNELS, FILTERS, SIZES = 24, 32, (3, 7, 11)
-CROP, BATCH, RATE, STYLE = 64, 4, 3e-3, 5.0
+CROP, BATCH, RATE, STYLE = 64, 4, 1e-3, 5.0
 
 
 def photograph(name: str, width: int) -> Tensor:
