@@ -34,6 +34,7 @@ sphinx_gallery_conf = {
     "gallery_dirs": "gallery",
     "filename_pattern": "$^",  # none is run: some take minutes, and their pictures are in the checkout
     "download_all_examples": False,
+    "notebook_extensions": [],
     "show_signature": False,
 }
 

@@ -224,7 +224,7 @@ def far() -> Figure:
     return figure
 
 
-FIGURES = {"lights": "webp", "wall": "webp", "shared": "svg", "alone": "webp", "eps": "svg", "far": "svg"}
+FIGURES = {lights: "webp", wall: "webp", shared: "svg", alone: "webp", eps: "svg", far: "svg"}
 
 
 def main() -> None:
@@ -232,9 +232,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "figures", help="(default: %(default)s)")
     folder = parser.parse_args().folder
     folder.mkdir(exist_ok=True)
-    for name, kind in FIGURES.items():
+    for draw, kind in FIGURES.items():
         options = {"pil_kwargs": {"quality": 82}} if kind == "webp" else {"metadata": {"Date": None}}
-        globals()[name]().savefig(folder / f"{name}.{kind}", dpi=110, **options)
+        draw().savefig(folder / f"{draw.__name__}.{kind}", dpi=110, **options)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ deviation of another's (Huang and Belongie 2017, https://arxiv.org/abs/1703.0686
 channels are lightness and two contrasts of colors, it goes well both ways.
 
 Then the experiment of Ulyanov, Vedaldi and Lempitsky 2016 (https://arxiv.org/abs/1607.08022), small: a network learns
-to paint photographs in the style of a drawing, once with batch norm and once with instance norm, alike but for that. Style
-is what products of features are, summed over a picture (Gatys, Ecker and Bethge 2015); the features are those of fixed
-random filters (Ustyuzhaninov et al. 2016, https://arxiv.org/abs/1606.00021), so that nothing is downloaded. Photographs
-that the network has not seen are then painted as they were taken and in a dim light.
+to paint photographs in the style of a drawing, once with batch norm and once with instance norm, alike but for that.
+Style is what products of features are, summed over a picture (Gatys, Ecker and Bethge 2015); the features are those of
+fixed random filters (Ustyuzhaninov et al. 2016, https://arxiv.org/abs/1606.00021), so that nothing is downloaded.
+Photographs that the network has not seen are then painted as they were taken and in a dim light.
 
 .. image:: ../style_transfer.jpg
    :alt: With instance norm the loss falls lower, and paintings of a photograph in two lights are the same
