@@ -2,8 +2,6 @@
 
 import re
 from collections.abc import Callable
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import normkit
@@ -11,20 +9,17 @@ from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 
-ROOT = Path(__file__).parents[1]
-
 project, author, release = "normkit", "The normkit developers", normkit.__version__
 extensions = ["myst_parser", "numpydoc", "sphinx.ext.autosummary", "sphinx_gallery.gen_gallery"]
-exclude_patterns = ["**/sg_execution_times.rst", "sg_execution_times.rst"]
+exclude_patterns = ["**sg_execution_times.rst"]
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(torch|jax)\..*")]  # pages of others are not read
 templates_path = ["_templates"]
 default_role = "autolink"  # a link where a word in backquotes is a name, else only slanted
 
-myst_enable_extensions = ["attrs_inline", "colon_fence", "dollarmath"]
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
-autodoc_mock_imports = [name for name in ("jax", "torch") if not find_spec(name)]
 autodoc_inherit_docstrings = False
 autodoc_typehints = "none"  # docstrings have them in words
 numpydoc_show_class_members = False
@@ -45,7 +40,12 @@ html_show_sourcelink = html_copy_source = False
 html_title = project
 html_math_renderer = "mathml"
 html_sidebars = {"*": []}  # only pages of the gallery and of the reference have neighbors to show
-html_theme_options = {"show_prev_next": False, "header_links_before_dropdown": 7, "footer_end": []}
+html_theme_options = {
+    "show_prev_next": False,
+    "header_links_before_dropdown": 7,
+    "footer_end": [],
+    "secondary_sidebar_items": {"*": ["page-toc"], "gallery/*": ["page-toc"], "generated/*": []},
+}
 
 
 def keep_formulas(_app: Sphinx, _what: str, _name: str, _of: Any, _options: Any, lines: list[str]) -> None:

@@ -168,8 +168,8 @@ def show(colored: dict[str, np.ndarray], style: Tensor, losses: dict[str, list[f
         axes.set(xticks=[], yticks=[], title=title)
         axes.spines[:].set_visible(False)
 
-    figure = Figure(figsize=(12, 8.6), layout="constrained", facecolor="white")
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 2.7))
+    figure = Figure(figsize=(12, 7.4), layout="constrained", facecolor="white")
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 2.4))
     for axes, (title, pixels) in zip(above.subplots(1, len(colored)), colored.items(), strict=True):
         picture(axes, pixels, title)
     left, right = below.subfigures(1, 2, width_ratios=(1, 2.6))
