@@ -15,6 +15,7 @@ exclude_patterns = ["**sg_execution_times.rst"]
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(torch|jax)\..*")]  # pages of others are not read
 templates_path = ["_templates"]
+highlight_language = "none"  # where a block does not say
 default_role = "autolink"  # a link where a word in backquotes is a name, else only slanted
 
 myst_enable_extensions = ["dollarmath"]
