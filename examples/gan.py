@@ -1,4 +1,9 @@
-"""Why the critic of a Wasserstein GAN wants a norm of each sample, and double backward.
+"""A critic with a gradient penalty
+================================
+
+Why the critic of a Wasserstein GAN wants a norm of each sample, and double backward.
+
+To run it::
 
     pip install ".[torch,examples]"
     python examples/gan.py [--quick] [--output gan.png]
@@ -8,6 +13,9 @@ A generator learns to draw digits of 8 x 8 pixels. Its critic is held to a slope
 gradient goes through the norms twice. That is per sample only where samples do not mix: under batch norm the score of a
 sample depends on all others, and the penalty means something else. Both critics are trained here, alike but for the
 norm.
+
+.. image:: ../gan.png
+   :alt: Distance from real digits against steps, and digits drawn by both
 """
 
 import argparse
@@ -22,6 +30,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
 
+# sphinx_gallery_thumbnail_path = 'gan.png'
 NOISE, CHANNELS = 16, 32
 LEAKY = ("leaky_relu", 0.2)
 NORMS: dict[str, Callable[[int], nn.Module]] = {

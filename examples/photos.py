@@ -1,10 +1,19 @@
-"""Instance normalization takes brightness and contrast out of photographs.
+"""Photographs without their brightness and contrast
+=================================================
 
+Instance normalization takes brightness and contrast out of photographs.
+
+To run it::
+
+    pip install ".[examples]"
     python examples/photos.py [--output photos.png]
 
 A change of brightness and contrast is x -> contrast * x + brightness. Instance norm undoes any such change, because it
 measures each channel of each photograph alone. Batch norm measures a channel over the whole batch, so a photograph that
 is darker than its neighbors stays darker.
+
+.. image:: ../photos.jpg
+   :alt: Four photographs, as taken and changed: after instance norm both look the same, after batch norm not
 """
 
 import argparse
@@ -15,8 +24,11 @@ from collections.abc import Callable
 import normkit as nk
 import numpy as np
 from matplotlib.figure import Figure
-from sklearn.datasets import load_sample_images
+from skimage import data
 
+# sphinx_gallery_thumbnail_path = 'photos.jpg'
+PHOTOGRAPHS = ("chelsea", "coffee", "astronaut", "rocket")  # they come with scikit-image
+SIZE = 300, 400
 CHANGES = {  # name: contrast, brightness
     "darker": (1.0, -0.4),
     "brighter": (1.0, 0.3),
@@ -26,6 +38,12 @@ CHANGES = {  # name: contrast, brightness
 # No photograph is constant, so its variance needs no help from eps. The default, 1e-5, would leave a trace of a change
 # in contrast, of about eps / variance.
 EPS = 0.0
+
+
+def cropped(photograph: np.ndarray) -> np.ndarray:
+    (height, width, _), (rows, columns) = photograph.shape, SIZE
+    top, left = (height - rows) // 8, (width - columns) // 2
+    return photograph[top : top + rows, left : left + columns]
 
 
 def numpy_instance_norm(x: np.ndarray) -> np.ndarray:
@@ -63,17 +81,21 @@ def interleaved(a: Callable[[], object], b: Callable[[], object], pairs: int = 2
     )
 
 
-def draw(rows: dict[str, list[np.ndarray]], columns: list[str], path: str) -> None:
-    figure = Figure(figsize=(2.4 * len(columns), 1.75 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), len(columns), squeeze=False)
-    for axes_of_row, (row, pictures) in zip(grid, rows.items(), strict=True):
-        for axes, column, picture in zip(axes_of_row, columns, pictures, strict=True):
-            axes.imshow(np.moveaxis(picture, 0, -1).clip(0, 1))
-            axes.set(xticks=[], yticks=[], title=column if row == "original" else "")
-            for edge in axes.spines.values():
-                edge.set_visible(False)
-        axes_of_row[0].set_ylabel(row)
-    figure.savefig(path, dpi=110)
+def draw(rows: dict[str, list[np.ndarray]], path: str) -> None:
+    """Each row: a photograph before, after batch norm and after instance norm; as it was taken and changed each."""
+    figure = Figure(figsize=(12, 1.5 * len(rows) + 0.5), layout="constrained", facecolor="white")
+    pairs = figure.subfigures(1, 3, wspace=0.03)
+    titles = "the photographs", "after batch norm: they differ", "after instance norm: the same"
+    for k, (pair, title) in enumerate(zip(pairs, titles, strict=True)):
+        pair.suptitle(title, weight="bold")
+        for axes_of_row, (change, pictures) in zip(pair.subplots(len(rows), 2), rows.items(), strict=True):
+            for axes, picture in zip(axes_of_row, pictures[2 * k : 2 * k + 2], strict=True):
+                axes.imshow(np.moveaxis(picture, 0, -1).clip(0, 1))
+                axes.set(xticks=[], yticks=[])
+                axes.spines[:].set_visible(False)
+            axes_of_row[0].set_xlabel("as taken" if k == 0 else "of that as taken")
+            axes_of_row[1].set_xlabel(change if k == 0 else "of the changed one")
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
@@ -81,7 +103,7 @@ def main() -> None:
     parser.add_argument("--output", default="photos.png", help="the picture to write (default: %(default)s)")
     output = parser.parse_args().output
 
-    stored = np.stack(load_sample_images().images)  # (2, height, width, 3), uint8: a temple and a flower
+    stored = np.stack([cropped(getattr(data, name)()) for name in PHOTOGRAPHS])  # (4, height, width, 3), uint8
     original = np.ascontiguousarray(np.moveaxis(stored, -1, 1), np.float32) / np.float32(255)
     changed = {name: np.float32(c) * original + np.float32(b) for name, (c, b) in CHANGES.items()}
     batch = np.concatenate([original, *changed.values()])
@@ -89,7 +111,7 @@ def main() -> None:
     after_instance = np.split(nk.instance_norm(batch, eps=EPS), 1 + len(CHANGES))
     after_batch = np.split(nk.normalize(batch, axis=(0, 2, 3), eps=EPS), 1 + len(CHANGES))
 
-    print(f"{len(batch)} photographs of {batch.shape[1:]}, float32: two as they are, then changed")
+    print(f"{len(batch)} photographs of {batch.shape[1:]}, float32: four as they are, then changed")
     print("\nlargest difference from the original, in standard deviations")
     print(f"{'':10}{'contrast':>10}{'brightness':>12}{'batch norm':>12}{'instance norm':>15}{'rounding allows':>17}")
     for k, (name, (contrast, brightness)) in enumerate(CHANGES.items(), start=1):
@@ -116,15 +138,14 @@ def main() -> None:
             f"NumPy's two lines {numpy_ms:6.1f} ms, normkit {name:16} {normkit_ms:6.1f} ms: {ratio:.1f} times as fast"
         )
 
-    columns = [f"{name}: {c:g} x {'-' if b < 0 else '+'} {abs(b):g}" for name, (c, b) in CHANGES.items()]
-    shown = [k % 2 for k in range(len(CHANGES))]  # the temple and the flower in turn
-    rows = {
-        "original": [original[photo] for photo in shown],
-        "changed": [x[photo] for x, photo in zip(changed.values(), shown, strict=True)],
-        "after batch norm": [0.5 + y[photo] / 5 for y, photo in zip(after_batch[1:], shown, strict=True)],
-        "after instance norm": [0.5 + y[photo] / 5 for y, photo in zip(after_instance[1:], shown, strict=True)],
-    }
-    draw(rows, columns, output)
+    # Behind both norms the same weight and bias for all: what a screen shows, in colors as photographs have them.
+    weight, bias = original.std((0, 2, 3))[:, None, None], original.mean((0, 2, 3))[:, None, None]
+    rows = {}
+    for k, (name, (c, b)) in enumerate(CHANGES.items()):
+        before = [original[k], changed[name][k]]
+        after = [weight * y[part][k] + bias for y in (after_batch, after_instance) for part in (0, k + 1)]
+        rows[f"{name}: {c:g} x {'-' if b < 0 else '+'} {abs(b):g}"] = [*before, *after]
+    draw(rows, output)
     print(f"\nwrote {output}")
 
 

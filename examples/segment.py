@@ -1,4 +1,9 @@
-"""nnU-Net's network, its normalizations converted to normkit's in one line.
+"""nnU-Net, converted in one line
+==============================
+
+nnU-Net's network, its normalizations converted to normkit's in one line.
+
+To run it::
 
     pip install ".[torch,examples]" dynamic-network-architectures
     python examples/segment.py [--quick] [--output segment.png]
@@ -22,6 +27,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
+# sphinx_gallery_thumbnail_path = 'figures/shared.svg'
 CLASSES, BATCH = 3, 2  # nnU-Net's own batch; of one volume PyTorch does convolutions without oneDNN
 LAYOUTS = {"channels first": torch.contiguous_format, "channels last": torch.channels_last_3d}
 # What a profile calls the operations of PyTorch and of normkit, and in what the picture puts them together.

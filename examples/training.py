@@ -1,4 +1,9 @@
-"""What instance norm does to training, and to what a network knows of brightness and contrast.
+"""Training that does not mind the light
+=====================================
+
+What instance norm does to training, and to what a network knows of brightness and contrast.
+
+To run it::
 
     pip install ".[examples]"
     python examples/training.py [--quick] [--output training.png]
@@ -8,6 +13,9 @@ layer. It is trained without a norm, with batch norm and with instance norm, eac
 then reads digits whose brightness and contrast it has never seen. Instance norm measures each channel of each image
 alone, and a convolution without padding makes of contrast * x + brightness the same in each channel: so nothing of a
 change is left behind the first norm. The rest is NumPy, and the gradients are normkit's.
+
+.. image:: ../training.png
+   :alt: Accuracy of three networks on digits whose contrast and brightness were changed
 """
 
 import argparse
@@ -19,6 +27,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
+# sphinx_gallery_thumbnail_path = 'training.png'
 CHANGES = {  # name: contrast, brightness; pixels are 0 to 1
     "as is": (1.0, 0.0),
     "x / 4": (0.25, 0.0),

@@ -74,3 +74,16 @@ def test_public_names_are_documented(name):
     member = getattr(normkit, name)
     if inspect.isroutine(member):
         assert inspect.getdoc(member)
+
+
+@pytest.mark.parametrize("name", ["normkit", "normkit.torch", "normkit.jax"])
+def test_public_names_are_in_the_reference(name):
+    """All of them, and each has an example, which `test_docstrings` runs."""
+    if name != "normkit":
+        pytest.importorskip(name.removeprefix("normkit."))
+    module = importlib.import_module(name)
+    public = {member for member in module.__all__ if member != "__version__"}
+    parts = (ROOT / "docs/api.md").read_text().split(".. currentmodule:: ")
+    listed = [word for part in parts if part.split()[0] == name for word in re.findall(r"^   (\w+)$", part, re.M)]
+    assert sorted(listed) == sorted(public)
+    assert not [member for member in public if ">>>" not in inspect.getdoc(getattr(module, member))]

@@ -98,7 +98,7 @@ def instance_norm(
 
     Parameters
     ----------
-    x : (N, C, *spatial), or with C at `channel_axis`
+    x : (N, C, ...), or with C at `channel_axis`
         Of float32, float64, float16, bfloat16, bool or an integer of 8 to 64 bits, with any strides. Integers of 32 and
         64 bits are rounded to float32 first.
     weight, bias : (C,), (N, C) or the shape of x, optional
@@ -829,7 +829,7 @@ def adaptive_instance_norm(
 
     Parameters
     ----------
-    content : (N, C, *spatial), or with C at `channel_axis`
+    content : (N, C, ...), or with C at `channel_axis`
         The images, of any dtype that `instance_norm` takes.
     style : the same N and C, other extents at will
         The images whose statistics content gets, of any dtype that `instance_norm` takes. One may serve all of content.

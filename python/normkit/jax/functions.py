@@ -94,6 +94,14 @@ def instance_norm(
 
     Returns y, then what was asked for, in this order: mean and rstd; x + residual; running_mean and running_var as they
     become, where they were given and `use_input_stats` is true. To gradients all of these but the sum are constants.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp, normkit.jax as nj
+    >>> x = jnp.array([[[0.0, 1.0, 5.0]]])
+    >>> dx = jax.jit(jax.grad(lambda x: nj.instance_norm(x)[0, 0, 0]))(x)
+    >>> [round(value, 3) for value in dx.flatten().tolist()]
+    [0.176, -0.22, 0.044]
     """
     spec, slopes = _spec(
         "instance", (channel_axis,), eps, weight_offset, activation, frozen=not use_input_stats, momentum=momentum
@@ -122,6 +130,13 @@ def group_norm(
     """`normkit.group_norm` in JAX: each image over groups of channels.
 
     Returns y, then what was asked for: mean and rstd, constants to gradients; x + residual.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp, normkit.jax as nj
+    >>> x = jnp.arange(8.0).reshape(1, 4, 2)
+    >>> jax.jit(nj.group_norm, static_argnums=1)(x, 2).shape
+    (1, 4, 2)
     """
     spec, slopes = _spec("group", (channel_axis,), eps, weight_offset, activation, groups=num_groups)
     return _call(
@@ -146,6 +161,14 @@ def layer_norm(
     """`normkit.layer_norm` in JAX, over any axes.
 
     Returns y, then what was asked for: mean and rstd, constants to gradients; x + residual.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp, normkit.jax as nj
+    >>> x = jax.random.normal(jax.random.key(0), (2, 6, 8, 8))
+    >>> y, mean, rstd = nj.layer_norm(x, axis=1, return_stats=True)  # of the channels of each pixel
+    >>> mean.shape
+    (2, 8, 8)
     """
     spec, slopes = _spec("layer", axes_of(x, axis), eps, weight_offset, activation)
     return _call(
@@ -170,6 +193,12 @@ def rms_norm(
     """`normkit.rms_norm` in JAX: by the root mean square over any axes.
 
     Returns y, then what was asked for: rstd, a constant to gradients; x + residual.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp, normkit.jax as nj
+    >>> float((nj.rms_norm(jnp.array([[3.0, 4.0]])) ** 2).mean())
+    1.0
     """
     spec, slopes = _spec("rms", axes_of(x, axis), eps, weight_offset, activation)
     return _call(
@@ -201,6 +230,14 @@ def batch_norm(
 
     Returns y, then what was asked for, in this order: mean and rstd; x + residual; running_mean and running_var as they
     become, where they were given and `training` is true. To gradients all of these but the sum are constants.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp, normkit.jax as nj
+    >>> x, mean, var = jnp.array([[1.0], [3.0]]), jnp.zeros(1), jnp.ones(1)
+    >>> y, mean, var = nj.batch_norm(x, running_mean=mean, running_var=var, training=True, momentum=0.5)
+    >>> mean.tolist(), var.tolist()
+    ([1.0], [1.5])
     """
     spec, slopes = _spec(
         "batch", (channel_axis,), eps, weight_offset, activation, frozen=not training, momentum=momentum
@@ -226,6 +263,13 @@ def adaptive_instance_norm(
     """`normkit.adaptive_instance_norm` in JAX, with gradients of content and of style.
 
     Returns y, then what was asked for: mean and rstd of content, constants to gradients; content + residual.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp, normkit.jax as nj
+    >>> content, style = jnp.arange(4.0).reshape(1, 1, 4), jnp.array([[[10.0, 30.0]]])
+    >>> round(float(nj.adaptive_instance_norm(content, style).mean()), 3)
+    20.0
     """
     content, style = _array("content", content), _array("style", style)
     spec, slopes = _spec("instance", (channel_axis,), eps, 0.0, activation)

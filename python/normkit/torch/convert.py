@@ -20,7 +20,19 @@ _NORMS = (*_CLASSES, *_CLASSES.values())
 
 @dataclass
 class Conversion:
-    """What `convert` did to a model, by the names of its modules."""
+    """What `convert` did to a model, by the names of its modules.
+
+    Examples
+    --------
+    >>> import torch, normkit.torch as nt
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.InstanceNorm2d(8), torch.nn.LeakyReLU(0.1))
+    >>> done = nt.convert(model)
+    >>> done.converted, done.fused, done.left
+    ({'1': 'InstanceNorm2d'}, {'1': '2'}, {})
+    >>> done.undo()
+    >>> type(model[1]) is torch.nn.InstanceNorm2d
+    True
+    """
 
     converted: dict[str, str] = field(default_factory=dict)  # module: its class now
     fused: dict[str, str] = field(default_factory=dict)  # module: the activation that is in it now
@@ -59,6 +71,15 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
     -------
     Conversion
         What was done and what was left, and why; its `undo()` takes all of it back.
+
+    Examples
+    --------
+    >>> import torch, normkit.torch as nt
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.GroupNorm(8, 64), torch.nn.SiLU())
+    >>> print(nt.convert(model))
+    1: GroupNorm with 2
+    >>> model[1].activation
+    'silu'
     """
     done = Conversion()
     names = {name: module for name, module in model.named_modules() if type(module) in _NORMS}

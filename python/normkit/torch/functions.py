@@ -225,6 +225,15 @@ def instance_norm(
 
     `torch.nn.functional.instance_norm(x, mean, var, weight, bias)` is
     ``instance_norm(x, weight, bias, running_mean=mean, running_var=var)``.
+
+    Examples
+    --------
+    >>> import torch, normkit.torch as nt
+    >>> x = torch.tensor([[[0.0, 1.0, 5.0]]], requires_grad=True)
+    >>> y = nt.instance_norm(x)
+    >>> y[0, 0, 0].backward()
+    >>> [round(value, 3) for value in x.grad.flatten().tolist()]
+    [0.176, -0.22, 0.044]
     """
     name, slope, slopes = _activation(activation)
     spec = Spec("instance", (channel_axis,), 1, not use_input_stats, eps, momentum, weight_offset, name, slope)
@@ -245,7 +254,16 @@ def group_norm(
     return_residual: bool = False,
     weight_offset: float = 0.0,
 ) -> Any:
-    """`normkit.group_norm` with gradients: each image over groups of channels."""
+    """`normkit.group_norm` with gradients: each image over groups of channels.
+
+    Examples
+    --------
+    >>> import torch, normkit.torch as nt
+    >>> x = torch.randn(2, 6, 8, 8, requires_grad=True)
+    >>> y = nt.group_norm(x, 3, torch.ones(6), torch.zeros(6), activation="silu")
+    >>> torch.allclose(y, torch.nn.functional.silu(torch.nn.functional.group_norm(x, 3)), atol=1e-5)
+    True
+    """
     name, slope, slopes = _activation(activation)
     spec = Spec("group", (channel_axis,), num_groups, False, eps, 0.0, weight_offset, name, slope)
     return _call(x, weight, bias, spec, where, residual, return_residual, slopes)
@@ -267,6 +285,14 @@ def layer_norm(
     """`normkit.layer_norm` with gradients, over any axes.
 
     `torch.nn.functional.layer_norm(x, (C, H, W), weight, bias)` is ``layer_norm(x, weight, bias, axis=(-3, -2, -1))``.
+
+    Examples
+    --------
+    >>> import torch, normkit.torch as nt
+    >>> x = torch.randn(2, 6, 8, 8, requires_grad=True)
+    >>> y = nt.layer_norm(x, axis=1)  # of the channels of each pixel, which are not the last axis
+    >>> y.mean(1).abs().max().item() < 1e-6
+    True
     """
     name, slope, slopes = _activation(activation)
     spec = Spec("layer", axes_of(x, axis), 1, False, eps, 0.0, weight_offset, name, slope)
@@ -286,7 +312,15 @@ def rms_norm(
     return_residual: bool = False,
     weight_offset: float = 0.0,
 ) -> Any:
-    """`normkit.rms_norm` with gradients: by the root mean square over any axes."""
+    """`normkit.rms_norm` with gradients: by the root mean square over any axes.
+
+    Examples
+    --------
+    >>> import torch, normkit.torch as nt
+    >>> x = torch.tensor([[3.0, 4.0]], requires_grad=True)
+    >>> nt.rms_norm(x).square().mean().item()
+    1.0
+    """
     name, slope, slopes = _activation(activation)
     spec = Spec("rms", axes_of(x, axis), 1, False, eps, 0.0, weight_offset, name, slope)
     return _call(x, weight, bias, spec, where, residual, return_residual, slopes)
@@ -313,6 +347,14 @@ def batch_norm(
 
     `torch.nn.functional.batch_norm(x, mean, var, weight, bias)` is
     ``batch_norm(x, weight, bias, running_mean=mean, running_var=var)``.
+
+    Examples
+    --------
+    >>> import torch, normkit.torch as nt
+    >>> mean, var = torch.zeros(1), torch.ones(1)
+    >>> y = nt.batch_norm(torch.tensor([[1.0], [3.0]]), running_mean=mean, running_var=var, training=True, momentum=0.5)
+    >>> mean.item(), var.item()
+    (1.0, 1.5)
     """
     name, slope, slopes = _activation(activation)
     spec = Spec("batch", (channel_axis,), 1, not training, eps, momentum, weight_offset, name, slope)
@@ -330,7 +372,16 @@ def adaptive_instance_norm(
     residual: Optional = None,
     return_residual: bool = False,
 ) -> Any:
-    """`normkit.adaptive_instance_norm` with gradients of content and of style."""
+    """`normkit.adaptive_instance_norm` with gradients of content and of style.
+
+    Examples
+    --------
+    >>> import torch, normkit.torch as nt
+    >>> content, style = torch.arange(4.0).reshape(1, 1, 4), torch.tensor([[[10.0, 30.0]]], requires_grad=True)
+    >>> y = nt.adaptive_instance_norm(content, style)
+    >>> round(y.mean().item(), 3), y.requires_grad
+    (20.0, True)
+    """
     if -content.dim() <= channel_axis < content.dim() and -style.dim() <= channel_axis < style.dim():
         found, expected = ((t.shape[0], t.shape[channel_axis]) for t in (style, content))
         core._check_style(found, expected)

@@ -66,15 +66,45 @@ class _InstanceNorm(_Activated):
 
 
 class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
-    """`torch.nn.InstanceNorm1d`, with `activation`."""
+    """`torch.nn.InstanceNorm1d`, with ``activation``.
+
+    Examples
+    --------
+    >>> import torch, normkit.torch as nt
+    >>> x = torch.randn(2, 16, 100)
+    >>> ours = nt.InstanceNorm1d(16, affine=True, activation="relu")
+    >>> theirs = torch.nn.Sequential(torch.nn.InstanceNorm1d(16, affine=True), torch.nn.ReLU())
+    >>> torch.allclose(ours(x), theirs(x), atol=1e-5)
+    True
+    """
 
 
 class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
-    """`torch.nn.InstanceNorm2d`, with `activation`."""
+    """`torch.nn.InstanceNorm2d`, with ``activation``.
+
+    Examples
+    --------
+    >>> import torch, normkit.torch as nt
+    >>> x = torch.randn(2, 16, 8, 8)
+    >>> ours = nt.InstanceNorm2d(16, affine=True, activation="relu")
+    >>> theirs = torch.nn.Sequential(torch.nn.InstanceNorm2d(16, affine=True), torch.nn.ReLU())
+    >>> torch.allclose(ours(x), theirs(x), atol=1e-5)
+    True
+    """
 
 
 class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
-    """`torch.nn.InstanceNorm3d`, with `activation`."""
+    """`torch.nn.InstanceNorm3d`, with ``activation``.
+
+    Examples
+    --------
+    >>> import torch, normkit.torch as nt
+    >>> x = torch.randn(2, 16, 4, 8, 8)
+    >>> ours = nt.InstanceNorm3d(16, activation="leaky_relu")
+    >>> theirs = torch.nn.Sequential(torch.nn.InstanceNorm3d(16), torch.nn.LeakyReLU())
+    >>> torch.allclose(ours(x), theirs(x), atol=1e-5)
+    True
+    """
 
 
 class _BatchNorm(_Activated):
@@ -98,19 +128,59 @@ class _BatchNorm(_Activated):
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d`, with `activation`."""
+    """`torch.nn.BatchNorm1d`, with ``activation``.
+
+    Examples
+    --------
+    >>> import torch, normkit.torch as nt
+    >>> x = torch.randn(8, 16)
+    >>> ours = nt.BatchNorm1d(16, activation="relu")
+    >>> theirs = torch.nn.Sequential(torch.nn.BatchNorm1d(16), torch.nn.ReLU())
+    >>> torch.allclose(ours(x), theirs(x), atol=1e-5)
+    True
+    """
 
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d`, with `activation`."""
+    """`torch.nn.BatchNorm2d`, with ``activation``.
+
+    Examples
+    --------
+    >>> import torch, normkit.torch as nt
+    >>> x = torch.randn(2, 16, 8, 8)
+    >>> ours = nt.BatchNorm2d(16, activation="relu")
+    >>> theirs = torch.nn.Sequential(torch.nn.BatchNorm2d(16), torch.nn.ReLU())
+    >>> torch.allclose(ours(x), theirs(x), atol=1e-5)
+    True
+    """
 
 
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d`, with `activation`."""
+    """`torch.nn.BatchNorm3d`, with ``activation``.
+
+    Examples
+    --------
+    >>> import torch, normkit.torch as nt
+    >>> x = torch.randn(2, 16, 4, 8, 8)
+    >>> ours = nt.BatchNorm3d(16, activation="relu")
+    >>> theirs = torch.nn.Sequential(torch.nn.BatchNorm3d(16), torch.nn.ReLU())
+    >>> torch.allclose(ours(x), theirs(x), atol=1e-5)
+    True
+    """
 
 
 class GroupNorm(_Activated, nn.GroupNorm):
-    """`torch.nn.GroupNorm`, with `activation`."""
+    """`torch.nn.GroupNorm`, with ``activation``.
+
+    Examples
+    --------
+    >>> import torch, normkit.torch as nt
+    >>> x = torch.randn(2, 16, 8, 8)
+    >>> ours = nt.GroupNorm(4, 16, activation="silu")
+    >>> theirs = torch.nn.Sequential(torch.nn.GroupNorm(4, 16), torch.nn.SiLU())
+    >>> torch.allclose(ours(x), theirs(x), atol=1e-5)
+    True
+    """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name for it
         return functions.group_norm(
@@ -125,7 +195,17 @@ def _last_axes(input: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:  # noq
 
 
 class LayerNorm(_Activated, nn.LayerNorm):
-    """`torch.nn.LayerNorm`, with `activation`."""
+    """`torch.nn.LayerNorm`, with ``activation``.
+
+    Examples
+    --------
+    >>> import torch, normkit.torch as nt
+    >>> x = torch.randn(2, 10, 16)
+    >>> ours = nt.LayerNorm(16, activation="gelu")
+    >>> theirs = torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.GELU())
+    >>> torch.allclose(ours(x), theirs(x), atol=1e-5)
+    True
+    """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name for it
         axes = _last_axes(input, self.normalized_shape)
@@ -133,7 +213,17 @@ class LayerNorm(_Activated, nn.LayerNorm):
 
 
 class RMSNorm(_Activated, nn.RMSNorm):
-    """`torch.nn.RMSNorm`, with `activation`."""
+    """`torch.nn.RMSNorm`, with ``activation``.
+
+    Examples
+    --------
+    >>> import torch, normkit.torch as nt
+    >>> x = torch.randn(2, 10, 16)
+    >>> ours = nt.RMSNorm(16, activation="silu")
+    >>> theirs = torch.nn.Sequential(torch.nn.RMSNorm(16), torch.nn.SiLU())
+    >>> torch.allclose(ours(x), theirs(x), atol=1e-5)
+    True
+    """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name for it
         axes = _last_axes(input, self.normalized_shape)
@@ -141,7 +231,16 @@ class RMSNorm(_Activated, nn.RMSNorm):
 
 
 class AdaptiveInstanceNorm(_Activated, nn.Module):
-    """`normkit.torch.adaptive_instance_norm` of a content and a style, without parameters."""
+    """`normkit.torch.adaptive_instance_norm` of a content and a style, without parameters.
+
+    Examples
+    --------
+    >>> import torch, normkit.torch as nt
+    >>> content, style = torch.rand(4, 3, 16, 16), torch.rand(1, 3, 8, 8)
+    >>> y = nt.AdaptiveInstanceNorm(eps=0.0)(content, style)
+    >>> torch.allclose(y.mean((2, 3)), style.mean((2, 3)).expand(4, 3), atol=1e-5)
+    True
+    """
 
     def __init__(self, eps: float = 1e-5, *, activation: Activation = None) -> None:
         super().__init__(activation=activation)
