@@ -1,6 +1,7 @@
 """Arrays of other libraries: the same library, dtype and layout back, the same bits as on NumPy."""
 
 import gc
+import warnings
 import weakref
 from functools import partial
 
@@ -119,6 +120,24 @@ def test_a_tensor_that_requires_grad_is_refused(torch):
         "weight requires grad, expected a tensor that does not: use normkit.torch, whose functions record gradients, "
         "or pass weight.detach()"
     )
+
+
+def test_a_tensor_that_has_a_tangent_is_refused(torch):
+    ad = torch.autograd.forward_ad
+    x, weight = torch.randn(SHAPE), torch.randn(3)
+    y = normkit.instance_norm(x, weight)  # as the call that is known does not refuse it
+    with ad.dual_level():
+        assert bool((normkit.instance_norm(x, weight) == y).all())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of PyTorch's own modules, on their way
+            duals = {"x": ad.make_dual(x, x), "weight": ad.make_dual(weight, weight)}
+        for name, dual in duals.items():
+            with pytest.raises(TypeError) as caught:
+                normkit.instance_norm(**{"x": x, "weight": weight, name: dual})
+            assert str(caught.value) == (
+                f"{name} has a tangent, expected a tensor that has none: normkit has no derivatives in forward mode; "
+                f"pass torch.autograd.forward_ad.unpack_dual({name}).primal"
+            )
 
 
 def test_libraries_do_not_mix(torch):
