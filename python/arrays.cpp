@@ -368,11 +368,16 @@ struct Lent {
 
 }  // namespace
 
-bool is_plain(nb::handle tensor) {
-  static const Name requires_grad("requires_grad"), is_neg("is_neg"), level("_current_level");
+bool may_have_tangents(const Library& library) {
+  if (library.kind != Library::Kind::torch) return false;
+  static const Name level("_current_level");
   static const nb::handle forward_ad = python_module("torch.autograd.forward_ad").release();
+  return nb::cast<int>(level.of(forward_ad)) >= 0;
+}
+
+bool is_plain(nb::handle tensor) {
+  static const Name requires_grad("requires_grad"), is_neg("is_neg");
   const nb::handle no(Py_False);
-  if (nb::cast<int>(level.of(forward_ad)) >= 0) return false;  // it may have a tangent
   if (!is_neg.call(tensor).is(no)) return false;
   if (requires_grad.of(tensor).is(no)) return true;
   static PyObject* const is_grad_enabled = nb::getattr(python_module("torch"), "is_grad_enabled").release().ptr();

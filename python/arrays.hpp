@@ -67,7 +67,10 @@ bool view_numpy(nb::handle array, View& v);
 /// producer sees to it that what is still to be written comes first.
 void import_dlpack(const char* name, nb::handle array, nb::handle stream, View& v);
 
-/// True of a tensor of PyTorch whose memory is its value, and which is to record no gradients and has no tangent.
+/// True where tensors of PyTorch may have tangents of derivatives in forward mode.
+bool may_have_tangents(const Library& library);
+
+/// True of a tensor of PyTorch whose memory is its value, and which is to record no gradients.
 bool is_plain(nb::handle tensor);
 
 /// Fills in the view of a tensor on the CPU by its library's table, and returns true. False where there is no table, and

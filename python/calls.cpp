@@ -421,7 +421,9 @@ class Function final : public function::Body {
 
   /// Calls with arrays that are not all NumPy's: tensors of the CPU, or what call_on_device() takes.
   [[gnu::noinline]] nb::object call_elsewhere(PyObject* const* values) {
-    const arrays::Exchange* const exchange = arrays::library_of(values[normkit::kX]).exchange;
+    const Library& library = arrays::library_of(values[normkit::kX]);
+    const arrays::Exchange* const exchange = library.exchange;
+    if (arrays::may_have_tangents(library)) return plan_and_run(values, nullptr);
     for (const OperandIndex k : arrays_) {  // before any is read, since asking a tensor may run anything
       if (values[k] == Py_None) continue;
       if (!exchange || arrays::library_of(values[k]).exchange != exchange || !arrays::is_plain(values[k]))
