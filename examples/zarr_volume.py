@@ -1,6 +1,6 @@
 """A volume on disk that is larger than the memory of all workers, standardized as a whole.
 
-    pip install ".[dask,examples]"
+    pip install ".[dask,examples]" distributed zarr scikit-image
     python examples/zarr_volume.py [--quick] [--output zarr_volume.png]
 
 A microscope's volume has one mean and one deviation, which networks and thresholds want taken out. Two worker processes
@@ -12,7 +12,7 @@ The camera's offset of 10,000 counts also shows what a mean and a deviation in f
 
 import argparse
 import logging
-import resource
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -65,7 +65,8 @@ def make(path: Path, extent: int, chunk: int) -> tuple[float, float]:
 
 
 def peak_megabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    """Of this process alone: getrusage() begins with that of the process that started it."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
 
 
 def read_bytes() -> int:
@@ -113,7 +114,7 @@ def draw(path: Path, out: Path, output: str) -> None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, volume, title in zip(figure.subplots(1, 2), (path, out), ("as it was read", "standardized"), strict=True):
         array = zarr.open_array(volume, mode="r")
-        picture = axes.imshow(array[:, array.shape[1] // 2], cmap="gray", aspect="auto")
+        picture = axes.imshow(array[:, array.shape[1] // 2][::2, ::2], cmap="gray")
         axes.set(xticks=[], yticks=[], title=title)
         figure.colorbar(picture, ax=axes)
     figure.savefig(output, dpi=110)
