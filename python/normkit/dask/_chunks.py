@@ -188,7 +188,8 @@ def _as_it_is(part: Any, axis: Axes, keepdims: bool) -> Any:
 
 def _joined(parts: Any, axis: Axes, keepdims: bool, *, join: Callable[[Any, Any], Any]) -> Any:
     first = np.moveaxis(parts, axis, range(len(axis)))
-    return np.expand_dims(reduce(join, first.reshape(-1, *first.shape[len(axis) :])), axis)
+    count = math.prod(first.shape[: len(axis)])
+    return np.expand_dims(reduce(join, first.reshape(count, *first.shape[len(axis) :])), axis)
 
 
 def tree(parts: Any, axis: Axes, join: Callable[[Any, Any], Any] = operator.add) -> Any:
