@@ -55,7 +55,7 @@ nb::object python_module(const char* name) { return nb::module_::import_(name); 
     way = ": pass " + (type == "DataArray" ? named + ".values" : "the values of a variable of " + named) +
           ", or call through xarray.apply_ufunc";
   if (library == "torch") way = ": use normkit.torch, whose functions torch.fx knows";
-  if (library == "dask") way = ": call on each chunk, through dask.array.map_blocks";
+  if (library == "dask") way = ": use normkit.dask, whose functions are lazy";
   type_error(named + " is " + (vowel ? "an " : "a ") + type + ", expected a NumPy array or an object with __dlpack__" +
              way);
 }

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
-OPTIONAL = ("cupy", "torch", "jax", "ml_dtypes", "matplotlib", "PIL")
+OPTIONAL = ("cupy", "torch", "jax", "dask", "xarray", "ml_dtypes", "matplotlib", "PIL")
 DOCTEST = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 PACKAGE = Path(normkit.__file__).parent
 MODULES = sorted(
@@ -61,7 +61,7 @@ def test_page(page, number, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name):
-    for library in ("torch", "jax"):
+    for library in ("torch", "jax", "dask"):
         if name.startswith(f"normkit.{library}"):
             pytest.importorskip(library, reason=f"{library} is not installed")
     module = importlib.import_module(name)

@@ -187,7 +187,7 @@ def test_what_freezes_programs_sees_all_modules():
         ("pandas.core.frame", "DataFrame", "pass x.to_numpy()"),
         ("xarray.core.dataarray", "DataArray", "pass x.values, or call through xarray.apply_ufunc"),
         ("xarray.core.dataset", "Dataset", "pass the values of a variable of x, or call through xarray.apply_ufunc"),
-        ("dask.array.core", "Array", "call on each chunk, through dask.array.map_blocks"),
+        ("dask.array.core", "Array", "use normkit.dask, whose functions are lazy"),
     ],
 )
 def test_what_holds_an_array_is_refused_with_the_way(library, name, way):

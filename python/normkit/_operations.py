@@ -4,9 +4,13 @@ An operation has three phases: forward, backward and double_backward. `composed`
 words, for derivatives that the core does not have.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from . import functional as core
 
@@ -97,6 +101,20 @@ def named_gradients(need: Need) -> tuple[str, ...]:
     return tuple(name for name, is_needed in zip(GRADIENTS, need, strict=True) if is_needed)
 
 
+# ---- what is judged before there are values ----------------------------------------------------------------------
+
+
+@lru_cache
+def _element(dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    return np.zeros(1, dtype)
+
+
+def stand_in(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """An array that lies like one of this shape and dtype, whose memory is not there and must not be looked at."""
+    strides = [dtype.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return as_strided(_element(dtype), tuple(shape), strides, writeable=True)
+
+
 # ---- axes --------------------------------------------------------------------------------------------------------
 
 
@@ -104,7 +122,7 @@ def axes_of(x: Any, axis: int | Iterable[int] | None) -> tuple[int, ...]:
     """The axes that an option `axis` stands for."""
     if axis is None:
         return tuple(range(x.ndim))
-    return (axis,) if isinstance(axis, int) else tuple(axis)
+    return (int(axis),) if isinstance(axis, int | np.integer) else tuple(axis)
 
 
 class Frame:

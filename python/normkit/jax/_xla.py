@@ -4,7 +4,6 @@ Arrays go by the names that the core has for them: dicts of them are what a call
 is there is in a dict.
 """
 
-import math
 import warnings
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple, TypeAlias
@@ -12,12 +11,11 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import numpy as np
 from jax import numpy as jnp
-from numpy.lib.stride_tricks import as_strided
 
 from .. import _core as _typed_core
 from .. import functional as core
 from .._memory import dtype_named
-from .._operations import Frame, Spec, call_of
+from .._operations import Frame, Spec, call_of, stand_in
 
 _core: Any = _typed_core  # it takes any arrays, which no stub can say
 Arrays: TypeAlias = dict[str, Any]
@@ -54,21 +52,9 @@ def _bound(call: Call, arrays: Arrays) -> partial[Any]:
     return partial(function, **arrays, **options, **more)
 
 
-@cache
-def _element(name: str) -> np.ndarray[Any, Any]:
-    return np.zeros(1, dtype_named(name))
-
-
-def _stand_in(shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
-    """An array that lies like one of this shape and dtype, whose memory is not there and must not be looked at."""
-    element = _element(dtype)
-    strides = [element.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    return as_strided(element, shape, strides, writeable=True)
-
-
 @lru_cache(1024)
 def _described(call: Call, avals: tuple[tuple[str, tuple[int, ...], Any], ...]) -> Any:
-    arrays = {name: _stand_in(shape, str(dtype)) for name, shape, dtype in avals}
+    arrays = {name: stand_in(shape, dtype_named(str(dtype))) for name, shape, dtype in avals}
     bound = _bound(call, arrays)
     function: Any = bound.func
     return function._description(*bound.args, **bound.keywords)
