@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from .._memory import views_of
+from .._memory import Memory, views_of
 from .._types import Array
 from ..phases import Moments
 
@@ -57,12 +57,17 @@ def merge(moments: Moments, comm: Any) -> Moments:
     numbers, memory, centered, twofold = moments._numbers, moments._memory, moments._centered, moments._twofold
     with memory:
         what = f"moments of shape {tuple(numbers.shape[:-1])}, {'' if centered else 'not '}centered"
-        parts = _gathered(numbers, comm, f"{what}{', of float64' * twofold}")
-        while len(parts) > 1:
-            even = len(parts) // 2 * 2
-            merged = memory.merged(parts[0:even:2], parts[1:even:2], twofold)
-            parts = memory.xp.concatenate([merged, parts[even:]])
-    return Moments._of(parts[0], memory, centered, twofold)
+        whole = _joined(_gathered(numbers, comm, f"{what}{', of float64' * twofold}"), memory, twofold)
+    return Moments._of(whole, memory, centered, twofold)
+
+
+def _joined(parts: Any, memory: Memory, twofold: bool) -> Any:
+    """The moments of all parts, which lie along the first axis: as many merges one after the other as pairs of pairs."""
+    while len(parts) > 1:
+        even = len(parts) // 2 * 2
+        merged = memory.merged(parts[0:even:2], parts[1:even:2], twofold)
+        parts = memory.xp.concatenate([merged, parts[even:]])
+    return parts[0]
 
 
 def add(sums: Array, comm: Any) -> Any:

@@ -17,7 +17,7 @@ __all__ = ["Conversion", "convert"]
 _CLASSES: dict[type, type] = {getattr(nn, name): getattr(ours, name) for name in ours.__all__ if hasattr(nn, name)}
 _NORMS = (*_CLASSES, *_CLASSES.values())
 # What is normalized together when processes share a batch, and when they share each of its samples.
-_SHARED = {"batch": ours._BatchNorm, "space": (ours._BatchNorm, ours._InstanceNorm, ours.GroupNorm)}
+_SHARED: dict[str, Any] = {"batch": ours._BatchNorm, "space": (ours._BatchNorm, ours._InstanceNorm, ours.GroupNorm)}
 
 
 @dataclass
@@ -105,7 +105,7 @@ def _synchronize(name: str, module: Any, process_group: Any, split: str, done: C
         done.synchronized.append(name)
         done._undo.append(lambda: setattr(module, "process_group", before))
     elif split == "space" and len(getattr(module, "normalized_shape", ())) > 1:
-        done.left[name] = "its parameters are those of a whole sample: make one of the shape of a part"
+        done.left[name] = "its parameters have the shape of whole samples"
 
 
 def _put_class(module: nn.Module, kind: type, done: Conversion) -> None:
