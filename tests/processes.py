@@ -23,7 +23,7 @@ class Processes:
             self.processes[-1].start()
             theirs.close()
             self.pipes.append(ours)
-        self.timeout_s = 60 + timeout_s  # to start and to be told of an error
+        self.timeout_s = 120 + timeout_s  # to start and to be told of an error
 
     def __call__(self, size: int, name: str, *args: Any) -> list[Any]:
         """What the function gives in each process. An exception in one is raised here."""

@@ -62,7 +62,7 @@ def merge(moments: Moments, comm: Any) -> Moments:
 
 
 def _joined(parts: Any, memory: Memory, twofold: bool) -> Any:
-    """The moments of all parts, which lie along the first axis: as many merges one after the other as pairs of pairs."""
+    """The moments of all parts, which lie along the first axis, merged in pairs, and in pairs of pairs."""
     while len(parts) > 1:
         even = len(parts) // 2 * 2
         merged = memory.merged(parts[0:even:2], parts[1:even:2], twofold)
