@@ -3,9 +3,9 @@
     pip install "normkit[mpi]" mpich  # or another MPI
     mpiexec -n 4 python -m mpi4py examples/mpi.py [--quick]
 
-Planes are drawn by their numbers, so it is the same volume for any number of processes. It grows brighter from the first
-plane to the last: what a process would find for its slab alone is not what holds for the whole. `-m mpi4py` has an error
-in one process end all of them.
+Planes are drawn by their numbers, so it is the same volume for any number of processes. It grows brighter from the
+first plane to the last: what a process would find for its slab alone is not what holds for the whole. `-m mpi4py` has
+an error in one process end all of them.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def main() -> None:
         print(f"  the whole:  {planes:4} planes, mean {whole.mean[0]:8.4f}, deviation {whole.std()[0]:.4f}")
         print(f"largest error of y {error:.1e}, sum of dx {np.abs(no_change).max():.1e}")
         print(f"statistics and sums have the same bits in all processes: {len(set(bits)) == 1}")
-        passes, waited, message, rest = 1e3 * np.diff(times)
+        passes, _, message, rest = 1e3 * np.diff(times)
         print(f"moments {passes:.1f} ms, a message of {32 * CHANNELS} bytes {message:.2f} ms, the rest {rest:.1f} ms")
         if error > 1e-5 or len(set(bits)) > 1:
             raise SystemExit("the slabs are to be normalized as one, and are not")

@@ -74,5 +74,5 @@ def _work(module: str, rank: int, size: int, store: Path, timeout_s: float, pipe
             return
         try:
             pipe.send((getattr(sys.modules[module], name)(groups[count], rank, *args),))
-        except Exception:
+        except BaseException:  # that of pytest.fail too
             pipe.send(traceback.format_exc())
