@@ -395,12 +395,38 @@ def edges_in(group, rank):
     assert not messages
     close(weight.grad, torch.full((3,), 2.0 if rank == 1 else -2.0))
     assert nt.instance_norm(torch.ones(2, 3, 4, dtype=torch.float16), process_group=group).dtype == torch.float16
-    with pytest.raises(ValueError, match=r"^x has shape \(2, 3\), expected an axis to normalize over"):
-        nt.instance_norm(torch.ones(2, 3), process_group=group)
+
+
+def errors_in(group, rank):
+    """Of one process, before anything is sent, but for what the core finds after that."""
+    o = {"process_group": group}
+    x, eight = torch.ones(2, 4, 6), torch.ones(8)
+    for error, message, call in (
+        (
+            ValueError,
+            r"x has shape \(2, 4\), expected an axis to normalize over",
+            lambda: nt.instance_norm(x[..., 0], **o),
+        ),
+        (ValueError, r"weight has shape \(8,\), expected \(4,\) or \(2, 4\)", lambda: nt.group_norm(x, 2, eight, **o)),
+        (ValueError, r"weight has shape .*, expected a shape", lambda: nt.instance_norm(x, x[..., :2], **o)),
+        (ValueError, r"num_groups is 3, expected a divisor of 4", lambda: nt.group_norm(x, 3, **o)),
+        (ValueError, r"eps is -1", lambda: nt.layer_norm(x, eps=-1, **o)),
+        (ValueError, r"a running statistic has shape \(8,\)", lambda: nt.instance_norm(x, running_mean=eight, **o)),
+        (ValueError, r"momentum is 2", lambda: nt.instance_norm(x, momentum=2, **o)),
+        (ValueError, r"activation is 'a'", lambda: nt.instance_norm(x, activation="a", **o)),
+        (TypeError, r"x is int, expected a torch.Tensor", lambda: nt.instance_norm(3, **o)),
+        (np.exceptions.AxisError, r"axes are \(3,\), expected -3 to 2", lambda: nt.rms_norm(x, axis=3, **o)),
+    ):
+        with pytest.raises(error, match=f"^{message}"):
+            call()
 
 
 def test_edges(processes):
     processes(2, "edges_in")
+
+
+def test_errors(processes):
+    processes(2, "errors_in")
 
 
 class counted:  # noqa: N801 - a context

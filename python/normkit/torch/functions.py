@@ -180,6 +180,7 @@ def _call(
     if process_group is not None and not spec.frozen:
         from ..distributed._torch import normalized
 
+        _check((x, weight, bias, residual, where))
         total = x if residual is None else x + residual
         learnt = (_constant(running_mean), _constant(running_var))
         y = normalized(total, weight, bias, spec, where, slopes, *learnt, process_group)
