@@ -36,7 +36,7 @@ def errors(members: int = 16) -> None:
         own = nk.moments(x, axis=1)
         for parts in PARTS:
             whole = nd._joined(own._numbers[:parts], own._memory, False)
-            wide = x[:parts].astype(np.longdouble)
+            wide = x[:parts].astype(np.float64)
             mean, var = wide.mean(), wide.var()
             found = float(abs(whole[0] - mean) / np.sqrt(var)), float(abs(np.sqrt(var * whole[2] / whole[1]) - 1))
             worst[parts] = tuple(map(max, worst[parts], found))
