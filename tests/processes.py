@@ -12,7 +12,7 @@ from typing import Any
 class Processes:
     """A pool: what is called runs in the first `size` processes, and gets their group and its own rank."""
 
-    def __init__(self, module: str, size: int, folder: Path, *, timeout_s: float = 60) -> None:
+    def __init__(self, module: str, size: int, folder: Path, *, timeout_s: float = 300) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([module])  # imported once for all pools
         self.pipes, self.processes = [], []
@@ -23,7 +23,7 @@ class Processes:
             self.processes[-1].start()
             theirs.close()
             self.pipes.append(ours)
-        self.timeout_s = 120 + timeout_s  # to start and to be told of an error
+        self.timeout_s = 60 + timeout_s  # until who waits for another has its error
 
     def __call__(self, size: int, name: str, *args: Any) -> list[Any]:
         """What the function gives in each process. An exception in one is raised here."""

@@ -599,7 +599,7 @@ def ending_in(group, rank):
 
 
 def test_all_end_where_one_is_dead_or_changes_its_shape(tmp_path):
-    pool = Processes(__name__, 4, tmp_path, timeout_s=30)
+    pool = Processes(__name__, 4, tmp_path)
     try:
         first, dead, second, third = pool.outcomes(4, "ending_in")
         assert "RuntimeError" in first
