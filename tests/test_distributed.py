@@ -632,7 +632,7 @@ def by_mpi(size, script, *args):
         pytest.skip("there is no mpiexec")
     given = [mpiexec, "-n", str(size), sys.executable, script, *args]
     env = os.environ | {"NORMKIT_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(given, capture_output=True, text=True, timeout=120, env=env)
+    return subprocess.run(given, capture_output=True, text=True, timeout=300, env=env)
 
 
 @pytest.mark.parametrize(("size", "args"), [(1, ()), (2, ("torch",)), (4, ())], ids=["1", "2-torch", "4"])
