@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx, nn
 
@@ -16,6 +16,8 @@ __all__ = ["Conversion", "convert"]
 
 _CLASSES: dict[type, type] = {getattr(nn, name): getattr(ours, name) for name in ours.__all__ if hasattr(nn, name)}
 _NORMS = (*_CLASSES, *_CLASSES.values())
+# What is normalized together when processes share a batch, and when they share each of its samples.
+_SHARED: dict[str, Any] = {"batch": ours._BatchNorm, "space": (ours._BatchNorm, ours._InstanceNorm, ours.GroupNorm)}
 
 
 @dataclass
@@ -37,10 +39,12 @@ class Conversion:
     converted: dict[str, str] = field(default_factory=dict)  # module: its class now
     fused: dict[str, str] = field(default_factory=dict)  # module: the activation that is in it now
     left: dict[str, str] = field(default_factory=dict)  # module: why it or its activation stayed
+    synchronized: list[str] = field(default_factory=list)  # modules whose statistics are those of all processes
     _undo: list[Any] = field(default_factory=list, repr=False)
 
     def __str__(self) -> str:
         lines = [f"{name}: {kind}{self._with(name)}" for name, kind in self.converted.items()]
+        lines += [f"{name}: over all processes" for name in self.synchronized]
         lines += [f"{name}: it stays, {reason}" for name, reason in self.left.items()]
         return "\n".join(lines) or "nothing to convert"
 
@@ -53,7 +57,9 @@ class Conversion:
             self._undo.pop()()
 
 
-def convert(model: nn.Module, fuse: bool = True) -> Conversion:
+def convert(
+    model: nn.Module, fuse: bool = True, *, process_group: Any = None, split: Literal["batch", "space"] = "batch"
+) -> Conversion:
     """Has the normalizations of a model be normkit's, in place: the same modules with another class.
 
     Parameters, buffers, hooks, modes and devices are therefore the same objects; an optimizer goes on with them. Only
@@ -66,11 +72,22 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
     fuse
         Also compute an activation in the normalization before it, where torch.nn.Sequential or torch.fx proves that it
         gets what that gives, nobody else does, and neither is shared or has hooks. nn.Identity takes its place.
+    process_group : torch.distributed.ProcessGroup, optional
+        Processes that take statistics together; all of them convert their copies of the model.
+    split
+        What the processes share. "batch": each has samples of its own, and batch norms are over those of all. "space":
+        each has a part of every sample, and instance and group norms are over the whole sample too. A layer or RMS norm
+        of the last axis alone is that of one place, and stays as it is; over more axes, it is left to the caller.
 
     Returns
     -------
     Conversion
         What was done and what was left, and why; its `undo()` takes all of it back.
+
+    Raises
+    ------
+    ValueError
+        If `split` is neither.
 
     Examples
     --------
@@ -81,6 +98,8 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
     >>> model[1].activation
     'silu'
     """
+    if split not in _SHARED:
+        raise ValueError(f"split is {split!r}, expected 'batch' or 'space'")
     done = Conversion()
     names = {name: module for name, module in model.named_modules() if type(module) in _NORMS}
     pairs = {norm: rest for norm, *rest in _fusible(model, done)} if fuse else {}
@@ -92,10 +111,22 @@ def convert(model: nn.Module, fuse: bool = True) -> Conversion:
             activation, places = pairs[module]
             _fuse(model, module, activation, places, done)
             done.fused[name] = places[0]
+        if process_group is not None:
+            _synchronize(name, module, process_group, split, done)
     for name, module in model.named_modules():
         if isinstance(module, tuple(_CLASSES)) and type(module) not in _NORMS:
             done.left[name] = f"{type(module).__name__} is a class of its own"
     return done
+
+
+def _synchronize(name: str, module: Any, process_group: Any, split: str, done: Conversion) -> None:
+    if isinstance(module, _SHARED[split]):
+        before = module.process_group
+        module.process_group = process_group
+        done.synchronized.append(name)
+        done._undo.append(lambda: setattr(module, "process_group", before))
+    elif split == "space" and len(getattr(module, "normalized_shape", ())) > 1:
+        done.left[name] = "its parameters have the shape of whole samples"
 
 
 def _put_class(module: nn.Module, kind: type, done: Conversion) -> None:

@@ -168,8 +168,8 @@ def _constant(running: Optional) -> Optional:
 
 
 def _call(
-    x: Tensor, weight: Optional, bias: Optional, spec: Spec, where: Any, residual: Optional, return_residual: bool,
-    slopes: Optional, running_mean: Optional = None, running_var: Optional = None,
+    x: Tensor, weight: Optional, bias: Optional, spec: Spec, process_group: Any, where: Any, residual: Optional,
+    return_residual: bool, slopes: Optional, running_mean: Optional = None, running_var: Optional = None,
 ) -> Any:  # fmt: skip
     if OPERATIONS[spec.kind].in_float32 and torch.is_autocast_enabled("cuda") and x.is_cuda:
         x, weight, bias, residual = map(_float32, (x, weight, bias, residual))
@@ -177,6 +177,14 @@ def _call(
         where = None if where else torch.zeros((), dtype=torch.bool, device=x.device)
     if return_residual and residual is None:
         raise ValueError("residual is None, expected a tensor like x: return_residual is True")
+    if process_group is not None and not spec.frozen:
+        from ..distributed._torch import normalized
+
+        _check((x, weight, bias, residual, where))
+        total = x if residual is None else x + residual
+        learnt = (_constant(running_mean), _constant(running_var))
+        y = normalized(total, weight, bias, spec, where, slopes, *learnt, process_group)
+        return (y, total) if return_residual else y
     tensors = (x, weight, bias, residual, where, slopes, running_mean, running_var)
     if not _holds_values(*tensors):
         _check(tensors)
@@ -220,6 +228,7 @@ def instance_norm(
     residual: Optional = None,
     return_residual: bool = False,
     weight_offset: float = 0.0,
+    process_group: Any = None,
 ) -> Any:
     """`normkit.instance_norm` with gradients: each channel of each image by its own mean and variance.
 
@@ -237,7 +246,9 @@ def instance_norm(
     """
     name, slope, slopes = _activation(activation)
     spec = Spec("instance", (channel_axis,), 1, not use_input_stats, eps, momentum, weight_offset, name, slope)
-    return _call(x, weight, bias, spec, where, residual, return_residual, slopes, running_mean, running_var)
+    return _call(
+        x, weight, bias, spec, process_group, where, residual, return_residual, slopes, running_mean, running_var
+    )
 
 
 def group_norm(
@@ -253,6 +264,7 @@ def group_norm(
     residual: Optional = None,
     return_residual: bool = False,
     weight_offset: float = 0.0,
+    process_group: Any = None,
 ) -> Any:
     """`normkit.group_norm` with gradients: each image over groups of channels.
 
@@ -266,7 +278,7 @@ def group_norm(
     """
     name, slope, slopes = _activation(activation)
     spec = Spec("group", (channel_axis,), num_groups, False, eps, 0.0, weight_offset, name, slope)
-    return _call(x, weight, bias, spec, where, residual, return_residual, slopes)
+    return _call(x, weight, bias, spec, process_group, where, residual, return_residual, slopes)
 
 
 def layer_norm(
@@ -281,6 +293,7 @@ def layer_norm(
     residual: Optional = None,
     return_residual: bool = False,
     weight_offset: float = 0.0,
+    process_group: Any = None,
 ) -> Any:
     """`normkit.layer_norm` with gradients, over any axes.
 
@@ -296,7 +309,7 @@ def layer_norm(
     """
     name, slope, slopes = _activation(activation)
     spec = Spec("layer", axes_of(x, axis), 1, False, eps, 0.0, weight_offset, name, slope)
-    return _call(x, weight, bias, spec, where, residual, return_residual, slopes)
+    return _call(x, weight, bias, spec, process_group, where, residual, return_residual, slopes)
 
 
 def rms_norm(
@@ -311,6 +324,7 @@ def rms_norm(
     residual: Optional = None,
     return_residual: bool = False,
     weight_offset: float = 0.0,
+    process_group: Any = None,
 ) -> Any:
     """`normkit.rms_norm` with gradients: by the root mean square over any axes.
 
@@ -323,7 +337,7 @@ def rms_norm(
     """
     name, slope, slopes = _activation(activation)
     spec = Spec("rms", axes_of(x, axis), 1, False, eps, 0.0, weight_offset, name, slope)
-    return _call(x, weight, bias, spec, where, residual, return_residual, slopes)
+    return _call(x, weight, bias, spec, process_group, where, residual, return_residual, slopes)
 
 
 def batch_norm(
@@ -342,6 +356,7 @@ def batch_norm(
     residual: Optional = None,
     return_residual: bool = False,
     weight_offset: float = 0.0,
+    process_group: Any = None,
 ) -> Any:
     """`normkit.batch_norm` with gradients: each channel over the batch, or by its running statistics.
 
@@ -358,7 +373,9 @@ def batch_norm(
     """
     name, slope, slopes = _activation(activation)
     spec = Spec("batch", (channel_axis,), 1, not training, eps, momentum, weight_offset, name, slope)
-    return _call(x, weight, bias, spec, where, residual, return_residual, slopes, running_mean, running_var)
+    return _call(
+        x, weight, bias, spec, process_group, where, residual, return_residual, slopes, running_mean, running_var
+    )
 
 
 def adaptive_instance_norm(

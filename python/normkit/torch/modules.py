@@ -25,33 +25,46 @@ __all__ = [
 ]
 
 
-_ACTIVATION = inspect.Parameter("activation", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Activation)
+_OURS = [
+    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+    for name, kind in (("activation", Activation), ("process_group", Any))
+]
 
 
 class _Activated(nn.Module):
     """A module with an activation, before the class of torch.nn whose constructor it has."""
 
-    activation: Activation = None  # of modules that were unpickled or converted, too
+    # Of modules that were unpickled or converted, too.
+    activation: Activation = None
+    process_group: Any = None
 
-    def __init__(self, *args: Any, activation: Activation = None, **options: Any) -> None:
+    def __init__(self, *args: Any, activation: Activation = None, process_group: Any = None, **options: Any) -> None:
         super().__init__(*args, **options)
         if isinstance(activation, tuple) and isinstance(activation[1], Tensor):
             raise TypeError(
                 "activation has slopes that are a tensor, expected a number: a module keeps no parameter there; call "
                 "the function of normkit.torch, or use torch.nn.PReLU behind the module"
             )
-        self.activation = activation
+        self.activation, self.process_group = activation, process_group
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has the group of processes by its name, which it may also have in another process."""
+        return {**vars(self), "process_group": getattr(self.process_group, "group_name", self.process_group)}
+
+    def _options(self) -> dict[str, Any]:
+        return {"eps": self.eps, "activation": self.activation, "process_group": self.process_group}
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         theirs = next((base for base in cls.__mro__ if base.__module__.startswith("torch.nn.modules")), nn.Module)
         if theirs is not nn.Module:
-            parameters = [*inspect.signature(theirs).parameters.values(), _ACTIVATION]
+            parameters = [*inspect.signature(theirs).parameters.values(), *_OURS]
             cls.__signature__ = inspect.Signature(parameters)
 
     def extra_repr(self) -> str:
-        own = super().extra_repr()
-        return own if self.activation is None else f"{own}, activation={self.activation!r}".removeprefix(", ")
+        ours = {"activation": self.activation, "process_group": self.__getstate__()["process_group"]}
+        own = [f"{name}={value!r}" for name, value in ours.items() if value is not None]
+        return ", ".join(filter(None, [super().extra_repr(), *own]))
 
 
 class _InstanceNorm(_Activated):
@@ -60,8 +73,8 @@ class _InstanceNorm(_Activated):
     def _apply_instance_norm(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name for it
         return functions.instance_norm(
             input, self.weight, self.bias, running_mean=self.running_mean, running_var=self.running_var,
-            use_input_stats=self.training or not self.track_running_stats, momentum=self.momentum or 0.0, eps=self.eps,
-            activation=self.activation,
+            use_input_stats=self.training or not self.track_running_stats, momentum=self.momentum or 0.0,
+            **self._options(),
         )  # fmt: skip
 
 
@@ -123,7 +136,7 @@ class _BatchNorm(_Activated):
             mean = var = None
         return functions.batch_norm(
             input, self.weight, self.bias, running_mean=mean, running_var=var, training=learns, momentum=momentum,
-            eps=self.eps, activation=self.activation,
+            **self._options(),
         )  # fmt: skip
 
 
@@ -183,9 +196,7 @@ class GroupNorm(_Activated, nn.GroupNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name for it
-        return functions.group_norm(
-            input, self.num_groups, self.weight, self.bias, eps=self.eps, activation=self.activation
-        )
+        return functions.group_norm(input, self.num_groups, self.weight, self.bias, **self._options())
 
 
 def _last_axes(input: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:  # noqa: A002
@@ -209,7 +220,7 @@ class LayerNorm(_Activated, nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name for it
         axes = _last_axes(input, self.normalized_shape)
-        return functions.layer_norm(input, self.weight, self.bias, axis=axes, eps=self.eps, activation=self.activation)
+        return functions.layer_norm(input, self.weight, self.bias, axis=axes, **self._options())
 
 
 class RMSNorm(_Activated, nn.RMSNorm):
@@ -227,7 +238,7 @@ class RMSNorm(_Activated, nn.RMSNorm):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name for it
         axes = _last_axes(input, self.normalized_shape)
-        return functions.rms_norm(input, self.weight, axis=axes, eps=self.eps, activation=self.activation)
+        return functions.rms_norm(input, self.weight, axis=axes, **self._options())
 
 
 class AdaptiveInstanceNorm(_Activated, nn.Module):
