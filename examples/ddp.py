@@ -1,4 +1,9 @@
-"""Batch norm over all processes, where each has a few images alone: training on digits under DDP, with gloo.
+"""Batch norm over all processes
+================================
+
+Where each process has a few images alone: training on digits under DDP, with gloo.
+
+To run it::
 
     pip install ".[examples,torch]"
     python examples/ddp.py [--quick]

@@ -1,6 +1,11 @@
-"""A volume that no process holds, a slab of it in each, normalized as one: forward and backward, by MPI.
+"""A volume that no process holds
+=================================
 
-    pip install "normkit[mpi]" mpich  # or another MPI
+A slab of it in each process, normalized as one: forward and backward, by MPI.
+
+To run it::
+
+    pip install ".[mpi]" mpich  # or another MPI
     mpiexec -n 4 python -m mpi4py examples/mpi.py [--quick]
 
 Planes are drawn by their numbers, so it is the same volume for any number of processes. It grows brighter from the

@@ -1,6 +1,11 @@
-"""A volume on disk that is larger than the memory of all workers, standardized as a whole.
+"""A volume larger than memory
+==============================
 
-    pip install ".[dask,examples]" distributed zarr scikit-image
+On disk, and larger than the memory of all workers, standardized as a whole.
+
+To run it::
+
+    pip install ".[dask,examples]" distributed zarr
     python examples/zarr_volume.py [--quick] [--output zarr_volume.png]
 
 A microscope's volume has one mean and one deviation, which networks and thresholds want taken out. Two worker processes
@@ -8,6 +13,9 @@ with a limit of memory each read it from Zarr, chunk by chunk, once for the stat
 standardized. Beside it stands what is written today, ``(x - x.mean()) / x.std()``: dask keeps each chunk that it has
 read until both statistics are known, so it needs the memory of the whole volume, and workers with the limit are killed.
 The camera's offset of 10,000 counts also shows what a mean and a deviation in float32 are worth.
+
+.. image:: ../zarr_volume.png
+   :alt: A section through the volume, as it was read and standardized
 """
 
 import argparse
