@@ -86,7 +86,7 @@ def run(way: str, path: Path, out: Path, limit: float | None) -> dict[str, Any]:
     memory = f"{limit} MB" if limit else None
     with (
         dask.config.set(STRICT),
-        LocalCluster(WORKERS, threads_per_worker=1, memory_limit=memory, dashboard_address=None,
+        LocalCluster(WORKERS, threads_per_worker=1, memory_limit=memory, dashboard_address=":0",
                      silence_logs=logging.CRITICAL) as cluster,
         Client(cluster) as client,
     ):  # fmt: skip

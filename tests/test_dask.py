@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from functools import partial, wraps
@@ -526,7 +527,7 @@ def cluster():
     opened = []
 
     def start(workers):
-        made = distributed.LocalCluster(workers, threads_per_worker=1, dashboard_address=None, memory_limit=None)
+        made = distributed.LocalCluster(workers, threads_per_worker=1, dashboard_address=":0", memory_limit=None)
         opened.extend([made, distributed.Client(made)])
         return opened[-1]
 
@@ -555,12 +556,12 @@ def test_processes_give_the_same_bits_and_so_does_one_that_is_killed(cluster):
         time.sleep(0.1)
     assert {future.status for future in futures} == {"pending"}
     victim = next(iter(client.scheduler_info()["workers"]))
-    client.run(end, workers=[victim], wait=False)
+    client.run(end, workers=[victim])
     same_bits(client.gather(futures), expected)
 
 
 def end():
-    os.kill(os.getpid(), signal.SIGKILL)
+    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()  # the answer goes out before
 
 
 def done(dask_scheduler):
