@@ -528,7 +528,6 @@ template <class T> NORMKIT_DEVICE Vector<float> load_integers(const T* p, int n)
 NORMKIT_DEVICE Vector<float> read_integers(const Task& t, const Place& p) {
   switch (t.x.dtype) {
     case Dtype::uint8: return load_integers(at<std::uint8_t>(t.x, p), p.n);
-    case Dtype::int8: return load_integers(at<std::int8_t>(t.x, p), p.n);
     case Dtype::uint16: return load_integers(at<std::uint16_t>(t.x, p), p.n);
     default: return load_integers(at<std::int16_t>(t.x, p), p.n);
   }

@@ -131,7 +131,7 @@ def test_is_normkit_to_the_last_bit(rng, case, options, params, dtype):
             assert (off <= 2 * unit * most + stored).all()
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int16", "int32", "uint32", "int64", "bool"])
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16", "int32", "uint32", "int64", "bool"])
 def test_integers(rng, dtype):
     x = rng.integers(0, 2 if dtype == "bool" else 100, SHAPE).astype(dtype)
     with jax.enable_x64(True):

@@ -12,11 +12,8 @@
 
 namespace normkit {
 
-/// The dtype in which kernels read elements of `dtype`. The CPU has loops for the integers that pictures and scans are made of;
-/// a GPU converts what has no more than 16 bits as it is loaded.
-constexpr Dtype read_dtype(Dtype dtype, bool on_cpu) {
-  return dtype > Dtype::int16 || (on_cpu && dtype == Dtype::int8) ? Dtype::float32 : dtype;
-}
+/// The dtype in which kernels read elements of `dtype`. Of integers they have loops for those that pictures and scans are made of.
+constexpr Dtype read_dtype(Dtype dtype) { return dtype <= Dtype::int16 ? dtype : Dtype::float32; }
 
 /// An array as a kernel sees it. Inputs are never written.
 struct Operand {

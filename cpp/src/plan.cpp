@@ -147,8 +147,8 @@ void describe_param(const Array& x, const Array& a, AxisMask axes, const AxisOrd
 }
 
 /// The dtype as which kernels see an operand, for an x of dtype `x`.
-Dtype seen_dtype(OperandIndex k, Dtype dtype, Dtype x, bool on_cpu) {
-  if (k == kX) return read_dtype(x, on_cpu);
+Dtype seen_dtype(OperandIndex k, Dtype dtype, Dtype x) {
+  if (k == kX) return read_dtype(x);
   if (k == kOut && dtype != x) return compute_dtype(x);
   return dtype;
 }
@@ -212,7 +212,6 @@ struct Seen {
   Args args;
   Spec spec;
   Params params;
-  bool on_cpu;
   std::vector<Temporary> temporaries = {};
   std::deque<Extents> kept = {};  // strides in bytes of the temporaries: `args` looks into it
   std::deque<Shapes::Param> described = {};  // and their shapes
@@ -264,7 +263,7 @@ void place(Plan& p, const Seen& seen, const Blocks& blocks, const Layout& layout
   t.geometry = layout.geometry, p.job.views.clear(), p.gathered = 0;
   const auto operand = [&](OperandIndex k, Dtype dtype) -> Operand {
     const Array& a = args.*kOperandTable[k].array;
-    const Dtype seen_as = seen_dtype(k, dtype, args.x.dtype, seen.on_cpu);
+    const Dtype seen_as = seen_dtype(k, dtype, args.x.dtype);
     Extents bytes, elements;
     blocks.split(strides_over_x(args, k, dtype, shapes), bytes);
     for (int axis = 0; axis < blocks.ndim; ++axis) elements[axis] = bytes[axis] / size_of(dtype);
@@ -422,7 +421,7 @@ void pack(Seen& seen, OperandMask packed, const Shapes& own, const Extents& stri
     const OperandIndex k = static_cast<OperandIndex>(std::countr_zero(left));
     const Array& a = seen.args.*kOperandTable[k].array;
     const Dtype dtype = k == kWhere ? Dtype::boolean : a.present ? a.dtype : k == kOut ? own.out_dtype : x.dtype;
-    seen.put(k, seen_dtype(k, dtype, x.dtype, seen.on_cpu), x.shape, strides, strides_over_x(seen.args, k, dtype, own));
+    seen.put(k, seen_dtype(k, dtype, x.dtype), x.shape, strides, strides_over_x(seen.args, k, dtype, own));
   }
 }
 
@@ -516,7 +515,6 @@ void add_up_dy(Seen& seen, Plan& p) {
 
 Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted, bool on_cpu) {
   Plan p;
-  on_cpu = on_cpu && takes_views();
   p.op = op, p.wanted = p.makes = wanted;
   Shapes& shapes = p.shapes;
   const Array& x = args.x;
@@ -531,7 +529,7 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted, bool on
   const Walked walked(x, spec, blocks);
   describe(x, blocks, walked, shapes);
   Params params = judge(args, spec, op, shapes.out_dtype, shapes.statistics());
-  Seen seen = Seen{args, spec, params, on_cpu};
+  Seen seen = Seen{args, spec, params};
   if (is_backward(op) && !args.weight.present) {  // whatever is wanted, lest the bits of dx depend on it
     const AxisMask absent = axes_of_absent(spec);
     seen.params = params = {absent, args.bias.present ? params.bias_axes : absent,
@@ -541,7 +539,7 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted, bool on
   if (adds_up_dy) p.makes &= ~operand_bit(kDbias);
   Shapes own = shapes;
   const auto attempt = [&](AxisMask repeated, OperandMask packed) {
-    seen = Seen{args, spec, params, on_cpu};
+    seen = Seen{args, spec, params};
     if (repeated) repeat_params(seen, p, own, repeated, walked.order);
     pack(seen, packed, own, walked.strides);
     return schedule(p, seen, blocks, walked);
@@ -550,7 +548,7 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted, bool on
   const bool suit = attempt(0, 0);
   own = shapes;
   if (!suit && !attempt(repeats = axes_to_repeat(params, blocks, walked), 0)) attempt(repeats = ~AxisMask{0}, 0);
-  if (p.gathered && !(on_cpu && can_gather(p.job.task))) attempt(repeats, p.gathered);
+  if (p.gathered && !(on_cpu && takes_views() && can_gather(p.job.task))) attempt(repeats, p.gathered);
   if (repeats || !walked.is_memory_order) put_gradients_in_order(seen, p, own);
   if (adds_up_dy) seen.params = params, add_up_dy(seen, p);
   p.temporaries = std::move(seen.temporaries);

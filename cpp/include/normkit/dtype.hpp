@@ -13,9 +13,9 @@ enum class Dtype : std::uint8_t {
   float16,
   bfloat16,
   uint8,
-  int8,
   uint16,
   int16,
+  int8,
   int32,
   uint32,
   int64,
@@ -40,9 +40,9 @@ template <class F> constexpr auto visit(Dtype dtype, F&& f) {
     case Dtype::bfloat16: return f(Type<Bfloat>{});
     case Dtype::boolean:
     case Dtype::uint8: return f(Type<std::uint8_t>{});
-    case Dtype::int8: return f(Type<std::int8_t>{});
     case Dtype::uint16: return f(Type<std::uint16_t>{});
     case Dtype::int16: return f(Type<std::int16_t>{});
+    case Dtype::int8: return f(Type<std::int8_t>{});
     case Dtype::int32: return f(Type<std::int32_t>{});
     case Dtype::uint32: return f(Type<std::uint32_t>{});
     case Dtype::int64: return f(Type<std::int64_t>{});
@@ -64,8 +64,8 @@ constexpr Dtype compute_dtype(Dtype dtype) { return dtype == Dtype::float64 ? Dt
 
 /// What NumPy calls `dtype`, as messages say it.
 constexpr const char* name_of(Dtype dtype) {
-  constexpr const char* names[] = {"float32", "float64", "float16", "bfloat16", "uint8",  "int8", "uint16",
-                                   "int16",   "int32",   "uint32",  "int64",    "uint64", "bool", "other"};
+  constexpr const char* names[] = {"float32", "float64", "float16", "bfloat16", "uint8",  "uint16", "int16",
+                                   "int8",    "int32",   "uint32",  "int64",    "uint64", "bool",   "other"};
   return names[static_cast<int>(dtype)];
 }
 
