@@ -1,3 +1,6 @@
+// Python's header chooses what the system's declare, so it comes before them.
+#include <Python.h>
+
 #include "output_cache.hpp"
 
 #if !defined(_WIN32)
@@ -13,7 +16,6 @@
 #include <system_error>
 #include <vector>
 
-#include <Python.h>
 #define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
 #define NPY_TARGET_VERSION NPY_2_0_API_VERSION
 #include <numpy/ndarraytypes.h>
