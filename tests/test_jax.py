@@ -402,6 +402,105 @@ assert (styled(x, x[:1] + 1) == nj.adaptive_instance_norm(x, x[:1] + 1)).all()
 """
 
 
+PARTS = """
+import jax, numpy as np
+from jax import numpy as jnp
+from jax.sharding import Mesh, PartitionSpec as P
+import normkit.jax as nj
+
+jax.config.update("jax_enable_x64", True)
+rng = np.random.default_rng(0)
+mesh = Mesh(np.array(jax.devices()), ("parts",))
+assert mesh.size == 4
+SHAPE = (4, 6, 8, 5)
+x = rng.uniform(-2, 2, SHAPE) + 100
+where = rng.random(SHAPE) < 0.6
+where[:, :, 2:4] = False  # one part has no members
+where[1, 2] = False
+of_channels, of_images, of_pixels, slopes = (rng.uniform(0.5, 2, s) for s in ((2, 6), (2, 4, 6), (2, 6, 1, 5), 6))
+running = np.zeros(6), np.ones(6)
+
+def split(axis):
+    return P(*(None,) * axis, "parts")
+
+CASES = {
+    "instance": (2, lambda x, w, b, more: nj.instance_norm(x, w, b, **more), of_channels),
+    "images": (2, lambda x, w, b, more: nj.instance_norm(x, w, b, activation="silu", **more), of_images),
+    "masked": (2, lambda x, w, b, more: nj.instance_norm(x[0], w, b, where=x[1], **more), of_channels),
+    "group": (2, lambda x, w, b, more: nj.group_norm(x, 3, w, b, activation=("prelu", slopes), **more), of_channels),
+    "layer": (2, lambda x, w, b, more: nj.layer_norm(x, axis=(0, 2), activation="relu", **more) * w + b, of_pixels),
+    "rms": (2, lambda x, w, b, more: nj.rms_norm(x, axis=(-2, -1), **more) * w + b, of_pixels),
+    "batch": (0, lambda x, w, b, more: nj.batch_norm(x, w, b, training=True, **more), of_channels),
+    "residual": (0, lambda x, w, b, more: nj.batch_norm(x, w, b, training=True, residual=x**2, **more), of_channels),
+}
+
+def close(found, expected, scale):
+    assert float(jnp.abs(found - expected).max()) <= scale * float(1 + jnp.abs(expected).max()), (name, found, expected)
+
+for name, (axis, call, (w, b)) in CASES.items():
+    whole = lambda x, w, b: call(x, w, b, {})
+    if name == "masked":
+        whole = lambda x, w, b: call((x, where), w, b, {})
+    for check in (True, False) if name in ("images", "masked") else (True,):  # does JAX keep account of what varies
+        specs = (split(axis), P(), P())
+        part = lambda x, w, b: call(x, w, b, {"axis_name": "parts"})
+        parts = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=split(axis), check_vma=check)
+        if name == "masked":
+            part = lambda x, where, w, b: call((x, where), w, b, {"axis_name": "parts"})
+            masked = jax.shard_map(
+                part, mesh=mesh, in_specs=(split(axis), *specs), out_specs=split(axis), check_vma=check
+            )
+            parts = lambda x, w, b: masked(x, where, w, b)
+
+        def loss(of):
+            return lambda *arrays: (of(*arrays) ** 3).sum()
+
+        def penalty(of):
+            return lambda *arrays: sum((g * g).sum() for g in jax.grad(loss(of), (0, 1, 2))(*arrays))
+
+        def compiled(of):
+            found = jax.jit(of).lower(x, w, b).compile()
+            return found, found.as_text().count(" all-reduce(")  # messages
+
+        # A mean of 100, whose square is taken with a residual, and sums of 960 terms, twice for the second order.
+        call_parts, messages = compiled(parts)
+        assert messages == 1
+        close(call_parts(x, w, b), whole(x, w, b), 1e-11)
+        gradient, messages = compiled(jax.grad(loss(parts)))
+        assert messages == 2, "one forward, and one backward"
+        close(gradient(x, w, b), jax.grad(loss(whole))(x, w, b), 1e-10)
+        found, expected = (jax.jit(jax.grad(penalty(of), (0, 1, 2)))(x, w, b) for of in (parts, whole))
+        for f, e in zip(found, expected, strict=True):
+            close(f, e, 1e-9)
+
+def trained(x, mean, var, **more):
+    return nj.batch_norm(x, running_mean=mean, running_var=var, training=True, return_stats=True, **more)
+
+name, every = "running", (P(),) * 4
+of_parts = jax.shard_map(
+    lambda *arrays: trained(*arrays, axis_name="parts"), mesh=mesh, in_specs=(P("parts"), P(), P()),
+    out_specs=(P("parts"), *every),
+)
+for found, expected in zip(of_parts(x, *running), trained(x, *running), strict=True):
+    close(found, expected, 1e-11)
+fixed = lambda x, **more: nj.batch_norm(x, running_mean=running[0], running_var=running[1], **more)
+of_fixed = jax.shard_map(lambda x: fixed(x, axis_name="parts"), mesh=mesh, in_specs=P("parts"), out_specs=P("parts"))
+assert (of_fixed(x) == fixed(x)).all()
+assert "all-reduce" not in jax.jit(of_fixed).lower(x).compile().as_text()
+
+name = "far"  # float32 a million deviations from zero: as right as in one piece
+far = (rng.standard_normal((4, 4096)) + 1e6).astype(np.float32)
+exact = far.astype(np.float64)
+exact = (exact - exact.mean(1, keepdims=True)) / np.sqrt(exact.var(1, keepdims=True) + 1e-5)
+of_far = jax.shard_map(lambda x: nj.layer_norm(x, axis_name="parts"), mesh=mesh, in_specs=split(1), out_specs=split(1))
+assert np.abs(of_far(far) - exact).max() <= 4 * 2.0**-24 * np.abs(exact).max() + 2.0**-24 * np.abs(exact).max()
+"""
+
+
+def test_statistics_of_parts_on_four_devices():
+    run(PARTS, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+
+
 def run(code, *args, **environment):
     import os
 

@@ -14,6 +14,7 @@ from jax import numpy as jnp
 
 from .. import _core as _typed_core
 from .. import functional as core
+from .. import phases
 from .._memory import dtype_named
 from .._operations import Frame, Spec, call_of, stand_in
 
@@ -37,7 +38,7 @@ def _bound(call: Call, arrays: Arrays) -> partial[Any]:
     """The call of the core on arrays of NumPy; running statistics would be updated in place."""
     spec, arrays = call.spec, dict(arrays)
     if call.phase == "moments":
-        return partial(core._moments_of_channels, arrays["x"], channel_axis=spec.axes[0])
+        return partial(phases._moments, **arrays, axis=spec.axes, center=spec.is_centered)
     function, options = call_of(spec, call.phase)
     slopes = arrays.pop("slopes", None)
     more: dict[str, Any] = {} if slopes is None else {"activation": ("prelu", slopes)}
@@ -97,7 +98,7 @@ def _outputs(call: Call, arrays: Arrays) -> dict[str, jax.ShapeDtypeStruct]:
 # ---- axes of shard_map -------------------------------------------------------------------------------------------
 
 
-def _varying(array: Any) -> frozenset[Any]:
+def varying_along(array: Any) -> frozenset[Any]:
     """The axes of a mesh along which an array varies, inside of shard_map."""
     aval = jax.typeof(array)
     mat = getattr(aval, "mat", None)
@@ -105,8 +106,8 @@ def _varying(array: Any) -> frozenset[Any]:
     return found
 
 
-def _vary(array: Any, axes: frozenset[Any]) -> Any:
-    missing = tuple(axes - _varying(array))
+def vary(array: Any, axes: frozenset[Any]) -> Any:
+    missing = tuple(axes - varying_along(array))
     if not missing:
         return array
     return jax.lax.pcast(array, missing, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(array, missing)
@@ -114,8 +115,8 @@ def _vary(array: Any, axes: frozenset[Any]) -> Any:
 
 def varying_alike(arrays: Arrays, also: frozenset[Any] = frozenset()) -> Arrays:
     """The arrays as if all varied along what one of them varies along: XLA's calls do not mix them."""
-    axes = also.union(*map(_varying, arrays.values()))
-    return {name: _vary(array, axes) for name, array in arrays.items()} if axes else arrays
+    axes = also.union(*map(varying_along, arrays.values()))
+    return {name: vary(array, axes) for name, array in arrays.items()} if axes else arrays
 
 
 # ---- what does not lie as kernels want it ------------------------------------------------------------------------
@@ -185,7 +186,8 @@ def _is_known() -> bool:
 
 def deviation(style: Any, axis: int, eps: float, dtype: Any) -> tuple[Any, Any]:
     """sqrt(var + eps) and the mean of each channel of each image, from moments in float64."""
-    call = Call("moments", Spec("instance", (axis,), 1, False, eps, 0.0, 0.0, "", None), ("moments",))
+    spec = Spec("instance", (axis,), 1, False, eps, 0.0, 0.0, "", None)
+    call = Call("moments", Frame(spec, style.shape).general(eps), ("moments",))
     if not _is_known():
         statistics = jax.ShapeDtypeStruct(_outputs(call, {"x": style})["moments"].shape[:-1], dtype)
 
@@ -223,7 +225,7 @@ def execute(call: Call, arrays: Arrays) -> Arrays:
 def _execute(call: Call, arrays: Arrays) -> Arrays:
     outputs = _outputs(call, arrays)
     numbers, temporaries = describe(call, arrays)
-    along = frozenset[Any]().union(*map(_varying, arrays.values()))
+    along = frozenset[Any]().union(*map(varying_along, arrays.values()))
     if arrays["x"].size == 0:
         return {n: arrays[n] if n in RUNNING else jnp.zeros(out.shape, out.dtype) for n, out in outputs.items()}
     if not _is_known():

@@ -1,7 +1,8 @@
 """The normalizations of normkit as functions of JAX.
 
 They take what the functions of the same names in `normkit` take, in the same order, but for `out`. What is no array is
-known when a call is traced: numbers, axes and names.
+known when a call is traced: numbers, axes and names. `axis_name` is for `jax.shard_map`: the axis of the mesh along
+which arrays lie in parts, of all of which the statistics are taken.
 """
 
 import operator
@@ -16,6 +17,7 @@ from jax import numpy as jnp
 from .. import functional as core
 from .._operations import Spec, axes_of
 from .._types import Activation
+from ._sharded import normalized
 from ._transforms import forward
 from ._xla import RUNNING, Call, compute_dtype, describe, varying_alike
 
@@ -33,8 +35,9 @@ def _array(name: str, value: Any) -> Any:
 
 
 def _call(
-    spec: Spec, return_stats: bool, return_residual: bool, where: Any, *, residual: Any = None, **given: Any
-) -> Any:
+    spec: Spec, axis_name: Any, return_stats: bool, return_residual: bool, where: Any, *, residual: Any = None,
+    **given: Any,
+) -> Any:  # fmt: skip
     if where is not None and not isinstance(where, jax.Array | np.ndarray):
         where = None if where else np.zeros((), np.bool_)
     if return_residual and residual is None:
@@ -49,7 +52,10 @@ def _call(
     wants = ("out", *statistics * return_stats, *("sum",) * return_residual, *running)
     call = Call("forward", spec, wants)
     describe(call, {name: a for name, a in arrays.items() if name != "style"})  # judges what was given
-    found = _run(call, varying_alike(arrays))
+    if axis_name is None or spec.frozen:
+        found = _run(call, varying_alike(arrays))
+    else:
+        found = normalized(call, arrays, axis_name)
     results = [found[name] if name in ("out", "sum") else jax.lax.stop_gradient(found[name]) for name in wants]
     return results[0] if len(results) == 1 else tuple(results)
 
@@ -89,6 +95,7 @@ def instance_norm(
     residual: Any = None,
     return_residual: bool = False,
     weight_offset: float = 0.0,
+    axis_name: Any = None,
 ) -> Any:
     """`normkit.instance_norm` in JAX: each channel of each image by its own mean and variance.
 
@@ -107,7 +114,8 @@ def instance_norm(
         "instance", (channel_axis,), eps, weight_offset, activation, frozen=not use_input_stats, momentum=momentum
     )
     return _call(
-        spec, return_stats, return_residual, where, x=x, weight=weight, bias=bias, residual=residual, slopes=slopes,
+        spec, axis_name, return_stats, return_residual, where, x=x, weight=weight, bias=bias, residual=residual,
+        slopes=slopes,
         running_mean=running_mean, running_var=running_var,
     )  # fmt: skip
 
@@ -126,6 +134,7 @@ def group_norm(
     residual: Any = None,
     return_residual: bool = False,
     weight_offset: float = 0.0,
+    axis_name: Any = None,
 ) -> Any:
     """`normkit.group_norm` in JAX: each image over groups of channels.
 
@@ -140,7 +149,16 @@ def group_norm(
     """
     spec, slopes = _spec("group", (channel_axis,), eps, weight_offset, activation, groups=num_groups)
     return _call(
-        spec, return_stats, return_residual, where, x=x, weight=weight, bias=bias, residual=residual, slopes=slopes
+        spec,
+        axis_name,
+        return_stats,
+        return_residual,
+        where,
+        x=x,
+        weight=weight,
+        bias=bias,
+        residual=residual,
+        slopes=slopes,
     )
 
 
@@ -157,6 +175,7 @@ def layer_norm(
     residual: Any = None,
     return_residual: bool = False,
     weight_offset: float = 0.0,
+    axis_name: Any = None,
 ) -> Any:
     """`normkit.layer_norm` in JAX, over any axes.
 
@@ -172,7 +191,16 @@ def layer_norm(
     """
     spec, slopes = _spec("layer", axes_of(x, axis), eps, weight_offset, activation)
     return _call(
-        spec, return_stats, return_residual, where, x=x, weight=weight, bias=bias, residual=residual, slopes=slopes
+        spec,
+        axis_name,
+        return_stats,
+        return_residual,
+        where,
+        x=x,
+        weight=weight,
+        bias=bias,
+        residual=residual,
+        slopes=slopes,
     )
 
 
@@ -189,6 +217,7 @@ def rms_norm(
     residual: Any = None,
     return_residual: bool = False,
     weight_offset: float = 0.0,
+    axis_name: Any = None,
 ) -> Any:
     """`normkit.rms_norm` in JAX: by the root mean square over any axes.
 
@@ -202,7 +231,16 @@ def rms_norm(
     """
     spec, slopes = _spec("rms", axes_of(x, axis), eps, weight_offset, activation)
     return _call(
-        spec, return_stats, return_residual, where, x=x, weight=weight, bias=bias, residual=residual, slopes=slopes
+        spec,
+        axis_name,
+        return_stats,
+        return_residual,
+        where,
+        x=x,
+        weight=weight,
+        bias=bias,
+        residual=residual,
+        slopes=slopes,
     )
 
 
@@ -223,6 +261,7 @@ def batch_norm(
     residual: Any = None,
     return_residual: bool = False,
     weight_offset: float = 0.0,
+    axis_name: Any = None,
 ) -> Any:
     """`normkit.batch_norm` in JAX: each channel over the batch, or by its running statistics.
 
@@ -243,7 +282,8 @@ def batch_norm(
         "batch", (channel_axis,), eps, weight_offset, activation, frozen=not training, momentum=momentum
     )
     return _call(
-        spec, return_stats, return_residual, where, x=x, weight=weight, bias=bias, residual=residual, slopes=slopes,
+        spec, axis_name, return_stats, return_residual, where, x=x, weight=weight, bias=bias, residual=residual,
+        slopes=slopes,
         running_mean=running_mean, running_var=running_var,
     )  # fmt: skip
 
@@ -280,5 +320,5 @@ def adaptive_instance_norm(
         core._check_style(found, expected)
     with core._called("content"):
         return _call(
-            spec, return_stats, return_residual, where, x=content, style=style, residual=residual, slopes=slopes
+            spec, None, return_stats, return_residual, where, x=content, style=style, residual=residual, slopes=slopes
         )

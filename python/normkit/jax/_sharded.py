@@ -1,0 +1,112 @@
+"""Normalizations of arrays whose parts lie along an axis of a mesh: functions with `axis_name`, inside of shard_map.
+
+The core takes the moments of a part, and one message joins those of all parts. What follows is jnp, of which XLA makes
+a loop or two; so are gradients of any order, with one message for each order.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+
+from .._operations import Frame, Spec, composed
+from ._transforms import _WORDS, eps_of
+from ._xla import RUNNING, Arrays, Call, compute_dtype, execute, vary, varying_along
+
+
+def normalized(call: Call, arrays: Arrays, axis_name: Any) -> Arrays:
+    """What the call gives of the part of this device. Statistics are those of all parts."""
+    spec, x = call.spec, arrays["x"]
+    total = x if "residual" not in arrays else x + arrays["residual"]
+    frame = Frame(spec, x.shape)
+    general = frame.general(eps_of(x))
+    parts = {"x": frame.data(total)}
+    if "where" in arrays:
+        parts["where"] = frame.data(jnp.broadcast_to(arrays["where"], x.shape))
+    found = _statistics(general, axis_name, parts)
+    data = _centered(general, parts["x"], varied := vary(found, varying_along(total)))
+    given: Arrays = {name: arrays[name] for name in ("weight", "bias", "slopes") if name in arrays}
+    given = {name: array.reshape(frame.param_shape(array.shape)) for name, array in given.items()}
+    frozen = general._replace(kind="uncentered", frozen=True)
+    y = composed(_WORDS, frozen, {"x": data, **given}, {"rstd": _rstd(general, varied)}, 0.0)
+    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
+    results = {"out": frame.back(y).astype(dtype), "sum": total, "mean": found[0], "rstd": _rstd(general, found)}
+    learnt = _learnt(found, spec.momentum, {name: arrays[name] for name in RUNNING if name in arrays})
+    return {name: (results | learnt)[name] for name in call.wants}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _statistics(spec: Spec, axis_name: Any, parts: Arrays) -> Any:
+    """The mean in two numbers, the variance and the count of each statistic, along a first axis."""
+    dtype = compute_dtype(parts["x"])
+    with jax.enable_x64(True):  # whatever JAX is told to have
+        own = execute(Call("moments", spec, ("moments",)), parts)["moments"]
+        place, size = lax.axis_index(axis_name), lax.psum(1, axis_name)
+        slots = jnp.zeros((size, *own.shape), own.dtype).at[place].set(own)
+        # Of zeros and one number each this is no sum, but what all devices have, the same on each of them.
+        mean, m2, count, low = jnp.moveaxis(lax.psum(slots, axis_name), -1, 0)
+        members = count.sum(0)
+        away = mean - mean[0] + (low - low[0])  # from the first part
+        shift = (count * away).sum(0) / jnp.maximum(members, 1)
+        var = (m2 + count * (away - shift) ** 2).sum(0) / jnp.maximum(members, 1)
+        rest = low[0] + shift
+        high = (mean[0] + rest).astype(dtype)
+        return jnp.stack([high, (mean[0] - high + rest).astype(dtype), var.astype(dtype), members.astype(dtype)])
+
+
+def _kept(spec: Spec, axis_name: Any, parts: Arrays) -> Any:
+    found = _statistics(spec, axis_name, parts)  # which is to have gradients of its own
+    return found, (parts, found)
+
+
+def _gradients(spec: Spec, axis_name: Any, kept: Any, cotangents: Any) -> Any:
+    """d mean = sum(dx) / count, d var = 2 * sum((x - mean) * dx) / count."""
+    parts, found = kept
+    x, names = parts["x"], axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if not varying_along(x).issuperset(names):  # shard_map does not keep account, and has not added them up
+        cotangents = lax.psum(cotangents, axis_name)
+    by_mean, _, by_var, _ = vary(cotangents / jnp.maximum(found[3], 1), varying_along(x))
+    centered = _centered(spec, x, vary(found, varying_along(x)))
+    dx = _aligned(spec, by_mean, x.ndim, x.shape) + 2 * _aligned(spec, by_var, x.ndim, x.shape) * centered
+    if "where" in parts:
+        dx = jnp.where(parts["where"], dx, 0)
+    return ({name: dx.astype(x.dtype) if name == "x" else None for name in parts},)
+
+
+_statistics.defvjp(_kept, _gradients)
+
+
+def _aligned(spec: Spec, statistics: Any, ndim: int, shape: tuple[int, ...]) -> Any:
+    """Statistics as they broadcast against x."""
+    return statistics.reshape([1 if axis - ndim in spec.axes else extent for axis, extent in enumerate(shape)])
+
+
+def _centered(spec: Spec, x: Any, statistics: Any) -> Any:
+    x = x.astype(statistics.dtype)
+    if not spec.is_centered:
+        return x
+    mean, low = (_aligned(spec, s, x.ndim, x.shape) for s in statistics[:2])
+    return x - mean - low
+
+
+def _rstd(spec: Spec, statistics: Any) -> Any:
+    var = statistics[2] + spec.eps
+    is_there = (var > 0) & (statistics[3] > 0)  # else rstd is 0, and so are its gradients
+    return jnp.where(is_there, 1 / jnp.sqrt(jnp.where(is_there, var, 1)), 0)
+
+
+def _learnt(statistics: Any, momentum: float, running: Arrays) -> Arrays:
+    """Running statistics after all statistics of a channel that have two members or more."""
+    mean, _, var, count = (jnp.atleast_2d(s) for s in statistics)
+    counts = count >= 2
+    found = {"running_mean": mean, "running_var": var * count / jnp.maximum(count - 1, 1)}
+    share = counts.sum(0)
+
+    def after(name: str, old: Any) -> Any:
+        average = jnp.where(counts, found[name], 0).sum(0) / jnp.maximum(share, 1)
+        new = (1 - momentum) * old.astype(average.dtype) + momentum * average
+        return jnp.where(share > 0, new, old).astype(old.dtype)
+
+    return {name: after(name, old) for name, old in running.items()}
