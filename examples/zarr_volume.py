@@ -38,7 +38,7 @@ from psutil import Process
 from skimage.data import binary_blobs
 from tqdm import tqdm
 
-WORKERS, LIMIT = 2, 400  # MB each
+WORKERS, LIMIT = 2, 250  # MB each
 OFFSET, CONTRAST, NOISE = 10_000, 3, 1
 # No spilling to disk and no pauses: a worker stays below its limit, or it is killed.
 STRICT = {
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small volume, in seconds, which fits the memory")
     parser.add_argument("--output", default="zarr_volume.png", help="the picture to write (default: %(default)s)")
     arguments = parser.parse_args()
-    extent, chunk = (192, 64) if arguments.quick else (640, 128)
+    extent, chunk = (192, 64) if arguments.quick else (768, 128)
     megabytes = 4 * extent**3 / 1e6
 
     with tempfile.TemporaryDirectory() as folder:
