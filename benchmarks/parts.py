@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import normkit as nk
-import normkit.distributed as nd
+import normkit.distributed as ndist
 import numpy as np
 
 BYTES = 32  # of a statistic in a message: count, mean, what rounding took from it, m2
@@ -35,7 +35,7 @@ def errors(members: int = 16) -> None:
         rng.shuffle(x)
         own = nk.moments(x, axis=1)
         for parts in PARTS:
-            whole = nd._joined(own._numbers[:parts], own._memory, False)
+            whole = ndist._joined(own._numbers[:parts], own._memory, False)
             wide = x[:parts].astype(np.float64)
             mean, var = wide.mean(), wide.var()
             found = float(abs(whole[0] - mean) / np.sqrt(var)), float(abs(np.sqrt(var * whole[2] / whole[1]) - 1))
@@ -65,8 +65,8 @@ def _work(rank: int, size: int, store: str, pipe: Any) -> None:
     found = []
     for count in STATISTICS:
         own = nk.moments(np.ones((count, 4), np.float32), axis=1)
-        nd.merge(own, distributed.group.WORLD)
-        found.append(_time(lambda own=own: nd.merge(own, distributed.group.WORLD)))
+        ndist.merge(own, distributed.group.WORLD)
+        found.append(_time(lambda own=own: ndist.merge(own, distributed.group.WORLD)))
     pipe.send(found)
     distributed.barrier()
 
@@ -90,7 +90,7 @@ def joining(size: int, count: int) -> float:
     """Seconds of what every process does with what all have sent."""
     own = nk.moments(np.ones((count, 4), np.float32), axis=1)
     parts = np.stack([own._numbers] * size)
-    return _time(lambda: nd._joined(parts, own._memory, False))
+    return _time(lambda: ndist._joined(parts, own._memory, False))
 
 
 def ring(size: int, sent: float, latency: float, rate: float) -> float:

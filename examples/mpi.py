@@ -17,7 +17,7 @@ import argparse
 import time
 
 import normkit as nk
-import normkit.distributed as nd
+import normkit.distributed as ndist
 import numpy as np
 from mpi4py import MPI
 
@@ -47,14 +47,14 @@ def main() -> None:
     times = [time.perf_counter()]
     own = nk.moments(x, axis=axis)
     times.append(time.perf_counter())
-    nd.merge(own, comm)  # the first message of a shape is preceded by one about the shape
+    ndist.merge(own, comm)  # the first message of a shape is preceded by one about the shape
     comm.Barrier()  # waiting for the slowest is no part of the message
     times.append(time.perf_counter())
-    whole = nd.merge(own, comm)
+    whole = ndist.merge(own, comm)
     times.append(time.perf_counter())
     rstd = whole.rstd(EPS)
     y = nk.apply(x, whole, rstd, axis=axis)
-    sums = nd.add(nk.backward_sums(dy, x, whole, rstd, axis=axis), comm)
+    sums = ndist.add(nk.backward_sums(dy, x, whole, rstd, axis=axis), comm)
     dx = nk.apply_backward(dy, x, whole, rstd, sums, whole.count, axis=axis)
     times.append(time.perf_counter())
 

@@ -5,7 +5,7 @@ import signal
 import sys
 
 import normkit as nk
-import normkit.distributed as nd
+import normkit.distributed as ndist
 import numpy as np
 import pytest
 from mpi4py import MPI
@@ -21,9 +21,9 @@ dy, weight = rng.standard_normal((3, 20)).astype(np.float32), np.float32([[2], [
 cuts = [0, *sorted(rng.integers(0, 20, size - 1)), 20]
 own = np.s_[:, cuts[rank] : cuts[rank + 1]]
 
-m = nd.merge(nk.moments(x[own], axis=1), comm)
+m = ndist.merge(nk.moments(x[own], axis=1), comm)
 rstd = m.rstd(1e-5)
-sums = nd.add(nk.backward_sums(dy[own], x[own], m, rstd, weight, axis=1), comm)
+sums = ndist.add(nk.backward_sums(dy[own], x[own], m, rstd, weight, axis=1), comm)
 y = nk.apply(x[own], m, rstd, weight, axis=1)
 dx = nk.apply_backward(dy[own], x[own], m, rstd, sums, m.count, weight, axis=1)
 
@@ -45,7 +45,7 @@ assert np.abs(dx - expected[own]).max(initial=0) < 2e-5
 if size > 1:
     for shape in ((3, 5), (4, 5)) if rank else ((4, 5), (3, 5)):
         with pytest.raises(ValueError, match="expected the same in all processes"):
-            nd.merge(nk.moments(np.ones(shape), axis=1), comm)
+            ndist.merge(nk.moments(np.ones(shape), axis=1), comm)
 
 if "torch" in sys.argv:  # a communicator in the place of a process group
     import normkit.torch as nt

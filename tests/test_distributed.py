@@ -400,22 +400,29 @@ def edges_in(group, rank):
 def errors_in(group, rank):
     """Of one process, before anything is sent, but for what the core finds after that."""
     o = {"process_group": group}
-    x, eight = torch.ones(2, 4, 6), torch.ones(8)
+    x, four, eight = torch.ones(2, 4, 6), torch.ones(4), torch.ones(8)
+
+    def learning(mean, var):
+        nt.instance_norm(x, running_mean=mean, running_var=var, **o)
+
     for error, message, call in (
-        (
-            ValueError,
-            r"x has shape \(2, 4\), expected an axis to normalize over",
-            lambda: nt.instance_norm(x[..., 0], **o),
-        ),
-        (ValueError, r"weight has shape \(8,\), expected \(4,\) or \(2, 4\)", lambda: nt.group_norm(x, 2, eight, **o)),
-        (ValueError, r"weight has shape .*, expected a shape", lambda: nt.instance_norm(x, x[..., :2], **o)),
+        (ValueError, r"x has shape \(2, 4\), expected at least 3 axes", lambda: nt.instance_norm(x[..., 0], **o)),
+        (ValueError, r"weight has shape \(8,\), expected \(4,\), \(2, 4\) or", lambda: nt.group_norm(x, 2, eight, **o)),
+        (ValueError, r"weight has shape .*, expected \(4,\), ", lambda: nt.instance_norm(x, x[..., :2], **o)),
         (ValueError, r"num_groups is 3, expected a divisor of 4", lambda: nt.group_norm(x, 3, **o)),
         (ValueError, r"eps is -1", lambda: nt.layer_norm(x, eps=-1, **o)),
-        (ValueError, r"a running statistic has shape \(8,\)", lambda: nt.instance_norm(x, running_mean=eight, **o)),
+        (ValueError, r"running_var is None", lambda: nt.batch_norm(x, running_mean=four, training=True, **o)),
+        (ValueError, r"running_mean has shape \(8,\)", lambda: learning(eight, eight.clone())),
+        (TypeError, r"running_mean has dtype int32", lambda: learning(four.int(), four)),
+        (ValueError, r"running_mean overlaps running_var", lambda: learning(four, four[:])),
+        (TypeError, r"residual has dtype float64", lambda: nt.instance_norm(x, residual=x.double(), **o)),
+        (ValueError, r"residual has shape \(1, 4, 6\)", lambda: nt.instance_norm(x, residual=x[:1], **o)),
+        (ValueError, r"where has shape \(5,\)", lambda: nt.instance_norm(x, where=eight[:5] > 0, **o)),
+        (TypeError, r"comm is -100, expected a communicator", lambda: nt.instance_norm(x, process_group=-100)),
         (ValueError, r"momentum is 2", lambda: nt.instance_norm(x, momentum=2, **o)),
         (ValueError, r"activation is 'a'", lambda: nt.instance_norm(x, activation="a", **o)),
         (TypeError, r"x is int, expected a torch.Tensor", lambda: nt.instance_norm(3, **o)),
-        (np.exceptions.AxisError, r"axes are \(3,\), expected -3 to 2", lambda: nt.rms_norm(x, axis=3, **o)),
+        (np.exceptions.AxisError, r"axis is 3, expected -3 to 2", lambda: nt.rms_norm(x, axis=3, **o)),
     ):
         with pytest.raises(error, match=f"^{message}"):
             call()

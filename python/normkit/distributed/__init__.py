@@ -1,12 +1,12 @@
 """Statistics of arrays that lie in several processes, of MPI or of torch.distributed: one message for all of them.
 
-    import normkit.distributed as nd
+    import normkit.distributed as ndist
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD  # or a process group of torch.distributed
-    whole = nd.merge(nk.moments(part, axis=0), comm)
+    whole = ndist.merge(nk.moments(part, axis=0), comm)
     y = nk.apply(part, whole, whole.rstd(1e-5), axis=0)
-    sums = nd.add(nk.backward_sums(dy, part, whole, whole.rstd(1e-5), axis=0), comm)
+    sums = ndist.add(nk.backward_sums(dy, part, whole, whole.rstd(1e-5), axis=0), comm)
     dx = nk.apply_backward(dy, part, whole, whole.rstd(1e-5), sums, whole.count, axis=0)
 
 Every process gets what all others have and joins it in the order of their ranks, so that all have the same bits, which
@@ -14,6 +14,7 @@ a reduction promises neither in MPI nor in torch.distributed. In PyTorch, the fu
 this, and their gradients, where they have a `process_group`.
 """
 
+import sys
 import weakref
 import zlib
 from typing import Any
@@ -104,6 +105,12 @@ def _gathered(array: Any, comm: Any, what: str) -> Any:
         from torch.distributed.distributed_c10d import _resolve_process_group
 
         comm = _resolve_process_group(comm)
+    torch = sys.modules.get("torch")
+    if not hasattr(comm, "Allgather") and not (torch and isinstance(comm, torch.distributed.ProcessGroup)):
+        raise TypeError(
+            f"comm is {comm!r}, expected a communicator of mpi4py, or a process group of torch.distributed that this "
+            "process is in, or the name of one"
+        )
     if id(comm) not in _agreed:
         _agreed[id(comm)] = set()
         weakref.finalize(comm, _agreed.pop, id(comm))

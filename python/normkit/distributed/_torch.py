@@ -7,7 +7,6 @@ backward.
 from typing import Any
 
 import torch
-from numpy.exceptions import AxisError
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -26,7 +25,6 @@ def normalized(
 ) -> Tensor:  # fmt: skip
     """y of the part of this process. Running statistics are updated in place, alike in all processes."""
     frame = Frame(spec, x.shape)
-    _judge(frame, {"weight": weight, "bias": bias, "slopes": slopes}, running_mean, running_var)
     mask = None if where is None else frame.data(where.broadcast_to(x.shape))
     data, general = frame.data(x), frame.general(eps_of(x))
     own = phases.moments(data.detach(), axis=general.axes, center=spec.is_centered, where=mask)
@@ -36,26 +34,6 @@ def normalized(
     params = [None if p is None else p.reshape(frame.param_shape(p.shape)) for p in (weight, bias, slopes)]
     y: Tensor = frame.back(_Forward.apply(data, *params, mask, general, group, whole))
     return y
-
-
-def _judge(frame: Frame, params: dict[str, Optional], *running: Optional) -> None:
-    """Refuses what the phases, which see views, would take or have no words for."""
-    spec, shape, ndim = frame.spec, frame.shape, len(frame.shape)
-    forms = [tuple(shape[axis] for axis in form) for form in frame.forms]
-    if not all(-ndim <= axis < ndim for axis in spec.axes):
-        raise AxisError(f"axes are {spec.axes}, expected {-ndim} to {ndim - 1}: x has {ndim} axes")
-    if not frame.axes:
-        raise ValueError(f"x has shape {shape}, expected an axis to normalize over")
-    if spec.kind == "group" and (spec.groups < 1 or forms[0][0] % spec.groups):
-        raise ValueError(f"num_groups is {spec.groups}, expected a divisor of {forms[0][0]}, the channels of x")
-    for name, p in params.items():
-        if p is not None and p.numel() != 1 and p.dim() != ndim and tuple(p.shape) not in forms:
-            raise ValueError(f"{name} has shape {tuple(p.shape)}, expected {' or '.join(map(str, forms))}")
-    for r in running:
-        if r is not None and tuple(r.shape) != forms[0]:
-            raise ValueError(f"a running statistic has shape {tuple(r.shape)}, expected {forms[0]}")
-    if not 0 <= spec.momentum <= 1:
-        raise ValueError(f"momentum is {spec.momentum}, expected a number from 0 to 1")
 
 
 def _learn(whole: phases.Moments, momentum: float, *running: Optional) -> None:

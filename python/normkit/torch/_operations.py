@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - everybody's name for it
 
 from .. import functional as core
-from .._operations import Need, Spec, Words, activated, call_of, composed, named_gradients
+from .._memory import dtype_named
+from .._operations import Need, Spec, Words, activated, call_of, composed, named_gradients, stand_in
 
 Optional: TypeAlias = Tensor | None
 
@@ -25,6 +26,20 @@ SPEC_SCHEMA = (  # a Spec, as operators take it
 # ---- phases ------------------------------------------------------------------------------------------------------
 
 
+def _more(where: Any, slopes: Any, residual: Any, running_mean: Any, running_var: Any) -> dict[str, Any]:
+    """What a forward is given besides, of what is there."""
+    more: dict[str, Any] = {}
+    if where is not None:
+        more["where"] = where
+    if slopes is not None:
+        more["activation"] = ("prelu", slopes)
+    if residual is not None:
+        more["residual"] = residual
+    if running_mean is not None or running_var is not None:
+        more |= {"running_mean": running_mean, "running_var": running_var}
+    return more
+
+
 def forward(
     x: Tensor, weight: Optional, bias: Optional, residual: Optional, where: Optional, slopes: Optional,
     running_mean: Optional, running_var: Optional, spec: Spec, *, with_stats: bool, with_total: bool,
@@ -32,15 +47,9 @@ def forward(
     """(y, mean, rstd, x + residual). Running statistics are updated in place."""
     function, options = call_of(spec, "forward")
     groups = (spec.groups,) if spec.kind == "group" else ()
-    more: dict[str, Any] = {}
-    if where is not None:
-        more["where"] = where
-    if slopes is not None:
-        more["activation"] = ("prelu", slopes)
+    more = _more(where, slopes, residual, running_mean, running_var)
     if residual is not None:
-        more |= {"residual": residual, "return_residual": with_total}
-    if running_mean is not None or running_var is not None:
-        more |= {"running_mean": running_mean, "running_var": running_var}
+        more["return_residual"] = with_total
     found = function(x, *groups, weight, bias, return_stats=with_stats, **options, **more)
     if not spec.frozen and (running_mean is not None or running_var is not None):
         torch.autograd.graph.increment_version([r for r in (running_mean, running_var) if r is not None])
@@ -50,6 +59,22 @@ def forward(
     total = others.pop() if with_total and residual is not None else None
     rstd = others.pop() if with_stats else None
     return y, others.pop() if others else None, rstd, total
+
+
+def judge_forward(
+    x: Tensor, weight: Optional, bias: Optional, residual: Optional, where: Optional, slopes: Optional,
+    running_mean: Optional, running_var: Optional, spec: Spec,
+) -> None:  # fmt: skip
+    """Raises what a forward would raise for these shapes, dtypes and options."""
+
+    def like(tensor: Optional) -> Any:
+        return None if tensor is None else stand_in(tuple(tensor.shape), dtype_named(str(tensor.dtype).split(".")[-1]))
+
+    function: Any
+    function, options = call_of(spec, "forward")
+    groups = (spec.groups,) if spec.kind == "group" else ()
+    more = _more(*map(like, (where, slopes, residual, running_mean, running_var)))
+    function._description(like(x), *groups, like(weight), like(bias), **options, **more)
 
 
 def backward(

@@ -45,7 +45,8 @@ class Conversion:
     def __str__(self) -> str:
         lines = [f"{name}: {kind}{self._with(name)}" for name, kind in self.converted.items()]
         lines += [f"{name}: over all processes" for name in self.synchronized]
-        lines += [f"{name}: it stays, {reason}" for name, reason in self.left.items()]
+        for name, reason in self.left.items():
+            lines.append(f"{name}: {'its statistics stay' if name in self.converted else 'it stays'}, {reason}")
         return "\n".join(lines) or "nothing to convert"
 
     def _with(self, name: str) -> str:
@@ -114,7 +115,7 @@ def convert(
         if process_group is not None:
             _synchronize(name, module, process_group, split, done)
     for name, module in model.named_modules():
-        if isinstance(module, tuple(_CLASSES)) and type(module) not in _NORMS:
+        if isinstance(module, (*_CLASSES, nn.SyncBatchNorm)) and type(module) not in _NORMS:
             done.left[name] = f"{type(module).__name__} is a class of its own"
     return done
 

@@ -181,8 +181,13 @@ def _call(
         from ..distributed._torch import normalized
 
         _check((x, weight, bias, residual, where))
-        total = x if residual is None else x + residual
+        phases.judge_forward(x, weight, bias, residual, where, slopes, None, None, spec)
         learnt = (_constant(running_mean), _constant(running_var))
+        if running_mean is not None or running_var is not None:  # which may learn from a whole whose part is one member
+            phases.judge_forward(x, None, None, None, None, None, *learnt, spec._replace(frozen=True))
+            if running_mean.data_ptr() == running_var.data_ptr():
+                raise ValueError("running_mean overlaps running_var, expected memory apart")
+        total = x if residual is None else x + residual
         y = normalized(total, weight, bias, spec, where, slopes, *learnt, process_group)
         return (y, total) if return_residual else y
     tensors = (x, weight, bias, residual, where, slopes, running_mean, running_var)
