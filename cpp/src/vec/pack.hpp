@@ -42,47 +42,51 @@ template <class T> using ScalarOf = typename ComputeOf<T>::Scalar;
 template <class T> using VectorOf = typename ComputeOf<T>::Vector;
 template <class T> using RegisterOf = typename ComputeOf<T>::Register;
 
-/// The vector of f(k) for each register k. The calls are written out: through a loop the compiler sees registers only after
-/// everything is inlined, and takes half as long again.
-template <class P, class F> NORMKIT_LOCAL P each(F f) {
-  constexpr int kRegs = sizeof(P::r) / sizeof(P::r[0]);
+/// op() of the registers of vectors, one after the other. The calls are written out: through a loop the compiler sees registers
+/// only after everything is inlined, and takes half as long again.
+template <class Op, class Reg, int kRegs, class... Packs>
+NORMKIT_LOCAL Pack<Reg, kRegs> each(Op op, Pack<Reg, kRegs> a, Packs... more) {
   static_assert(kRegs == 1 || kRegs == 2 || kRegs == 4);
-  if constexpr (kRegs == 1) return {{f(0)}};
-  else if constexpr (kRegs == 2) return {{f(0), f(1)}};
-  else return {{f(0), f(1), f(2), f(3)}};
+  if constexpr (kRegs == 1) return {{op(a.r[0], more.r[0]...)}};
+  else if constexpr (kRegs == 2) return {{op(a.r[0], more.r[0]...), op(a.r[1], more.r[1]...)}};
+  else
+    return {{op(a.r[0], more.r[0]...), op(a.r[1], more.r[1]...), op(a.r[2], more.r[2]...), op(a.r[3], more.r[3]...)}};
 }
 template <class Reg, int kRegs> NORMKIT_LOCAL Pack<Reg, kRegs> operator+(Pack<Reg, kRegs> a, Pack<Reg, kRegs> b) {
-  return each<Pack<Reg, kRegs>>([&](int k) NORMKIT_INLINE_LAMBDA { return reg_add(a.r[k], b.r[k]); });
+  return each([](Reg x, Reg y) NORMKIT_INLINE_LAMBDA { return reg_add(x, y); }, a, b);
 }
 template <class Reg, int kRegs> NORMKIT_LOCAL Pack<Reg, kRegs> operator-(Pack<Reg, kRegs> a, Pack<Reg, kRegs> b) {
-  return each<Pack<Reg, kRegs>>([&](int k) NORMKIT_INLINE_LAMBDA { return reg_sub(a.r[k], b.r[k]); });
+  return each([](Reg x, Reg y) NORMKIT_INLINE_LAMBDA { return reg_sub(x, y); }, a, b);
 }
 template <class Reg, int kRegs> NORMKIT_LOCAL Pack<Reg, kRegs> operator*(Pack<Reg, kRegs> a, Pack<Reg, kRegs> b) {
-  return each<Pack<Reg, kRegs>>([&](int k) NORMKIT_INLINE_LAMBDA { return reg_mul(a.r[k], b.r[k]); });
+  return each([](Reg x, Reg y) NORMKIT_INLINE_LAMBDA { return reg_mul(x, y); }, a, b);
 }
 template <class Reg, int kRegs> NORMKIT_LOCAL Pack<Reg, kRegs> operator/(Pack<Reg, kRegs> a, Pack<Reg, kRegs> b) {
-  return each<Pack<Reg, kRegs>>([&](int k) NORMKIT_INLINE_LAMBDA { return reg_div(a.r[k], b.r[k]); });
+  return each([](Reg x, Reg y) NORMKIT_INLINE_LAMBDA { return reg_div(x, y); }, a, b);
 }
 template <class Reg, int kRegs>
 NORMKIT_LOCAL Pack<Reg, kRegs> mul_add(Pack<Reg, kRegs> a, Pack<Reg, kRegs> b, Pack<Reg, kRegs> c) {
-  return each<Pack<Reg, kRegs>>([&](int k) NORMKIT_INLINE_LAMBDA { return reg_mul_add(a.r[k], b.r[k], c.r[k]); });
+  return each([](Reg x, Reg y, Reg z) NORMKIT_INLINE_LAMBDA { return reg_mul_add(x, y, z); }, a, b, c);
 }
 /// a where z > 0, else b, also where z is NaN.
 template <class Reg, int kRegs>
 NORMKIT_LOCAL Pack<Reg, kRegs> positive(Pack<Reg, kRegs> z, Pack<Reg, kRegs> a, Pack<Reg, kRegs> b) {
-  return each<Pack<Reg, kRegs>>([&](int k) NORMKIT_INLINE_LAMBDA { return reg_positive(z.r[k], a.r[k], b.r[k]); });
+  return each([](Reg s, Reg x, Reg y) NORMKIT_INLINE_LAMBDA { return reg_positive(s, x, y); }, z, a, b);
 }
 /// v where m != 0, else 0, whatever is in v there; m has no NaN.
 template <class Reg, int kRegs> NORMKIT_LOCAL Pack<Reg, kRegs> where(Pack<Reg, kRegs> m, Pack<Reg, kRegs> v) {
-  return each<Pack<Reg, kRegs>>([&](int k) NORMKIT_INLINE_LAMBDA { return reg_where(m.r[k], v.r[k]); });
+  return each([](Reg x, Reg y) NORMKIT_INLINE_LAMBDA { return reg_where(x, y); }, m, v);
 }
 /// 2^k from t = k + (1.5 * 2^23 + 127), or (1.5 * 2^52 + 1023) of doubles.
 template <class Reg, int kRegs> NORMKIT_LOCAL Pack<Reg, kRegs> shifted_to_exponent(Pack<Reg, kRegs> t) {
-  return each<Pack<Reg, kRegs>>([&](int k) NORMKIT_INLINE_LAMBDA { return reg_shift_exponent(t.r[k]); });
+  return each([](Reg x) NORMKIT_INLINE_LAMBDA { return reg_shift_exponent(x); }, t);
 }
+template <class V> constexpr int kRegsOf = sizeof(V::r) / sizeof(V::r[0]);
 template <class V, class S> NORMKIT_LOCAL V broadcast(S value) {
   const auto reg = reg_set(value);
-  return each<V>([&](int) NORMKIT_INLINE_LAMBDA { return reg; });
+  if constexpr (kRegsOf<V> == 1) return {{reg}};
+  else if constexpr (kRegsOf<V> == 2) return {{reg, reg}};
+  else return {{reg, reg, reg, reg}};
 }
 /// A number as formulas want it that serve scalars and vectors alike; the first argument only says for which type.
 template <class Reg, int kRegs> NORMKIT_LOCAL Pack<Reg, kRegs> constant(Pack<Reg, kRegs>, double value) {
@@ -90,37 +94,42 @@ template <class Reg, int kRegs> NORMKIT_LOCAL Pack<Reg, kRegs> constant(Pack<Reg
 }
 /// The first n lanes; zeros elsewhere.
 template <class V> NORMKIT_LOCAL V keep(V v, int n) {
-  return each<V>([&](int k) NORMKIT_INLINE_LAMBDA { return reg_keep(v.r[k], n - k * kRegLanes<V>); });
+  constexpr int kStep = kRegLanes<V>;
+  v.r[0] = reg_keep(v.r[0], n);
+  if constexpr (kRegsOf<V> > 1) v.r[1] = reg_keep(v.r[1], n - kStep);
+  if constexpr (kRegsOf<V> > 2) v.r[2] = reg_keep(v.r[2], n - 2 * kStep), v.r[3] = reg_keep(v.r[3], n - 3 * kStep);
+  return v;
 }
 template <class V> NORMKIT_LOCAL auto sum(V v) { return fold(v.r); }
 template <class V> NORMKIT_LOCAL auto first(V v) { return first_lane(v.r); }
 
 template <class T> NORMKIT_LOCAL VectorOf<T> load(const T* p) {
   using V = VectorOf<T>;
-  return each<V>([&](int k) NORMKIT_INLINE_LAMBDA { return reg_load(p + k * kRegLanes<V>); });
-}
-/// Calls f(k) for each register k of a vector.
-template <class V, class F> NORMKIT_LOCAL void for_registers(F f) {
-  constexpr int kRegs = kLanes<V> / kRegLanes<V>;
-  f(0);
-  if constexpr (kRegs > 1) f(1);
-  if constexpr (kRegs > 2) f(2), f(3);
+  constexpr int kStep = kRegLanes<V>;
+  if constexpr (kRegsOf<V> == 1) return {{reg_load(p)}};
+  else if constexpr (kRegsOf<V> == 2) return {{reg_load(p), reg_load(p + kStep)}};
+  else return {{reg_load(p), reg_load(p + kStep), reg_load(p + 2 * kStep), reg_load(p + 3 * kStep)}};
 }
 template <class T> NORMKIT_LOCAL void store(T* p, VectorOf<T> v) {
-  using V = VectorOf<T>;
-  for_registers<V>([&](int k) NORMKIT_INLINE_LAMBDA { reg_store(p + k * kRegLanes<V>, v.r[k]); });
+  constexpr int kRegs = kRegsOf<VectorOf<T>>, kStep = kRegLanes<VectorOf<T>>;
+  reg_store(p, v.r[0]);
+  if constexpr (kRegs > 1) reg_store(p + kStep, v.r[1]);
+  if constexpr (kRegs > 2) reg_store(p + 2 * kStep, v.r[2]), reg_store(p + 3 * kStep, v.r[3]);
 }
 /// Stores past the caches; p is aligned to what one register fills in memory. stream_fence() has to follow.
 template <class T> NORMKIT_LOCAL void stream(T* p, VectorOf<T> v) {
-  using V = VectorOf<T>;
-  for_registers<V>([&](int k) NORMKIT_INLINE_LAMBDA { reg_stream(p + k * kRegLanes<V>, v.r[k]); });
+  constexpr int kRegs = kRegsOf<VectorOf<T>>, kStep = kRegLanes<VectorOf<T>>;
+  reg_stream(p, v.r[0]);
+  if constexpr (kRegs > 1) reg_stream(p + kStep, v.r[1]);
+  if constexpr (kRegs > 2) reg_stream(p + 2 * kStep, v.r[2]), reg_stream(p + 3 * kStep, v.r[3]);
 }
 /// Loads the first n < kLanes elements, and never touches memory past them.
 template <class T> NORMKIT_LOCAL VectorOf<T> load(const T* p, int n) {
   using V = VectorOf<T>;
   if constexpr (requires { reg_load_part(p, n); }) {
-    return each<V>([&](int k)
-                       NORMKIT_INLINE_LAMBDA { return reg_load_part(p + k * kRegLanes<V>, n - k * kRegLanes<V>); });
+    V v;
+    for (int k = 0; k < kRegsOf<V>; ++k) v.r[k] = reg_load_part(p + k * kRegLanes<V>, n - k * kRegLanes<V>);
+    return v;
   } else {
     T part[kLanes<V>] = {};
     for (int i = 0; i < n; ++i) part[i] = p[i];
@@ -154,8 +163,10 @@ template <class V> NORMKIT_LOCAL V sums_of(const V (&rows)[kLanes<V>]) {
 /// Sixteen floats as two vectors of doubles.
 struct Wide { F64 low, high; };
 NORMKIT_LOCAL Wide widen(F32 v) {
-  return {each<F64>([&](int k) NORMKIT_INLINE_LAMBDA { return widen_piece(v.r, k); }),
-          each<F64>([&](int k) NORMKIT_INLINE_LAMBDA { return widen_piece(v.r, 8 / kLanes64 + k); })};
+  Wide w;
+  constexpr int kRegs = kRegsOf<F64>;
+  for (int k = 0; k < kRegs; ++k) w.low.r[k] = widen_piece(v.r, k), w.high.r[k] = widen_piece(v.r, kRegs + k);
+  return w;
 }
 
 /// The first n <= kLanes bytes as numbers, zeros elsewhere; never touches memory past them.
