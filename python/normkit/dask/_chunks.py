@@ -18,6 +18,7 @@ from dask.base import clone_key
 from dask.blockwise import Blockwise
 from dask.graph_manipulation import bind
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
+from dask.layers import ArrayOverlapLayer
 
 from .. import functional as core
 from .. import phases
@@ -231,7 +232,8 @@ def again(arrays: Arrays, parent: Any) -> Arrays:
     found: Arrays = {}
     for name, array in arrays.items():
         graph = array.__dask_graph__()
-        layers = {key: _Tasks(a.mapping) if type(a) is MaterializedLayer else a for key, a in graph.layers.items()}
+        of_tasks = MaterializedLayer, ArrayOverlapLayer
+        layers = {key: _Tasks(dict(a)) if type(a) in of_tasks else a for key, a in graph.layers.items()}
         if all(isinstance(a, Blockwise | _Tasks) for a in layers.values()):
             graph = HighLevelGraph(layers, graph.dependencies)
             array = da.Array(graph, array.name, array.chunks, meta=array._meta)

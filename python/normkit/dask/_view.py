@@ -1,19 +1,24 @@
 """How a call lies in the axes of x, chunk by chunk."""
 
 import math
+import operator
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import dask.array as da
 import numpy as np
 
 from .._operations import Frame, Spec
+from ._chunks import tree
 
 
 class View:
     """x with its statistics over some of its axes, and how other arrays lie beside it.
 
-    The channels of group norm are seen as two axes, groups and the channels of each. Where the edge of a group lies
-    within a chunk, or that of a chunk within a group, chunks are cut there; nothing else is done to the chunks of x.
+    Where chunks hold whole groups, the channels of group norm are seen as two axes, groups and the channels of each.
+    Else they stay one axis, chunks are cut at the edges of groups that lie within them, and a group is some pieces in
+    a row. Nothing else is done to the chunks of x.
     """
 
     def __init__(self, spec: Spec, x: Any) -> None:
@@ -21,19 +26,29 @@ class View:
         self.frame = Frame(spec._replace(kind="instance") if has_groups else spec, x.shape)
         self.shape, self.chunks, self.pieces = x.shape, x.chunks, x.chunks
         self.takes_any = spec.kind in ("centered", "uncentered")  # weights that broadcast
-        self.split = spec.axes[0] % x.ndim if has_groups else -1
-        axis = [a for a in range(x.ndim) if a not in self.frame.kept]
+        self.split, self.cut = -1, -1  # the axis of channels where it is seen as two, and where it is cut
+        lacking = [a for a in range(x.ndim) if a not in self.frame.kept]
+        self.axis = tuple(lacking)
         if has_groups:
-            self.groups, at = spec.groups, self.split
-            self.size = x.shape[at] // self.groups
-            self.cut = math.gcd(self.size, *map(int, np.cumsum(x.chunks[at])))
-            if self.cut != self.size:
-                self.pieces = (*x.chunks[:at], (self.cut,) * (x.shape[at] // self.cut), *x.chunks[at + 1 :])
-            axis = sorted([at + 1, *(a + (a > at) for a in axis)])
-        self.axis = tuple(axis)
+            at = spec.axes[0] % x.ndim
+            self.groups, self.size = spec.groups, x.shape[at] // spec.groups
+            self.is_stacked = self.groups == 1 or not self.size  # dask splits no axis without elements
+            edges, of_groups = {*map(int, np.cumsum(x.chunks[at]))}, [k * self.size for k in range(self.groups + 1)]
+            if self.groups == 1 or edges.issubset(of_groups):
+                self.split = at
+                lacking = sorted([at + 1, *(a + (a > at) for a in lacking)])
+                self.axis = tuple(lacking)
+            else:
+                self.cut, self.axis = at, tuple(sorted([at, *lacking]))
+                cuts = sorted(edges.union(of_groups))
+                self.pieces = (*x.chunks[:at], tuple(b - a for a, b in pairwise(cuts)), *x.chunks[at + 1 :])
+                self.firsts = [cuts.index(edge) for edge in of_groups]  # of the pieces of each group
         self.x = self.of(x)
-        self.kept_chunks = tuple(c for a, c in enumerate(self.x.chunks) if a not in self.axis)
         self.is_whole = all(self.x.numblocks[a] == 1 for a in self.axis)
+        self.lacking = tuple(lacking)  # what statistics lack
+        self.kept = {a: c if a != self.cut else (1,) * self.groups for a, c in enumerate(self.x.chunks)}
+        for a in self.lacking:
+            del self.kept[a]
 
     def _beside(self, array: Any, shape: Any, chunks: Any) -> Any:
         """With the chunks of x along axes that have the extent of x."""
@@ -48,20 +63,17 @@ class View:
             return array
         if array.shape[at] != self.shape[at]:
             return array[(slice(None),) * at + (None,)]
-        if self.cut == self.size:
-            return array.reshape((*array.shape[:at], self.groups, self.size, *array.shape[at + 1 :]))
-        starts = range(0, self.shape[at], self.size)
-        return da.stack([array[(slice(None),) * at + (slice(k, k + self.size),)] for k in starts], at)
+        if self.is_stacked:
+            return da.stack([array] * self.groups, at)
+        return array.reshape((*array.shape[:at], self.groups, self.size, *array.shape[at + 1 :]))
 
     def back(self, array: Any, shape: Any = None) -> Any:
         """The array of this shape, or that of x, that has this view."""
         at = self.split
-        if at >= 0 and array.shape[at] != self.groups:
-            array = array.squeeze(at)
-        elif at >= 0 and self.cut == self.size:
-            array = array.reshape((*array.shape[:at], self.shape[at], *array.shape[at + 2 :]))
+        if at >= 0 and (array.shape[at] != self.groups or self.is_stacked):
+            array = array[(slice(None),) * at + (0,)]
         elif at >= 0:
-            array = da.concatenate([array[(slice(None),) * at + (k,)] for k in range(self.groups)], at)
+            array = array.reshape((*array.shape[:at], self.shape[at], *array.shape[at + 2 :]))
         array = self._beside(array, self.shape, self.chunks)
         return array if shape is None or array.shape == tuple(shape) else array.reshape(shape)
 
@@ -84,7 +96,22 @@ class View:
     def statistics(self, array: Any) -> Any:
         """Statistics with the axes that they are taken over, as extents of 1. A number stands for all."""
         if not hasattr(array, "shape"):
-            extents = tuple(map(sum, self.kept_chunks))
-            array = da.full(extents, array, dtype=np.float64, chunks=self.kept_chunks)
-        array = array[tuple(None if a in self.axis else slice(None) for a in range(self.x.ndim))]
-        return self._beside(array, self.x.shape, self.x.chunks)
+            chunks = tuple(self.kept.values())
+            array = da.full(tuple(map(sum, chunks)), array, dtype=np.float64, chunks=chunks)
+        array = array[tuple(None if a in self.lacking else slice(None) for a in range(self.x.ndim))]
+        return self.spread(array.rechunk(self.kept, method="tasks"))
+
+    def joined(self, parts: Any, join: Callable[[Any, Any], Any] = operator.add) -> Any:
+        """What chunks of the view give, one element each, joined to one for each statistic."""
+        if self.cut < 0:
+            return tree(parts, self.axis, join)
+        before = (slice(None),) * self.cut
+        each = [tree(parts.blocks[(*before, slice(a, b))], self.axis, join) for a, b in pairwise(self.firsts)]
+        return da.concatenate(each, self.cut)
+
+    def spread(self, array: Any) -> Any:
+        """One element for each statistic, beside the chunks of the view."""
+        if self.cut < 0:
+            return array
+        groups = [k for k, (a, b) in enumerate(pairwise(self.firsts)) for _ in range(a, b)]
+        return array.blocks[(*(slice(None),) * self.cut, groups)]

@@ -140,7 +140,7 @@ def _moments(call: Call) -> Any:
     """The moments of each statistic, with the axes that they are taken over."""
     arrays = {"x": call.view.x, **call.arrays("where")}
     parts = each(chunks.moments, arrays, np.float64, single=call.axis, numbers=True, axis=call.axis, center=call.center)
-    return tree(parts, call.axis, chunks.merged)
+    return call.view.joined(parts, chunks.merged)
 
 
 def _forward(name: str, given: dict[str, Any]) -> Any:
@@ -170,7 +170,7 @@ def _forward(name: str, given: dict[str, Any]) -> Any:
     else:
         if not view.is_whole and not call.frozen:
             arrays |= again({"x": x}, moments)
-        y = each(chunks.applied, arrays | {"moments": moments}, dtype, out_dtype=dtype, **told)
+        y = each(chunks.applied, arrays | {"moments": view.spread(moments)}, dtype, out_dtype=dtype, **told)
     results = [view.back(y)]
     if options.get("return_stats"):
         names = ("mean", "rstd") if call.center else ("rstd",)
@@ -186,7 +186,7 @@ def _statistic(call: Call, moments: Any, name: str) -> Any:
     found = each(
         chunks.statistic, {"moments": moments}, call.dtype, like="moments", name=name, eps=call.eps,
         of_norm=call.of_norm,
-    ).squeeze(call.axis)  # fmt: skip
+    ).squeeze(call.view.lacking)  # fmt: skip
     if "use_input_stats" in call.options and call.frozen:  # one for each image
         images = call.total.chunks[0]
         found = da.broadcast_to(found, (sum(images), *found.shape), chunks=(images, *found.chunks))
@@ -227,8 +227,8 @@ def _backward(name: str, given: dict[str, Any]) -> Any:
     if not view.is_whole and not call.frozen:
         beside = {key: a for key, a in data.items() if key != "dresidual"}
         sums = each(chunks.sums, beside | statistics | params, np.float64, single=call.axis, numbers=True, **told)
-        statistics["sums"] = tree(sums, call.axis)
-        data = again(data, statistics["sums"])
+        sums = view.joined(sums)
+        data, statistics["sums"] = again(data, sums), view.spread(sums)
     if call.of_norm:
         return view.back(each(chunks.gradient_of_norm, data | statistics, x.dtype, axis=call.axis, eps=call.eps))
     wanted = tuple(key for key in ("dx", "dweight", "dbias", "dslopes") if key in need)
