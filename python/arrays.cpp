@@ -371,8 +371,11 @@ struct Lent {
 bool may_have_tangents(const Library& library) {
   if (library.kind != Library::Kind::torch) return false;
   static const Name level("_current_level");
-  static const nb::handle forward_ad = python_module("torch.autograd.forward_ad").release();
-  return nb::cast<int>(level.of(forward_ad)) >= 0;
+  static const nb::handle forward_ad = [] {
+    const nb::object autograd = nb::getattr(python_module("torch"), "autograd", nb::none());
+    return nb::getattr(autograd, "forward_ad", nb::none()).release();  // None of what only looks like PyTorch
+  }();
+  return !forward_ad.is_none() && nb::cast<int>(level.of(forward_ad)) >= 0;
 }
 
 bool is_plain(nb::handle tensor) {

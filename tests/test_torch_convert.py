@@ -197,7 +197,7 @@ def test_classes_of_their_own_stay():
     made = nn.Sequential(Custom(2, 4), nn.ReLU(), nn.LazyBatchNorm1d(), nn.SyncBatchNorm(4))
     done = nt.convert(made)
     assert not done.converted
-    assert done.left == {"0": "Custom is a class of its own"}
+    assert done.left == {"0": "Custom is a class of its own", "3": "SyncBatchNorm is a class of its own"}
 
 
 class Uses(nn.Module):

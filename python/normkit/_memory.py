@@ -67,7 +67,8 @@ def _tensor(torch: Any, name: str, tensor: Any, is_written: bool) -> Any:
             f"{name} requires grad, expected a tensor that does not: use normkit.torch, whose functions record "
             f"gradients, or pass {name}.detach()"
         )
-    if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+    forward_ad = getattr(getattr(torch, "autograd", None), "forward_ad", None)  # None of what only looks like PyTorch
+    if forward_ad is not None and forward_ad.unpack_dual(tensor).tangent is not None:
         raise TypeError(
             f"{name} has a tangent, expected a tensor that has none: normkit has no derivatives in forward mode; pass "
             f"torch.autograd.forward_ad.unpack_dual({name}).primal"
