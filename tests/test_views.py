@@ -231,6 +231,7 @@ def test_outputs_of_another_dtype_are_rounded_once(dtype, out, order, cut, isa, 
     assert bits(nk.normalize(x, axis=(1, 3), out_dtype=out)) == bits(y.astype(DTYPES[out]))
 
 
+@pytest.mark.skipif(ON_GPU, reason="where arrays are packed, their library rounds them")
 @pytest.mark.parametrize(("out", "digits"), [("float32", 23), ("float16", 10), ("bfloat16", 7)])
 def test_float64_is_rounded_once(out, digits, isa):
     """Just beyond the middle of two numbers, which float32 would take for the middle itself; and what is no number."""
