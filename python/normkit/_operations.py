@@ -191,6 +191,31 @@ class Frame:
         return self.spec._replace(kind=kind, axes=self.axes, groups=1, eps=eps)
 
 
+def aligned(statistics: Any, axes: Sequence[int], shape: Sequence[int]) -> Any:
+    """Statistics over these axes, counted from the end, as they broadcast against an array of this shape."""
+    return statistics.reshape([1 if k - len(shape) in axes else extent for k, extent in enumerate(shape)])
+
+
+# ---- statistics, in any library's words ----------------------------------------------------------------------------
+
+
+def rstd_of(xp: Any, var: Any, count: Any) -> Any:
+    """1 / sqrt(var), where `var` has eps in it; 0, as its gradients are, where there is nothing to divide by."""
+    is_there = (var > 0) & (count > 0)
+    return xp.where(is_there, 1 / xp.sqrt(xp.where(is_there, var, 1)), 0)
+
+
+def learnt(xp: Any, old: Any, found: Any, count: Any, momentum: float) -> Any:
+    """A running statistic after those of all images, which lie along a first axis, with their numbers of members.
+
+    It moves towards the average of those that have two members or more, as an unbiased variance has to.
+    """
+    counts = count >= 2
+    images = counts.sum(0)
+    average = xp.where(counts, found, 0).sum(0) / images.clip(1)
+    return xp.where(images > 0, (1 - momentum) * old + momentum * average, old)
+
+
 # ---- the forward in a library's own words ------------------------------------------------------------------------
 
 
@@ -218,10 +243,9 @@ def composed(words: Words, spec: Spec, given: dict[str, Any], constants: dict[st
         return wide(array.reshape(frame.param_shape(array.shape)))
 
     if spec.frozen:
-        shape = [1 if axis - data.ndim in frame.axes else extent for axis, extent in enumerate(data.shape)]
         if constants.get("mean") is not None:
-            data = data - wide(constants["mean"].reshape(shape))
-        y = data * wide(constants["rstd"].reshape(shape))
+            data = data - wide(aligned(constants["mean"], frame.axes, data.shape))
+        y = data * wide(aligned(constants["rstd"], frame.axes, data.shape))
     else:
         where = constants.get("where")
         mask = None if where is None else frame.data(words.broadcast(where, tuple(x.shape)))
@@ -255,6 +279,4 @@ def _normalized(xp: Any, data: Any, mask: Any, frame: Frame, eps: float) -> Any:
     count = xp.clip(counted, 1)
     for _ in range(2 * frame.spec.is_centered):  # the mean is rounded: the second one is that of what is left
         data = data - members(data) / count
-    var = members(data**2) / count + eps
-    is_there = (var > 0) & (counted > 0)  # else rstd is 0, and so are its gradients
-    return data * xp.where(is_there, 1 / xp.sqrt(xp.where(is_there, var, 1)), 0)
+    return data * rstd_of(xp, members(data**2) / count + eps, counted)

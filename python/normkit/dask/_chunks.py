@@ -23,6 +23,7 @@ from dask.layers import ArrayOverlapLayer
 from .. import functional as core
 from .. import phases
 from .._memory import views_of
+from .._operations import learnt
 from ..phases import Moments
 
 Axes: TypeAlias = tuple[int, ...]
@@ -145,14 +146,11 @@ def share(x: Any, *, k: int) -> Any:
     return x[k].astype(np.float64)
 
 
-def learnt(running: Any, moments: Any, *, name: str, momentum: float) -> Any:
-    """A running statistic after the statistics of all images, as the core has it."""
-    count, old = moments[..., 2], running.astype(np.float64)
-    counts = count >= 2  # else there is no unbiased variance
-    found = moments[..., 0] if name == "running_mean" else moments[..., 1] / np.maximum(count - 1, 1)
-    images = counts.sum(0)
-    average = np.where(counts, found, 0).sum(0) / np.maximum(images, 1)
-    return np.where(images > 0, (1 - momentum) * old + momentum * average, old).astype(running.dtype)
+def learned(running: Any, moments: Any, *, name: str, momentum: float) -> Any:
+    """A running statistic after the statistics of all images."""
+    mean, m2, count = (moments[..., k] for k in range(3))
+    found = mean if name == "running_mean" else m2 / np.maximum(count - 1, 1)
+    return learnt(np, running.astype(np.float64), found, count, momentum).astype(running.dtype)
 
 
 # ---- as arrays of dask -------------------------------------------------------------------------------------------

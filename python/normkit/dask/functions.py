@@ -198,8 +198,8 @@ def _learnt(call: Call, moments: Any, name: str) -> Any:
     moments = moments[(None,) * (3 - moments.ndim)].rechunk({0: -1})  # (N, C) or (1, C), and numbers
     running = call.given[name].rechunk((moments.chunks[1],))
     return da.blockwise(
-        partial(chunks.learnt, name=name, momentum=float(call.options["momentum"])), "c", running, "c", moments, "nck",
-        dtype=running.dtype, meta=running._meta, concatenate=True, align_arrays=False, token="normkit-learnt",
+        partial(chunks.learned, name=name, momentum=float(call.options["momentum"])), "c", running, "c", moments, "nck",
+        dtype=running.dtype, meta=running._meta, concatenate=True, align_arrays=False, token="normkit-learned",
     )  # fmt: skip
 
 

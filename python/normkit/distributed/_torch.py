@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import phases
-from .._operations import Frame, Spec, call_of
+from .._operations import Frame, Spec, aligned, call_of, learnt
 from ..torch._operations import Optional, activation_of, backward, eps_of
 from . import add, merge
 
@@ -37,13 +37,10 @@ def normalized(
 
 
 def _learn(whole: phases.Moments, momentum: float, *running: Optional) -> None:
-    """Moves running statistics towards the average over all statistics of a channel that have two members or more."""
     for old, found in zip(running, (whole.mean, whole.var(1)), strict=True):
         if old is not None:
-            counts = torch.atleast_2d(whole.count >= 2)
-            share = counts.sum(0)
-            new = torch.where(counts, found, 0).sum(0) / share.clip(1)
-            old.copy_(torch.where(share > 0, (1 - momentum) * old.double() + momentum * new, old))
+            statistics = torch.atleast_2d(found), torch.atleast_2d(whole.count)
+            old.copy_(learnt(torch, old.double(), *statistics, momentum))
 
 
 def _options(spec: Spec, slopes: Optional) -> dict[str, Any]:
@@ -95,7 +92,7 @@ class _Backward(torch.autograd.Function):
             dx = phases.apply_backward(dy, x, whole, rstd, sums, whole.count, weight, **options)
         mean = whole.mean
         if x.dtype == torch.float64 and mean is not None:  # a mean that is two numbers
-            x, mean = x - _aligned(mean, x, spec), whole.mean_low
+            x, mean = x - aligned(mean, spec.axes, x.shape), whole.mean_low
         frozen = spec._replace(frozen=True)
         params = backward(dy, x, mean, rstd, weight, bias, None, slopes, None, frozen, (False, *need[1:]))
         return dx, *params[1:]
@@ -114,10 +111,10 @@ class _Backward(torch.autograd.Function):
         """
         dy, x, weight, where = ctx.saved_tensors
         spec, group, whole = ctx.others
-        count, rstd = (_aligned(s, x, spec) for s in (whole.count.clip(1), whole.rstd(spec.eps)))
+        count, rstd = (aligned(s, spec.axes, x.shape) for s in (whole.count.clip(1), whole.rstd(spec.eps)))
         x_hat = x.double() * rstd
         if spec.is_centered:
-            mean, low = (_aligned(s, x, spec) for s in (whole.mean, whole.mean_low))
+            mean, low = (aligned(s, spec.axes, x.shape) for s in (whole.mean, whole.mean_low))
             x_hat = (x.double() - mean - low) * rstd
         w = 1.0 if weight is None else weight.double() + spec.weight_offset
         m = 1.0 if where is None else where.double()
@@ -126,7 +123,7 @@ class _Backward(torch.autograd.Function):
         h = dy * h
         terms = (g, m * v, h, g * x_hat, m * v * x_hat, h * x_hat, v * g)
         sums = add(torch.stack([t.sum(spec.axes) for t in terms], -1), group)
-        a_g, a_v, a_h, b_g, b_v, b_h, vg = (_aligned(s, x, spec) / count for s in sums.unbind(-1))
+        a_g, a_v, a_h, b_g, b_v, b_h, vg = (aligned(s, spec.axes, x.shape) / count for s in sums.unbind(-1))
         if not spec.is_centered:
             a_g = a_v = a_h = torch.zeros_like(a_g)
         c = h - rstd * (m * v * b_g + g * b_v)
@@ -141,9 +138,3 @@ class _Backward(torch.autograd.Function):
             d_dy = d_dy + ddbias
         d_weight = None if weight is None else (dy * by_g).sum_to_size(weight.shape)
         return d_dy, d_x, d_weight, *(None,) * 7
-
-
-def _aligned(statistics: Tensor, x: Tensor, spec: Spec) -> Tensor:
-    """Statistics as they broadcast against x."""
-    shape = [1 if axis - x.dim() in spec.axes else extent for axis, extent in enumerate(x.shape)]
-    return statistics.reshape(shape)

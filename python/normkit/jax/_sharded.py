@@ -11,7 +11,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from .._operations import Frame, Spec, composed
+from .._operations import Frame, Spec, aligned, composed, learnt, rstd_of
 from ._transforms import _WORDS, eps_of
 from ._xla import RUNNING, Arrays, Call, compute_dtype, execute, vary, varying_along
 
@@ -69,7 +69,7 @@ def _gradients(spec: Spec, axis_name: Any, kept: Any, cotangents: Any) -> Any:
         cotangents = lax.psum(cotangents, axis_name)
     by_mean, _, by_var, _ = vary(cotangents / jnp.maximum(found[3], 1), varying_along(x))
     centered = _centered(spec, x, vary(found, varying_along(x)))
-    dx = _aligned(spec, by_mean, x.ndim, x.shape) + 2 * _aligned(spec, by_var, x.ndim, x.shape) * centered
+    dx = aligned(by_mean, spec.axes, x.shape) + 2 * aligned(by_var, spec.axes, x.shape) * centered
     if "where" in parts:
         dx = jnp.where(parts["where"], dx, 0)
     return ({name: dx.astype(x.dtype) if name == "x" else None for name in parts},)
@@ -78,35 +78,22 @@ def _gradients(spec: Spec, axis_name: Any, kept: Any, cotangents: Any) -> Any:
 _statistics.defvjp(_kept, _gradients)
 
 
-def _aligned(spec: Spec, statistics: Any, ndim: int, shape: tuple[int, ...]) -> Any:
-    """Statistics as they broadcast against x."""
-    return statistics.reshape([1 if axis - ndim in spec.axes else extent for axis, extent in enumerate(shape)])
-
-
 def _centered(spec: Spec, x: Any, statistics: Any) -> Any:
     x = x.astype(statistics.dtype)
     if not spec.is_centered:
         return x
-    mean, low = (_aligned(spec, s, x.ndim, x.shape) for s in statistics[:2])
+    mean, low = (aligned(s, spec.axes, x.shape) for s in statistics[:2])
     return x - mean - low
 
 
 def _rstd(spec: Spec, statistics: Any) -> Any:
-    var = statistics[2] + spec.eps
-    is_there = (var > 0) & (statistics[3] > 0)  # else rstd is 0, and so are its gradients
-    return jnp.where(is_there, 1 / jnp.sqrt(jnp.where(is_there, var, 1)), 0)
+    return rstd_of(jnp, statistics[2] + spec.eps, statistics[3])
 
 
 def _learnt(statistics: Any, momentum: float, running: Arrays) -> Arrays:
-    """Running statistics after all statistics of a channel that have two members or more."""
     mean, _, var, count = (jnp.atleast_2d(s) for s in statistics)
-    counts = count >= 2
     found = {"running_mean": mean, "running_var": var * count / jnp.maximum(count - 1, 1)}
-    share = counts.sum(0)
-
-    def after(name: str, old: Any) -> Any:
-        average = jnp.where(counts, found[name], 0).sum(0) / jnp.maximum(share, 1)
-        new = (1 - momentum) * old.astype(average.dtype) + momentum * average
-        return jnp.where(share > 0, new, old).astype(old.dtype)
-
-    return {name: after(name, old) for name, old in running.items()}
+    return {
+        name: learnt(jnp, old.astype(mean.dtype), found[name], count, momentum).astype(old.dtype)
+        for name, old in running.items()
+    }
