@@ -43,7 +43,7 @@ template <class T> using VectorOf = typename ComputeOf<T>::Vector;
 template <class T> using RegisterOf = typename ComputeOf<T>::Register;
 
 /// op() of the registers of vectors, one after the other. The calls are written out: through a loop the compiler sees registers
-/// only after everything is inlined, and takes half as long again.
+/// only after everything is inlined: kernels for AVX2 took a fifth longer to compile.
 template <class Op, class Reg, int kRegs, class... Packs>
 NORMKIT_LOCAL Pack<Reg, kRegs> each(Op op, Pack<Reg, kRegs> a, Packs... more) {
   static_assert(kRegs == 1 || kRegs == 2 || kRegs == 4);
