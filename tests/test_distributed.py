@@ -594,25 +594,30 @@ def test_another_shape_is_an_error_in_all_processes(processes):
     processes(2, "unlike_in")
 
 
-def ending_in(group, rank):
-    """Process 1 dies. Of 2 and 3, which have agreed on a shape, 3 comes with another: 2 finds a mark that it does not
-    know, and gloo ends 3, where what 2 sends has no room."""
+def ending_in(group, rank, other):
+    """Process 1 dies. 2 and 3 have agreed on two shapes, and each comes with one of them."""
     pairs = [distributed.new_group(ranks) for ranks in ([0, 1], [2, 3])]
     own = pairs[rank // 2]
-    nt.instance_norm(torch.ones(2, 3, 5), process_group=own)
+    for shape in ((2, 3), other):
+        nt.instance_norm(torch.ones(*shape, 5), process_group=own)
     if rank == 1:
         os._exit(7)
-    nt.instance_norm(torch.ones(2, 4 if rank == 3 else 3, 5), process_group=own)
+    nt.instance_norm(torch.ones(*(other if rank == 3 else (2, 3)), 5), process_group=own)
 
 
-def test_all_end_where_one_is_dead_or_changes_its_shape(tmp_path):
+@pytest.mark.parametrize("other", [(3, 2), (2, 4)], ids=["as-many", "more"])
+def test_all_end_where_one_is_dead_or_changes_its_shape(other, tmp_path):
+    """Of as many statistics both find a mark that they do not know. Of more, gloo ends who has no room for them, and
+    the other one finds the mark or a broken connection, whichever comes first."""
     pool = Processes(__name__, 4, tmp_path)
     try:
-        first, dead, second, third = pool.outcomes(4, "ending_in")
+        first, dead, *both = pool.outcomes(4, "ending_in", other)
         assert "RuntimeError" in first
         assert dead == "ended with 7"
-        assert all(isinstance(outcome, str) and outcome != "gave no answer" for outcome in (second, third))
-        assert "another process has something else than moments of shape (2, 3)" in second + third
+        assert all(isinstance(outcome, str) and outcome != "gave no answer" for outcome in both)
+        if other == (3, 2):
+            for outcome, shape in zip(both, ("(2, 3)", "(3, 2)"), strict=True):
+                assert f"another process has something else than moments of shape {shape}" in outcome
     finally:
         pool.close()
 
