@@ -266,15 +266,18 @@ class Results {
 /// The outputs that a call returns, in this order.
 constexpr OperandIndex kForwardResults[] = {normkit::kOut, normkit::kMean, normkit::kRstd, normkit::kSum};
 constexpr OperandIndex kBackwardResults[] = {normkit::kOut, normkit::kDweight, normkit::kDbias, normkit::kDslopes};
+constexpr OperandIndex kDoubleResults[] = {normkit::kDdy, normkit::kOut, normkit::kDweight};
 
 /// What a call returns. `alone`: a backward returns dx and no tuple, as there are no parameters whose gradients could
 /// be wanted.
 nb::object returned(const Plan& plan, Results& results, bool alone) {
   if (plan.op == Op::moments) return std::move(results[normkit::kMoments]);
   if (plan.op == Op::backward_sums) return std::move(results[normkit::kSums]);
-  const bool all = plan.op == Op::backward && !alone;  // None for what is not wanted, but for dslopes
-  const std::span<const OperandIndex> order =
-      all ? std::span<const OperandIndex>(kBackwardResults) : std::span<const OperandIndex>(kForwardResults);
+  const bool twice = plan.op == Op::double_backward;
+  const bool all = twice || (plan.op == Op::backward && !alone);  // None for what is not wanted, but for dslopes
+  const std::span<const OperandIndex> order = twice ? std::span<const OperandIndex>(kDoubleResults)
+                                              : all ? std::span<const OperandIndex>(kBackwardResults)
+                                                    : std::span<const OperandIndex>(kForwardResults);
   const auto is_returned = [&](OperandIndex k) {
     return (all && k != normkit::kDslopes) || plan.wanted & operand_bit(k);
   };
@@ -381,7 +384,7 @@ class Function final : public function::Body {
   /// In a phase, Moments in the place of a mean become arrays of the call, which are returned: `values` borrow them.
   std::pair<nb::object, nb::object> take_moments(PyObject** values) const {
     const nb::handle given = values[normkit::kMean];
-    if (op_ == Op::forward || op_ == Op::backward || given.is_none() || PyArray_Check(given.ptr())) return {};
+    if (op_ == Op::forward || op_ == Op::backward || op_ == Op::double_backward || given.is_none() || PyArray_Check(given.ptr())) return {};
     if (PyObject_IsInstance(given.ptr(), python_module("normkit.phases").attr("Moments").ptr()) != 1) return {};
     std::pair<nb::object, nb::object> mean{given.attr("mean"), given.attr("mean_low")};
     values[normkit::kMean] = mean.first.ptr();
@@ -561,7 +564,8 @@ int index_of(const char* word, std::span<const char* const> names) {
 }  // namespace
 
 nb::object function(nb::handle type, nb::handle python, const char* op, const char* kind, nb::dict fixed) {
-  constexpr const char* kOpNames[] = {"forward", "moments", "apply", "backward", "backward_sums", "apply_backward"};
+  constexpr const char* kOpNames[] = {"forward",       "moments",        "apply",          "backward",
+                                      "backward_sums", "apply_backward", "double_backward"};
   auto body = std::make_unique<Function>(static_cast<Op>(index_of(op, kOpNames)),
                                          static_cast<options::Kind>(index_of(kind, options::kKindNames)));
   function::Arguments arguments(options::kSlots);

@@ -27,7 +27,7 @@ class Body {
 /// How the arguments of a function are laid out in slots, and the values of those that are not passed.
 class Arguments {
  public:
-  static constexpr int kMostSlots = 36;
+  static constexpr int kMostSlots = 40;
 
   explicit Arguments(int slots) : slots_(slots) {}
   void set(int slot, nb::handle value);

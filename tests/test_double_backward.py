@@ -347,7 +347,7 @@ ERRORS = {
     "nothing": (
         instance, NONE, ValueError, "ddx, ddweight and ddbias are None, expected an array for at least one of them",
     ),
-    "ddx-shape": (instance, {"ddx": f32(4)}, ValueError, "ddx has shape (4,), expected (2, 3, 8): the shape of x"),
+    "ddx-shape": (instance, {"ddx": f32(4)}, ValueError, "ddx has shape (4,), expected (2, 3, 8), the shape of x"),
     "ddx-dtype": (
         instance, {"ddx": np.ones(X)}, TypeError, "ddx has dtype float64, expected float32, the dtype of x",
     ),

@@ -387,14 +387,16 @@ void check(const OperandRow& row, const Args& args, const Spec& spec, Op op, Dty
       break;
     }
     case Role::param: {
-      if (!written) break;  // judged with the axes that they vary along
-      check_floating(row.name, a);
+      const bool is_second = row.array == &Args::ddweight || row.array == &Args::ddbias;
+      if (!written && !is_second) break;  // judged with the axes that they vary along
+      is_second ? check_wide_dtype(row.name, a, x.dtype) : check_floating(row.name, a);
       const bool is_of_bias = row.array == &Args::dbias && args.bias.present,
                  is_of_slopes = row.array == &Args::dslopes;
       const Array& like = is_of_slopes ? args.slopes : is_of_bias ? args.bias : args.weight;
       const std::vector<std::int64_t> absent = extents_of(x.shape, axes_of_absent(spec));
       check_shape(row.name, a, like.present ? like.shape : absent,
-                  is_of_slopes ? ", the shape of slopes"
+                  is_second      ? args.weight.present ? ": the shape of weight" : ": the shape of dweight"
+                  : is_of_slopes ? ", the shape of slopes"
                   : is_of_bias ? ", the shape of bias"
                                : ", the shape of weight");
       break;
@@ -436,6 +438,8 @@ Params judge(const Args& args, const Spec& spec, Op op, Dtype out_dtype, std::sp
   for (const int k : {kSlopes, kDslopes})
     if (!has_slopes && (args.*kOperandTable[k].array).present)
       value_error(std::string(kOperandTable[k].name) + " is given, expected None: the activation is not prelu");
+  if (op == Op::double_backward && !args.ddx.present && !args.ddweight.present && !args.ddbias.present)
+    value_error("ddx, ddweight and ddbias are None, expected an array for at least one of them");
   const Params params = judge_params(args, spec);
   if (op == Op::forward) check_running(args, spec);
   if (args.residual.present && !is_floating(args.x.dtype))

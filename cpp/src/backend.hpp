@@ -84,10 +84,13 @@ struct Task {
   Denominator denominator;
   Activation activation;  // of y; in backward, dy is the gradient of what it gave
   Operand x, y, dy, dx;
+  bool twice = false;    // the gradient of a backward, with respect to dy, x and weight
+  Operand ddx, d_dy;     // of that: the gradient with respect to dx, and what it gives for dy
   Operand where;             // one byte an element, members are those that are not 0; without data all are
   Operand source, residual;  // forward: x is written first, as source + residual. Backward: residual is added to dx
   Param weight, bias;
   Param slopes;  // of prelu
+  Param ddweight, ddbias;
   Given given;
   std::byte* mean = nullptr;  // of compute_dtype(x), one element per statistic; may be null
   std::byte* rstd = nullptr;
@@ -192,16 +195,21 @@ constexpr bool turns_columns(const Task& t) {
 /// Arrays of columns in the table of the lanes traversal.
 inline constexpr std::int64_t kTableColumns = 10;
 
+/// Doubles of an entry of Task::partials and of Task::solved, for the gradient of a backward.
+inline constexpr std::int64_t kSecondDoubles = 9;
+
 /// Doubles of one entry of Task::partials: moments, or the sums of backward and the count, of a span; of all columns of
 /// one in the lanes traversal.
-constexpr std::int64_t partial_doubles(const Geometry& g, Traversal traversal, bool is_backward, Dtype compute) {
-  const std::int64_t quantities = is_backward || compute == Dtype::float64 ? 4 : 3;
-  return traversal == Traversal::lanes ? quantities * whole_vectors(g.columns()) : quantities;
+constexpr std::int64_t partial_doubles(const Task& t, bool is_backward) {
+  if (t.twice) return kSecondDoubles;
+  const std::int64_t quantities = is_backward || compute_dtype(t.x.dtype) == Dtype::float64 ? 4 : 3;
+  return t.traversal == Traversal::lanes ? quantities * whole_vectors(t.geometry.columns()) : quantities;
 }
 
 /// Doubles of one entry of Task::solved: a Solved (runs), or the table of the columns of one outer index (lanes).
-constexpr std::int64_t solved_doubles(const Geometry& g, Traversal traversal) {
-  return traversal == Traversal::lanes ? kTableColumns * array_of_columns(g) : 6;
+constexpr std::int64_t solved_doubles(const Task& t) {
+  if (t.twice) return kSecondDoubles;
+  return t.traversal == Traversal::lanes ? kTableColumns * array_of_columns(t.geometry) : 6;
 }
 
 /// Doubles of scratch that a thread needs for one outer index of the lanes traversal: sums of all spans, of one and of its
@@ -247,20 +255,21 @@ constexpr bool constant_in_column(const Geometry& g) {
   return p.count == 1 || g.columns() % (p.stride * p.count) == 0 || p.stride % (g.steps * g.columns()) == 0;
 }
 
-/// The entry points of one instruction set. Fused: a range counts fused_units(), each read, solved and written while it
+/// The entry points of one direction. Fused: a range counts fused_units(), each read, solved and written while it
 /// is in cache. Split, for few and large statistics: a range counts spans of statistics (runs) or of outer indices (lanes),
 /// in phases: sums fill `partials`, finish() merges them into `solved` (its range counts statistics or outer indices),
 /// apply writes. Both give the same bits. `scratch` is the calling thread's own, scratch_doubles() long.
+struct Loops {
+  void (*fused)(const Task&, std::int64_t begin, std::int64_t end, double* scratch);
+  void (*sums)(const Task&, std::int64_t begin, std::int64_t end, double* scratch);
+  void (*finish)(const Task&, std::int64_t begin, std::int64_t end);
+  void (*apply)(const Task&, std::int64_t begin, std::int64_t end);
+};
+
+/// One instruction set.
 struct Isa {
   const char* name;
-  void (*forward)(const Task&, std::int64_t begin, std::int64_t end, double* scratch);
-  void (*forward_sums)(const Task&, std::int64_t begin, std::int64_t end, double* scratch);
-  void (*forward_finish)(const Task&, std::int64_t begin, std::int64_t end);
-  void (*forward_apply)(const Task&, std::int64_t begin, std::int64_t end);
-  void (*backward)(const Task&, std::int64_t begin, std::int64_t end, double* scratch);
-  void (*backward_sums)(const Task&, std::int64_t begin, std::int64_t end, double* scratch);
-  void (*backward_finish)(const Task&, std::int64_t begin, std::int64_t end);
-  void (*backward_apply)(const Task&, std::int64_t begin, std::int64_t end);
+  Loops forward, backward, double_backward;
   /// Merges n sets of moments (mean, m2, count and mean_low each) into as many others.
   void (*merge)(double* into, const double* from, std::int64_t n, Dtype compute);
   /// How many vectors of 16 floats the registers hold.

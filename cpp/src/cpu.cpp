@@ -101,9 +101,8 @@ Common carve(Carver& carver, Task& t, const Policy& p, bool is_backward) {
   common.buffers = reinterpret_cast<std::byte*>(carver.take(p.buffer / 8 * p.threads));
   if (p.split || p.by_spans) {
     const std::int64_t statistics = p.split ? p.statistics : p.threads;
-    t.partials = carver.take(statistics * p.spans *
-                             partial_doubles(t.geometry, t.traversal, is_backward, compute_dtype(t.x.dtype)));
-    t.solved = carver.take(statistics * solved_doubles(t.geometry, t.traversal));
+    t.partials = carver.take(statistics * p.spans * partial_doubles(t, is_backward));
+    t.solved = carver.take(statistics * solved_doubles(t));
   }
   return common;
 }
@@ -157,7 +156,8 @@ Use use_of(const Task& t, Operand Task::* operand, Phase pass) {
   const bool applies = pass != Phase::reduce;
   if (t.dy.data) {
     if (operand == &Task::residual) return {applies, false};
-    return {operand != &Task::dx, operand == &Task::dx && applies};
+    const bool is_output = operand == &Task::dx || operand == &Task::d_dy;
+    return {!is_output, is_output && applies};
   }
   // x is written first where there is a residual; statistics that are given have no pass before the one that applies them.
   const bool forms = t.residual.data && (pass != Phase::apply || t.frozen);
@@ -230,9 +230,7 @@ void units_by_spans(const Job& job, const Policy& p, std::byte* buffer, int slot
   Job mine = job;
   Task& t = mine.task;
   const bool is_backward = t.dy.data != nullptr;
-  const std::int64_t partials =
-      p.spans * partial_doubles(t.geometry, t.traversal, is_backward, compute_dtype(t.x.dtype));
-  const std::int64_t solved = solved_doubles(t.geometry, t.traversal);
+  const std::int64_t partials = p.spans * partial_doubles(t, is_backward), solved = solved_doubles(t);
   for (std::int64_t unit = begin; unit < end; ++unit) {
     t.partials = job.task.partials + (slot - unit) * partials, t.solved = job.task.solved + (slot - unit) * solved;
     const std::int64_t first = unit * p.spans, last = first + p.spans;
@@ -373,7 +371,7 @@ void total_dparams(const Task& t, double* totals) {
     totals[p] += dweight, totals[count + p] += dbias;
   };
   if (t.kind == ParamKind::row) {
-    const bool wide = compute_dtype(t.x.dtype) == Dtype::float64;
+    const bool wide = t.twice || compute_dtype(t.x.dtype) == Dtype::float64;
     for (std::int64_t group = 0; group < g.outer * row_groups(g); ++group) {
       const double* d = t.dparams + 2 * group * g.run;
       const float* f = reinterpret_cast<const float*>(d);
@@ -411,23 +409,23 @@ void run_forward(Job& job, double* workspace) {
   const auto buffer = [&](int slot) { return space.common.buffers + slot * p.buffer; };
   const auto sums = [&](int slot) {
     return [&isa, own = scratch(slot)](const Task& part, std::int64_t first, std::int64_t last) {
-      isa.forward_sums(part, first, last, own);
+      isa.forward.sums(part, first, last, own);
     };
   };
   if (p.by_spans) {
     over(0, p.units, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
-      units_by_spans(job, p, buffer(slot), slot, begin, end, sums(slot), isa.forward_finish, isa.forward_apply);
+      units_by_spans(job, p, buffer(slot), slot, begin, end, sums(slot), isa.forward.finish, isa.forward.apply);
     });
   } else if (!p.split) {
     over(0, p.units, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
       if (!p.sum_row)
         return in_blocks(job, p, buffer(slot), begin, end,
                          [&](const Task& part, std::int64_t first, std::int64_t last) {
-          isa.forward(part, first, last, scratch(slot));
+          isa.forward.fused(part, first, last, scratch(slot));
         });
       Task mine = t;  // every statistic is formed in the same row
       mine.x = {reinterpret_cast<std::byte*>(space.rows + slot * p.sum_row), t.x.dtype, {}};
-      isa.forward(mine, begin, end, scratch(slot));
+      isa.forward.fused(mine, begin, end, scratch(slot));
     });
   } else {
     for (std::int64_t k = 0; k < p.statistics; ++k) {
@@ -436,10 +434,10 @@ void run_forward(Job& job, double* workspace) {
         over(first, last, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
           in_spans(job, p, buffer(slot), Phase::reduce, begin, end, sums(slot));
         });
-      isa.forward_finish(t, k, k + 1);
+      isa.forward.finish(t, k, k + 1);
       if (t.phase == Phase::reduce) continue;
       over(first, last, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
-        in_spans(job, p, buffer(slot), Phase::apply, begin, end, isa.forward_apply);
+        in_spans(job, p, buffer(slot), Phase::apply, begin, end, isa.forward.apply);
       });
     }
   }
@@ -450,6 +448,7 @@ void run_backward(Job& job, double* workspace) {
   Task& t = job.task;
   if (t.phase == Phase::both && !t.dx.data && !job.dweight.data && !job.dbias.data) return;
   const Isa& isa = current_isa();
+  const Loops& loops = t.twice ? isa.double_backward : isa.backward;
   const Policy p = policy_for(t, job.threads, isa);
   Carver carver{workspace};
   const BackwardSpace space = carve_backward(carver, job, p);
@@ -463,18 +462,18 @@ void run_backward(Job& job, double* workspace) {
   const auto scratch = [&](int slot) { return space.common.scratch + slot * space.common.scratch_stride; };
   const auto buffer = [&](int slot) { return space.common.buffers + slot * p.buffer; };
   const auto sums = [&](int slot) {
-    return [&isa, own = scratch(slot)](const Task& part, std::int64_t first, std::int64_t last) {
-      isa.backward_sums(part, first, last, own);
+    return [&loops, own = scratch(slot)](const Task& part, std::int64_t first, std::int64_t last) {
+      loops.sums(part, first, last, own);
     };
   };
   if (p.by_spans) {
     over(0, p.units, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
-      units_by_spans(job, p, buffer(slot), slot, begin, end, sums(slot), isa.backward_finish, isa.backward_apply);
+      units_by_spans(job, p, buffer(slot), slot, begin, end, sums(slot), loops.finish, loops.apply);
     });
   } else if (!p.split) {
     over(0, p.units, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
       in_blocks(job, p, buffer(slot), begin, end, [&](const Task& part, std::int64_t first, std::int64_t last) {
-        isa.backward(part, first, last, scratch(slot));
+        loops.fused(part, first, last, scratch(slot));
       });
     });
   } else {
@@ -482,10 +481,10 @@ void run_backward(Job& job, double* workspace) {
       over(0, p.statistics * p.spans, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
         in_spans(job, p, buffer(slot), Phase::reduce, begin, end, sums(slot));
       });
-    isa.backward_finish(t, 0, p.statistics);
+    loops.finish(t, 0, p.statistics);
     if (t.phase != Phase::reduce)
       over(0, p.units * p.spans, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
-        in_spans(job, p, buffer(slot), Phase::apply, begin, end, isa.backward_apply);
+        in_spans(job, p, buffer(slot), Phase::apply, begin, end, loops.apply);
       });
   }
   const ParamGradient* out[2] = {&job.dweight, &job.dbias};

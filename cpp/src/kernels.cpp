@@ -1,4 +1,4 @@
-// Both traversals, forward and backward, compiled once for every row of isas.def. This file exports one symbol: the
+// Both traversals, forward, backward and the gradient of that, compiled once for every row of isas.def. This file exports one symbol: the
 // Isa.
 #include <cstddef>
 #include <cstdint>
@@ -15,6 +15,7 @@
 #include "kernels/batches.hpp"
 #include "kernels/runs_backward.hpp"
 #include "kernels/batches_backward.hpp"
+#include "kernels/double_backward.hpp"
 #include "kernels/lanes.hpp"
 #include "kernels/lanes_backward.hpp"
 
@@ -122,14 +123,9 @@ void merge_moments(double* into, const double* from, std::int64_t n, Dtype compu
 
 extern const Isa NORMKIT_SYMBOL(NORMKIT_ISA_NAME);
 const Isa NORMKIT_SYMBOL(NORMKIT_ISA_NAME){NORMKIT_NAME_OF(NORMKIT_ISA_NAME),
-                                           forward,
-                                           forward_sums,
-                                           forward_finish,
-                                           forward_apply,
-                                           backward,
-                                           backward_sums,
-                                           backward_finish,
-                                           backward_apply,
+                                           {forward, forward_sums, forward_finish, forward_apply},
+                                           {backward, backward_sums, backward_finish, backward_apply},
+                                           {second_fused, second_sums, second_finish, second_apply},
                                            merge_moments,
                                            kHeldVectors};
 

@@ -66,7 +66,7 @@ void call(const Args& args, const Spec& spec, Op op) {
     if (contains(row.writes, op) && (args.*row.array).present)
       wanted |= operand_bit(static_cast<int>(&row - kOperandTable));
     const bool is_dparam = row.role == Role::param && contains(row.writes, Op::backward);
-    if (is_dparam && (args.*row.array).present && is_backward(op) && op != Op::backward)
+    if (is_dparam && (args.*row.array).present && is_backward(op) && !contains(row.writes, op))
       value_error(std::string(row.name) + " is given, expected None: phases have no such gradient");
     const bool needed = numbers_of(row.role) || (row.array == &Args::out && op != Op::backward);
     if (contains(row.writes, op) && needed && !(args.*row.array).present)
@@ -96,5 +96,6 @@ void apply(const Args& args, const Spec& spec) { call(args, spec, Op::apply); }
 void backward(const Args& args, const Spec& spec) { call(args, spec, Op::backward); }
 void backward_sums(const Args& args, const Spec& spec) { call(args, spec, Op::backward_sums); }
 void apply_backward(const Args& args, const Spec& spec) { call(args, spec, Op::apply_backward); }
+void double_backward(const Args& args, const Spec& spec) { call(args, spec, Op::double_backward); }
 
 }  // namespace normkit

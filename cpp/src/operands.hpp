@@ -10,8 +10,8 @@
 
 namespace normkit {
 
-/// What a call does: a direction, as a whole or one of its two phases.
-enum class Op : std::uint8_t { forward, moments, apply, backward, backward_sums, apply_backward };
+/// What a call does: a direction, as a whole or one of its two phases; or the gradient of a backward.
+enum class Op : std::uint8_t { forward, moments, apply, backward, backward_sums, apply_backward, double_backward };
 
 constexpr bool is_backward(Op op) { return op >= Op::backward; }
 constexpr Phase phase_of(Op op) { return static_cast<Phase>(static_cast<int>(op) % 3); }
@@ -23,11 +23,12 @@ constexpr bool contains(Ops set, Op op) { return set >> static_cast<int>(op) & 1
 
 inline constexpr Ops kForward = ops(Op::forward, Op::moments, Op::apply);
 inline constexpr Ops kBackward = ops(Op::backward, Op::backward_sums, Op::apply_backward);
+inline constexpr Ops kDouble = ops(Op::double_backward);
 
 enum OperandIndex : std::uint8_t {
   // clang-format off
-  kX, kDy, kWeight, kBias, kSlopes, kRunningMean, kRunningVar, kResidual, kDresidual, kWhere, kMeanLow, kMean, kRstd, kSums, kCount,
-  kOut, kSum, kMoments, kDweight, kDbias, kDslopes, kOperands
+  kX, kDy, kWeight, kBias, kSlopes, kRunningMean, kRunningVar, kResidual, kDresidual, kWhere, kDdx, kDdweight, kDdbias, kMeanLow,
+  kMean, kRstd, kSums, kCount, kOut, kSum, kMoments, kDweight, kDbias, kDslopes, kDdy, kOperands
   // clang-format on
 };
 
@@ -60,28 +61,32 @@ struct OperandRow {
 
 inline constexpr OperandRow kOperandTable[] = {
     // clang-format off
-    {"x", &Args::x, Role::x, kForward | kBackward, 0},
-    {"dy", &Args::dy, Role::like_x, kBackward, 0},
-    {"weight", &Args::weight, Role::param, ops(Op::forward, Op::apply) | kBackward, 0},
+    {"x", &Args::x, Role::x, kForward | kBackward | kDouble, 0},
+    {"dy", &Args::dy, Role::like_x, kBackward | kDouble, 0},
+    {"weight", &Args::weight, Role::param, ops(Op::forward, Op::apply) | kBackward | kDouble, 0},
     {"bias", &Args::bias, Role::param, ops(Op::forward, Op::apply) | kBackward, 0},
     {"slopes", &Args::slopes, Role::param, ops(Op::forward, Op::apply) | kBackward, 0},
     {"running_mean", &Args::running_mean, Role::running, ops(Op::forward), ops(Op::forward)},
     {"running_var", &Args::running_var, Role::running, ops(Op::forward), ops(Op::forward)},
     {"residual", &Args::residual, Role::like_x, ops(Op::forward, Op::moments), 0},
     {"dresidual", &Args::dresidual, Role::like_x, ops(Op::backward, Op::apply_backward), 0},
-    {"where", &Args::where, Role::mask, kForward | kBackward, 0},
+    {"where", &Args::where, Role::mask, kForward | kBackward | kDouble, 0},
+    {"ddx", &Args::ddx, Role::like_x, kDouble, 0},
+    {"ddweight", &Args::ddweight, Role::param, kDouble, 0},
+    {"ddbias", &Args::ddbias, Role::param, kDouble, 0},
     {"mean_low", &Args::mean_low, Role::statistic, ops(Op::apply), 0},
-    {"mean", &Args::mean, Role::statistic, ops(Op::apply) | kBackward, ops(Op::forward, Op::moments)},
-    {"rstd", &Args::rstd, Role::statistic, ops(Op::apply) | kBackward, ops(Op::forward, Op::moments)},
+    {"mean", &Args::mean, Role::statistic, ops(Op::apply) | kBackward | kDouble, ops(Op::forward, Op::moments)},
+    {"rstd", &Args::rstd, Role::statistic, ops(Op::apply) | kBackward | kDouble, ops(Op::forward, Op::moments)},
     {"sums", &Args::sums, Role::sums, ops(Op::apply_backward), ops(Op::backward_sums)},
     {"count", &Args::count, Role::count, ops(Op::apply_backward), 0},
-    {"out", &Args::out, Role::like_x, 0, ops(Op::forward, Op::apply, Op::backward, Op::apply_backward),
+    {"out", &Args::out, Role::like_x, 0, ops(Op::forward, Op::apply, Op::backward, Op::apply_backward) | kDouble,
      operand_bit(kX) | operand_bit(kDy)},
     {"sum", &Args::sum, Role::like_x, 0, ops(Op::forward, Op::moments), operand_bit(kX) | operand_bit(kResidual)},
     {"moments", &Args::moments, Role::moments, 0, ops(Op::moments)},
-    {"dweight", &Args::dweight, Role::param, 0, ops(Op::backward)},
+    {"dweight", &Args::dweight, Role::param, 0, ops(Op::backward) | kDouble},
     {"dbias", &Args::dbias, Role::param, 0, ops(Op::backward)},
     {"dslopes", &Args::dslopes, Role::param, 0, ops(Op::backward)},
+    {"d_dy", &Args::d_dy, Role::like_x, 0, kDouble},
     // clang-format on
 };
 static_assert(std::size(kOperandTable) == kOperands);

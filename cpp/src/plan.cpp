@@ -61,19 +61,19 @@ struct Blocks {
 };
 
 /// The order in which a call walks its arrays: that of dense arrays of one shape. It follows from x alone, and with it the
-/// order of all sums. It is the order of x in memory, or, where the geometry cannot hold that, its kept axes are the
-/// slowest and its reduced axes the fastest.
+/// order of all sums. It is the order of x in memory, or, where the geometry cannot hold that or statistics have to be walked one
+/// by one, its kept axes are the slowest and its reduced axes the fastest.
 struct Walked {
   Extents strides;  // of a dense array, in elements
   AxisOrder order;  // of the axes of x
   Layout layout;    // of the axes of the blocks
   bool is_memory_order = true;
 
-  Walked(const Array& x, const Spec& spec, const Blocks& blocks) {
+  Walked(const Array& x, const Spec& spec, const Blocks& blocks, bool one_by_one) {
     Extents own;
     element_strides(x, own);
     order = memory_order(x.shape, std::span(own.data(), x.shape.size()));
-    if (holds(x, blocks)) return;
+    if (!one_by_one && holds(x, blocks)) return;
     is_memory_order = false;
     order.count = 0;
     const AxisMask channel = spec.num_groups > 0 ? axis_bit(spec.channel_axis) : 0;
@@ -283,6 +283,8 @@ void place(Plan& p, const Seen& seen, const Blocks& blocks, const Layout& layout
   if (is_backward(p.op)) {
     t.dy = operand(kDy, dtype), t.dx = operand(kOut, dtype);
     if (args.dresidual.present) t.residual = operand(kDresidual, dtype);
+    if (args.ddx.present) t.ddx = operand(kDdx, dtype);
+    if (t.twice) t.d_dy = operand(kDdy, dtype);
   } else {
     t.y = operand(kOut, args.out.present ? args.out.dtype : shapes.out_dtype);
     if (args.residual.present) {  // t.x is then the sum, see point()
@@ -379,7 +381,7 @@ bool schedule(Plan& p, Seen& seen, const Blocks& blocks, const Walked& walked) {
 
   p.job = Job{};
   Task& t = p.job.task;
-  p.job.is_backward = backward;
+  p.job.is_backward = backward, t.twice = p.op == Op::double_backward;
   t.phase = phase_of(p.op), t.centered = spec.centered, t.activation = spec.activation;
   t.denominator = {spec.eps, spec.divides_by_norm};
   t.frozen = !spec.use_input_stats || p.op == Op::apply;
@@ -399,7 +401,7 @@ bool schedule(Plan& p, Seen& seen, const Blocks& blocks, const Walked& walked) {
   }
   if (!wants_params) t.kind = ParamKind::none;
   t.weight.dtype = args.weight.dtype, t.weight.offset = spec.weight_offset, t.bias.dtype = args.bias.dtype,
-  t.slopes.dtype = args.slopes.dtype;
+  t.slopes.dtype = args.slopes.dtype, t.ddweight.dtype = args.ddweight.dtype, t.ddbias.dtype = args.ddbias.dtype;
   if (backward || p.op == Op::apply)
     t.given = {nullptr, nullptr, args.mean.dtype,    args.rstd.dtype, 1, t.geometry.statistics(),
                false,   nullptr, args.mean_low.dtype};
@@ -460,7 +462,8 @@ void repeat_params(Seen& seen, const Plan& p, const Shapes& own, AxisMask axes, 
   };
   for (const auto& [k, a, own_axes] :
        {std::tuple{kWeight, &given.weight, params.axes}, std::tuple{kBias, &given.bias, params.bias_axes},
-        std::tuple{kSlopes, &given.slopes, params.slope_axes}}) {
+        std::tuple{kSlopes, &given.slopes, params.slope_axes}, std::tuple{kDdweight, &given.ddweight, params.axes},
+        std::tuple{kDdbias, &given.ddbias, params.axes}}) {
     Extents bytes;
     for (int axis = 0; axis < a->ndim(); ++axis) bytes[axis] = a->stride(axis);
     if (a->present || (k == kWeight && (p.writes(kDweight) || p.writes(kDbias) || p.writes(kDslopes))))
@@ -526,7 +529,7 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted, bool on
   shapes.out_dtype = is_backward(op) ? like_x : args.out_dtype == Dtype::other ? said : args.out_dtype;
   if (args.residual.present && (shapes.out_dtype != x.dtype || op == Op::moments)) p.makes |= operand_bit(kSum);
   const Blocks blocks(x, spec);
-  const Walked walked(x, spec, blocks);
+  const Walked walked(x, spec, blocks, op == Op::double_backward);
   describe(x, blocks, walked, shapes);
   Params params = judge(args, spec, op, shapes.out_dtype, shapes.statistics());
   Seen seen = Seen{args, spec, params};
@@ -570,6 +573,7 @@ void point(Job& job, Op op, const Addresses& at) {
     t.dy.data = at[kDy], t.dx.data = at[kOut], t.residual.data = at[kDresidual];
     t.bias.data = t.activation.kind == ActivationKind::none ? nullptr : at[kBias];
     t.sums = reinterpret_cast<double*>(at[kSums]), t.counts = reinterpret_cast<const double*>(at[kCount]);
+    t.ddx.data = at[kDdx], t.d_dy.data = at[kDdy], t.ddweight.data = at[kDdweight], t.ddbias.data = at[kDdbias];
     job.dweight.data = at[kDweight], job.dbias.data = at[kDbias], job.dslopes.data = at[kDslopes];
   } else {
     t.y.data = at[kOut], t.bias.data = at[kBias];

@@ -179,6 +179,8 @@ Policy policy_for(const Task& t, int threads, const Isa& isa) {
     p.buffer = bytes_of_block(t, elements);
   }
 
+  if (t.twice) return p;
+
   const bool sums_residual = is_forward && t.residual.data && t.x.data == t.y.data;
   if (sums_residual && !gathered && !p.split && one_run && run_bytes <= sum_row_bytes()) p.sum_row = run_bytes / 8 + 8;
 

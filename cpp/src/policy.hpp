@@ -25,8 +25,8 @@ bool gathers(const Task& t);
 /// True where the parts of arrays that have to be in buffers together are small enough for that.
 bool can_gather(const Task& t);
 /// The arrays of a task that may have views.
-inline constexpr Operand Task::* kViewed[] = {&Task::x,     &Task::y,      &Task::dy,      &Task::dx,
-                                              &Task::where, &Task::source, &Task::residual};
+inline constexpr Operand Task::* kViewed[] = {&Task::x,      &Task::y,        &Task::dy,  &Task::dx,  &Task::where,
+                                              &Task::source, &Task::residual, &Task::ddx, &Task::d_dy};
 /// Bytes of one array's part of a buffer.
 constexpr std::int64_t buffer_bytes(std::int64_t elements, Dtype dtype) {
   return ceil_div(elements * size_of(dtype), 64) * 64;

@@ -16,7 +16,6 @@ import numpy as np
 
 from . import _core
 from ._compiled import body, compiled
-from ._double_backward import double_backward
 from ._memory import Memory, views_of, views_or_numbers
 from ._types import (
     Activation,
@@ -230,7 +229,7 @@ def instance_norm_backward(
     body()
 
 
-@double_backward("instance", instance_norm_backward)
+@compiled("double_backward", "instance")
 def instance_norm_double_backward(
     ddx: Array | None,
     ddweight: Array | None,
@@ -243,6 +242,7 @@ def instance_norm_double_backward(
     *,
     channel_axis: Integer = 1,
     use_input_stats: Flag = True,
+    where: Mask | None = None,
     weight_offset: Number = 0.0,
 ) -> tuple[Any, Any, Any]:
     """The gradient of a scalar through `instance_norm_backward`, as a penalty on gradients needs it.
@@ -283,6 +283,7 @@ def instance_norm_double_backward(
     >>> d_dy.round(4).tolist()
     [[[0.1633, -0.2041, 0.0408]]]
     """
+    body()
 
 
 @compiled("forward", "group")
@@ -372,7 +373,7 @@ def group_norm_backward(
     body()
 
 
-@double_backward("group", group_norm_backward)
+@compiled("double_backward", "group")
 def group_norm_double_backward(
     ddx: Array | None,
     ddweight: Array | None,
@@ -386,6 +387,7 @@ def group_norm_double_backward(
     *,
     channel_axis: Integer = 1,
     use_input_stats: Flag = True,
+    where: Mask | None = None,
     weight_offset: Number = 0.0,
 ) -> tuple[Any, Any, Any]:
     """The gradient of a scalar through `group_norm_backward`.
@@ -408,6 +410,7 @@ def group_norm_double_backward(
     >>> d_dy.round(2).tolist()
     [[[0.89, -0.89], [-0.89, 0.89]]]
     """
+    body()
 
 
 @compiled("forward", "layer")
@@ -500,7 +503,7 @@ def layer_norm_backward(
     body()
 
 
-@double_backward("layer", layer_norm_backward)
+@compiled("double_backward", "layer")
 def layer_norm_double_backward(
     ddx: Array | None,
     ddweight: Array | None,
@@ -513,6 +516,7 @@ def layer_norm_double_backward(
     *,
     axis: Axes = -1,
     use_input_stats: Flag = True,
+    where: Mask | None = None,
     weight_offset: Number = 0.0,
 ) -> tuple[Any, Any, Any]:
     """The gradient of a scalar through `layer_norm_backward`.
@@ -537,6 +541,7 @@ def layer_norm_double_backward(
     >>> d_dy.round(3).tolist()
     [[1.0, 1.0, 1.0]]
     """
+    body()
 
 
 @compiled("forward", "layer", center=False)
@@ -629,7 +634,7 @@ def rms_norm_backward(
     body()
 
 
-@double_backward("layer", rms_norm_backward)
+@compiled("double_backward", "layer", center=False)
 def rms_norm_double_backward(
     ddx: Array | None,
     ddweight: Array | None,
@@ -641,6 +646,7 @@ def rms_norm_double_backward(
     *,
     axis: Axes = -1,
     use_input_stats: Flag = True,
+    where: Mask | None = None,
     weight_offset: Number = 0.0,
 ) -> tuple[Any, Any, Any]:
     """The gradient of a scalar through `rms_norm_backward`.
@@ -666,6 +672,7 @@ def rms_norm_double_backward(
     >>> d_dy.tolist(), d_x.tolist()
     ([[1.0, 1.0]], [[0.0, 0.0]])
     """
+    body()
 
 
 @compiled("forward", "batch")
@@ -769,7 +776,7 @@ def batch_norm_backward(
     body()
 
 
-@double_backward("batch", batch_norm_backward)
+@compiled("double_backward", "batch")
 def batch_norm_double_backward(
     ddx: Array | None,
     ddweight: Array | None,
@@ -782,6 +789,7 @@ def batch_norm_double_backward(
     *,
     training: Flag = True,
     channel_axis: Integer = 1,
+    where: Mask | None = None,
     weight_offset: Number = 0.0,
 ) -> tuple[Any, Any, Any]:
     """The gradient of a scalar through `batch_norm_backward`.
@@ -912,6 +920,7 @@ def adaptive_instance_norm_backward(
     >>> dstyle.round(3).tolist()
     [[[2.0, 2.0]]]
     """
+    body()
     unknown = [name for name in need if name not in ("dcontent", "dstyle")]
     if unknown:
         raise ValueError(f"need has {unknown[0]!r}, expected names from ('dcontent', 'dstyle')")
@@ -1190,7 +1199,7 @@ def normalize_backward(
     body()
 
 
-@double_backward("normalize", normalize_backward)
+@compiled("double_backward", "normalize")
 def normalize_double_backward(
     ddx: Array | None,
     ddweight: Array | None,
@@ -1204,6 +1213,7 @@ def normalize_double_backward(
     axis: Axes,
     center: Flag = True,
     use_input_stats: Flag = True,
+    where: Mask | None = None,
     weight_offset: Number = 0.0,
 ) -> tuple[Any, Any, Any]:
     """The gradient of a scalar through `normalize_backward`.
@@ -1228,3 +1238,4 @@ def normalize_double_backward(
     >>> d_dy.tolist()
     [[1.0, 1.0, 1.0]]
     """
+    body()

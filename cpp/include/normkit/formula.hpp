@@ -212,6 +212,49 @@ template <class V> NORMKIT_HD V through_statistics(V x, V mean, V b, V c) { retu
 /// member.
 template <class V> NORMKIT_HD V backward(V g, V a, V through) { return mul_add(g, a, through); }
 
+// ---- the gradient of a backward ----------------------------------------------------------------------------------
+
+/// Sums over the elements of a statistic, where d = x - mean, v is the gradient with respect to dx, g = dy * weight, and
+/// q = dy * ddweight. Those of v, v * d and d are over members alone.
+template <class V> struct SecondSums { V v, vd, g, gd, vg, q, qd, d; };
+
+template <class V> NORMKIT_HD SecondSums<V> operator+(SecondSums<V> a, SecondSums<V> b) {
+  return {a.v + b.v, a.vd + b.vd, a.g + b.g, a.gd + b.gd, a.vg + b.vg, a.q + b.q, a.qd + b.qd, a.d + b.d};
+}
+
+/// Moves sums that were taken about one mean to a mean that is `shift` above it.
+NORMKIT_HD SecondSums<double> recenter(SecondSums<double> s, double shift) {
+  s.vd = mul_add(-shift, s.v, s.vd), s.gd = mul_add(-shift, s.g, s.gd), s.qd = mul_add(-shift, s.q, s.qd);
+  return s;
+}
+
+/// The coefficients of an element: x_hat = (x - mean) * rstd + origin, and
+///
+///     rp = v * rstd + x_hat * along + constant                               rstd * P(v)
+///     d_dy = weight * rp + ddweight * x_hat + ddbias
+///     d_x = dy * (weight * g + ddweight * rstd) + v * v + x_hat * x + c      the last three terms for members alone
+///
+/// P(u) = u - mean(u) - x_hat * mean(u * x_hat), and dx = rstd * P(g). For h = q - rstd * (v * mean(g * x_hat) +
+/// g * mean(v * x_hat)), which is what x_hat gets, d_x = rstd * P(h) - rstd^2 * x_hat * mean(P(v) * g).
+template <class V> struct SecondGradient { V rstd, origin, along, constant, v, g, x, c; };
+
+/// `sums` are taken about the true mean, which is `shift` above the given one; RMS subtracts no averages.
+NORMKIT_HD SecondGradient<double> second_gradient_of(double rstd, double shift, SecondSums<double> sums, double n,
+                                                     bool centered) {
+  const double origin = -shift * rstd;
+  if (n == 0) return {rstd, origin, 0, 0, 0, 0, 0, 0};
+  const double v = centered ? sums.v / n : 0, g = centered ? sums.g / n : 0, q = centered ? sums.q / n : 0;
+  const double vx = rstd * sums.vd / n, gx = rstd * sums.gd / n, qx = rstd * sums.qd / n;
+  const double h = q - rstd * (v * gx + g * vx), hx = qx - 2 * rstd * vx * gx, pvg = sums.vg / n - v * g - vx * gx;
+  return {rstd, origin, -rstd * vx, -rstd * v, -rstd * rstd * gx, -rstd * rstd * vx, -rstd * (hx + rstd * pvg), -rstd * h};
+}
+
+/// The part of d_weight that a statistic has, from sums where dy stands for g: the sum of dy * rp.
+NORMKIT_HD double second_dweight(double rstd, SecondSums<double> sums, double n, bool centered, bool frozen) {
+  if (frozen || n == 0) return rstd * sums.vg;
+  return rstd * (sums.vg - ((centered ? sums.v * sums.g : 0) + rstd * sums.vd * (rstd * sums.gd)) / n);
+}
+
 /// A running statistic r after another statistic s: r <- (1 - momentum) * r + momentum * s.
 NORMKIT_HD double running(double r, double s, double momentum) { return (1 - momentum) * r + momentum * s; }
 

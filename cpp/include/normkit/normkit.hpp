@@ -124,16 +124,18 @@ Spec normalize_spec(int ndim, std::span<const std::int64_t> axes, bool centered 
 Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 
 /// The arrays of a call. Letters say which calls use an array; other calls leave it alone: f forward(), m moments(),
-/// a apply(), b backward(), s backward_sums(), d apply_backward(). An array that is not wanted may be absent, unless
-/// the table says otherwise.
+/// a apply(), b backward(), s backward_sums(), d apply_backward(), 2 double_backward(). An array that is not wanted may
+/// be absent, unless the table says otherwise.
 ///
 /// ```
 /// x                   all   any dtype (backward: floating), any strides; see forward() for what is refused
-/// dy                  bsd   like x
+/// dy                  bsd2  like x
 /// weight, bias        fabsd float32, float64 or the dtype of x; absent means 1 and 0. In backward bias says what shape dbias
 ///                           has, and counts where there is an activation
 /// slopes              fabsd like weight, of prelu alone; one element may stand for all
-/// mean, rstd          absd  float32 or float64, one element per statistic; shape: the kept axes of x. mean is absent where
+/// ddx                 2     like x
+/// ddweight, ddbias    2     like weight, or, without one, of the shape that dweight has then
+/// mean, rstd          absd2 float32 or float64, one element per statistic; shape: the kept axes of x. mean is absent where
 ///                           spec.centered is false
 ///                     fm    of compute_dtype(x), written
 /// mean_low            a     like mean, what it has left over: moments() finds it, and apply() has the bits of forward() then
@@ -151,7 +153,9 @@ Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 /// moments             m     float64, the kept axes of x and 4, written: mean, sum of squared deviations, count, mean_low
 /// dweight, dbias      b     the shapes of weight and bias, any floating dtype, written. Without bias dbias is like dweight; without
 ///                           weight dweight has the extents of the first form, or of the normalized axes
+///                     2     dweight: the gradient with respect to weight
 /// dslopes             b     the shape of slopes, any floating dtype, written
+/// d_dy                2     like x, written; `out` is the gradient with respect to x
 /// ```
 ///
 /// An array that is written must overlap no other, except where the table says so. Statistics, parameters and their
@@ -160,7 +164,7 @@ struct Args {
   /// @{
   /// One array of the call, as the table says.
   Array x, dy, weight, bias, slopes, mean, rstd, mean_low, running_mean, running_var, residual, dresidual, where, sums,
-      count, out, sum, moments, dweight, dbias, dslopes;
+      count, out, sum, moments, dweight, dbias, dslopes, ddx, ddweight, ddbias, d_dy;
   /// @}
   Dtype out_dtype = Dtype::other;  ///< that y is to have; `other`: the dtype of x, or float32 for an integer x
   /// Called where the memory of two arrays interleaves; returns true where they share an element. Where it is null,
@@ -227,6 +231,20 @@ void backward_sums(const Args& args, const Spec& spec);
 /// phases take the same mean and rstd. That mean may be rounded: the third sum tells how far it is from the mean of the
 /// data, and corrects the other two. Allocation and errors are those of forward().
 void apply_backward(const Args& args, const Spec& spec);
+
+/// The gradient of backward(): of a scalar that is a function of dx, dweight and dbias, and whose gradient with respect to
+/// these is ddx, ddweight and ddbias, with respect to dy, x and weight.
+///
+///     P(u) = u - mean(u) - x_hat * mean(u * x_hat)    g = dy * weight    q = dy * ddweight
+///     d_dy = weight * rstd * P(ddx) + ddweight * x_hat + ddbias
+///     out = rstd * P(q) - rstd^2 * (x_hat * mean(P(ddx) * g) + mean(ddx * x_hat) * P(g) + mean(g * x_hat) * P(ddx))
+///     dweight = sum(dy * rstd * P(ddx))
+///
+/// Statistics are functions of x here, so that `out` is the whole derivative; with spec.use_input_stats false they are
+/// constants, and only rstd * q is left of it. With a mask, averages are sums divided by the number of members: over
+/// members alone of ddx, over all elements of the rest; what comes through the statistics is for members alone. There is no
+/// activation. All is computed in float64. Aliasing, allocation and errors are those of forward().
+void double_backward(const Args& args, const Spec& spec);
 
 /// Merges n moments of parts of x, four numbers each, into as many others (Chan, Golub and LeVeque, 1979): into[k] becomes
 /// the moments of the members of into[k] and from[k] together. Either may have none: (0, 0, 0, 0). `x`: the dtype of x.
