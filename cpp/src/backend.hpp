@@ -195,20 +195,23 @@ constexpr bool turns_columns(const Task& t) {
 /// Arrays of columns in the table of the lanes traversal.
 inline constexpr std::int64_t kTableColumns = 10;
 
-/// Doubles of an entry of Task::partials and of Task::solved, for the gradient of a backward.
-inline constexpr std::int64_t kSecondDoubles = 9;
+/// The dtype in which gradients of parameters are kept that follow the elements.
+constexpr Dtype element_gradient_dtype(const Task& t) { return t.twice ? Dtype::float64 : compute_dtype(t.x.dtype); }
+
+/// For the gradient of a backward: sums of a statistic or of a column, and what is known of a column.
+inline constexpr int kSecondDoubles = 9, kSecondTable = 12;
 
 /// Doubles of one entry of Task::partials: moments, or the sums of backward and the count, of a span; of all columns of
 /// one in the lanes traversal.
 constexpr std::int64_t partial_doubles(const Task& t, bool is_backward) {
-  if (t.twice) return kSecondDoubles;
-  const std::int64_t quantities = is_backward || compute_dtype(t.x.dtype) == Dtype::float64 ? 4 : 3;
+  const bool four = is_backward || compute_dtype(t.x.dtype) == Dtype::float64;
+  const std::int64_t quantities = t.twice ? kSecondDoubles : four ? 4 : 3;
   return t.traversal == Traversal::lanes ? quantities * whole_vectors(t.geometry.columns()) : quantities;
 }
 
 /// Doubles of one entry of Task::solved: a Solved (runs), or the table of the columns of one outer index (lanes).
 constexpr std::int64_t solved_doubles(const Task& t) {
-  if (t.twice) return kSecondDoubles;
+  if (t.twice) return t.traversal == Traversal::lanes ? kSecondTable * whole_vectors(t.geometry.columns()) : 8;
   return t.traversal == Traversal::lanes ? kTableColumns * array_of_columns(t.geometry) : 6;
 }
 

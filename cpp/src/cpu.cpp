@@ -354,7 +354,7 @@ BackwardSpace carve_backward(Carver& carver, Job& job, const Policy& p) {
   if (t.kind == ParamKind::element) {
     const ParamGradient* out[2] = {&job.dweight, &job.dbias};
     for (int k = 0; k < 2; ++k)
-      if (out[k]->data && out[k]->dtype != compute_dtype(t.x.dtype)) space.elements[k] = carver.take(t.geometry.size());
+      if (out[k]->data && out[k]->dtype != element_gradient_dtype(t)) space.elements[k] = carver.take(t.geometry.size());
     return space;
   }
   t.dparams = carver.take(2 * dparam_units(t.geometry, t.kind));
@@ -371,7 +371,7 @@ void total_dparams(const Task& t, double* totals) {
     totals[p] += dweight, totals[count + p] += dbias;
   };
   if (t.kind == ParamKind::row) {
-    const bool wide = t.twice || compute_dtype(t.x.dtype) == Dtype::float64;
+    const bool wide = element_gradient_dtype(t) == Dtype::float64;
     for (std::int64_t group = 0; group < g.outer * row_groups(g); ++group) {
       const double* d = t.dparams + 2 * group * g.run;
       const float* f = reinterpret_cast<const float*>(d);
@@ -495,7 +495,7 @@ void run_backward(Job& job, double* workspace) {
         store_gradient(*out[k], p, space.totals[k * t.geometry.parameters() + p]);
     if (space.elements[k])
       for (std::int64_t p = 0; p < t.geometry.size(); ++p) {
-        const bool wide = compute_dtype(t.x.dtype) == Dtype::float64;
+        const bool wide = element_gradient_dtype(t) == Dtype::float64;
         store_gradient(
             *out[k], p,
             wide ? space.elements[k][p] : static_cast<double>(reinterpret_cast<float*>(space.elements[k])[p]));

@@ -2,6 +2,7 @@
 // Isa.
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "backend.hpp"
 #include "normkit/activation.hpp"
@@ -15,9 +16,9 @@
 #include "kernels/batches.hpp"
 #include "kernels/runs_backward.hpp"
 #include "kernels/batches_backward.hpp"
-#include "kernels/double_backward.hpp"
 #include "kernels/lanes.hpp"
 #include "kernels/lanes_backward.hpp"
+#include "kernels/double_backward.hpp"
 
 namespace normkit {
 namespace {

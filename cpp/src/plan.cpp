@@ -61,19 +61,19 @@ struct Blocks {
 };
 
 /// The order in which a call walks its arrays: that of dense arrays of one shape. It follows from x alone, and with it the
-/// order of all sums. It is the order of x in memory, or, where the geometry cannot hold that or statistics have to be walked one
-/// by one, its kept axes are the slowest and its reduced axes the fastest.
+/// order of all sums. It is the order of x in memory, or, where the geometry cannot hold that, its kept axes are the
+/// slowest and its reduced axes the fastest.
 struct Walked {
   Extents strides;  // of a dense array, in elements
   AxisOrder order;  // of the axes of x
   Layout layout;    // of the axes of the blocks
   bool is_memory_order = true;
 
-  Walked(const Array& x, const Spec& spec, const Blocks& blocks, bool one_by_one) {
+  Walked(const Array& x, const Spec& spec, const Blocks& blocks) {
     Extents own;
     element_strides(x, own);
     order = memory_order(x.shape, std::span(own.data(), x.shape.size()));
-    if (!one_by_one && holds(x, blocks)) return;
+    if (holds(x, blocks)) return;
     is_memory_order = false;
     order.count = 0;
     const AxisMask channel = spec.num_groups > 0 ? axis_bit(spec.channel_axis) : 0;
@@ -456,7 +456,8 @@ void repeat_params(Seen& seen, const Plan& p, const Shapes& own, AxisMask axes, 
   const Extents strides = dense_strides(given.x.shape, axes, order);
   const auto put = [&](OperandIndex k, const Array& like, AxisMask own_axes, std::span<const std::int64_t> shape,
                        const Extents& bytes) {
-    const Dtype dtype = like.present && like.dtype == Dtype::float64 ? like.dtype : compute_dtype(given.x.dtype);
+    const bool wide = p.op == Op::double_backward || (like.present && like.dtype == Dtype::float64);
+    const Dtype dtype = wide ? Dtype::float64 : compute_dtype(given.x.dtype);
     const auto of = [&](int axis) { return param_axis(own_axes, ndim, static_cast<int>(shape.size()), axis); };
     seen.put(k, dtype, repeated_shape, strides, repeated(ndim, shape, bytes, of));
   };
@@ -529,7 +530,7 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted, bool on
   shapes.out_dtype = is_backward(op) ? like_x : args.out_dtype == Dtype::other ? said : args.out_dtype;
   if (args.residual.present && (shapes.out_dtype != x.dtype || op == Op::moments)) p.makes |= operand_bit(kSum);
   const Blocks blocks(x, spec);
-  const Walked walked(x, spec, blocks, op == Op::double_backward);
+  const Walked walked(x, spec, blocks);
   describe(x, blocks, walked, shapes);
   Params params = judge(args, spec, op, shapes.out_dtype, shapes.statistics());
   Seen seen = Seen{args, spec, params};

@@ -249,10 +249,9 @@ NORMKIT_HD SecondGradient<double> second_gradient_of(double rstd, double shift, 
   return {rstd, origin, -rstd * vx, -rstd * v, -rstd * rstd * gx, -rstd * rstd * vx, -rstd * (hx + rstd * pvg), -rstd * h};
 }
 
-/// The part of d_weight that a statistic has, from sums where dy stands for g: the sum of dy * rp.
-NORMKIT_HD double second_dweight(double rstd, SecondSums<double> sums, double n, bool centered, bool frozen) {
-  if (frozen || n == 0) return rstd * sums.vg;
-  return rstd * (sums.vg - ((centered ? sums.v * sums.g : 0) + rstd * sums.vd * (rstd * sums.gd)) / n);
+/// The sum of dy * rp over some elements of a statistic, their part of d_weight, from sums in which dy stands for g.
+NORMKIT_HD double second_dweight(const SecondGradient<double>& k, SecondSums<double> sums) {
+  return k.rstd * sums.vg + k.along * (k.rstd * sums.gd) + k.constant * sums.g;
 }
 
 /// A running statistic r after another statistic s: r <- (1 - momentum) * r + momentum * s.

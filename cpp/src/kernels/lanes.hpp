@@ -435,7 +435,8 @@ class ColumnParameter {
     const std::int64_t first = t.geometry.offset(o, 0, 0, 0);
     index_ = first / map_.stride % map_.count, left_ = map_.stride - first % map_.stride;
   }
-  double of(const Param& p, double absent) const { return by_column_ ? element(p, outer_ + index_, absent) : absent; }
+  std::int64_t index() const { return outer_ + index_; }
+  double of(const Param& p, double absent) const { return by_column_ ? element(p, index(), absent) : absent; }
   void next() {
     if (--left_ > 0) return;
     left_ = map_.stride;
