@@ -243,9 +243,10 @@ NORMKIT_HD SecondGradient<double> second_gradient_of(double rstd, double shift, 
                                                      bool centered) {
   const double origin = -shift * rstd;
   if (n == 0) return {rstd, origin, 0, 0, 0, 0, 0, 0};
-  const double v = centered ? sums.v / n : 0, g = centered ? sums.g / n : 0, q = centered ? sums.q / n : 0;
-  const double vx = rstd * sums.vd / n, gx = rstd * sums.gd / n, qx = rstd * sums.qd / n;
-  const double h = q - rstd * (v * gx + g * vx), hx = qx - 2 * rstd * vx * gx, pvg = sums.vg / n - v * g - vx * gx;
+  const double share = 1 / n, all = centered ? share : 0, along = rstd * share;
+  const double v = all * sums.v, g = all * sums.g, q = all * sums.q;
+  const double vx = along * sums.vd, gx = along * sums.gd, qx = along * sums.qd;
+  const double h = q - rstd * (v * gx + g * vx), hx = qx - 2 * rstd * vx * gx, pvg = share * sums.vg - v * g - vx * gx;
   return {rstd, origin, -rstd * vx, -rstd * v, -rstd * rstd * gx, -rstd * rstd * vx, -rstd * (hx + rstd * pvg), -rstd * h};
 }
 

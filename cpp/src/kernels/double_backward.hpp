@@ -56,8 +56,16 @@ template <class V, class F> NORMKIT_LOCAL void for_doubles(std::int64_t n, F f) 
   if (i < n) f(PartOfDoubles{i, static_cast<int>(n - i)});
 }
 
-/// Zeros in the place of an array that is not there.
+/// Zeros and ones in the place of arrays that are not there.
 alignas(64) constexpr double kNothing[kBuffer] = {};
+struct Ones {
+  float value[kBuffer];
+  constexpr Ones() : value() {
+    for (float& v : value) v = 1;
+  }
+};
+alignas(64) constexpr Ones kAllOnes;
+constexpr const float* kOnes = kAllOnes.value;
 
 /// Elements of a step, one after another, and of others `step` apart.
 template <class X> struct SecondRow {
@@ -97,31 +105,34 @@ NORMKIT_LOCAL void with_row(const Task& t, std::int64_t o, std::int64_t step, st
   put(t.d_dy, room.d_dy), put(t.dx, room.d_x);
 }
 
-/// Weight, ddweight and ddbias of n <= kBuffer elements: one for all of them, or one for each.
-template <bool kEach> class SecondParams {
- public:
-  const double *weight, *ddweight, *ddbias;
+/// Weight, ddweight and ddbias: W is float or double.
+template <class W> struct SecondParams { const W *weight, *ddweight, *ddbias; };
 
-  SecondParams(const Task& t, std::int64_t parameter, std::int64_t n)
-      : weight(read(t.weight, parameter, n, 1, 0)),
-        ddweight(read(t.ddweight, parameter, n, 0, 1)),
-        ddbias(read(t.ddbias, parameter, n, 0, 2)) {}
-
- private:
-  const double* read(const Param& p, std::int64_t parameter, std::int64_t n, double absent, int k) {
-    double* const to = room_[k];
-    if constexpr (!kEach) {
-      *to = element(p, parameter, absent);
-      return to;
-    }
-    if (ParamBuffer<double>::reads_in_place(p)) return at<double>(p.data, parameter);
+/// Calls f(parameters) with one for all elements.
+template <class F> NORMKIT_LOCAL void with_param(const Task& t, std::int64_t parameter, F f) {
+  const double weight = element(t.weight, parameter, 1), ddweight = element(t.ddweight, parameter, 0),
+               ddbias = element(t.ddbias, parameter, 0);
+  f(SecondParams<double>{&weight, &ddweight, &ddbias});
+}
+/// Calls f(parameters) with those of n <= kBuffer elements, one for each: where they lie, or else as doubles in a buffer.
+template <class F> NORMKIT_LOCAL void with_params(const Task& t, std::int64_t parameter, std::int64_t n, F f) {
+  const auto lies = [](const Param& p) { return !p.data || (p.dtype == Dtype::float32 && p.offset == 0); };
+  if (lies(t.weight) && lies(t.ddweight) && lies(t.ddbias)) {
+    const auto in_place = [&](const Param& p, const float* absent) {
+      return p.data ? at<float>(p.data, parameter) : absent;
+    };
+    const float* const zeros = reinterpret_cast<const float*>(kNothing);
+    return f(SecondParams<float>{in_place(t.weight, kOnes), in_place(t.ddweight, zeros), in_place(t.ddbias, zeros)});
+  }
+  alignas(64) double room[3][kBuffer];
+  const auto read = [&](const Param& p, double absent, double* to) {
     if (p.data) read_doubles(p.data + parameter * size_of(p.dtype), p.dtype, n, to);
     const double offset = p.data ? p.offset : absent;
     for (std::int64_t i = 0; i < n; ++i) to[i] = p.data ? to[i] + offset : offset;
     return to;
-  }
-  alignas(64) double room_[3][kEach ? kBuffer : 1];
-};
+  };
+  f(SecondParams<double>{read(t.weight, 1, room[0]), read(t.ddweight, 0, room[1]), read(t.ddbias, 0, room[2])});
+}
 
 // ---- sums --------------------------------------------------------------------------------------------------------
 
@@ -145,9 +156,9 @@ NORMKIT_LOCAL void clear(SecondSums<F64>& s) {
 
 /// Adds a vector of elements. kWeighted: weight and ddweight follow the elements; else dy stands for g and for q, whose
 /// sums are left alone.
-template <bool kWeighted, class Members, class P, class X>
-NORMKIT_LOCAL void add_second(SecondSums<F64>& s, P place, SecondRow<X> a, F64 mean, const double* weight,
-                              const double* ddweight, const Members& members) {
+template <bool kWeighted, class Members, class P, class X, class W>
+NORMKIT_LOCAL void add_second(SecondSums<F64>& s, P place, SecondRow<X> a, F64 mean, SecondParams<W> p,
+                              const Members& members) {
   const F64 dy = place.load(a.dy), v = place.load(a.v), d = place.load(a.x) - mean, of_v = members.only(place, v);
   // What is no member may be NaN, where no gradient reaches it.
   const auto times = [&](F64 f, F64 total) NORMKIT_INLINE_LAMBDA {
@@ -155,22 +166,22 @@ NORMKIT_LOCAL void add_second(SecondSums<F64>& s, P place, SecondRow<X> a, F64 m
   };
   F64 g = dy;
   if constexpr (kWeighted) {
-    const F64 q = dy * place.load(ddweight);
-    g = dy * place.load(weight);
+    const F64 q = dy * place.load(p.ddweight);
+    g = dy * place.load(p.weight);
     s.q = s.q + q, s.qd = times(q, s.qd);
   }
   s.v = s.v + of_v, s.g = s.g + g, s.d = s.d + members.keep(place, d);
   s.vd = times(of_v, s.vd), s.gd = times(g, s.gd), s.vg = mul_add(v, g, s.vg);
 }
 
-template <bool kWeighted, class Members, class X>
-[[gnu::noinline]] SecondSums<double> second_row_sums(SecondRow<X> a, std::int64_t n, double mean, const double* weight,
-                                                     const double* ddweight, Members members) {
+template <bool kWeighted, class Members, class X, class W>
+[[gnu::noinline]] SecondSums<double> second_row_sums(SecondRow<X> a, std::int64_t n, double mean, SecondParams<W> p,
+                                                     Members members) {
   const F64 m = broadcast<F64>(mean);
   SecondSums<F64> s;
   clear(s);
   for_doubles<F64>(n, [&](auto place) NORMKIT_INLINE_LAMBDA {
-    add_second<kWeighted>(s, place, a, m, weight, ddweight, members);
+    add_second<kWeighted>(s, place, a, m, p, members);
   });
   SecondSums<double> sums{sum(s.v), sum(s.vd), sum(s.g), sum(s.gd), sum(s.vg), sum(s.q), sum(s.qd), sum(s.d)};
   if constexpr (!kWeighted) sums.q = sums.g, sums.qd = sums.gd;
@@ -198,10 +209,10 @@ SecondReduced second_span_sums(const Task& t, std::int64_t r, Chunks c, std::int
         SecondReduced part;
         part.n = members.count(1, piece.n);
         if (piece.linear && !shares) {
-          const SecondParams<true> p(t, piece.parameter, piece.n);
-          part.sums = second_row_sums<true>(row, piece.n, mean, p.weight, p.ddweight, members);
+          with_params(t, piece.parameter, piece.n,
+                      [&](auto p) { part.sums = second_row_sums<true>(row, piece.n, mean, p, members); });
         } else {
-          part.sums = second_row_sums<false>(row, piece.n, mean, nullptr, nullptr, members);
+          part.sums = second_row_sums<false>(row, piece.n, mean, SecondParams<double>{}, members);
           if (!shares) part.sums = second_weighted(t, piece.parameter, part.sums);
         }
         total = total + part;
@@ -218,26 +229,27 @@ struct SecondKnown { const double *mean, *rstd, *origin, *along, *constant, *v, 
 
 /// Writes d_dy and d_x, and the terms of d_weight, dy * rp, where `terms` is not null. kColumns: what is known follows the
 /// elements; kEach: parameters do. kPlain: there is no mask, and statistics are functions of x.
-template <bool kColumns, bool kEach, bool kPlain, class X>
-[[gnu::noinline]] void second_row(const Task& t, SecondRow<X> a, std::int64_t n, SecondKnown known, const double* weight,
-                                  const double* ddweight, const double* ddbias, Masked members, double* terms) {
+template <bool kColumns, bool kEach, bool kPlain, class X, class W>
+[[gnu::noinline]] void second_row(const Task& t, SecondRow<X> a, std::int64_t n, SecondKnown known, SecondParams<W> p,
+                                  Masked members, double* terms) {
   using V = std::conditional_t<kPlain, R64, F64>;  // one register at a time where there are many constants
   const bool moves = kPlain || !t.frozen, masked = !kPlain && t.where.data, has_ddweight = t.ddweight.data;
-  const auto one = [](bool each, const double* p) NORMKIT_INLINE_LAMBDA { return each ? 0.0 : *p; };
+  const auto one = [](bool each, const auto* p) NORMKIT_INLINE_LAMBDA { return each ? 0.0 : double{*p}; };
   const double mean = one(kColumns, known.mean), rstd = one(kColumns, known.rstd), origin = one(kColumns, known.origin),
                along = one(kColumns, known.along), constant_part = one(kColumns, known.constant),
                of_v = one(kColumns, known.v), of_g = one(kColumns, known.g), of_x = one(kColumns, known.x),
-               c = one(kColumns, known.c), w = one(kEach, weight), ddw = one(kEach, ddweight), ddb = one(kEach, ddbias);
+               c = one(kColumns, known.c), w = one(kEach, p.weight), ddw = one(kEach, p.ddweight),
+               ddb = one(kEach, p.ddbias);
   for_doubles<V>(n, [&](auto place) NORMKIT_INLINE_LAMBDA {
     using U = typename decltype(place)::V;
-    const auto of = [&](bool each, const double* p, double all) NORMKIT_INLINE_LAMBDA {
-      return each ? place.load(p) : broadcast<U>(all);
+    const auto of = [&](bool each, const auto* from, double all) NORMKIT_INLINE_LAMBDA {
+      return each ? place.load(from) : broadcast<U>(all);
     };
     const U dy = place.load(a.dy), v = place.load(a.v), r = of(kColumns, known.rstd, rstd);
     const U x_hat =
         forward(place.load(a.x), of(kColumns, known.mean, mean), r, of(kColumns, known.origin, origin));
-    const U weight_v = of(kEach, weight, w), ddweight_v = of(kEach, ddweight, ddw);
-    U rp = v * r, d_dy = of(kEach, ddbias, ddb), d_x = dy * (ddweight_v * r);
+    const U weight_v = of(kEach, p.weight, w), ddweight_v = of(kEach, p.ddweight, ddw);
+    U rp = v * r, d_dy = of(kEach, p.ddbias, ddb), d_x = dy * (ddweight_v * r);
     if (has_ddweight) d_dy = mul_add(ddweight_v, x_hat, d_dy);
     if (moves) {
       const U through = mul_add(v, of(kColumns, known.v, of_v),
@@ -252,17 +264,11 @@ template <bool kColumns, bool kEach, bool kPlain, class X>
   });
 }
 
-/// second_row() of what is known of all elements, or of columns.
-template <bool kColumns, class X>
-void second_rows(const Task& t, SecondRow<X> row, std::int64_t n, SecondKnown known, bool each, const double* weight,
-                 const double* ddweight, const double* ddbias, Masked members, double* terms) {
-  const bool plain = !t.frozen && !t.where.data;
-  const auto as = [&](auto e, auto p) {
-    second_row<kColumns, decltype(e)::value, decltype(p)::value>(t, row, n, known, weight, ddweight, ddbias, members,
-                                                                 terms);
-  };
-  if (each) plain ? as(Count<1>{}, Count<1>{}) : as(Count<1>{}, Count<0>{});
-  else plain ? as(Count<0>{}, Count<1>{}) : as(Count<0>{}, Count<0>{});
+template <bool kColumns, bool kEach, class X, class W>
+void second_row(const Task& t, SecondRow<X> row, std::int64_t n, SecondKnown known, SecondParams<W> p, Masked members,
+                double* terms) {
+  if (!t.frozen && !t.where.data) second_row<kColumns, kEach, true>(t, row, n, known, p, members, terms);
+  else second_row<kColumns, kEach, false>(t, row, n, known, p, members, terms);
 }
 
 /// Where terms of d_weight go: added up over a piece, or over rows, or one for each element of x.
@@ -312,12 +318,13 @@ void second_span(const Task& t, std::int64_t r, Chunks c, std::int64_t span, con
   for_second_pieces(t, o, lane, c, span, [&](std::int64_t step, Piece piece) {
     const Masked members = members_at(t, o, step, lane, piece.begin);
     with_row(t, o, step, lane, piece.begin, piece.n, true, [&](auto row) {
-      const auto write = [&](const auto& p) {
-        second_rows<false>(t, row, piece.n, known, piece.linear, p.weight, p.ddweight, p.ddbias, members,
-                           has_terms ? terms : nullptr);
-      };
-      if (piece.linear) write(SecondParams<true>(t, piece.parameter, piece.n));
-      else write(SecondParams<false>(t, piece.parameter, piece.n));
+      double* const to = has_terms ? terms : nullptr;
+      if (piece.linear)
+        with_params(t, piece.parameter, piece.n,
+                    [&](auto p) { second_row<false, true>(t, row, piece.n, known, p, members, to); });
+      else
+        with_param(t, piece.parameter,
+                   [&](auto p) { second_row<false, false>(t, row, piece.n, known, p, members, to); });
     });
     if (has_terms) put_second_terms(t, o, lane, t.geometry.offset(o, step, lane, piece.begin), piece, terms);
   });
@@ -341,10 +348,10 @@ NORMKIT_LOCAL SecondReduced second_column(const SecondColumnSums& s, std::int64_
 }
 
 /// Adds `rows` steps of n columns from column k on.
-template <bool kWeighted, class Members, class X>
+template <bool kWeighted, class Members, class X, class W>
 [[gnu::noinline]] void add_second_columns(SecondRow<X> a, std::int64_t rows, std::int64_t k, std::int64_t n,
-                                          const double* mean, const double* weight, const double* ddweight,
-                                          Members members, const SecondColumnSums& to) {
+                                          const double* mean, SecondParams<W> p, Members members,
+                                          const SecondColumnSums& to) {
   for_doubles<F64>(n, [&](auto place) NORMKIT_INLINE_LAMBDA {
     const F64 m = place.load(mean + k), one = broadcast<F64>(1.0);
     SecondSums<F64> s;
@@ -353,7 +360,7 @@ template <bool kWeighted, class Members, class X>
     SecondRow<X> row = a;
     Members here = members;
     for (std::int64_t step = 0; step < rows; ++step, here.next_row()) {
-      add_second<kWeighted>(s, place, row, m, weight, ddweight, here);
+      add_second<kWeighted>(s, place, row, m, p, here);
       if constexpr (!Members::kAll) count = count + here.only(place, one);
       row.x += row.x_step.step, row.dy += row.dy_step.step, row.v += row.v_step.step;
     }
@@ -375,9 +382,9 @@ void second_column_sums(const Task& t, std::int64_t o, std::int64_t span, const 
       const std::int64_t rows = least(most, end - step), n = least(kBuffer, g.columns() - k);
       with_row(t, o, step, 0, k, n, false, [&](auto row) {
         with_members(t, o, step, 0, k, [&](auto members) {
-          if (!each) return add_second_columns<false>(row, rows, k, n, mean, nullptr, nullptr, members, to);
-          const SecondParams<true> p(t, g.parameter(o, g.offset(o, step, 0, 0)) + k, n);
-          add_second_columns<true>(row, rows, k, n, mean, p.weight, p.ddweight, members, to);
+          if (!each) return add_second_columns<false>(row, rows, k, n, mean, SecondParams<double>{}, members, to);
+          with_params(t, g.parameter(o, g.offset(o, step, 0, 0)) + k, n,
+                      [&](auto p) { add_second_columns<true>(row, rows, k, n, mean, p, members, to); });
         });
       });
     }
@@ -427,13 +434,11 @@ void second_column_span(const Task& t, std::int64_t o, std::int64_t span, const 
       const auto of = [&](int j) { return table.array[j] + k; };
       const SecondKnown known{of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7), of(8)};
       with_row(t, o, step, 0, k, n, true, [&](auto row) {
-        const auto write = [&](const double* weight, const double* ddweight, const double* ddbias) {
-          second_rows<true>(t, row, n, known, true, weight, ddweight, ddbias, members_at(t, o, step, 0, k),
-                            has_terms ? terms : nullptr);
+        const auto write = [&](auto p) {
+          second_row<true, true>(t, row, n, known, p, members_at(t, o, step, 0, k), has_terms ? terms : nullptr);
         };
-        if (!each) return write(of(9), of(10), of(11));
-        const SecondParams<true> p(t, g.parameter(o, offset - k) + k, n);
-        write(p.weight, p.ddweight, p.ddbias);
+        if (!each) write(SecondParams<double>{of(9), of(10), of(11)});
+        else with_params(t, g.parameter(o, offset - k) + k, n, write);
       });
       if (has_terms) put_second_terms(t, o, 0, offset, {k, n, 0, true}, terms);
     }
