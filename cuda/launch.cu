@@ -1,7 +1,7 @@
 // Makes of a job a sequence of kernels on a stream: workspace, tilings, order.
 #include "cuda.hpp"
 
-#include "finish.cuh"
+#include "double_backward.cuh"
 #include "work.hpp"
 
 namespace normkit::cuda {
@@ -261,6 +261,27 @@ void total_gradients(const Job& job, const Work& work, Stream stream) {
          stream);
 }
 
+// ---- the gradient of a backward ----------------------------------------------------------------------------------
+
+SecondWork carve_second(Carver& carver, const Job& job) {
+  SecondWork work{job.task, nullptr, nullptr, job.dweight};
+  work.partials = carver.take(kSecondDoubles * work.partial_count());
+  work.solved = carver.take(job.task.geometry.statistics() * (sizeof(SecondGradient<double>) / sizeof(double)));
+  return work;
+}
+
+void run_second(const SecondWork& work, Stream stream) {
+  const Geometry& g = work.task.geometry;
+  const SecondTileSums sums{work};
+  launch(sums, sums.grid(), stream);
+  Grid statistics = grid_for_items(g.statistics(), kWarp);
+  statistics.shared_bytes = kGroupBytes;
+  launch(SecondFinish{work}, statistics, stream);
+  launch(SecondResults{work}, grid_for_items(g.size(), 1), stream);
+  const SecondDweight dweight{work};
+  if (work.dweight.data) launch(dweight, dweight.grid(), stream);
+}
+
 Work work_for(const Job& job) {
   const Direction direction = job.is_backward ? Direction::backward : Direction::forward;
   return work_for(job.task, direction, job.is_backward && has_pieces(job.task));
@@ -268,6 +289,10 @@ Work work_for(const Job& job) {
 
 /// Runs one of the jobs that for_each_job() makes.
 void run_one(const Job& job, void* workspace, int device, Stream stream) {
+  if (job.task.twice) {
+    Carver carver{static_cast<double*>(workspace)};
+    return run_second(carve_second(carver, job), stream);
+  }
   if (job.is_backward && job.task.phase == Phase::both && !job.task.dx.data && !job.dweight.data && !job.dbias.data)
     return;
   Work work = work_for(job);
@@ -295,10 +320,14 @@ std::size_t workspace_bytes(const Job& job) {
   Job copy = job;
   std::size_t most = 0;
   for_each_job(copy, [&](const Job& one) {
-    Work work = work_for(one);
     Carver carver{nullptr};
-    if (one.is_backward) carve_backward(carver, work);
-    else carve_forward(carver, one, work);
+    if (one.task.twice) {
+      carve_second(carver, one);
+    } else {
+      Work work = work_for(one);
+      if (one.is_backward) carve_backward(carver, work);
+      else carve_forward(carver, one, work);
+    }
     if (carver.used > most) most = carver.used;
   });
   return most * sizeof(double);

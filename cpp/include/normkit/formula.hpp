@@ -250,6 +250,12 @@ NORMKIT_HD SecondGradient<double> second_gradient_of(double rstd, double shift, 
   return {rstd, origin, -rstd * vx, -rstd * v, -rstd * rstd * gx, -rstd * rstd * vx, -rstd * (hx + rstd * pvg), -rstd * h};
 }
 
+/// The part of rp that comes through the statistics, and that of d_x, which only members have.
+template <class V> NORMKIT_HD V second_along(V x_hat, V along, V constant) { return mul_add(x_hat, along, constant); }
+template <class V> NORMKIT_HD V second_through(V v, V x_hat, V of_v, V of_x, V c) {
+  return mul_add(v, of_v, mul_add(x_hat, of_x, c));
+}
+
 /// The sum of dy * rp over some elements of a statistic, their part of d_weight, from sums in which dy stands for g.
 NORMKIT_HD double second_dweight(const SecondGradient<double>& k, SecondSums<double> sums) {
   return k.rstd * sums.vg + k.along * (k.rstd * sums.gd) + k.constant * sums.g;

@@ -252,9 +252,9 @@ template <bool kColumns, bool kEach, bool kPlain, class X, class W>
     U rp = v * r, d_dy = of(kEach, p.ddbias, ddb), d_x = dy * (ddweight_v * r);
     if (has_ddweight) d_dy = mul_add(ddweight_v, x_hat, d_dy);
     if (moves) {
-      const U through = mul_add(v, of(kColumns, known.v, of_v),
-                                mul_add(x_hat, of(kColumns, known.x, of_x), of(kColumns, known.c, c)));
-      rp = rp + mul_add(x_hat, of(kColumns, known.along, along), of(kColumns, known.constant, constant_part));
+      const U through = second_through(v, x_hat, of(kColumns, known.v, of_v), of(kColumns, known.x, of_x),
+                                       of(kColumns, known.c, c));
+      rp = rp + second_along(x_hat, of(kColumns, known.along, along), of(kColumns, known.constant, constant_part));
       d_x = mul_add(dy, weight_v * of(kColumns, known.g, of_g), d_x);
       if constexpr (kPlain) d_x = d_x + through;
       else d_x = d_x + (masked ? members.only(place, through) : through);
