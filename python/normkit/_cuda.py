@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from ._memory import Memory, dtype_name, dtype_named, library_of, namespace_of
+from ._memory import Memory, dtype_named, library_of, namespace_of
 
 
-def _dense_strides(shape: tuple[int, ...], itemsize: int, order: Any = None) -> tuple[int, ...]:
-    """The strides in bytes of a dense array whose axes lie in `order`, the slowest first; None: in C order."""
+def _dense_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """The strides in bytes of a dense array in C order."""
     strides, step = [0] * len(shape), itemsize
-    for axis in reversed(order or range(len(shape))):
+    for axis in reversed(range(len(shape))):
         strides[axis], step = step, step * max(shape[axis], 1)
     return tuple(strides)
 
@@ -28,18 +28,9 @@ def _dense_strides(shape: tuple[int, ...], itemsize: int, order: Any = None) -> 
 class Device(Memory):
     """The memory of a call on arrays of a GPU."""
 
-    block = 1 << 22  # the fewer, the fewer launches
-
     def __init__(self, xp: Any, device: int, stream: int) -> None:
         super().__init__()
         self.xp, self.device, self.stream = xp, device, stream
-
-    def empty_like(self, x: Any) -> Any:
-        steps = self.strides(x)
-        order = sorted(range(len(steps)), key=lambda axis: -abs(steps[axis]))
-        name = dtype_name(x.dtype)
-        shape = tuple(x.shape)
-        return self.empty(shape, name, _dense_strides(shape, dtype_named(name).itemsize, order))
 
     def copy(self, into: Any, values: Any, axes: tuple[int, ...] | None = None) -> None:
         into[...] = values if axes is None else self.wide(values, "float64").sum(axis=axes, keepdims=True)
@@ -131,12 +122,6 @@ class Torch(Device):
     def seen(self, array: Any, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...]) -> Any:
         size = dtype_named(dtype).itemsize
         return array.as_strided(shape, [stride // size for stride in strides], array.storage_offset())
-
-    def strides(self, x: Any) -> tuple[int, ...]:
-        return tuple(step * x.element_size() for step in x.stride())
-
-    def transposed(self, x: Any, order: list[int]) -> Any:
-        return x.permute(order)
 
     def wide(self, array: Any, dtype: str) -> Any:
         return array.to(getattr(self.xp, dtype), copy=True)

@@ -155,7 +155,6 @@ class Memory:
     """
 
     xp: Any = np
-    block = 1 << 14  # elements to compute with at a time: ten float64 arrays of that size fill a second-level cache
 
     def __init__(self, hand_over: Callable[[Any], Any] = lambda array: array) -> None:
         self.hand_over = hand_over
@@ -174,17 +173,6 @@ class Memory:
 
     def empty(self, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...] | None = None) -> Any:
         return np.empty(shape, dtype_named(dtype))
-
-    def empty_like(self, x: Any) -> Any:
-        """A new array, dense in the order of x."""
-        return np.empty_like(x, order="K")
-
-    def strides(self, x: Any) -> tuple[int, ...]:
-        """The strides of x in bytes."""
-        return tuple(x.strides)
-
-    def transposed(self, x: Any, order: list[int]) -> Any:
-        return x.transpose(order)
 
     @np.errstate(all="ignore")  # as kernels: what overflows is infinite, whatever np.seterr says
     def copy(self, into: Any, values: Any, axes: tuple[int, ...] | None = None) -> None:

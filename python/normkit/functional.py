@@ -812,6 +812,7 @@ def batch_norm_double_backward(
     >>> d_dy.tolist()
     [[1.0], [1.0], [1.0]]
     """
+    body()
 
 
 def adaptive_instance_norm(
@@ -920,7 +921,6 @@ def adaptive_instance_norm_backward(
     >>> dstyle.round(3).tolist()
     [[[2.0, 2.0]]]
     """
-    body()
     unknown = [name for name in need if name not in ("dcontent", "dstyle")]
     if unknown:
         raise ValueError(f"need has {unknown[0]!r}, expected names from ('dcontent', 'dstyle')")
