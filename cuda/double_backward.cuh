@@ -117,7 +117,8 @@ struct SecondTileSums {
       for (std::int64_t step = first + rank / kWarp; step < first + kSecondSteps; step += kSecondStrands)
         if (k < g.columns() && step < g.steps) reduced.add(t, {o, step, lane, k - lane * g.run}, mean);
     } else {
-      const std::int64_t r = quotient(entry, tiles), o = quotient(r, g.lanes), begin = (entry - r * tiles) * kSecondTile;
+      const std::int64_t r = quotient(entry, tiles), o = quotient(r, g.lanes),
+                         begin = (entry - r * tiles) * kSecondTile;
       const std::int64_t members = g.members(), end = begin + kSecondTile < members ? begin + kSecondTile : members;
       const double mean = given_statistic<double>(t, r).mean;
       for (std::int64_t m = begin + rank; m < end; m += kBlockThreads) {
@@ -153,7 +154,8 @@ struct SecondFinish {
     for (std::int64_t k = warp.rank; k < tiles * across; k += kWarp) {
       const std::int64_t tile = quotient(k, across), column = lane * g.run + (k - tile * across);
       const double* from =
-          work.partials + kSecondDoubles * (work.has_columns() ? (o * tiles + tile) * g.columns() + column : r * tiles + k);
+          work.partials +
+          kSecondDoubles * (work.has_columns() ? (o * tiles + tile) * g.columns() + column : r * tiles + k);
       all.each([&](double& v) { v += *from++; });
     }
     all.each([&](double& v) { v = all_sum(warp, v); });
@@ -213,7 +215,8 @@ struct SecondDweight {
 
   constexpr int abreast() const { return work.task.geometry.params.stride == 1 ? kWarp : 1; }
   Grid grid() const {
-    return {ceil_div(work.task.geometry.parameters(), abreast()), kBlockThreads, kBlockThreads * int{sizeof(double)}, 1};
+    return {ceil_div(work.task.geometry.parameters(), abreast()), kBlockThreads, kBlockThreads * int{sizeof(double)},
+            1};
   }
   NORMKIT_DEVICE void operator()() const {
     const Geometry& g = work.task.geometry;

@@ -384,7 +384,9 @@ class Function final : public function::Body {
   /// In a phase, Moments in the place of a mean become arrays of the call, which are returned: `values` borrow them.
   std::pair<nb::object, nb::object> take_moments(PyObject** values) const {
     const nb::handle given = values[normkit::kMean];
-    if (op_ == Op::forward || op_ == Op::backward || op_ == Op::double_backward || given.is_none() || PyArray_Check(given.ptr())) return {};
+    if (op_ == Op::forward || op_ == Op::backward || op_ == Op::double_backward || given.is_none() ||
+        PyArray_Check(given.ptr()))
+      return {};
     if (PyObject_IsInstance(given.ptr(), python_module("normkit.phases").attr("Moments").ptr()) != 1) return {};
     std::pair<nb::object, nb::object> mean{given.attr("mean"), given.attr("mean_low")};
     values[normkit::kMean] = mean.first.ptr();

@@ -158,8 +158,7 @@ normkit::OperandMask wanted_of(normkit::Op op, PyObject* const* values) {
              bit(residual, kSum);
     case Op::moments: return operand_bit(kMoments);
     case Op::backward_sums: return operand_bit(kSums);
-    case Op::double_backward:
-      return operand_bit(kOut) | operand_bit(kDdy) | bit(values[kWeight] != Py_None, kDweight);
+    case Op::double_backward: return operand_bit(kOut) | operand_bit(kDdy) | bit(values[kWeight] != Py_None, kDweight);
     case Op::backward: break;
     default: return operand_bit(kOut);
   }

@@ -282,23 +282,28 @@ def double_backward(d: SimpleNamespace) -> tuple[Any, Any, Any]:
 
     Every operation, on numbers that are taken for positive, makes a relative error of one unit: so the error is the
     formula of absolute values, with + for every -, times the most roundings that stand behind any of its terms. Sums
-    meet h roundings. There are h + 5 behind x_hat, which is recentered; 3 h + 20 behind a projection by the core, whose
+    meet h roundings, of all elements where there is a mask. There are h + 5 behind x_hat, which is recentered; 3 h + 20 behind a projection by the core, whose
     sums are recentered too; h + 2 more behind a mean of that, 5 in the rest: 5 h + 40, with 8 to spare.
     """
-    n = (5 * depth(d.members, longest=BACKWARD) + 40) * DOUBLE
+    elements = math.prod(d.x.shape[a] for a in d.axis)
+    n = (5 * depth(elements, longest=BACKWARD) + 40) * DOUBLE
     (v, ddw, ddb), dy, w, rstd = map(np.abs, d.dds), np.abs(d.dy), np.abs(d.w), d.rstd
     x_hat = rstd * np.abs(d.x - d.mean)
     if not d.frozen and d.center:
-        x_hat = x_hat + _average(x_hat, d)
+        x_hat = x_hat + _average(inside(x_hat, d.where), d)
+
+    def averages(u: Any) -> Any:
+        return 0 if d.frozen else d.center * _average(u, d) + x_hat * _average(u * x_hat, d)
 
     def projected(u: Any) -> Any:
-        return u if d.frozen else u + d.center * _average(u, d) + x_hat * _average(u * x_hat, d)
+        return u + inside(averages(u), d.where)
 
-    g, q, along = dy * w, dy * ddw, projected(v)
+    of_v = inside(v, d.where)
+    g, q, along = dy * w, dy * ddw, v + averages(of_v)
     d_x = rstd * projected(q)
     if not d.frozen:
-        a, b, c = (_average(u, d) for u in (g * x_hat, v * x_hat, along * g))
-        d_x = d_x + rstd**2 * (c * x_hat + b * projected(g) + a * along)
+        a, b, c = (_average(u, d) for u in (g * x_hat, of_v * x_hat, along * g))
+        d_x = d_x + rstd**2 * (inside(c * x_hat, d.where) + b * projected(g) + a * projected(of_v))
     return n * (w * rstd * along + ddw * x_hat + ddb), n * d_x, n * dy * rstd * along
 
 

@@ -75,7 +75,7 @@ class Mutant:
 COMMON, RUNS, LANES = (f"cpp/src/kernels/{name}.hpp" for name in ("common", "runs", "lanes"))
 RUNS_BACKWARD, LANES_BACKWARD = (f"cpp/src/kernels/{name}_backward.hpp" for name in ("runs", "lanes"))
 FORMULA, ARGUMENTS, PLAN = "cpp/include/normkit/formula.hpp", "cpp/src/arguments.cpp", "cpp/src/plan.cpp"
-DOUBLE = "python/normkit/_double_backward.py"
+DOUBLE = "cpp/src/kernels/double_backward.hpp"
 
 MUTANTS = [
     # ---- kernels of the CPU
@@ -192,6 +192,17 @@ MUTANTS = [
            "an array ends a row too early", "out errors"),
     Mutant(ARGUMENTS, "if («!overlap(at[k], reach_[k], at[other], reach_[other])») continue;", "true",
            "overlaps are looked for in the first call alone", "calls"),
+    # ---- the gradient of a backward
+    Mutant(FORMULA, "const double origin = «-shift * rstd»;", "0.0",
+           "the rest of a rounded mean is forgotten", "double_backward"),
+    Mutant(FORMULA, "hx = «qx - 2 * rstd * vx * gx»,", "qx - rstd * vx * gx",
+           "one of two equal terms is forgotten", "double_backward"),
+    Mutant(DOUBLE, "const double offset = «p.data ? p.offset : absent»;", "absent",
+           "weight_offset is forgotten", "double_backward"),
+    Mutant(DOUBLE, "row.v += «row.v_step.step»;", "row.x_step.step",
+           "ddx is taken to lie as x does", "double_backward"),
+    Mutant("cuda/double_backward.cuh", "if («p.is_member(t)») e.d_x += second", "false",
+           "statistics are taken for constants", "cuda_arrays"),
     # ---- bindings
     Mutant("python/recent.hpp", "put(2 * ndim + «(PyArray_ISWRITEABLE(a) ? 1 : 0)»);", "0",
            "a known plan writes what is read-only", "calls"),
@@ -206,12 +217,6 @@ MUTANTS = [
     Mutant("python/output_cache.cpp", "«held_ -= h->capacity»;\n      return", "held_ += 0",
            "memory in use counts as kept", "cache"),
     # ---- Python
-    Mutant(DOUBLE, "x = «x - average(x)»  #", "x",
-           "the rest of a rounded mean is forgotten", "double_backward"),
-    Mutant(DOUBLE, "w = 1.0 if w is None else «w + weight_offset»", "w",
-           "weight_offset is forgotten", "double_backward"),
-    Mutant(DOUBLE, "average(rp_v * g) * x_hat + «b * rp_g» +", "b * g",
-           "a factor is taken before its projection", "double_backward"),
     Mutant("python/normkit/phases.py", "return where(left > 0, «m2 / left»,", "m2 / count",
            "correction is forgotten", "phases"),
     Mutant("python/normkit/_memory.py", "values = self.wide(values, «\"float64\"»).sum(", '"float32"',

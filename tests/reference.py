@@ -367,6 +367,7 @@ class Operation:
         weight: Any = None,
         *,
         use_input_stats: bool = True,
+        where: Any = None,
         weight_offset: float = 0.0,
     ) -> SimpleNamespace:
         """The scalar sum(ddx * dx) + sum(ddweight * dweight) + sum(ddbias * dbias) as a function of dy, x and weight,
@@ -385,22 +386,22 @@ class Operation:
         ddx = self._seen(np.zeros((), real) if dds[0] is None else np.asarray(dds[0]).astype(real), shape)
         ddweight, ddbias = param(dds[1]), param(dds[2])
         axis, kept = self.reduced(shape), self._kept_shape(shape)
+        mask = True if where is None else self._seen(where, shape)
         mean, rstd = (None if s is None else np.asarray(s).astype(real).reshape(kept) for s in (mean, rstd))
         if self.center:  # whatever is subtracted from both; near zero the longest double has digits to spare
             origin = arguments[1].flat[0]
             arguments[1], mean = arguments[1] - origin, mean - origin
         with np.errstate(divide="ignore"):
-            eps = 1 / rstd**2 - forward(self._seen(arguments[1], shape), 1, 0, axis, center=self.center).var
+            eps = 1 / rstd**2 - forward(self._seen(arguments[1], shape), 1, 0, axis, center=self.center, where=mask).var
 
         def used(w: Any) -> Any:
             return self._seen(w if weight is None else w.reshape(aligned) + weight_offset, shape)
 
         def scalar(dy: Any, x: Any, w: Any) -> Any:
             x, dy = self._seen(x, shape), self._seen(dy, shape)
-            moving = forward(x, 1, 0, axis, center=self.center, eps=eps).rstd if use_input_stats else rstd
-            b = backward(
-                dy, x, used(w), axis, rstd=moving, mean=mean, center=self.center, use_input_stats=use_input_stats
-            )
+            options = {"center": self.center, "where": mask}
+            moving = forward(x, 1, 0, axis, eps=eps, **options).rstd if use_input_stats else rstd
+            b = backward(dy, x, used(w), axis, rstd=moving, mean=mean, use_input_stats=use_input_stats, **options)
             return (ddx * b.dx + ddweight * b.dweight + ddbias * b.dbias).sum()
 
         dy, x, w = arguments
@@ -414,7 +415,8 @@ class Operation:
             mean=np.zeros_like(rstd) if mean is None else mean,
             rstd=rstd,
             axis=axis,
-            members=math.prod(self.blocks(shape)[a] for a in axis),
+            members=members(mask, self.blocks(shape), axis),
+            where=mask,
             frozen=not use_input_stats,
             center=self.center,
             weight_shape=own,

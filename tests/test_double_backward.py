@@ -4,7 +4,7 @@ import bounds
 import normkit
 import numpy as np
 import pytest
-from cases import DTYPES, LAYOUTS, SHARED_MEMORY, lay, uniform
+from cases import DTYPES, LAYOUTS, MASKS, SHARED_MEMORY, lay, uniform
 from checks import same_order, unchanged
 from reference import OPERATIONS, REGISTRY, compute, derivative_along, gradient
 
@@ -127,6 +127,38 @@ def test_every_element_of_many_blocks(op, layout, rng):
         stats = None if mean is None else mean[one], rstd[one]
         found = op.double_backward((dds[0][one], *dds[1:]), dy[one], x[one], *stats, weight)
         assert [f.tobytes() for f in found[:2]] == [w[one].tobytes() for w in whole[:2]]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("op", REGISTRY, ids=repr)
+def test_masks(op, layout, mask, rng):
+    dds, dy, x, weight = inputs(op, SMALL, rng, layout=layout)
+    where = MASKS[mask](rng, SMALL)
+    check(op, dds, dy, x, weight, stats=op.statistics(x, where=where)[1:], where=where)
+
+
+@pytest.mark.parametrize("op", REGISTRY, ids=repr)
+def test_a_mask_over_many_blocks(op, rng):
+    shape = LARGE["many-members"]
+    dds, dy, x, weight = inputs(op, shape, rng)
+    where = MASKS["random"](rng, shape)
+    check(op, dds, dy, x, weight, stats=op.statistics(x, where=where)[1:], where=where, directions=2)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("op", REGISTRY, ids=repr)
+def test_what_is_no_member_may_be_nan(op, layout, rng):
+    """Where no gradient reaches it: other elements have the bits that they have beside any number."""
+    dds, dy, x, weight = inputs(op, SMALL, rng, layout=layout)
+    where = MASKS["random"](rng, SMALL)
+    dy[~where], x[~where] = 0, 1
+    stats = op.statistics(x, where=where)[1:]
+    expected = op.double_backward(dds, dy, x, *stats, weight, where=where)
+    x[~where] = np.nan
+    d_dy, d_x, d_weight = op.double_backward(dds, dy, x, *stats, weight, where=where)
+    assert d_dy[where].tobytes() == expected[0][where].tobytes()
+    assert (d_x.tobytes(), d_weight.tobytes()) == (expected[1].tobytes(), expected[2].tobytes())
 
 
 @pytest.mark.parametrize("stats_dtype", ["float32", "float64"])

@@ -397,8 +397,8 @@ void check(const OperandRow& row, const Args& args, const Spec& spec, Op op, Dty
       check_shape(row.name, a, like.present ? like.shape : absent,
                   is_second      ? args.weight.present ? ": the shape of weight" : ": the shape of dweight"
                   : is_of_slopes ? ", the shape of slopes"
-                  : is_of_bias ? ", the shape of bias"
-                               : ", the shape of weight");
+                  : is_of_bias   ? ", the shape of bias"
+                                 : ", the shape of weight");
       break;
     }
     default: break;

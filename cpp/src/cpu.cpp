@@ -354,7 +354,8 @@ BackwardSpace carve_backward(Carver& carver, Job& job, const Policy& p) {
   if (t.kind == ParamKind::element) {
     const ParamGradient* out[2] = {&job.dweight, &job.dbias};
     for (int k = 0; k < 2; ++k)
-      if (out[k]->data && out[k]->dtype != element_gradient_dtype(t)) space.elements[k] = carver.take(t.geometry.size());
+      if (out[k]->data && out[k]->dtype != element_gradient_dtype(t))
+        space.elements[k] = carver.take(t.geometry.size());
     return space;
   }
   t.dparams = carver.take(2 * dparam_units(t.geometry, t.kind));

@@ -262,10 +262,13 @@ def instance_norm_double_backward(
     Parameters
     ----------
     ddx : the shape of x, or None
-        The gradient of the scalar with respect to dx, of float32, float64 or the dtype of x. None stands for zeros; not
-        all three of these may be.
+        The gradient of the scalar with respect to dx, of the dtype of x. None stands for zeros; not all three of these
+        may be.
     ddweight, ddbias : the shape of weight, without one (C,), or None
         Those with respect to dweight and dbias.
+    where : bool, broadcasts against x, optional
+        As in the forward: of ddx averages are over members alone, else sums over all elements, divided by the number of
+        members, and only members have them in their d_x. There is no activation.
 
     Returns
     -------

@@ -247,7 +247,8 @@ NORMKIT_HD SecondGradient<double> second_gradient_of(double rstd, double shift, 
   const double v = all * sums.v, g = all * sums.g, q = all * sums.q;
   const double vx = along * sums.vd, gx = along * sums.gd, qx = along * sums.qd;
   const double h = q - rstd * (v * gx + g * vx), hx = qx - 2 * rstd * vx * gx, pvg = share * sums.vg - v * g - vx * gx;
-  return {rstd, origin, -rstd * vx, -rstd * v, -rstd * rstd * gx, -rstd * rstd * vx, -rstd * (hx + rstd * pvg), -rstd * h};
+  return {rstd,     origin, -rstd * vx, -rstd * v, -rstd * rstd * gx, -rstd * rstd * vx, -rstd * (hx + rstd * pvg),
+          -rstd * h};
 }
 
 /// The part of rp that comes through the statistics, and that of d_x, which only members have.

@@ -28,7 +28,9 @@ template <class Vector> struct Doubles {
   NORMKIT_LOCAL void store(float* p, V v) const {
     for (int k = 0; k < kRegsOf<V>; ++k) reg_store_narrow(p + i + k * kLanes64, v.r[k]);
   }
-  template <class U> NORMKIT_LOCAL U flags(const std::uint8_t* p) const { return ::normkit::flags<U>(p + i, kLanes<U>); }
+  template <class U> NORMKIT_LOCAL U flags(const std::uint8_t* p) const {
+    return ::normkit::flags<U>(p + i, kLanes<U>);
+  }
   NORMKIT_LOCAL V keep(V v) const { return v; }
 };
 struct PartOfDoubles {
@@ -161,9 +163,8 @@ NORMKIT_LOCAL void add_second(SecondSums<F64>& s, P place, SecondRow<X> a, F64 m
                               const Members& members) {
   const F64 dy = place.load(a.dy), v = place.load(a.v), d = place.load(a.x) - mean, of_v = members.only(place, v);
   // What is no member may be NaN, where no gradient reaches it.
-  const auto times = [&](F64 f, F64 total) NORMKIT_INLINE_LAMBDA {
-    return mul_add(f, Members::kAll ? d : where(f, d), total);
-  };
+  const auto times = [&](F64 f, F64 total)
+                         NORMKIT_INLINE_LAMBDA { return mul_add(f, Members::kAll ? d : where(f, d), total); };
   F64 g = dy;
   if constexpr (kWeighted) {
     const F64 q = dy * place.load(p.ddweight);
@@ -180,9 +181,7 @@ template <bool kWeighted, class Members, class X, class W>
   const F64 m = broadcast<F64>(mean);
   SecondSums<F64> s;
   clear(s);
-  for_doubles<F64>(n, [&](auto place) NORMKIT_INLINE_LAMBDA {
-    add_second<kWeighted>(s, place, a, m, p, members);
-  });
+  for_doubles<F64>(n, [&](auto place) NORMKIT_INLINE_LAMBDA { add_second<kWeighted>(s, place, a, m, p, members); });
   SecondSums<double> sums{sum(s.v), sum(s.vd), sum(s.g), sum(s.gd), sum(s.vg), sum(s.q), sum(s.qd), sum(s.d)};
   if constexpr (!kWeighted) sums.q = sums.g, sums.qd = sums.gd;
   return sums;
@@ -190,7 +189,8 @@ template <bool kWeighted, class Members, class X, class W>
 
 /// Calls f(step, piece) for the pieces of a span of a statistic of runs.
 template <class F>
-NORMKIT_LOCAL void for_second_pieces(const Task& t, std::int64_t o, std::int64_t lane, Chunks c, std::int64_t span, F f) {
+NORMKIT_LOCAL void for_second_pieces(const Task& t, std::int64_t o, std::int64_t lane, Chunks c, std::int64_t span,
+                                     F f) {
   for_ranges(t.geometry, c, span, [&](std::int64_t step, std::int64_t begin, std::int64_t end) {
     for_pieces(t, o, t.geometry.offset(o, step, lane, 0), begin, end, kBuffer, [&](Piece piece) { f(step, piece); });
   });
@@ -242,18 +242,16 @@ template <bool kColumns, bool kEach, bool kPlain, class X, class W>
                ddb = one(kEach, p.ddbias);
   for_doubles<V>(n, [&](auto place) NORMKIT_INLINE_LAMBDA {
     using U = typename decltype(place)::V;
-    const auto of = [&](bool each, const auto* from, double all) NORMKIT_INLINE_LAMBDA {
-      return each ? place.load(from) : broadcast<U>(all);
-    };
+    const auto of = [&](bool each, const auto* from, double all)
+                        NORMKIT_INLINE_LAMBDA { return each ? place.load(from) : broadcast<U>(all); };
     const U dy = place.load(a.dy), v = place.load(a.v), r = of(kColumns, known.rstd, rstd);
-    const U x_hat =
-        forward(place.load(a.x), of(kColumns, known.mean, mean), r, of(kColumns, known.origin, origin));
+    const U x_hat = forward(place.load(a.x), of(kColumns, known.mean, mean), r, of(kColumns, known.origin, origin));
     const U weight_v = of(kEach, p.weight, w), ddweight_v = of(kEach, p.ddweight, ddw);
     U rp = v * r, d_dy = of(kEach, p.ddbias, ddb), d_x = dy * (ddweight_v * r);
     if (has_ddweight) d_dy = mul_add(ddweight_v, x_hat, d_dy);
     if (moves) {
-      const U through = second_through(v, x_hat, of(kColumns, known.v, of_v), of(kColumns, known.x, of_x),
-                                       of(kColumns, known.c, c));
+      const U through =
+          second_through(v, x_hat, of(kColumns, known.v, of_v), of(kColumns, known.x, of_x), of(kColumns, known.c, c));
       rp = rp + second_along(x_hat, of(kColumns, known.along, along), of(kColumns, known.constant, constant_part));
       d_x = mul_add(dy, weight_v * of(kColumns, known.g, of_g), d_x);
       if constexpr (kPlain) d_x = d_x + through;
@@ -301,8 +299,7 @@ SecondGradient<double> second_solve(const Task& t, std::int64_t r, SecondReduced
   const double shift = mean_shift(t, s, reduced.sums.d, reduced.n);
   const SecondSums<double> sums = recenter(reduced.sums, shift);
   const bool shares = constant_in_statistic(g);
-  const SecondSums<double> weighted =
-      shares ? second_weighted(t, g.parameter(o, g.offset(o, 0, lane, 0)), sums) : sums;
+  const SecondSums<double> weighted = shares ? second_weighted(t, g.parameter(o, g.offset(o, 0, lane, 0)), sums) : sums;
   const SecondGradient<double> known =
       second_gradient_of(s.rstd, shift, weighted, t.frozen ? 0 : reduced.n, t.centered);
   if (t.kind == ParamKind::statistic) t.dparams[2 * r] = second_dweight(known, sums);
@@ -414,9 +411,18 @@ void second_solve_columns(const Task& t, std::int64_t o, const SecondColumnSums&
     const SecondGradient<double> known =
         second_gradient_of(s.rstd, shift, recenter(all.sums, shift), t.frozen ? 0 : all.n, t.centered);
     for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k, parameter.next()) {
-      const double values[] = {s.mean,  known.rstd, known.origin, known.along,
-                               known.constant, known.v, known.g, known.x,
-                               known.c, parameter.of(t.weight, 1), parameter.of(t.ddweight, 0), parameter.of(t.ddbias, 0)};
+      const double values[] = {s.mean,
+                               known.rstd,
+                               known.origin,
+                               known.along,
+                               known.constant,
+                               known.v,
+                               known.g,
+                               known.x,
+                               known.c,
+                               parameter.of(t.weight, 1),
+                               parameter.of(t.ddweight, 0),
+                               parameter.of(t.ddbias, 0)};
       for (int j = 0; j < kSecondTable; ++j) table.array[j][k] = values[j];
       if (t.kind == ParamKind::column)
         t.dparams[2 * (o * g.columns() + k)] = second_dweight(known, recenter(second_column(sums, k).sums, shift));
@@ -497,8 +503,7 @@ void second_apply(const Task& t, std::int64_t begin, std::int64_t end) {
                                 {solved + solved_doubles(t) * (unit / c.spans), whole_vectors(t.geometry.columns())});
     const Rows rows = rows_of(t, unit / c.spans);
     for (std::int64_t r = rows.first; r < rows.last; ++r)
-      second_span(t, r, c, unit % c.spans,
-                  *reinterpret_cast<SecondGradient<double>*>(solved + solved_doubles(t) * r));
+      second_span(t, r, c, unit % c.spans, *reinterpret_cast<SecondGradient<double>*>(solved + solved_doubles(t) * r));
   });
 }
 

@@ -98,13 +98,13 @@ def backward(
 
 def double_backward(
     ddx: Optional, ddweight: Optional, ddbias: Optional, dy: Tensor, x: Tensor, mean: Optional, rstd: Tensor,
-    weight: Optional, spec: Spec,
+    weight: Optional, where: Optional, spec: Spec,
 ) -> list[Optional]:  # fmt: skip
-    """[d_dy, d_x, d_weight] of a call without a mask and without an activation."""
+    """[d_dy, d_x, d_weight] of a call without an activation."""
     function, options = call_of(spec, "double_backward")
     groups = (spec.groups,) if spec.kind == "group" else ()
     statistics = (rstd,) if spec.kind == "rms" else (mean, rstd)
-    return [*function(ddx, ddweight, ddbias, dy, x, *groups, *statistics, weight, **options)]
+    return [*function(ddx, ddweight, ddbias, dy, x, *groups, *statistics, weight, where=where, **options)]
 
 
 def deviation(style: Tensor, channel_axis: int, eps: float) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ _SCHEMAS = {
     f"Tensor? slopes, Tensor? dtotal, {SPEC_SCHEMA}, bool[] need) -> "
     "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dslopes)",
     "double_backward": "(Tensor? ddx, Tensor? ddweight, Tensor? ddbias, Tensor dy, Tensor x, Tensor? mean, "
-    f"Tensor rstd, Tensor? weight, {SPEC_SCHEMA}) -> (Tensor d_dy, Tensor d_x, Tensor d_weight)",
+    f"Tensor rstd, Tensor? weight, Tensor? where, {SPEC_SCHEMA}) -> (Tensor d_dy, Tensor d_x, Tensor d_weight)",
     "deviation": "(Tensor style, int channel_axis, float eps) -> (Tensor std, Tensor mean)",
 }
 _PIECES = len(Spec._fields)
@@ -106,7 +106,7 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _double_backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    *_, x, _, _, weight = args[:-_PIECES]
+    *_, x, _, _, weight, _ = args[:-_PIECES]
     none = x.new_empty(0)
     return torch.empty_like(x), torch.empty_like(x), none if weight is None else weight.new_empty(weight.shape)
 
@@ -128,7 +128,7 @@ def call_backward(*args: Any) -> list[Optional]:
 def call_double_backward(*args: Any) -> list[Optional]:
     """`phases.double_backward` through its operator."""
     *tensors, spec = args
-    return _or_none(call("double_backward", *tensors, *spec), (True, True, tensors[-1] is not None))
+    return _or_none(call("double_backward", *tensors, *spec), (True, True, tensors[-2] is not None))
 
 
 def _forward_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -192,9 +192,9 @@ def gradients_of_backward(
         return [None] * 9
     own = Frame(spec, x.shape).absent_shape() if weight is None else weight.shape
     d_dtotal = ddx if ctx.needs_input_grad[8] else None
-    is_plain = not spec.activation and where is None and (ddbias is None or tuple(ddbias.shape) == tuple(own))
+    is_plain = not spec.activation and (ddbias is None or tuple(ddbias.shape) == tuple(own))
     if is_plain:
-        d_dy, d_x, d_weight = double(ddx, ddweight, ddbias, dy, x, mean, rstd, weight, spec)
+        d_dy, d_x, d_weight = double(ddx, ddweight, ddbias, dy, x, mean, rstd, weight, where, spec)
         return [d_dy, d_x, None, None, d_weight, None, None, None, d_dtotal]
     found = otherwise(seconds, dy, x, mean, rstd, weight, bias, where, slopes, spec)
     d_dy, d_x, d_weight, d_bias, d_slopes = found
