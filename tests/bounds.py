@@ -282,8 +282,9 @@ def double_backward(d: SimpleNamespace) -> tuple[Any, Any, Any]:
 
     Every operation, on numbers that are taken for positive, makes a relative error of one unit: so the error is the
     formula of absolute values, with + for every -, times the most roundings that stand behind any of its terms. Sums
-    meet h roundings, of all elements where there is a mask. There are h + 5 behind x_hat, which is recentered; 3 h + 20 behind a projection by the core, whose
-    sums are recentered too; h + 2 more behind a mean of that, 5 in the rest: 5 h + 40, with 8 to spare.
+    meet h roundings, of all elements where there is a mask. There are h + 5 behind x_hat, which is recentered; 2 h + 12
+    behind a mean of u * x_hat, whose sum is recentered too; 3 h + 20 behind a projection; h + 2 more behind a mean of
+    that, 5 in the rest: 5 h + 40, with 8 to spare.
     """
     elements = math.prod(d.x.shape[a] for a in d.axis)
     n = (5 * depth(elements, longest=BACKWARD) + 40) * DOUBLE
