@@ -1,5 +1,5 @@
-// The gradient of a backward, in both traversals. All is computed in double: float32 and float64 are read where they lie,
-// what has 16 bits by way of a buffer.
+// The gradient of a backward, in both traversals. All is computed in double. What is asked for most, float32 without a
+// mask, is read where it lies; all else goes through buffers of doubles, or is double itself, and has one loop for all.
 #pragma once
 
 namespace normkit {
@@ -7,7 +7,7 @@ namespace {
 
 // ---- elements as doubles -----------------------------------------------------------------------------------------
 
-/// Positions that load and store vectors of doubles, V, from and to float as well as double: a whole vector, or less than 8.
+/// Positions that load and store vectors of doubles, from and to float as well: a whole vector, or less.
 template <class Vector> struct Doubles {
   using V = Vector;
   std::int64_t i;
@@ -33,18 +33,19 @@ template <class Vector> struct Doubles {
   }
   NORMKIT_LOCAL V keep(V v) const { return v; }
 };
-struct PartOfDoubles {
-  using V = F64;
+template <class Vector> struct PartOfDoubles {
+  using V = Vector;
+  static constexpr int kWidth = kRegsOf<V> * kLanes64;
   std::int64_t i;
   int n;
 
   template <class X> NORMKIT_LOCAL V load(const X* p) const {
-    X part[kLanes<V>] = {};
+    X part[kWidth] = {};
     for (int k = 0; k < n; ++k) part[k] = p[i + k];
     return Doubles<V>{0}.load(part);
   }
   template <class X> NORMKIT_LOCAL void store(X* p, V v) const {
-    X part[kLanes<V>];
+    X part[kWidth];
     Doubles<V>{0}.store(part, v);
     for (int k = 0; k < n; ++k) p[i + k] = part[k];
   }
@@ -52,88 +53,95 @@ struct PartOfDoubles {
   NORMKIT_LOCAL V keep(V v) const { return ::normkit::keep(v, n); }
 };
 template <class V, class F> NORMKIT_LOCAL void for_doubles(std::int64_t n, F f) {
-  constexpr std::int64_t kWidth = kRegsOf<V> * kLanes64;
+  constexpr std::int64_t kWidth = PartOfDoubles<V>::kWidth;
   std::int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) f(Doubles<V>{i});
-  if (i < n) f(PartOfDoubles{i, static_cast<int>(n - i)});
+  if (i < n) f(PartOfDoubles<V>{i, static_cast<int>(n - i)});
 }
 
-/// Zeros and ones in the place of arrays that are not there.
-alignas(64) constexpr double kNothing[kBuffer] = {};
-struct Ones {
-  float value[kBuffer];
-  constexpr Ones() : value() {
-    for (float& v : value) v = 1;
-  }
-};
-alignas(64) constexpr Ones kAllOnes;
-constexpr const float* kOnes = kAllOnes.value;
+/// True where the loops for float32 do all that is asked for.
+NORMKIT_LOCAL bool second_is_plain(const Task& t) {
+  return kWide && t.x.dtype == Dtype::float32 && !t.where.data && !t.frozen;
+}
 
-/// Elements of a step, one after another, and of others `step` apart.
+/// n <= kBuffer elements of a step, one after another, and of others `step` apart. X is float or double.
 template <class X> struct SecondRow {
   const X *x, *dy, *v;
   X *d_dy, *d_x;
-  Strides x_step, dy_step, v_step;
+  std::int64_t x_step = 0, dy_step = 0, v_step = 0;
 };
-struct SecondRoom { alignas(64) double x[kBuffer], dy[kBuffer], v[kBuffer], d_dy[kBuffer], d_x[kBuffer]; };
+/// A part of a run from element `begin` on, or of the columns.
+struct SecondPlace { std::int64_t o, step, lane, begin, n; };
 
-/// Calls f with n <= kBuffer elements from element `begin` of a run on, or of the columns; one step where these are
-/// halves.
-template <class F>
-NORMKIT_LOCAL void with_row(const Task& t, std::int64_t o, std::int64_t step, std::int64_t lane, std::int64_t begin,
-                            std::int64_t n, bool writes, F f) {
-  const auto where = [&](const Operand& a) { return a.data + (index_at(a, o, step, lane) + begin) * size_of(a.dtype); };
-  const auto direct = [&](auto type) {
-    using X = typename decltype(type)::type;
-    const bool has_v = t.ddx.data;
-    f(SecondRow<X>{at<X>(where(t.x), 0), at<X>(where(t.dy), 0),
-                   has_v ? at<X>(where(t.ddx), 0) : reinterpret_cast<const X*>(kNothing),
-                   writes ? at<X>(where(t.d_dy), 0) : nullptr, writes ? at<X>(where(t.dx), 0) : nullptr, t.x.strides,
-                   t.dy.strides, has_v ? t.ddx.strides : Strides{}});
-  };
-  if (t.x.dtype == Dtype::float32) return direct(Type<float>{});
-  if (t.x.dtype == Dtype::float64) return direct(Type<double>{});
-  SecondRoom room;
-  read_doubles(where(t.x), t.x.dtype, n, room.x), read_doubles(where(t.dy), t.dy.dtype, n, room.dy);
-  if (t.ddx.data) read_doubles(where(t.ddx), t.ddx.dtype, n, room.v);
-  f(SecondRow<double>{room.x, room.dy, t.ddx.data ? room.v : kNothing, room.d_dy, room.d_x, {}, {}, {}});
-  if (!writes) return;
-  const auto put = [&](const Operand& out, const double* values) {
-    alignas(64) float rounded[kBuffer];
-    for (std::int64_t i = 0; i < n; ++i) rounded[i] = static_cast<float>(values[i]);
-    if (out.dtype == Dtype::float16) put_all(rounded, at<Half>(where(out), 0), n, kPlain<Half>, Fetch{});
-    else put_all(rounded, at<Bfloat>(where(out), 0), n, kPlain<Bfloat>, Fetch{});
-  };
-  put(t.d_dy, room.d_dy), put(t.dx, room.d_x);
+NORMKIT_LOCAL std::byte* second_address(const Operand& a, const SecondPlace& p) {
+  return a.data + (index_at(a, p.o, p.step, p.lane) + p.begin) * size_of(a.dtype);
 }
+template <class X> NORMKIT_LOCAL SecondRow<X> second_in_place(const Task& t, const SecondPlace& p) {
+  const auto where = [&](const Operand& a) { return a.data ? at<X>(second_address(a, p), 0) : nullptr; };
+  return {where(t.x),  where(t.dy),      where(t.ddx),      where(t.d_dy),
+          where(t.dx), t.x.strides.step, t.dy.strides.step, t.ddx.strides.step};
+}
+
+/// Elements as doubles, of one step: where they lie, or in buffers; zeros in the place of a ddx that is not there.
+class SecondDoubles {
+ public:
+  SecondRow<double> row;
+
+  [[gnu::noinline]] SecondDoubles(const Task& t, const SecondPlace& p) {
+    row = t.x.dtype == Dtype::float64 ? second_in_place<double>(t, p)
+                                      : SecondRow<double>{read(t.x, p, room_[0]), read(t.dy, p, room_[1]),
+                                                          read(t.ddx, p, room_[2]), room_[3], room_[4]};
+    if (!t.ddx.data) row.v = read(t.ddx, p, room_[2]);
+  }
+  /// Writes results that are in buffers.
+  [[gnu::noinline]] void write(const Task& t, const SecondPlace& p) const {
+    if (t.x.dtype == Dtype::float64) return;
+    for (int k = 0; k < 2; ++k) {
+      const Operand& out = k == 0 ? t.d_dy : t.dx;
+      alignas(64) float rounded[kBuffer];
+      for (std::int64_t i = 0; i < p.n; ++i) rounded[i] = static_cast<float>(room_[3 + k][i]);
+      std::byte* const to = second_address(out, p);
+      if (out.dtype == Dtype::float32) put_all(rounded, at<float>(to, 0), p.n, kPlain<float>, Fetch{});
+      else if (out.dtype == Dtype::float16) put_all(rounded, at<Half>(to, 0), p.n, kPlain<Half>, Fetch{});
+      else put_all(rounded, at<Bfloat>(to, 0), p.n, kPlain<Bfloat>, Fetch{});
+    }
+  }
+
+ private:
+  static const double* read(const Operand& a, const SecondPlace& p, double* to) {
+    if (a.data) read_doubles(second_address(a, p), a.dtype, p.n, to);
+    for (std::int64_t i = 0; i < (a.data ? 0 : p.n); ++i) to[i] = 0;
+    return to;
+  }
+  alignas(64) double room_[5][kBuffer];
+};
 
 /// Weight, ddweight and ddbias: W is float or double.
 template <class W> struct SecondParams { const W *weight, *ddweight, *ddbias; };
 
-/// Calls f(parameters) with one for all elements.
-template <class F> NORMKIT_LOCAL void with_param(const Task& t, std::int64_t parameter, F f) {
-  const double weight = element(t.weight, parameter, 1), ddweight = element(t.ddweight, parameter, 0),
-               ddbias = element(t.ddbias, parameter, 0);
-  f(SecondParams<double>{&weight, &ddweight, &ddbias});
-}
-/// Calls f(parameters) with those of n <= kBuffer elements, one for each: where they lie, or else as doubles in a buffer.
-template <class F> NORMKIT_LOCAL void with_params(const Task& t, std::int64_t parameter, std::int64_t n, F f) {
-  const auto lies = [](const Param& p) { return !p.data || (p.dtype == Dtype::float32 && p.offset == 0); };
-  if (lies(t.weight) && lies(t.ddweight) && lies(t.ddbias)) {
-    const auto in_place = [&](const Param& p, const float* absent) {
-      return p.data ? at<float>(p.data, parameter) : absent;
-    };
-    const float* const zeros = reinterpret_cast<const float*>(kNothing);
-    return f(SecondParams<float>{in_place(t.weight, kOnes), in_place(t.ddweight, zeros), in_place(t.ddbias, zeros)});
+/// Parameters of n <= kBuffer elements as doubles: one for each, or, where `each` is false, the same for all.
+struct SecondParamDoubles {
+  SecondParams<double> params{room_[0], room_[1], room_[2]};
+
+  [[gnu::noinline]] SecondParamDoubles(const Task& t, bool each, std::int64_t parameter, std::int64_t n) {
+    for (int k = 0; k < 3; ++k) {
+      const Param& p = k == 0 ? t.weight : k == 1 ? t.ddweight : t.ddbias;
+      const double absent = k == 0 ? 1 : 0;
+      double* const to = room_[k];
+      const bool reads = p.data && each;
+      if (reads) read_doubles(p.data + parameter * size_of(p.dtype), p.dtype, n, to);
+      const double all = reads ? p.offset : element(p, parameter, absent);
+      for (std::int64_t i = 0; i < n; ++i) to[i] = reads ? to[i] + all : all;
+    }
   }
-  alignas(64) double room[3][kBuffer];
-  const auto read = [&](const Param& p, double absent, double* to) {
-    if (p.data) read_doubles(p.data + parameter * size_of(p.dtype), p.dtype, n, to);
-    const double offset = p.data ? p.offset : absent;
-    for (std::int64_t i = 0; i < n; ++i) to[i] = p.data ? to[i] + offset : offset;
-    return to;
-  };
-  f(SecondParams<double>{read(t.weight, 1, room[0]), read(t.ddweight, 0, room[1]), read(t.ddbias, 0, room[2])});
+
+ private:
+  alignas(64) double room_[3][kBuffer];
+};
+/// True where parameters can be read as floats where they lie.
+NORMKIT_LOCAL bool second_params_lie(const Task& t) {
+  const auto lies = [](const Param& p) { return p.data && p.dtype == Dtype::float32 && p.offset == 0; };
+  return lies(t.weight) && lies(t.ddweight) && lies(t.ddbias);
 }
 
 // ---- sums --------------------------------------------------------------------------------------------------------
@@ -151,6 +159,15 @@ NORMKIT_LOCAL SecondSums<double> second_weighted(const Task& t, std::int64_t par
   const double weight = element(t.weight, parameter, 1), ddweight = element(t.ddweight, parameter, 0);
   return {s.v, s.vd, weight * s.g, weight * s.gd, weight * s.vg, ddweight * s.q, ddweight * s.qd, s.d};
 }
+
+/// Ones, with which dy stands for g and for q.
+struct Ones {
+  double value[kBuffer];
+  constexpr Ones() : value() {
+    for (double& v : value) v = 1;
+  }
+};
+alignas(64) constexpr Ones kOnes;
 
 NORMKIT_LOCAL void clear(SecondSums<F64>& s) {
   s.v = s.vd = s.g = s.gd = s.vg = s.q = s.qd = s.d = broadcast<F64>(0.0);
@@ -187,6 +204,12 @@ template <bool kWeighted, class Members, class X, class W>
   return sums;
 }
 
+/// Sums of doubles in the order of the loops for float32; `members` may name everyone.
+[[gnu::noinline]] SecondSums<double> second_any_sums(const SecondRow<double>& row, std::int64_t n, double mean,
+                                                     SecondParams<double> p, Masked members) {
+  return second_row_sums<true>(row, n, mean, p, members);
+}
+
 /// Calls f(step, piece) for the pieces of a span of a statistic of runs.
 template <class F>
 NORMKIT_LOCAL void for_second_pieces(const Task& t, std::int64_t o, std::int64_t lane, Chunks c, std::int64_t span,
@@ -199,25 +222,36 @@ NORMKIT_LOCAL void for_second_pieces(const Task& t, std::int64_t o, std::int64_t
 /// The sums over a span of a statistic. Where the statistic has one parameter, they are to be weighted yet.
 SecondReduced second_span_sums(const Task& t, std::int64_t r, Chunks c, std::int64_t span) {
   const std::int64_t o = r / t.geometry.lanes, lane = r % t.geometry.lanes;
-  const bool shares = constant_in_statistic(t.geometry);
+  const bool shares = constant_in_statistic(t.geometry), plain = second_is_plain(t) && t.ddx.data;
   const double mean = given_statistic<double>(t, r).mean;
   SecondReduced total;
   if (t.frozen && t.kind != ParamKind::statistic) return total;
   for_second_pieces(t, o, lane, c, span, [&](std::int64_t step, Piece piece) {
-    with_row(t, o, step, lane, piece.begin, piece.n, false, [&](auto row) {
-      with_members(t, o, step, lane, piece.begin, [&](auto members) {
-        SecondReduced part;
-        part.n = members.count(1, piece.n);
-        if (piece.linear && !shares) {
-          with_params(t, piece.parameter, piece.n,
-                      [&](auto p) { part.sums = second_row_sums<true>(row, piece.n, mean, p, members); });
-        } else {
-          part.sums = second_row_sums<false>(row, piece.n, mean, SecondParams<double>{}, members);
-          if (!shares) part.sums = second_weighted(t, piece.parameter, part.sums);
-        }
-        total = total + part;
-      });
-    });
+    const SecondPlace place{o, step, lane, piece.begin, piece.n};
+    const bool each = piece.linear && !shares;
+    const Masked members = members_at(t, o, step, lane, piece.begin);
+    SecondReduced part;
+    part.n = t.where.data ? members.count(1, piece.n) : static_cast<double>(piece.n);
+    bool done = false;
+    if constexpr (kWide) {
+      if (done = plain && (!each || second_params_lie(t)); done) {
+        const SecondRow<float> row = second_in_place<float>(t, place);
+        const auto at_piece = [&](const Param& p) { return at<float>(p.data, piece.parameter); };
+        if (each)
+          part.sums = second_row_sums<true>(
+              row, piece.n, mean, SecondParams<float>{at_piece(t.weight), at_piece(t.ddweight), nullptr}, Everyone{});
+        else part.sums = second_row_sums<false>(row, piece.n, mean, SecondParams<float>{}, Everyone{});
+      }
+    }
+    if (!done) {
+      const SecondDoubles a(t, place);
+      if (each)
+        part.sums = second_any_sums(a.row, piece.n, mean, SecondParamDoubles(t, true, piece.parameter, piece.n).params,
+                                    members);
+      else part.sums = second_any_sums(a.row, piece.n, mean, {kOnes.value, kOnes.value, nullptr}, members);
+    }
+    if (!each && !shares) part.sums = second_weighted(t, piece.parameter, part.sums);
+    total = total + part;
   });
   return total;
 }
@@ -233,7 +267,7 @@ template <bool kColumns, bool kEach, bool kPlain, class X, class W>
 [[gnu::noinline]] void second_row(const Task& t, SecondRow<X> a, std::int64_t n, SecondKnown known, SecondParams<W> p,
                                   Masked members, double* terms) {
   using V = std::conditional_t<kPlain, R64, F64>;  // one register at a time where there are many constants
-  const bool moves = kPlain || !t.frozen, masked = !kPlain && t.where.data, has_ddweight = t.ddweight.data;
+  const bool moves = kPlain || !t.frozen, has_ddweight = t.ddweight.data;
   const auto one = [](bool each, const auto* p) NORMKIT_INLINE_LAMBDA { return each ? 0.0 : double{*p}; };
   const double mean = one(kColumns, known.mean), rstd = one(kColumns, known.rstd), origin = one(kColumns, known.origin),
                along = one(kColumns, known.along), constant_part = one(kColumns, known.constant),
@@ -241,32 +275,36 @@ template <bool kColumns, bool kEach, bool kPlain, class X, class W>
                c = one(kColumns, known.c), w = one(kEach, p.weight), ddw = one(kEach, p.ddweight),
                ddb = one(kEach, p.ddbias);
   for_doubles<V>(n, [&](auto place) NORMKIT_INLINE_LAMBDA {
-    using U = typename decltype(place)::V;
     const auto of = [&](bool each, const auto* from, double all)
-                        NORMKIT_INLINE_LAMBDA { return each ? place.load(from) : broadcast<U>(all); };
-    const U dy = place.load(a.dy), v = place.load(a.v), r = of(kColumns, known.rstd, rstd);
-    const U x_hat = forward(place.load(a.x), of(kColumns, known.mean, mean), r, of(kColumns, known.origin, origin));
-    const U weight_v = of(kEach, p.weight, w), ddweight_v = of(kEach, p.ddweight, ddw);
-    U rp = v * r, d_dy = of(kEach, p.ddbias, ddb), d_x = dy * (ddweight_v * r);
-    if (has_ddweight) d_dy = mul_add(ddweight_v, x_hat, d_dy);
+                        NORMKIT_INLINE_LAMBDA { return each ? place.load(from) : broadcast<V>(all); };
+    const V dy = place.load(a.dy), v = place.load(a.v), r = of(kColumns, known.rstd, rstd);
+    const V x_hat = forward(place.load(a.x), of(kColumns, known.mean, mean), r, of(kColumns, known.origin, origin));
+    const V weight = of(kEach, p.weight, w), ddweight = of(kEach, p.ddweight, ddw);
+    V rp = v * r, d_dy = of(kEach, p.ddbias, ddb), d_x = dy * (ddweight * r);
+    if (has_ddweight) d_dy = mul_add(ddweight, x_hat, d_dy);
     if (moves) {
-      const U through =
+      const V through =
           second_through(v, x_hat, of(kColumns, known.v, of_v), of(kColumns, known.x, of_x), of(kColumns, known.c, c));
       rp = rp + second_along(x_hat, of(kColumns, known.along, along), of(kColumns, known.constant, constant_part));
-      d_x = mul_add(dy, weight_v * of(kColumns, known.g, of_g), d_x);
+      d_x = mul_add(dy, weight * of(kColumns, known.g, of_g), d_x);
       if constexpr (kPlain) d_x = d_x + through;
-      else d_x = d_x + (masked ? members.only(place, through) : through);
+      else d_x = d_x + members.only(place, through);
     }
-    place.store(a.d_dy, mul_add(weight_v, rp, d_dy)), place.store(a.d_x, d_x);
-    if (terms) place.store(terms, masked ? where(dy, dy * rp) : dy * rp);
+    place.store(a.d_dy, mul_add(weight, rp, d_dy)), place.store(a.d_x, d_x);
+    if (!terms) return;
+    V term = dy * rp;
+    if constexpr (!kPlain) term = where(dy, term);
+    place.store(terms, term);
   });
 }
 
-template <bool kColumns, bool kEach, class X, class W>
-void second_row(const Task& t, SecondRow<X> row, std::int64_t n, SecondKnown known, SecondParams<W> p, Masked members,
-                double* terms) {
-  if (!t.frozen && !t.where.data) second_row<kColumns, kEach, true>(t, row, n, known, p, members, terms);
-  else second_row<kColumns, kEach, false>(t, row, n, known, p, members, terms);
+/// second_row() of anything, by way of doubles.
+template <bool kColumns>
+void second_any_row(const Task& t, const SecondPlace& place, SecondKnown known, SecondParams<double> p, double* terms) {
+  SecondDoubles a(t, place);
+  second_row<kColumns, true, false>(t, a.row, place.n, known, p,
+                                    members_at(t, place.o, place.step, place.lane, place.begin), terms);
+  a.write(t, place);
 }
 
 /// Where terms of d_weight go: added up over a piece, or over rows, or one for each element of x.
@@ -310,20 +348,31 @@ void second_span(const Task& t, std::int64_t r, Chunks c, std::int64_t span, con
   const std::int64_t o = r / t.geometry.lanes, lane = r % t.geometry.lanes;
   const double mean = given_statistic<double>(t, r).mean;
   const SecondKnown known{&mean, &k.rstd, &k.origin, &k.along, &k.constant, &k.v, &k.g, &k.x, &k.c};
-  const bool has_terms = has_second_terms(t);
+  const bool plain = second_is_plain(t) && t.ddx.data;
   alignas(64) double terms[kBuffer];
+  double* const to = has_second_terms(t) ? terms : nullptr;
   for_second_pieces(t, o, lane, c, span, [&](std::int64_t step, Piece piece) {
-    const Masked members = members_at(t, o, step, lane, piece.begin);
-    with_row(t, o, step, lane, piece.begin, piece.n, true, [&](auto row) {
-      double* const to = has_terms ? terms : nullptr;
-      if (piece.linear)
-        with_params(t, piece.parameter, piece.n,
-                    [&](auto p) { second_row<false, true>(t, row, piece.n, known, p, members, to); });
-      else
-        with_param(t, piece.parameter,
-                   [&](auto p) { second_row<false, false>(t, row, piece.n, known, p, members, to); });
-    });
-    if (has_terms) put_second_terms(t, o, lane, t.geometry.offset(o, step, lane, piece.begin), piece, terms);
+    const SecondPlace place{o, step, lane, piece.begin, piece.n};
+    bool done = false;
+    if constexpr (kWide) {
+      if (done = plain && (!piece.linear || second_params_lie(t)); done) {
+        const SecondRow<float> row = second_in_place<float>(t, place);
+        if (piece.linear) {
+          const auto from = [&](const Param& p) { return at<float>(p.data, piece.parameter); };
+          const SecondParams<float> p{from(t.weight), from(t.ddweight), from(t.ddbias)};
+          second_row<false, true, true>(t, row, piece.n, known, p, {}, to);
+        } else {
+          const double weight = element(t.weight, piece.parameter, 1),
+                       ddweight = element(t.ddweight, piece.parameter, 0),
+                       ddbias = element(t.ddbias, piece.parameter, 0);
+          second_row<false, false, true>(t, row, piece.n, known, SecondParams<double>{&weight, &ddweight, &ddbias}, {},
+                                         to);
+        }
+      }
+    }
+    if (!done)
+      second_any_row<false>(t, place, known, SecondParamDoubles(t, piece.linear, piece.parameter, piece.n).params, to);
+    if (to) put_second_terms(t, o, lane, t.geometry.offset(o, step, lane, piece.begin), piece, terms);
   });
 }
 
@@ -345,9 +394,9 @@ NORMKIT_LOCAL SecondReduced second_column(const SecondColumnSums& s, std::int64_
 }
 
 /// Adds `rows` steps of n columns from column k on.
-template <bool kWeighted, class Members, class X, class W>
+template <bool kWeighted, class Members, class X>
 [[gnu::noinline]] void add_second_columns(SecondRow<X> a, std::int64_t rows, std::int64_t k, std::int64_t n,
-                                          const double* mean, SecondParams<W> p, Members members,
+                                          const double* mean, SecondParams<double> p, Members members,
                                           const SecondColumnSums& to) {
   for_doubles<F64>(n, [&](auto place) NORMKIT_INLINE_LAMBDA {
     const F64 m = place.load(mean + k), one = broadcast<F64>(1.0);
@@ -355,35 +404,44 @@ template <bool kWeighted, class Members, class X, class W>
     clear(s);
     F64 count = broadcast<F64>(0.0);
     SecondRow<X> row = a;
-    Members here = members;
-    for (std::int64_t step = 0; step < rows; ++step, here.next_row()) {
-      add_second<kWeighted>(s, place, row, m, p, here);
-      if constexpr (!Members::kAll) count = count + here.only(place, one);
-      row.x += row.x_step.step, row.dy += row.dy_step.step, row.v += row.v_step.step;
+    for (std::int64_t step = 0; step < rows; ++step) {
+      add_second<kWeighted>(s, place, row, m, p, members);
+      count = count + members.only(place, one);
+      row.x += row.x_step, row.dy += row.dy_step, row.v += row.v_step;
     }
     if constexpr (!kWeighted) s.q = s.g, s.qd = s.gd;
-    if constexpr (Members::kAll) count = broadcast<F64>(static_cast<double>(rows));
     const F64 all[] = {s.v, s.vd, s.g, s.gd, s.vg, s.q, s.qd, s.d, count};
     for (int j = 0; j < kSecondDoubles; ++j)
       place.store(to.array[j] + k, place.load(static_cast<const double*>(to.array[j]) + k) + all[j]);
   });
 }
 
+/// Steps that are added up before they are added to the sums of their columns.
+constexpr std::int64_t kSecondSteps = 16;
+
 /// Adds a span to the sums of columns.
 void second_column_sums(const Task& t, std::int64_t o, std::int64_t span, const double* mean, SecondColumnSums to) {
   const Geometry& g = t.geometry;
-  const bool each = !constant_in_column(g), direct = size_of(t.x.dtype) > 2;
-  const std::int64_t end = span_end(g, span), most = each || !direct ? 1 : 16;
+  const bool each = !constant_in_column(g), plain = second_is_plain(t) && t.ddx.data && !each;
+  const std::int64_t end = span_end(g, span), most = plain ? kSecondSteps : 1;
   for (std::int64_t step = span_begin(span); step < end; step += most)
     for (std::int64_t k = 0; k < g.columns(); k += kBuffer) {
-      const std::int64_t rows = least(most, end - step), n = least(kBuffer, g.columns() - k);
-      with_row(t, o, step, 0, k, n, false, [&](auto row) {
-        with_members(t, o, step, 0, k, [&](auto members) {
-          if (!each) return add_second_columns<false>(row, rows, k, n, mean, SecondParams<double>{}, members, to);
-          with_params(t, g.parameter(o, g.offset(o, step, 0, 0)) + k, n,
-                      [&](auto p) { add_second_columns<true>(row, rows, k, n, mean, p, members, to); });
-        });
-      });
+      const SecondPlace place{o, step, 0, k, least(kBuffer, g.columns() - k)};
+      if constexpr (kWide) {
+        if (plain) {
+          add_second_columns<false>(second_in_place<float>(t, place), least(most, end - step), k, place.n, mean, {},
+                                    Everyone{}, to);
+          continue;
+        }
+      }
+      const SecondDoubles a(t, place);
+      const Masked members = members_at(t, o, step, 0, k);
+      if (!each) {
+        add_second_columns<true>(a.row, 1, k, place.n, mean, {kOnes.value, kOnes.value, nullptr}, members, to);
+        continue;
+      }
+      const SecondParamDoubles p(t, true, g.parameter(o, g.offset(o, step, 0, 0)) + k, place.n);
+      add_second_columns<true>(a.row, 1, k, place.n, mean, p.params, members, to);
     }
 }
 
@@ -432,21 +490,26 @@ void second_solve_columns(const Task& t, std::int64_t o, const SecondColumnSums&
 
 void second_column_span(const Task& t, std::int64_t o, std::int64_t span, const SecondTable& table) {
   const Geometry& g = t.geometry;
-  const bool each = !constant_in_column(g), has_terms = has_second_terms(t);
+  const bool each = !constant_in_column(g), plain = second_is_plain(t) && t.ddx.data && !each;
   alignas(64) double terms[kBuffer];
+  double* const to = has_second_terms(t) ? terms : nullptr;
   for (std::int64_t step = span_begin(span); step < span_end(g, span); ++step)
     for (std::int64_t k = 0; k < g.columns(); k += kBuffer) {
-      const std::int64_t n = least(kBuffer, g.columns() - k), offset = g.offset(o, step, 0, 0) + k;
+      const SecondPlace place{o, step, 0, k, least(kBuffer, g.columns() - k)};
+      const std::int64_t offset = g.offset(o, step, 0, 0) + k;
       const auto of = [&](int j) { return table.array[j] + k; };
       const SecondKnown known{of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7), of(8)};
-      with_row(t, o, step, 0, k, n, true, [&](auto row) {
-        const auto write = [&](auto p) {
-          second_row<true, true>(t, row, n, known, p, members_at(t, o, step, 0, k), has_terms ? terms : nullptr);
-        };
-        if (!each) write(SecondParams<double>{of(9), of(10), of(11)});
-        else with_params(t, g.parameter(o, offset - k) + k, n, write);
-      });
-      if (has_terms) put_second_terms(t, o, 0, offset, {k, n, 0, true}, terms);
+      const SecondParams<double> own{of(9), of(10), of(11)};
+      bool done = false;
+      if constexpr (kWide) {
+        if (done = plain; done)
+          second_row<true, true, true>(t, second_in_place<float>(t, place), place.n, known, own, {}, to);
+      }
+      if (!done && !each) second_any_row<true>(t, place, known, own, to);
+      if (!done && each)
+        second_any_row<true>(t, place, known,
+                             SecondParamDoubles(t, true, g.parameter(o, offset - k) + k, place.n).params, to);
+      if (to) put_second_terms(t, o, 0, offset, {k, place.n, 0, true}, terms);
     }
 }
 
