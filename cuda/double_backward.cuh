@@ -9,11 +9,17 @@ namespace normkit::cuda {
 /// How a statistic is cut into tiles: a part of its members (runs), or some steps of 32 columns (lanes).
 inline constexpr int kSecondTile = 4096, kSecondStrands = kBlockThreads / kWarp, kSecondSteps = 16 * kSecondStrands;
 
+/// What is known of a statistic, beside the given mean.
+struct SecondKnown {
+  double mean;
+  SecondGradient<double> gradient;
+};
+
 /// What the kernels are told.
 struct SecondWork {
   Task task;
   double* partials;  // kSecondDoubles of each tile, or of each column and tile
-  double* solved;  // a SecondGradient of each statistic
+  SecondKnown* solved;  // of each statistic
   ParamGradient dweight;
 
   constexpr bool has_columns() const { return task.traversal == Traversal::lanes; }
@@ -74,7 +80,7 @@ struct SecondReduced {
 static_assert(sizeof(SecondReduced) == kSecondDoubles * sizeof(double));
 
 /// The sum of what the threads of a block have whose numbers are alike modulo `abreast`, in the first `abreast` threads.
-NORMKIT_DEVICE double second_joined(double v, int abreast) {
+NORMKIT_CALLED double second_joined(double v, int abreast) {
   double* const all = reinterpret_cast<double*>(shared_memory());
   const int rank = thread_index();
   all[rank] = v;
@@ -87,6 +93,9 @@ NORMKIT_DEVICE double second_joined(double v, int abreast) {
   sync_block();
   return v;
 }
+
+/// The sum over a warp, in all its threads.
+NORMKIT_CALLED double second_warp_sum(double v) { return all_sum(Group::of(kWarp), v); }
 
 /// The sums of a tile. A block takes it: its threads go along the members, or its warps along steps of 32 columns.
 struct SecondTileSums {
@@ -105,26 +114,28 @@ struct SecondTileSums {
     const Geometry& g = t.geometry;
     const int rank = thread_index();
     const std::int64_t tiles = work.tiles();
-    SecondReduced reduced;
-    std::int64_t entry = block_index();
+    const bool has_columns = work.has_columns();
+    // The elements of this thread: steps of a column, or members of a statistic.
+    std::int64_t entry = block_index(), o, lane, i = 0, at, end, apart = kBlockThreads;
     bool writes = rank == 0;
-    if (work.has_columns()) {
+    if (has_columns) {
       const std::int64_t across = ceil_div(g.columns(), kWarp), row = quotient(entry, across);
-      const std::int64_t o = quotient(row, tiles), k = (entry - row * across) * kWarp + rank % kWarp;
-      const std::int64_t first = (row - o * tiles) * kSecondSteps, lane = quotient(k, g.run);
-      writes = rank < kWarp && k < g.columns(), entry = row * g.columns() + k;
-      const double mean = k < g.columns() ? given_statistic<double>(t, o * g.lanes + lane).mean : 0;
-      for (std::int64_t step = first + rank / kWarp; step < first + kSecondSteps; step += kSecondStrands)
-        if (k < g.columns() && step < g.steps) reduced.add(t, {o, step, lane, k - lane * g.run}, mean);
+      const std::int64_t k = (entry - row * across) * kWarp + rank % kWarp,
+                         first = remainder(row, tiles) * kSecondSteps;
+      o = quotient(row, tiles), lane = quotient(k, g.run), i = k - lane * g.run;
+      at = first + rank / kWarp, end = k < g.columns() ? first + kSecondSteps : 0, apart = kSecondStrands;
+      end = end < g.steps ? end : g.steps, writes = rank < kWarp && k < g.columns(), entry = row * g.columns() + k;
     } else {
-      const std::int64_t r = quotient(entry, tiles), o = quotient(r, g.lanes),
-                         begin = (entry - r * tiles) * kSecondTile;
-      const std::int64_t members = g.members(), end = begin + kSecondTile < members ? begin + kSecondTile : members;
-      const double mean = given_statistic<double>(t, r).mean;
-      for (std::int64_t m = begin + rank; m < end; m += kBlockThreads) {
-        const std::int64_t step = quotient(m, g.run);
-        reduced.add(t, {o, step, r - o * g.lanes, m - step * g.run}, mean);
-      }
+      const std::int64_t r = quotient(entry, tiles), begin = (entry - r * tiles) * kSecondTile;
+      o = quotient(r, g.lanes), lane = r - o * g.lanes, at = begin + rank;
+      end = begin + kSecondTile < g.members() ? begin + kSecondTile : g.members();
+    }
+    SecondReduced reduced;
+    const double mean = at < end ? given_statistic<double>(t, o * g.lanes + lane).mean : 0;
+    NORMKIT_ROLL
+    for (; at < end; at += apart) {
+      const std::int64_t step = has_columns ? at : quotient(at, g.run);
+      reduced.add(t, {o, step, lane, has_columns ? i : at - step * g.run}, mean);
     }
     const int abreast = work.has_columns() ? kWarp : 1;
     double* to = work.partials + kSecondDoubles * entry;
@@ -158,12 +169,12 @@ struct SecondFinish {
           kSecondDoubles * (work.has_columns() ? (o * tiles + tile) * g.columns() + column : r * tiles + k);
       all.each([&](double& v) { v += *from++; });
     }
-    all.each([&](double& v) { v = all_sum(warp, v); });
+    all.each([](double& v) { v = second_warp_sum(v); });
     if (warp.rank != 0) return;
-    const double rstd = given_statistic<double>(t, r).rstd;
+    const Statistic<double> s = given_statistic<double>(t, r);
     const double shift = t.centered && !t.frozen && all.n > 0 ? all.sums.d / all.n : 0;
-    reinterpret_cast<SecondGradient<double>*>(work.solved)[r] =
-        second_gradient_of(rstd, shift, recenter(all.sums, shift), t.frozen ? 0 : all.n, t.centered);
+    work.solved[r] = {s.mean,
+                      second_gradient_of(s.rstd, shift, recenter(all.sums, shift), t.frozen ? 0 : all.n, t.centered)};
   }
 };
 
@@ -173,11 +184,10 @@ struct SecondElement {
 
   NORMKIT_DEVICE static SecondElement of(const SecondWork& work, const SecondPlace& p, std::int64_t parameter) {
     const Task& t = work.task;
-    const std::int64_t r = p.o * t.geometry.lanes + p.lane;
-    const SecondGradient<double> k = reinterpret_cast<const SecondGradient<double>*>(work.solved)[r];
+    const SecondKnown known = work.solved[p.o * t.geometry.lanes + p.lane];
+    const SecondGradient<double>& k = known.gradient;
     const double weight = element(t.weight, parameter, 1), ddweight = element(t.ddweight, parameter, 0);
-    const double dy = p.read(t.dy), v = p.read(t.ddx);
-    const double x_hat = forward(p.read(t.x), given_statistic<double>(t, r).mean, k.rstd, k.origin);
+    const double dy = p.read(t.dy), v = p.read(t.ddx), x_hat = forward(p.read(t.x), known.mean, k.rstd, k.origin);
     SecondElement e{dy, element(t.ddbias, parameter, 0), dy * (ddweight * k.rstd), v * k.rstd};
     if (t.ddweight.data) e.d_dy = mul_add(ddweight, x_hat, e.d_dy);
     if (!t.frozen) {
@@ -189,51 +199,48 @@ struct SecondElement {
   }
 };
 
-/// d_dy and d_x: a thread for each element.
-struct SecondResults {
-  static constexpr const char* kName = "SecondResults";
+/// d_dy and d_x, a thread for each element; or, where `adds`, d_weight: a block for each parameter, or for 32 where neighbors
+/// in memory have different ones.
+struct SecondRest {
+  static constexpr const char* kName = "SecondRest";
   static constexpr int kBlocks = 2;
   SecondWork work;
-
-  NORMKIT_DEVICE void operator()() const {
-    const Task& t = work.task;
-    const std::int64_t offset = own_item(1);
-    if (offset >= t.geometry.size()) return;
-    const SecondPlace p = SecondPlace::of(t.geometry, offset);
-    const SecondElement e = SecondElement::of(work, p, second_parameter(t.geometry, p.o, offset));
-    const double d_dy[1] = {e.d_dy}, d_x[1] = {e.d_x};
-    put_elements({t.d_dy.data, t.d_dy.dtype}, p.index(t.d_dy.strides), d_dy, 1);
-    put_elements({t.dx.data, t.dx.dtype}, p.index(t.dx.strides), d_x, 1);
-  }
-};
-
-/// d_weight: a block for each parameter, or for 32 where neighbors in memory have different ones.
-struct SecondDweight {
-  static constexpr const char* kName = "SecondDweight";
-  static constexpr int kBlocks = 2;
-  SecondWork work;
+  bool adds;
 
   constexpr int abreast() const { return work.task.geometry.params.stride == 1 ? kWarp : 1; }
   Grid grid() const {
-    return {ceil_div(work.task.geometry.parameters(), abreast()), kBlockThreads, kBlockThreads * int{sizeof(double)},
-            1};
+    const Geometry& g = work.task.geometry;
+    return {adds ? ceil_div(g.parameters(), abreast()) : ceil_div(g.size(), kBlockThreads), kBlockThreads,
+            adds ? kBlockThreads * int{sizeof(double)} : 0, 1};
   }
   NORMKIT_DEVICE void operator()() const {
-    const Geometry& g = work.task.geometry;
+    const Task& t = work.task;
+    const Geometry& g = t.geometry;
     const ParamMap& map = g.params;
-    const int rank = thread_index(), width = abreast(), strands = divided(kBlockThreads, width);
-    const std::int64_t p = block_index() * width + rank % width;
-    const std::int64_t o = map.outer ? quotient(p, map.count) : 0, own = p - o * map.count;
-    const std::int64_t slice = map.outer ? g.steps * g.columns() : g.size(), each = quotient(slice, map.count);
+    const int rank = thread_index(), width = adds ? abreast() : kBlockThreads;
+    const std::int64_t item = block_index() * width + rank % width;
+    const std::int64_t slice = map.outer ? g.steps * g.columns() : g.size();
+    const std::int64_t o = adds && map.outer ? quotient(item, map.count) : 0, own = item - o * map.count;
+    const std::int64_t end = item >= (adds ? g.parameters() : g.size()) ? 0 : adds ? quotient(slice, map.count) : 1;
     double sum = 0;
-    for (std::int64_t k = divided(rank, width); k < (p < g.parameters() ? each : 0); k += strands) {
+    NORMKIT_ROLL
+    for (std::int64_t k = divided(rank, width); k < end; k += divided(kBlockThreads, width)) {
       const std::int64_t turn = quotient(k, map.stride);
-      const std::int64_t offset = o * slice + (turn * map.count + own) * map.stride + (k - turn * map.stride);
-      const SecondElement e = SecondElement::of(work, SecondPlace::of(g, offset), p);
-      if (e.dy != 0) sum = mul_add(e.dy, e.rp, sum);
+      const std::int64_t offset =
+          adds ? o * slice + (turn * map.count + own) * map.stride + (k - turn * map.stride) : item;
+      const SecondPlace p = SecondPlace::of(g, offset);
+      const SecondElement e = SecondElement::of(work, p, adds ? item : second_parameter(g, p.o, offset));
+      if (adds) {
+        if (e.dy != 0) sum = mul_add(e.dy, e.rp, sum);
+        continue;
+      }
+      const double d_dy[1] = {e.d_dy}, d_x[1] = {e.d_x};
+      put_elements({t.d_dy.data, t.d_dy.dtype}, p.index(t.d_dy.strides), d_dy, 1);
+      put_elements({t.dx.data, t.dx.dtype}, p.index(t.dx.strides), d_x, 1);
     }
+    if (!adds) return;
     const double total[1] = {second_joined(sum, width)};
-    if (rank < width && p < g.parameters()) put_elements(work.dweight, p, total, 1);
+    if (rank < width && item < g.parameters()) put_elements(work.dweight, item, total, 1);
   }
 };
 

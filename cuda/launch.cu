@@ -266,7 +266,8 @@ void total_gradients(const Job& job, const Work& work, Stream stream) {
 SecondWork carve_second(Carver& carver, const Job& job) {
   SecondWork work{job.task, nullptr, nullptr, job.dweight};
   work.partials = carver.take(kSecondDoubles * work.partial_count());
-  work.solved = carver.take(job.task.geometry.statistics() * (sizeof(SecondGradient<double>) / sizeof(double)));
+  const std::int64_t each = sizeof(SecondKnown) / sizeof(double);
+  work.solved = reinterpret_cast<SecondKnown*>(carver.take(each * job.task.geometry.statistics()));
   return work;
 }
 
@@ -277,8 +278,8 @@ void run_second(const SecondWork& work, Stream stream) {
   Grid statistics = grid_for_items(g.statistics(), kWarp);
   statistics.shared_bytes = kGroupBytes;
   launch(SecondFinish{work}, statistics, stream);
-  launch(SecondResults{work}, grid_for_items(g.size(), 1), stream);
-  const SecondDweight dweight{work};
+  const SecondRest results{work, false}, dweight{work, true};
+  launch(results, results.grid(), stream);
   if (work.dweight.data) launch(dweight, dweight.grid(), stream);
 }
 

@@ -138,6 +138,15 @@ def test_masks(op, layout, mask, rng):
     check(op, dds, dy, x, weight, stats=op.statistics(x, where=where)[1:], where=where)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("op", REGISTRY, ids=repr)
+def test_a_mask_of_all_changes_no_bit(op, layout, rng):
+    dds, dy, x, weight = inputs(op, LARGE["many-statistics"], rng, layout=layout)
+    stats = op.statistics(x)[1:]
+    found, masked = (op.double_backward(dds, dy, x, *stats, weight, where=w) for w in (None, np.ones(x.shape, bool)))
+    assert [f.tobytes() for f in found] == [m.tobytes() for m in masked]
+
+
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
 def test_a_mask_over_many_blocks(op, rng):
     shape = LARGE["many-members"]

@@ -33,6 +33,9 @@ template <class Vector> struct Doubles {
   }
   NORMKIT_LOCAL V keep(V v) const { return v; }
 };
+template <class X> [[gnu::noinline, gnu::cold]] void copy_few(const X* from, int n, X* to) {
+  for (int k = 0; k < n; ++k) to[k] = from[k];
+}
 template <class Vector> struct PartOfDoubles {
   using V = Vector;
   static constexpr int kWidth = kRegsOf<V> * kLanes64;
@@ -41,13 +44,13 @@ template <class Vector> struct PartOfDoubles {
 
   template <class X> NORMKIT_LOCAL V load(const X* p) const {
     X part[kWidth] = {};
-    for (int k = 0; k < n; ++k) part[k] = p[i + k];
+    copy_few(p + i, n, part);
     return Doubles<V>{0}.load(part);
   }
   template <class X> NORMKIT_LOCAL void store(X* p, V v) const {
     X part[kWidth];
     Doubles<V>{0}.store(part, v);
-    for (int k = 0; k < n; ++k) p[i + k] = part[k];
+    copy_few(part, n, p + i);
   }
   template <class U> NORMKIT_LOCAL U flags(const std::uint8_t* p) const { return ::normkit::flags<U>(p + i, n); }
   NORMKIT_LOCAL V keep(V v) const { return ::normkit::keep(v, n); }
@@ -220,7 +223,7 @@ NORMKIT_LOCAL void for_second_pieces(const Task& t, std::int64_t o, std::int64_t
 }
 
 /// The sums over a span of a statistic. Where the statistic has one parameter, they are to be weighted yet.
-SecondReduced second_span_sums(const Task& t, std::int64_t r, Chunks c, std::int64_t span) {
+[[gnu::cold]] SecondReduced second_span_sums(const Task& t, std::int64_t r, Chunks c, std::int64_t span) {
   const std::int64_t o = r / t.geometry.lanes, lane = r % t.geometry.lanes;
   const bool shares = constant_in_statistic(t.geometry), plain = second_is_plain(t) && t.ddx.data;
   const double mean = given_statistic<double>(t, r).mean;
@@ -308,8 +311,8 @@ void second_any_row(const Task& t, const SecondPlace& place, SecondKnown known, 
 }
 
 /// Where terms of d_weight go: added up over a piece, or over rows, or one for each element of x.
-void put_second_terms(const Task& t, std::int64_t o, std::int64_t lane, std::int64_t offset, Piece piece,
-                      const double* terms) {
+[[gnu::cold]] void put_second_terms(const Task& t, std::int64_t o, std::int64_t lane, std::int64_t offset, Piece piece,
+                                    const double* terms) {
   const Geometry& g = t.geometry;
   if (t.kind == ParamKind::piece) {
     F64 all = broadcast<F64>(0.0);
@@ -330,7 +333,7 @@ bool has_second_terms(const Task& t) {
 // ---- runs --------------------------------------------------------------------------------------------------------
 
 /// Makes of the sums of a whole statistic the coefficients of its elements, and its share of d_weight.
-SecondGradient<double> second_solve(const Task& t, std::int64_t r, SecondReduced reduced) {
+[[gnu::cold]] SecondGradient<double> second_solve(const Task& t, std::int64_t r, SecondReduced reduced) {
   const Geometry& g = t.geometry;
   const std::int64_t o = r / g.lanes, lane = r % g.lanes;
   const Statistic<double> s = given_statistic<double>(t, r);
@@ -344,7 +347,8 @@ SecondGradient<double> second_solve(const Task& t, std::int64_t r, SecondReduced
   return known;
 }
 
-void second_span(const Task& t, std::int64_t r, Chunks c, std::int64_t span, const SecondGradient<double>& k) {
+[[gnu::cold]] void second_span(const Task& t, std::int64_t r, Chunks c, std::int64_t span,
+                               const SecondGradient<double>& k) {
   const std::int64_t o = r / t.geometry.lanes, lane = r % t.geometry.lanes;
   const double mean = given_statistic<double>(t, r).mean;
   const SecondKnown known{&mean, &k.rstd, &k.origin, &k.along, &k.constant, &k.v, &k.g, &k.x, &k.c};
@@ -393,16 +397,17 @@ NORMKIT_LOCAL SecondReduced second_column(const SecondColumnSums& s, std::int64_
   return {{a[0][k], a[1][k], a[2][k], a[3][k], a[4][k], a[5][k], a[6][k], a[7][k]}, a[8][k]};
 }
 
-/// Adds `rows` steps of n columns from column k on.
+/// Adds `rows` steps of n columns from column k on, one after another.
 template <bool kWeighted, class Members, class X>
 [[gnu::noinline]] void add_second_columns(SecondRow<X> a, std::int64_t rows, std::int64_t k, std::int64_t n,
                                           const double* mean, SecondParams<double> p, Members members,
                                           const SecondColumnSums& to) {
   for_doubles<F64>(n, [&](auto place) NORMKIT_INLINE_LAMBDA {
+    const auto sum = [&](int j)
+                         NORMKIT_INLINE_LAMBDA { return place.load(static_cast<const double*>(to.array[j]) + k); };
     const F64 m = place.load(mean + k), one = broadcast<F64>(1.0);
-    SecondSums<F64> s;
-    clear(s);
-    F64 count = broadcast<F64>(0.0);
+    SecondSums<F64> s{sum(0), sum(1), sum(2), sum(3), sum(4), sum(5), sum(6), sum(7)};
+    F64 count = sum(8);
     SecondRow<X> row = a;
     for (std::int64_t step = 0; step < rows; ++step) {
       add_second<kWeighted>(s, place, row, m, p, members);
@@ -411,16 +416,16 @@ template <bool kWeighted, class Members, class X>
     }
     if constexpr (!kWeighted) s.q = s.g, s.qd = s.gd;
     const F64 all[] = {s.v, s.vd, s.g, s.gd, s.vg, s.q, s.qd, s.d, count};
-    for (int j = 0; j < kSecondDoubles; ++j)
-      place.store(to.array[j] + k, place.load(static_cast<const double*>(to.array[j]) + k) + all[j]);
+    for (int j = 0; j < kSecondDoubles; ++j) place.store(to.array[j] + k, all[j]);
   });
 }
 
-/// Steps that are added up before they are added to the sums of their columns.
+/// Steps whose sums stay in registers.
 constexpr std::int64_t kSecondSteps = 16;
 
 /// Adds a span to the sums of columns.
-void second_column_sums(const Task& t, std::int64_t o, std::int64_t span, const double* mean, SecondColumnSums to) {
+[[gnu::cold]] void second_column_sums(const Task& t, std::int64_t o, std::int64_t span, const double* mean,
+                                      SecondColumnSums to) {
   const Geometry& g = t.geometry;
   const bool each = !constant_in_column(g), plain = second_is_plain(t) && t.ddx.data && !each;
   const std::int64_t end = span_end(g, span), most = plain ? kSecondSteps : 1;
@@ -446,7 +451,7 @@ void second_column_sums(const Task& t, std::int64_t o, std::int64_t span, const 
 }
 
 /// The given means, for each column.
-void second_means(const Task& t, std::int64_t o, double* mean) {
+[[gnu::cold]] void second_means(const Task& t, std::int64_t o, double* mean) {
   const Geometry& g = t.geometry;
   for (std::int64_t lane = 0; lane < g.lanes; ++lane)
     for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k)
@@ -454,7 +459,8 @@ void second_means(const Task& t, std::int64_t o, double* mean) {
 }
 
 /// Makes of the sums of columns the table that is known of them, and their shares of d_weight.
-void second_solve_columns(const Task& t, std::int64_t o, const SecondColumnSums& sums, const SecondTable& table) {
+[[gnu::cold]] void second_solve_columns(const Task& t, std::int64_t o, const SecondColumnSums& sums,
+                                        const SecondTable& table) {
   const Geometry& g = t.geometry;
   ColumnParameter parameter(t, o), folded = parameter;
   for (std::int64_t lane = 0; lane < g.lanes; ++lane) {
@@ -488,7 +494,7 @@ void second_solve_columns(const Task& t, std::int64_t o, const SecondColumnSums&
   }
 }
 
-void second_column_span(const Task& t, std::int64_t o, std::int64_t span, const SecondTable& table) {
+[[gnu::cold]] void second_column_span(const Task& t, std::int64_t o, std::int64_t span, const SecondTable& table) {
   const Geometry& g = t.geometry;
   const bool each = !constant_in_column(g), plain = second_is_plain(t) && t.ddx.data && !each;
   alignas(64) double terms[kBuffer];
@@ -525,7 +531,7 @@ NORMKIT_LOCAL void add_second_parts(const SecondColumnSums& to, const SecondColu
     for (std::int64_t k = 0; k < columns; ++k) to.array[j][k] += part.array[j][k];
 }
 
-void second_sums(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
+[[gnu::cold]] void second_sums(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
   const Chunks c = chunks_of(t.geometry, t.traversal);
   const std::int64_t columns = whole_vectors(t.geometry.columns());
   for (std::int64_t unit = begin; unit < end; ++unit) {
@@ -539,7 +545,7 @@ void second_sums(const Task& t, std::int64_t begin, std::int64_t end, double* sc
   }
 }
 
-void second_finish(const Task& t, std::int64_t begin, std::int64_t end) {
+[[gnu::cold]] void second_finish(const Task& t, std::int64_t begin, std::int64_t end) {
   const std::int64_t spans = chunks_of(t.geometry, t.traversal).spans, each = partial_doubles(t, true);
   const std::int64_t columns = whole_vectors(t.geometry.columns());
   for (std::int64_t unit = begin; unit < end; ++unit) {
@@ -557,7 +563,7 @@ void second_finish(const Task& t, std::int64_t begin, std::int64_t end) {
   }
 }
 
-void second_apply(const Task& t, std::int64_t begin, std::int64_t end) {
+[[gnu::cold]] void second_apply(const Task& t, std::int64_t begin, std::int64_t end) {
   const Chunks c = chunks_of(t.geometry, t.traversal);
   for_spans(t, begin, end, [&](std::int64_t unit) {
     double* const solved = t.solved;
@@ -570,7 +576,7 @@ void second_apply(const Task& t, std::int64_t begin, std::int64_t end) {
   });
 }
 
-void second_fused(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
+[[gnu::cold]] void second_fused(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
   const Chunks c = chunks_of(t.geometry, t.traversal);
   const std::int64_t columns = whole_vectors(t.geometry.columns());
   for (std::int64_t unit = begin; unit < end; ++unit) {
