@@ -64,7 +64,7 @@ template <class V, class F> NORMKIT_LOCAL void for_doubles(std::int64_t n, F f) 
 
 /// True where the loops for float32 do all that is asked for.
 NORMKIT_LOCAL bool second_is_plain(const Task& t) {
-  return kWide && t.x.dtype == Dtype::float32 && !t.where.data && !t.frozen;
+  return kWide && t.x.dtype == Dtype::float32 && t.ddx.data && !t.where.data && !t.frozen;
 }
 
 /// n <= kBuffer elements of a step, one after another, and of others `step` apart. X is float or double.
@@ -141,10 +141,27 @@ struct SecondParamDoubles {
  private:
   alignas(64) double room_[3][kBuffer];
 };
-/// True where parameters can be read as floats where they lie.
+
+/// One number kBuffer times.
+template <class T> struct Filled {
+  T value[kBuffer];
+  explicit constexpr Filled(T of) : value() {
+    for (T& v : value) v = of;
+  }
+};
+alignas(64) constexpr Filled<float> kFloatZeros(0), kFloatOnes(1);
+alignas(64) constexpr Filled<double> kOnes(1);  // with which dy stands for g and for q
+
+/// True where parameters can be read as floats where they lie, or are not there.
 NORMKIT_LOCAL bool second_params_lie(const Task& t) {
-  const auto lies = [](const Param& p) { return p.data && p.dtype == Dtype::float32 && p.offset == 0; };
+  const auto lies = [](const Param& p) { return !p.data || (p.dtype == Dtype::float32 && p.offset == 0); };
   return lies(t.weight) && lies(t.ddweight) && lies(t.ddbias);
+}
+NORMKIT_LOCAL SecondParams<float> second_params_at(const Task& t, std::int64_t parameter) {
+  const auto from = [&](const Param& p, const Filled<float>& absent) {
+    return p.data ? at<float>(p.data, parameter) : absent.value;
+  };
+  return {from(t.weight, kFloatOnes), from(t.ddweight, kFloatZeros), from(t.ddbias, kFloatZeros)};
 }
 
 // ---- sums --------------------------------------------------------------------------------------------------------
@@ -162,15 +179,6 @@ NORMKIT_LOCAL SecondSums<double> second_weighted(const Task& t, std::int64_t par
   const double weight = element(t.weight, parameter, 1), ddweight = element(t.ddweight, parameter, 0);
   return {s.v, s.vd, weight * s.g, weight * s.gd, weight * s.vg, ddweight * s.q, ddweight * s.qd, s.d};
 }
-
-/// Ones, with which dy stands for g and for q.
-struct Ones {
-  double value[kBuffer];
-  constexpr Ones() : value() {
-    for (double& v : value) v = 1;
-  }
-};
-alignas(64) constexpr Ones kOnes;
 
 NORMKIT_LOCAL void clear(SecondSums<F64>& s) {
   s.v = s.vd = s.g = s.gd = s.vg = s.q = s.qd = s.d = broadcast<F64>(0.0);
@@ -225,7 +233,7 @@ NORMKIT_LOCAL void for_second_pieces(const Task& t, std::int64_t o, std::int64_t
 /// The sums over a span of a statistic. Where the statistic has one parameter, they are to be weighted yet.
 [[gnu::cold]] SecondReduced second_span_sums(const Task& t, std::int64_t r, Chunks c, std::int64_t span) {
   const std::int64_t o = r / t.geometry.lanes, lane = r % t.geometry.lanes;
-  const bool shares = constant_in_statistic(t.geometry), plain = second_is_plain(t) && t.ddx.data;
+  const bool shares = constant_in_statistic(t.geometry), plain = second_is_plain(t);
   const double mean = given_statistic<double>(t, r).mean;
   SecondReduced total;
   if (t.frozen && t.kind != ParamKind::statistic) return total;
@@ -239,10 +247,8 @@ NORMKIT_LOCAL void for_second_pieces(const Task& t, std::int64_t o, std::int64_t
     if constexpr (kWide) {
       if (done = plain && (!each || second_params_lie(t)); done) {
         const SecondRow<float> row = second_in_place<float>(t, place);
-        const auto at_piece = [&](const Param& p) { return at<float>(p.data, piece.parameter); };
         if (each)
-          part.sums = second_row_sums<true>(
-              row, piece.n, mean, SecondParams<float>{at_piece(t.weight), at_piece(t.ddweight), nullptr}, Everyone{});
+          part.sums = second_row_sums<true>(row, piece.n, mean, second_params_at(t, piece.parameter), Everyone{});
         else part.sums = second_row_sums<false>(row, piece.n, mean, SecondParams<float>{}, Everyone{});
       }
     }
@@ -352,7 +358,7 @@ bool has_second_terms(const Task& t) {
   const std::int64_t o = r / t.geometry.lanes, lane = r % t.geometry.lanes;
   const double mean = given_statistic<double>(t, r).mean;
   const SecondKnown known{&mean, &k.rstd, &k.origin, &k.along, &k.constant, &k.v, &k.g, &k.x, &k.c};
-  const bool plain = second_is_plain(t) && t.ddx.data;
+  const bool plain = second_is_plain(t);
   alignas(64) double terms[kBuffer];
   double* const to = has_second_terms(t) ? terms : nullptr;
   for_second_pieces(t, o, lane, c, span, [&](std::int64_t step, Piece piece) {
@@ -362,9 +368,7 @@ bool has_second_terms(const Task& t) {
       if (done = plain && (!piece.linear || second_params_lie(t)); done) {
         const SecondRow<float> row = second_in_place<float>(t, place);
         if (piece.linear) {
-          const auto from = [&](const Param& p) { return at<float>(p.data, piece.parameter); };
-          const SecondParams<float> p{from(t.weight), from(t.ddweight), from(t.ddbias)};
-          second_row<false, true, true>(t, row, piece.n, known, p, {}, to);
+          second_row<false, true, true>(t, row, piece.n, known, second_params_at(t, piece.parameter), {}, to);
         } else {
           const double weight = element(t.weight, piece.parameter, 1),
                        ddweight = element(t.ddweight, piece.parameter, 0),
@@ -427,7 +431,7 @@ constexpr std::int64_t kSecondSteps = 16;
 [[gnu::cold]] void second_column_sums(const Task& t, std::int64_t o, std::int64_t span, const double* mean,
                                       SecondColumnSums to) {
   const Geometry& g = t.geometry;
-  const bool each = !constant_in_column(g), plain = second_is_plain(t) && t.ddx.data && !each;
+  const bool each = !constant_in_column(g), plain = second_is_plain(t) && !each;
   const std::int64_t end = span_end(g, span), most = plain ? kSecondSteps : 1;
   for (std::int64_t step = span_begin(span); step < end; step += most)
     for (std::int64_t k = 0; k < g.columns(); k += kBuffer) {
@@ -496,7 +500,7 @@ constexpr std::int64_t kSecondSteps = 16;
 
 [[gnu::cold]] void second_column_span(const Task& t, std::int64_t o, std::int64_t span, const SecondTable& table) {
   const Geometry& g = t.geometry;
-  const bool each = !constant_in_column(g), plain = second_is_plain(t) && t.ddx.data && !each;
+  const bool each = !constant_in_column(g), plain = second_is_plain(t) && !each;
   alignas(64) double terms[kBuffer];
   double* const to = has_second_terms(t) ? terms : nullptr;
   for (std::int64_t step = span_begin(span); step < span_end(g, span); ++step)
