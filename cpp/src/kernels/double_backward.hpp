@@ -1,5 +1,6 @@
 // The gradient of a backward, in both traversals. All is computed in double. What is asked for most, float32 without a
 // mask, is read where it lies; all else goes through buffers of doubles, or is double itself, and has one loop for all.
+// What is not a loop over elements is marked as cold, which makes it small.
 #pragma once
 
 namespace normkit {
@@ -90,14 +91,14 @@ class SecondDoubles {
  public:
   SecondRow<double> row;
 
-  [[gnu::noinline]] SecondDoubles(const Task& t, const SecondPlace& p) {
+  [[gnu::noinline, gnu::hot]] SecondDoubles(const Task& t, const SecondPlace& p) {
     row = t.x.dtype == Dtype::float64 ? second_in_place<double>(t, p)
                                       : SecondRow<double>{read(t.x, p, room_[0]), read(t.dy, p, room_[1]),
                                                           read(t.ddx, p, room_[2]), room_[3], room_[4]};
     if (!t.ddx.data) row.v = read(t.ddx, p, room_[2]);
   }
   /// Writes results that are in buffers.
-  [[gnu::noinline]] void write(const Task& t, const SecondPlace& p) const {
+  [[gnu::noinline, gnu::hot]] void write(const Task& t, const SecondPlace& p) const {
     if (t.x.dtype == Dtype::float64) return;
     for (int k = 0; k < 2; ++k) {
       const Operand& out = k == 0 ? t.d_dy : t.dx;
@@ -126,7 +127,7 @@ template <class W> struct SecondParams { const W *weight, *ddweight, *ddbias; };
 struct SecondParamDoubles {
   SecondParams<double> params{room_[0], room_[1], room_[2]};
 
-  [[gnu::noinline]] SecondParamDoubles(const Task& t, bool each, std::int64_t parameter, std::int64_t n) {
+  [[gnu::noinline, gnu::hot]] SecondParamDoubles(const Task& t, bool each, std::int64_t parameter, std::int64_t n) {
     for (int k = 0; k < 3; ++k) {
       const Param& p = k == 0 ? t.weight : k == 1 ? t.ddweight : t.ddbias;
       const double absent = k == 0 ? 1 : 0;
@@ -204,8 +205,8 @@ NORMKIT_LOCAL void add_second(SecondSums<F64>& s, P place, SecondRow<X> a, F64 m
 }
 
 template <bool kWeighted, class Members, class X, class W>
-[[gnu::noinline]] SecondSums<double> second_row_sums(SecondRow<X> a, std::int64_t n, double mean, SecondParams<W> p,
-                                                     Members members) {
+[[gnu::noinline, gnu::hot]] SecondSums<double> second_row_sums(SecondRow<X> a, std::int64_t n, double mean,
+                                                               SecondParams<W> p, Members members) {
   const F64 m = broadcast<F64>(mean);
   SecondSums<F64> s;
   clear(s);
@@ -216,8 +217,8 @@ template <bool kWeighted, class Members, class X, class W>
 }
 
 /// Sums of doubles in the order of the loops for float32; `members` may name everyone.
-[[gnu::noinline]] SecondSums<double> second_any_sums(const SecondRow<double>& row, std::int64_t n, double mean,
-                                                     SecondParams<double> p, Masked members) {
+[[gnu::noinline, gnu::hot]] SecondSums<double> second_any_sums(const SecondRow<double>& row, std::int64_t n,
+                                                               double mean, SecondParams<double> p, Masked members) {
   return second_row_sums<true>(row, n, mean, p, members);
 }
 
@@ -273,8 +274,8 @@ struct SecondKnown { const double *mean, *rstd, *origin, *along, *constant, *v, 
 /// Writes d_dy and d_x, and the terms of d_weight, dy * rp, where `terms` is not null. kColumns: what is known follows the
 /// elements; kEach: parameters do. kPlain: there is no mask, and statistics are functions of x.
 template <bool kColumns, bool kEach, bool kPlain, class X, class W>
-[[gnu::noinline]] void second_row(const Task& t, SecondRow<X> a, std::int64_t n, SecondKnown known, SecondParams<W> p,
-                                  Masked members, double* terms) {
+[[gnu::noinline, gnu::hot]] void second_row(const Task& t, SecondRow<X> a, std::int64_t n, SecondKnown known,
+                                            SecondParams<W> p, Masked members, double* terms) {
   using V = std::conditional_t<kPlain, R64, F64>;  // one register at a time where there are many constants
   const bool moves = kPlain || !t.frozen, has_ddweight = t.ddweight.data;
   const auto one = [](bool each, const auto* p) NORMKIT_INLINE_LAMBDA { return each ? 0.0 : double{*p}; };
@@ -317,8 +318,8 @@ void second_any_row(const Task& t, const SecondPlace& place, SecondKnown known, 
 }
 
 /// Where terms of d_weight go: added up over a piece, or over rows, or one for each element of x.
-[[gnu::cold]] void put_second_terms(const Task& t, std::int64_t o, std::int64_t lane, std::int64_t offset, Piece piece,
-                                    const double* terms) {
+[[gnu::noinline, gnu::hot]] void put_second_terms(const Task& t, std::int64_t o, std::int64_t lane, std::int64_t offset,
+                                                  Piece piece, const double* terms) {
   const Geometry& g = t.geometry;
   if (t.kind == ParamKind::piece) {
     F64 all = broadcast<F64>(0.0);
@@ -403,9 +404,9 @@ NORMKIT_LOCAL SecondReduced second_column(const SecondColumnSums& s, std::int64_
 
 /// Adds `rows` steps of n columns from column k on, one after another.
 template <bool kWeighted, class Members, class X>
-[[gnu::noinline]] void add_second_columns(SecondRow<X> a, std::int64_t rows, std::int64_t k, std::int64_t n,
-                                          const double* mean, SecondParams<double> p, Members members,
-                                          const SecondColumnSums& to) {
+[[gnu::noinline, gnu::hot]] void add_second_columns(SecondRow<X> a, std::int64_t rows, std::int64_t k, std::int64_t n,
+                                                    const double* mean, SecondParams<double> p, Members members,
+                                                    const SecondColumnSums& to) {
   for_doubles<F64>(n, [&](auto place) NORMKIT_INLINE_LAMBDA {
     const auto sum = [&](int j)
                          NORMKIT_INLINE_LAMBDA { return place.load(static_cast<const double*>(to.array[j]) + k); };
