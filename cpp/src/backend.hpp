@@ -123,7 +123,7 @@ struct Chunks {
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-constexpr Chunks chunks_of(const Geometry& g, Traversal traversal) {
+NORMKIT_HD constexpr Chunks chunks_of(const Geometry& g, Traversal traversal) {
   Chunks c{1, 1, 1, 1};
   if (traversal == Traversal::lanes) {
     c.rows = kSpanSteps, c.count = c.spans = ceil_div(g.steps, c.rows);
@@ -203,14 +203,14 @@ inline constexpr int kSecondDoubles = 9, kSecondTable = 12;
 
 /// Doubles of one entry of Task::partials: moments, or the sums of backward and the count, of a span; of all columns of
 /// one in the lanes traversal.
-constexpr std::int64_t partial_doubles(const Task& t, bool is_backward) {
+NORMKIT_HD constexpr std::int64_t partial_doubles(const Task& t, bool is_backward) {
   const bool four = is_backward || compute_dtype(t.x.dtype) == Dtype::float64;
   const std::int64_t quantities = t.twice ? kSecondDoubles : four ? 4 : 3;
   return t.traversal == Traversal::lanes ? quantities * whole_vectors(t.geometry.columns()) : quantities;
 }
 
 /// Doubles of one entry of Task::solved: a Solved (runs), or the table of the columns of one outer index (lanes).
-constexpr std::int64_t solved_doubles(const Task& t) {
+NORMKIT_HD constexpr std::int64_t solved_doubles(const Task& t) {
   if (t.twice) return t.traversal == Traversal::lanes ? kSecondTable * whole_vectors(t.geometry.columns()) : 8;
   return t.traversal == Traversal::lanes ? kTableColumns * array_of_columns(t.geometry) : 6;
 }
@@ -245,7 +245,7 @@ constexpr bool weighs_elements(const Geometry& g) {
 }
 
 /// True where all members of a statistic share one parameter.
-constexpr bool constant_in_statistic(const Geometry& g) {
+NORMKIT_HD constexpr bool constant_in_statistic(const Geometry& g) {
   const ParamMap& p = g.params;
   if (p.count == 1) return true;
   return p.stride % g.run == 0 &&
@@ -253,7 +253,7 @@ constexpr bool constant_in_statistic(const Geometry& g) {
 }
 
 /// True where the parameter of a column is the same on every step.
-constexpr bool constant_in_column(const Geometry& g) {
+NORMKIT_HD constexpr bool constant_in_column(const Geometry& g) {
   const ParamMap& p = g.params;
   return p.count == 1 || g.columns() % (p.stride * p.count) == 0 || p.stride % (g.steps * g.columns()) == 0;
 }
