@@ -202,7 +202,7 @@ MUTANTS = [
     Mutant(DOUBLE, "row.v += «row.v_step.step»;", "row.x_step.step",
            "ddx is taken to lie as x does", "double_backward"),
     Mutant("cuda/double_backward.cuh", "if («p.is_member(t)») e.d_x += second", "false",
-           "statistics are taken for constants", "cuda_arrays"),
+           "statistics are taken for constants", "double_backward"),
     # ---- bindings
     Mutant("python/recent.hpp", "put(2 * ndim + «(PyArray_ISWRITEABLE(a) ? 1 : 0)»);", "0",
            "a known plan writes what is read-only", "calls"),
