@@ -337,8 +337,9 @@ class Tensor(Array):
         place = memory.pointer(memory.address + offset * size)
         return type(self)(place.show(shape, self._numpy.dtype, [step * size for step in steps]))
 
-    def to(self, dtype: Any, copy: bool = False) -> Any:
-        return self.library.compute(lambda: self._numpy.astype(dtype.numpy, copy=copy))
+    def to(self, dtype: Any, copy: bool, memory_format: str) -> Any:
+        assert memory_format == "contiguous"
+        return self.library.compute(lambda: self._numpy.astype(dtype.numpy, copy=copy, order="C"))
 
     def __dlpack__(self, **_: Any) -> None:
         raise AssertionError("not asked of a tensor, which tells all itself")
@@ -363,6 +364,7 @@ class FakeTorch(Library):
             self.bfloat16 = Dtype(ml_dtypes.bfloat16)
         except ImportError:
             pass
+        self.contiguous_format = "contiguous"
         self.stream = 0
         self.cuda = SimpleNamespace(current_stream=self._current_stream)
 

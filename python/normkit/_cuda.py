@@ -124,7 +124,7 @@ class Torch(Device):
         return array.as_strided(shape, [stride // size for stride in strides], array.storage_offset())
 
     def wide(self, array: Any, dtype: str) -> Any:
-        return array.to(getattr(self.xp, dtype), copy=True)
+        return array.to(getattr(self.xp, dtype), copy=True, memory_format=self.xp.contiguous_format)
 
     def workspace(self, size: int) -> int:
         """The address of a workspace. PyTorch's pool takes it back after the call, as CuPy's does."""
