@@ -43,7 +43,7 @@ nb::object python_module(const char* name) { return nb::module_::import_(name); 
 
 // ---- whose arrays they are ---------------------------------------------------------------------------------------
 
-[[noreturn]] void not_an_array(const char* name, nb::handle array) {
+std::string not_an_array(const char* name, nb::handle array) {
   const std::string type =
       nb::str(nb::handle(reinterpret_cast<PyObject*>(Py_TYPE(array.ptr()))).attr("__name__")).c_str();
   const bool vowel = std::strchr("aeiouAEIOU", type[0]) != nullptr;
@@ -55,9 +55,8 @@ nb::object python_module(const char* name) { return nb::module_::import_(name); 
     way = ": pass " + (type == "DataArray" ? named + ".values" : "the values of a variable of " + named) +
           ", or call through xarray.apply_ufunc";
   if (library == "torch") way = ": use normkit.torch, whose functions torch.fx knows";
-  if (library == "dask") way = ": use normkit.dask, whose functions are lazy";
-  type_error(named + " is " + (vowel ? "an " : "a ") + type + ", expected a NumPy array or an object with __dlpack__" +
-             way);
+  if (library == "dask") way = ": use normkit.dask, which is lazy";
+  return named + " is " + (vowel ? "an " : "a ") + type + ", expected a NumPy array or an object with __dlpack__" + way;
 }
 
 constexpr int kCuda = 2, kManaged = 13, kCpu = 1, kPinned = 3;  // DLPack device types
@@ -65,7 +64,8 @@ constexpr int kCuda = 2, kManaged = 13, kCpu = 1, kPinned = 3;  // DLPack device
 void require_dlpack(const char* name, nb::handle array) {
   // The type is asked: there are objects that show whatever they are asked for.
   const nb::handle type = reinterpret_cast<PyObject*>(Py_TYPE(array.ptr()));
-  if (!nb::hasattr(type, "__dlpack__") || !nb::hasattr(type, "__dlpack_device__")) not_an_array(name, array);
+  if (!nb::hasattr(type, "__dlpack__") || !nb::hasattr(type, "__dlpack_device__"))
+    type_error(not_an_array(name, array));
 }
 
 /// The kind of device by DLPack, and its number.
@@ -88,7 +88,8 @@ class Arrays {
  public:
   Arrays(const char* name, nb::handle first) : name_(name), first_(first), library_(arrays::library_of(first)) {
     if (PyArray_Check(first.ptr())) return;
-    if (first.is_none()) not_an_array(name, first);
+    if (library_.name == "dask") throw function::ForModule("normkit.dask", not_an_array(name, first));
+    if (first.is_none()) type_error(not_an_array(name, first));
     const auto [kind, number] = device_of(name, first, library_);
     if (is_cuda(kind)) device_ = number;
   }

@@ -7,8 +7,6 @@
 #include <string>
 #include <utility>
 
-#include "normkit/normkit.hpp"
-
 namespace function {
 namespace {
 
@@ -24,15 +22,19 @@ struct Function {
 
 Function* as_function(PyObject* self) { return reinterpret_cast<Function*>(self); }
 
-/// Refuses a call whose arguments are wrong: the function in Python is called, and raises what is wrong with them.
-PyObject* refuse(PyObject* python, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+PyObject* call_python(PyObject* callable, PyObject* const* args, Py_ssize_t count, PyObject* names) {
   const nb::object positional = nb::steal(PyTuple_New(count)), by_name = nb::steal(PyDict_New());
   if (!positional.is_valid() || !by_name.is_valid()) return nullptr;
   for (Py_ssize_t k = 0; k < count; ++k) PyTuple_SetItem(positional.ptr(), k, Py_NewRef(args[k]));
   const Py_ssize_t named = names ? PyTuple_Size(names) : 0;
   for (Py_ssize_t k = 0; k < named; ++k)
     if (PyDict_SetItem(by_name.ptr(), PyTuple_GetItem(names, k), args[count + k]) < 0) return nullptr;
-  const nb::object nothing = nb::steal(PyObject_Call(python, positional.ptr(), by_name.ptr()));
+  return PyObject_Call(callable, positional.ptr(), by_name.ptr());
+}
+
+/// Refuses a call whose arguments are wrong: the function in Python is called, and raises what is wrong with them.
+PyObject* refuse(PyObject* python, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+  const nb::object nothing = nb::steal(call_python(python, args, count, names));
   if (nothing.is_valid()) PyErr_SetString(PyExc_TypeError, "the arguments are not those of the signature");
   return nullptr;
 }
@@ -45,7 +47,14 @@ PyObject* call(PyObject* self, PyObject* const* args, std::size_t flagged_count,
   const Py_ssize_t count = NB_VECTORCALL_NARGS(flagged_count);
   PyObject* values[Arguments::kMostSlots];
   try {
-    if (f->arguments->place(args, count, names, values)) return (f->body->*method)(values).release().ptr();
+    try {
+      if (f->arguments->place(args, count, names, values)) return (f->body->*method)(values).release().ptr();
+    } catch (const ForModule& e) {
+      const nb::object name = nb::handle(f->python).attr("__name__");
+      const nb::object same = nb::getattr(nb::module_::import_(e.module), name, nb::none());
+      if (same.is_none()) throw;
+      return call_python(same.ptr(), args, count, names);
+    }
   } catch (...) {
     set_error();
     return nullptr;

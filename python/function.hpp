@@ -9,7 +9,10 @@
 
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
+
+#include "normkit/normkit.hpp"
 
 namespace function {
 
@@ -22,6 +25,13 @@ class Body {
   virtual nb::object call(PyObject** values) = 0;
   /// What a call would be, for those who make it later: `_description` in Python.
   virtual nb::object describe(PyObject** values) = 0;
+};
+
+/// Thrown by a body whose arrays are for the function of the same name in another module, which is then called. Where that
+/// has none, it is the error that it says.
+struct ForModule : normkit::Error {
+  const char* module;
+  ForModule(const char* name, const std::string& message) : Error(Kind::type, message), module(name) {}
 };
 
 /// How the arguments of a function are laid out in slots, and the values of those that are not passed.

@@ -508,6 +508,36 @@ def test_what_only_dask_has_wrong():
 
 
 @pytest.mark.parametrize("name", nd.__all__)
+def test_the_core_hands_arrays_of_dask_over(name):
+    x = da.random.default_rng(1).random(SHAPE, chunks=CHUNKS["uneven"])
+    told = {"num_groups": 2, "axis": -1, "mean": 0.25, "rstd": 3.0, "rnorm": 3.0, "training": True}
+    given = {
+        key: told.get(key, x)
+        for key, parameter in inspect.signature(CORE[name]).parameters.items()
+        if parameter.default is inspect.Parameter.empty or key in told
+    }
+    found, expected = as_tuple(CORE[name](**given)), as_tuple(getattr(nd, name)(**given))
+    # The name of an array of dask tells what it is computed of, and how.
+    assert [getattr(a, "name", None) for a in found] == [getattr(a, "name", None) for a in expected]
+    assert isinstance(found[0], da.Array)
+
+
+def test_what_the_core_cannot_hand_over():
+    x = da.ones((4, 6), chunks=2)
+    refused = "is an Array, expected a NumPy array or an object with __dlpack__: use normkit.dask, which is lazy"
+    with pytest.raises(TypeError, match=f"^x {refused}$"):
+        normkit.moments(x, axis=1)
+    with pytest.raises(TypeError, match=f"^x {refused}$"):
+        normkit.layer_norm_double_backward(x, None, None, x, x, 0.0, 1.0)
+    with pytest.raises(TypeError, match=f"^weight {refused}$"):
+        normkit.layer_norm(np.ones((4, 6)), x[0])
+    with pytest.raises(TypeError, match=f"^style {refused}$"):
+        normkit.adaptive_instance_norm(np.ones((4, 6)), x)
+    with pytest.raises(TypeError, match=r"^out is given, expected None"):
+        normkit.layer_norm(x, out=np.ones((4, 6)))
+
+
+@pytest.mark.parametrize("name", nd.__all__)
 def test_signatures_are_those_of_the_core(name):
     assert inspect.signature(getattr(nd, name)) == inspect.signature(CORE[name])
 

@@ -187,13 +187,11 @@ def test_what_freezes_programs_sees_all_modules():
         ("pandas.core.frame", "DataFrame", "pass x.to_numpy()"),
         ("xarray.core.dataarray", "DataArray", "pass x.values, or call through xarray.apply_ufunc"),
         ("xarray.core.dataset", "Dataset", "pass the values of a variable of x, or call through xarray.apply_ufunc"),
-        ("dask.array.core", "Array", "use normkit.dask, whose functions are lazy"),
     ],
 )
 def test_what_holds_an_array_is_refused_with_the_way(library, name, way):
     x = type(name, (), {"__module__": library})()
-    article = "an" if name == "Array" else "a"
-    message = f"x is {article} {name}, expected a NumPy array or an object with __dlpack__: {way}"
+    message = f"x is a {name}, expected a NumPy array or an object with __dlpack__: {way}"
     with pytest.raises(TypeError) as caught:
         nk.instance_norm(x)
     assert str(caught.value) == message

@@ -6,6 +6,7 @@ shift.
 
 from __future__ import annotations
 
+import importlib
 import operator
 import re
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import numpy as np
 
 from . import _core
 from ._compiled import body, compiled
-from ._memory import Memory, views_of, views_or_numbers
+from ._memory import Memory, library_of, views_of, views_or_numbers
 from ._types import (
     Activation,
     AdaptiveGradients,
@@ -862,6 +863,8 @@ def adaptive_instance_norm(
     >>> nk.adaptive_instance_norm(content, style).round(2).tolist()
     [[[6.58, 15.53, 24.47, 33.42]]]
     """
+    if library_of(content) == "dask":
+        return _of_dask("adaptive_instance_norm", locals())
     slopes = _slopes_of(activation)
     v, memory = views_of(content=content, style=style, out=out, where=where, residual=residual, slopes=slopes)
     with memory:
@@ -924,6 +927,8 @@ def adaptive_instance_norm_backward(
     >>> dstyle.round(3).tolist()
     [[[2.0, 2.0]]]
     """
+    if library_of(content) == "dask":
+        return _of_dask("adaptive_instance_norm_backward", locals())  # type: ignore[no-any-return]
     unknown = [name for name in need if name not in ("dcontent", "dstyle")]
     if unknown:
         raise ValueError(f"need has {unknown[0]!r}, expected names from ('dcontent', 'dstyle')")
@@ -951,6 +956,11 @@ def adaptive_instance_norm_backward(
                 dstyle = _apply_channels(v["style"], *statistics, *params, channel_axis=channel_axis)
         gradients: tuple[Any, Any] = _hand_back((dcontent, dstyle), memory, out)
         return gradients
+
+
+def _of_dask(name: str, given: dict[str, Any]) -> Any:
+    """The call of a function in Python with arrays of dask, to which the core hands those of the others."""
+    return getattr(importlib.import_module("normkit.dask"), name)(**given)
 
 
 @compiled("moments", "instance")
