@@ -186,15 +186,16 @@ struct SecondElement {
     const Task& t = work.task;
     const SecondKnown known = work.solved[p.o * t.geometry.lanes + p.lane];
     const SecondGradient<double>& k = known.gradient;
-    const double weight = element(t.weight, parameter, 1), ddweight = element(t.ddweight, parameter, 0);
-    const double dy = p.read(t.dy), v = p.read(t.ddx), x_hat = forward(p.read(t.x), known.mean, k.rstd, k.origin);
-    SecondElement e{dy, element(t.ddbias, parameter, 0), dy * (ddweight * k.rstd), v * k.rstd};
-    if (t.ddweight.data) e.d_dy = mul_add(ddweight, x_hat, e.d_dy);
-    if (!t.frozen) {
-      e.rp += second_along(x_hat, k.along, k.constant), e.d_x = mul_add(dy, weight * k.g, e.d_x);
-      if (p.is_member(t)) e.d_x += second_through(v, x_hat, k.v, k.x, k.c);
-    }
-    e.d_dy = mul_add(weight, e.rp, e.d_dy);
+    const SecondLine<double> line = second_line(k.origin, k.g, k.rp, element(t.weight, parameter, 1),
+                                                element(t.ddweight, parameter, 0), element(t.ddbias, parameter, 0));
+    const double dy = p.read(t.dy), v = p.read(t.ddx), d = p.read(t.x) - known.mean;
+    SecondElement e{dy, line.d_dy.constant, dy * line.dy, v * k.rp.of_v};
+    if (!t.frozen || t.ddweight.data) e.d_dy = mul_add(d, line.d_dy.of_d, e.d_dy);
+    e.d_dy = mul_add(v, line.d_dy.of_v, e.d_dy);
+    if (t.frozen) return e;
+    e.rp = second_form(v, d, k.rp.of_v, k.rp.of_d, k.rp.constant);
+    if (p.is_member(t))
+      e.d_x = mul_add(dy, line.dy, second_form(v, d, k.through.of_v, k.through.of_d, k.through.constant));
     return e;
   }
 };

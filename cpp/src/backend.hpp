@@ -199,7 +199,7 @@ inline constexpr std::int64_t kTableColumns = 10;
 constexpr Dtype element_gradient_dtype(const Task& t) { return t.twice ? Dtype::float64 : compute_dtype(t.x.dtype); }
 
 /// For the gradient of a backward: sums of a statistic or of a column, and what is known of a column.
-inline constexpr int kSecondDoubles = 9, kSecondTable = 12;
+inline constexpr int kSecondDoubles = 9, kSecondTable = 13;
 
 /// Doubles of one entry of Task::partials: moments, or the sums of backward and the count, of a span; of all columns of
 /// one in the lanes traversal.
@@ -218,7 +218,8 @@ NORMKIT_HD constexpr std::int64_t solved_doubles(const Task& t) {
 /// Doubles of scratch that a thread needs for one outer index of the lanes traversal: sums of all spans, of one and of its
 /// blocks, and the table, of which there are two where one outer index is written while the next is read.
 constexpr std::int64_t scratch_doubles(const Geometry& g, Traversal traversal) {
-  return traversal == Traversal::lanes ? (2 * 4 + 4 + 2 * kTableColumns) * array_of_columns(g) : 0;
+  constexpr std::int64_t kOnce = 2 * 4 + 4 + 2 * kTableColumns, kTwice = kSecondTable + 2 * kSecondDoubles;
+  return traversal == Traversal::lanes ? (kOnce > kTwice ? kOnce : kTwice) * array_of_columns(g) : 0;
 }
 
 /// Units of a fused schedule: statistics (runs), groups of them where weights along the row want their gradients summed,

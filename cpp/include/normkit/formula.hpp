@@ -228,38 +228,59 @@ NORMKIT_HD SecondSums<double> recenter(SecondSums<double> s, double shift) {
   return s;
 }
 
-/// The coefficients of an element: x_hat = (x - mean) * rstd + origin, and
+/// The coefficients of v * of_v + d * of_d + constant.
+template <class V> struct SecondForm { V of_v, of_d, constant; };
+template <class V> NORMKIT_HD V second_form(V v, V d, V of_v, V of_d, V constant) {
+  return mul_add(v, of_v, mul_add(d, of_d, constant));
+}
+
+/// What is known of the elements of a statistic: x_hat = d * rstd + origin, the form of rp = rstd * P(v), which has rstd as its
+/// of_v, and
 ///
-///     rp = v * rstd + x_hat * along + constant                               rstd * P(v)
 ///     d_dy = weight * rp + ddweight * x_hat + ddbias
-///     d_x = dy * (weight * g + ddweight * rstd) + v * v + x_hat * x + c      the last three terms for members alone
+///     d_x = dy * (weight * g + ddweight * rstd) + through              `through` is another form, for members alone
 ///
 /// P(u) = u - mean(u) - x_hat * mean(u * x_hat), and dx = rstd * P(g). For h = q - rstd * (v * mean(g * x_hat) +
 /// g * mean(v * x_hat)), which is what x_hat gets, d_x = rstd * P(h) - rstd^2 * x_hat * mean(P(v) * g).
-template <class V> struct SecondGradient { V rstd, origin, along, constant, v, g, x, c; };
+template <class V> struct SecondGradient {
+  V origin, g;
+  SecondForm<V> rp, through;
+};
 
 /// `sums` are taken about the true mean, which is `shift` above the given one; RMS subtracts no averages.
 NORMKIT_HD SecondGradient<double> second_gradient_of(double rstd, double shift, SecondSums<double> sums, double n,
                                                      bool centered) {
   const double origin = -shift * rstd;
-  if (n == 0) return {rstd, origin, 0, 0, 0, 0, 0, 0};
+  if (n == 0) return {origin, 0, {rstd, 0, 0}, {0, 0, 0}};
   const double share = 1 / n, all = centered ? share : 0, along = rstd * share;
   const double v = all * sums.v, g = all * sums.g, q = all * sums.q;
   const double vx = along * sums.vd, gx = along * sums.gd, qx = along * sums.qd;
   const double h = q - rstd * (v * gx + g * vx), hx = qx - 2 * rstd * vx * gx, pvg = share * sums.vg - v * g - vx * gx;
-  return {rstd,     origin, -rstd * vx, -rstd * v, -rstd * rstd * gx, -rstd * rstd * vx, -rstd * (hx + rstd * pvg),
-          -rstd * h};
+  // What x_hat is multiplied by in the two forms.
+  const double in_rp = -rstd * vx, in_through = -rstd * (hx + rstd * pvg);
+  return {origin,
+          -rstd * rstd * vx,
+          {rstd, in_rp * rstd, mul_add(in_rp, origin, -rstd * v)},
+          {-rstd * rstd * gx, in_through * rstd, mul_add(in_through, origin, -rstd * h)}};
 }
 
-/// The part of rp that comes through the statistics, and that of d_x, which only members have.
-template <class V> NORMKIT_HD V second_along(V x_hat, V along, V constant) { return mul_add(x_hat, along, constant); }
-template <class V> NORMKIT_HD V second_through(V v, V x_hat, V of_v, V of_x, V c) {
-  return mul_add(v, of_v, mul_add(x_hat, of_x, c));
+/// The form of d_dy, and what dy is multiplied by in d_x, of elements with these parameters.
+template <class V> struct SecondLine {
+  SecondForm<V> d_dy;
+  V dy;
+};
+template <class V>
+NORMKIT_HD SecondLine<V> second_line(V origin, V g, SecondForm<V> rp, V weight, V ddweight, V ddbias) {
+  const V of_x = ddweight * rp.of_v;
+  return {{weight * rp.of_v, mul_add(weight, rp.of_d, of_x),
+           mul_add(weight, rp.constant, mul_add(ddweight, origin, ddbias))},
+          mul_add(weight, g, of_x)};
 }
 
-/// The sum of dy * rp over some elements of a statistic, their part of d_weight, from sums in which dy stands for g.
+/// The sum of dy * rp over some elements of a statistic, their part of d_weight, from sums in which dy stands for g and which
+/// are taken about the given mean.
 NORMKIT_HD double second_dweight(const SecondGradient<double>& k, SecondSums<double> sums) {
-  return k.rstd * sums.vg + k.along * (k.rstd * sums.gd) + k.constant * sums.g;
+  return k.rp.of_v * sums.vg + k.rp.of_d * sums.gd + k.rp.constant * sums.g;
 }
 
 /// A running statistic r after another statistic s: r <- (1 - momentum) * r + momentum * s.

@@ -228,14 +228,20 @@ NORMKIT_LOCAL void store_doubles(double* to, F32 v) {
   store(to, w.low), store(to + kLanes<F64>, w.high);
 }
 
-/// n elements of any type as doubles; `to` has room for whole vectors.
-[[gnu::noinline]] void read_doubles(const std::byte* from, Dtype dtype, std::int64_t n, double* to) {
+/// n elements of any type as doubles, or of a half type as floats; `to` has room for whole vectors.
+[[gnu::noinline]] void read_all(const std::byte* from, Dtype dtype, std::int64_t n, double* to) {
   visit_read(dtype, [&](auto type) {
     using X = typename decltype(type)::type;
     const X* x = at<X>(from, 0);
     for_positions<VectorOf<X>>(n,
                                [&](auto place) NORMKIT_INLINE_LAMBDA { store_doubles(to + place.i, place.load(x)); });
   });
+}
+[[gnu::noinline, maybe_unused]] void read_all(const std::byte* from, Dtype dtype, std::int64_t n, float* to) {
+  const auto read = [&](const auto* x) {
+    for_positions<F32>(n, [&](auto place) NORMKIT_INLINE_LAMBDA { store(to + place.i, place.load(x)); });
+  };
+  dtype == Dtype::float16 ? read(at<Half>(from, 0)) : read(at<Bfloat>(from, 0));
 }
 
 /// Spans that are written in the order of memory, which a fetch ahead foresees.

@@ -1,5 +1,5 @@
-// The gradient of a backward, in both traversals. All is computed in double. What is asked for most, float32 without a
-// mask, is read where it lies; all else goes through buffers of doubles, or is double itself, and has one loop for all.
+// The gradient of a backward, in both traversals. All is computed in double. What is asked for most, float32 and half types
+// without a mask, is read as floats; all else is read as doubles, and has one loop for all.
 // What is not a loop over elements is marked as cold, which makes it small.
 #pragma once
 
@@ -56,55 +56,67 @@ template <class Vector> struct PartOfDoubles {
   template <class U> NORMKIT_LOCAL U flags(const std::uint8_t* p) const { return ::normkit::flags<U>(p + i, n); }
   NORMKIT_LOCAL V keep(V v) const { return ::normkit::keep(v, n); }
 };
-template <class V, class F> NORMKIT_LOCAL void for_doubles(std::int64_t n, F f) {
+template <class V, class F> NORMKIT_LOCAL void for_doubles(std::int64_t i, std::int64_t end, F f) {
   constexpr std::int64_t kWidth = PartOfDoubles<V>::kWidth;
-  std::int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) f(Doubles<V>{i});
-  if (i < n) f(PartOfDoubles<V>{i, static_cast<int>(n - i)});
+  for (; i + kWidth <= end; i += kWidth) f(Doubles<V>{i});
+  if (i < end) f(PartOfDoubles<V>{i, static_cast<int>(end - i)});
 }
 
-/// True where the loops for float32 do all that is asked for.
+/// True where the loops for floats do all that is asked for.
 NORMKIT_LOCAL bool second_is_plain(const Task& t) {
-  return kWide && t.x.dtype == Dtype::float32 && t.ddx.data && !t.where.data && !t.frozen;
+  return kWide && t.x.dtype != Dtype::float64 && t.ddx.data && !t.where.data && !t.frozen;
 }
 
-/// n <= kBuffer elements of a step, one after another, and of others `step` apart. X is float or double.
+/// Elements of a step, one after another, and of other steps, which are so far apart. X is float or double.
 template <class X> struct SecondRow {
   const X *x, *dy, *v;
   X *d_dy, *d_x;
-  std::int64_t x_step = 0, dy_step = 0, v_step = 0;
+  std::int64_t x_step, dy_step, v_step, d_dy_step, d_x_step;
+
+  NORMKIT_LOCAL void next() { x += x_step, dy += dy_step, v += v_step, d_dy += d_dy_step, d_x += d_x_step; }
 };
-/// A part of a run from element `begin` on, or of the columns.
-struct SecondPlace { std::int64_t o, step, lane, begin, n; };
+/// n <= kBuffer elements of a run from element `begin` on, or columns of one step or several.
+struct SecondPlace { std::int64_t o, step, lane, begin, n, steps = 1; };
 
 NORMKIT_LOCAL std::byte* second_address(const Operand& a, const SecondPlace& p) {
   return a.data + (index_at(a, p.o, p.step, p.lane) + p.begin) * size_of(a.dtype);
 }
 template <class X> NORMKIT_LOCAL SecondRow<X> second_in_place(const Task& t, const SecondPlace& p) {
   const auto where = [&](const Operand& a) { return a.data ? at<X>(second_address(a, p), 0) : nullptr; };
-  return {where(t.x),  where(t.dy),      where(t.ddx),      where(t.d_dy),
-          where(t.dx), t.x.strides.step, t.dy.strides.step, t.ddx.strides.step};
+  return {where(t.x),       where(t.dy),       where(t.ddx),       where(t.d_dy),       where(t.dx),
+          t.x.strides.step, t.dy.strides.step, t.ddx.strides.step, t.d_dy.strides.step, t.dx.strides.step};
 }
 
-/// Elements as doubles, of one step: where they lie, or in buffers; zeros in the place of a ddx that is not there.
-class SecondDoubles {
+/// Elements as X, float or double: where they lie, or in buffers; zeros in the place of a ddx that is not there.
+template <class X> class SecondElements {
  public:
-  SecondRow<double> row;
+  SecondRow<X> row;
 
-  [[gnu::noinline, gnu::hot]] SecondDoubles(const Task& t, const SecondPlace& p) {
-    row = t.x.dtype == Dtype::float64 ? second_in_place<double>(t, p)
-                                      : SecondRow<double>{read(t.x, p, room_[0]), read(t.dy, p, room_[1]),
-                                                          read(t.ddx, p, room_[2]), room_[3], room_[4]};
+  [[gnu::noinline, gnu::hot]] SecondElements(const Task& t, const SecondPlace& p) {
+    if (lie(t)) {
+      row = second_in_place<X>(t, p);
+    } else {
+      row.x = read(t.x, p, room_[0]), row.dy = read(t.dy, p, room_[1]), row.v = read(t.ddx, p, room_[2]);
+      row.d_dy = room_[3], row.d_x = room_[4];
+      row.x_step = row.dy_step = row.v_step = row.d_dy_step = row.d_x_step = p.n;
+    }
     if (!t.ddx.data) row.v = read(t.ddx, p, room_[2]);
+  }
+  static bool lie(const Task& t) { return t.x.dtype == kDtypeOf<X>; }
+  /// How many steps of `columns` columns can be taken at once: more are far from each other, or have no room.
+  static std::int64_t most_steps(const Task& t, std::int64_t columns) {
+    return lie(t) ? 16 : least(16, kBuffer / whole_vectors(columns));
   }
   /// Writes results that are in buffers.
   [[gnu::noinline, gnu::hot]] void write(const Task& t, const SecondPlace& p) const {
-    if (t.x.dtype == Dtype::float64) return;
-    for (int k = 0; k < 2; ++k) {
-      const Operand& out = k == 0 ? t.d_dy : t.dx;
+    if (lie(t)) return;
+    for (std::int64_t k = 0; k < 2 * p.steps; ++k) {
+      const std::int64_t step = k / 2;
+      const Operand& out = k % 2 == 0 ? t.d_dy : t.dx;
+      const X* const from = room_[3 + k % 2] + step * p.n;
       alignas(64) float rounded[kBuffer];
-      for (std::int64_t i = 0; i < p.n; ++i) rounded[i] = static_cast<float>(room_[3 + k][i]);
-      std::byte* const to = second_address(out, p);
+      for (std::int64_t i = 0; i < p.n; ++i) rounded[i] = static_cast<float>(from[i]);
+      std::byte* const to = second_address(out, p) + step * out.strides.step * size_of(out.dtype);
       if (out.dtype == Dtype::float32) put_all(rounded, at<float>(to, 0), p.n, kPlain<float>, Fetch{});
       else if (out.dtype == Dtype::float16) put_all(rounded, at<Half>(to, 0), p.n, kPlain<Half>, Fetch{});
       else put_all(rounded, at<Bfloat>(to, 0), p.n, kPlain<Bfloat>, Fetch{});
@@ -112,12 +124,13 @@ class SecondDoubles {
   }
 
  private:
-  static const double* read(const Operand& a, const SecondPlace& p, double* to) {
-    if (a.data) read_doubles(second_address(a, p), a.dtype, p.n, to);
-    for (std::int64_t i = 0; i < (a.data ? 0 : p.n); ++i) to[i] = 0;
+  static const X* read(const Operand& a, const SecondPlace& p, X* to) {
+    for (std::int64_t step = 0; a.data && step < p.steps; ++step)
+      read_all(second_address(a, p) + step * a.strides.step * size_of(a.dtype), a.dtype, p.n, to + step * p.n);
+    for (std::int64_t i = 0; !a.data && i < p.n * p.steps; ++i) to[i] = 0;
     return to;
   }
-  alignas(64) double room_[5][kBuffer];
+  alignas(64) X room_[5][kBuffer];
 };
 
 /// Weight, ddweight and ddbias: W is float or double.
@@ -133,7 +146,7 @@ struct SecondParamDoubles {
       const double absent = k == 0 ? 1 : 0;
       double* const to = room_[k];
       const bool reads = p.data && each;
-      if (reads) read_doubles(p.data + parameter * size_of(p.dtype), p.dtype, n, to);
+      if (reads) read_all(p.data + parameter * size_of(p.dtype), p.dtype, n, to);
       const double all = reads ? p.offset : element(p, parameter, absent);
       for (std::int64_t i = 0; i < n; ++i) to[i] = reads ? to[i] + all : all;
     }
@@ -181,22 +194,22 @@ NORMKIT_LOCAL SecondSums<double> second_weighted(const Task& t, std::int64_t par
   return {s.v, s.vd, weight * s.g, weight * s.gd, weight * s.vg, ddweight * s.q, ddweight * s.qd, s.d};
 }
 
-NORMKIT_LOCAL void clear(SecondSums<F64>& s) {
-  s.v = s.vd = s.g = s.gd = s.vg = s.q = s.qd = s.d = broadcast<F64>(0.0);
+template <class V> NORMKIT_LOCAL void clear(SecondSums<V>& s) {
+  s.v = s.vd = s.g = s.gd = s.vg = s.q = s.qd = s.d = broadcast<V>(0.0);
 }
 
 /// Adds a vector of elements. kWeighted: weight and ddweight follow the elements; else dy stands for g and for q, whose
 /// sums are left alone.
-template <bool kWeighted, class Members, class P, class X, class W>
-NORMKIT_LOCAL void add_second(SecondSums<F64>& s, P place, SecondRow<X> a, F64 mean, SecondParams<W> p,
+template <bool kWeighted, class Members, class V, class P, class X, class W>
+NORMKIT_LOCAL void add_second(SecondSums<V>& s, P place, SecondRow<X> a, V mean, SecondParams<W> p,
                               const Members& members) {
-  const F64 dy = place.load(a.dy), v = place.load(a.v), d = place.load(a.x) - mean, of_v = members.only(place, v);
+  const V dy = place.load(a.dy), v = place.load(a.v), d = place.load(a.x) - mean, of_v = members.only(place, v);
   // What is no member may be NaN, where no gradient reaches it.
-  const auto times = [&](F64 f, F64 total)
+  const auto times = [&](V f, V total)
                          NORMKIT_INLINE_LAMBDA { return mul_add(f, Members::kAll ? d : where(f, d), total); };
-  F64 g = dy;
+  V g = dy;
   if constexpr (kWeighted) {
-    const F64 q = dy * place.load(p.ddweight);
+    const V q = dy * place.load(p.ddweight);
     g = dy * place.load(p.weight);
     s.q = s.q + q, s.qd = times(q, s.qd);
   }
@@ -210,7 +223,21 @@ template <bool kWeighted, class Members, class X, class W>
   const F64 m = broadcast<F64>(mean);
   SecondSums<F64> s;
   clear(s);
-  for_doubles<F64>(n, [&](auto place) NORMKIT_INLINE_LAMBDA { add_second<kWeighted>(s, place, a, m, p, members); });
+  std::int64_t begin = 0;
+  if constexpr (Members::kAll) {
+    // One register of the vector after another: sums of all of them would not stay in registers.
+    begin = n - n % kLanes<F64>;
+    for (int k = 0; k < kRegsOf<F64>; ++k) {
+      SecondSums<R64> part;
+      clear(part);
+      for (std::int64_t i = k * kLanes64; i < begin; i += kLanes<F64>)
+        add_second<kWeighted>(part, Doubles<R64>{i}, a, R64{{m.r[k]}}, p, members);
+      s.v.r[k] = part.v.r[0], s.vd.r[k] = part.vd.r[0], s.g.r[k] = part.g.r[0], s.gd.r[k] = part.gd.r[0];
+      s.vg.r[k] = part.vg.r[0], s.q.r[k] = part.q.r[0], s.qd.r[k] = part.qd.r[0], s.d.r[k] = part.d.r[0];
+    }
+  }
+  for_doubles<F64>(begin, n,
+                   [&](auto place) NORMKIT_INLINE_LAMBDA { add_second<kWeighted>(s, place, a, m, p, members); });
   SecondSums<double> sums{sum(s.v), sum(s.vd), sum(s.g), sum(s.gd), sum(s.vg), sum(s.q), sum(s.qd), sum(s.d)};
   if constexpr (!kWeighted) sums.q = sums.g, sums.qd = sums.gd;
   return sums;
@@ -247,14 +274,14 @@ NORMKIT_LOCAL void for_second_pieces(const Task& t, std::int64_t o, std::int64_t
     bool done = false;
     if constexpr (kWide) {
       if (done = plain && (!each || second_params_lie(t)); done) {
-        const SecondRow<float> row = second_in_place<float>(t, place);
+        const SecondElements<float> a(t, place);
         if (each)
-          part.sums = second_row_sums<true>(row, piece.n, mean, second_params_at(t, piece.parameter), Everyone{});
-        else part.sums = second_row_sums<false>(row, piece.n, mean, SecondParams<float>{}, Everyone{});
+          part.sums = second_row_sums<true>(a.row, piece.n, mean, second_params_at(t, piece.parameter), Everyone{});
+        else part.sums = second_row_sums<false>(a.row, piece.n, mean, SecondParams<float>{}, Everyone{});
       }
     }
     if (!done) {
-      const SecondDoubles a(t, place);
+      const SecondElements<double> a(t, place);
       if (each)
         part.sums = second_any_sums(a.row, piece.n, mean, SecondParamDoubles(t, true, piece.parameter, piece.n).params,
                                     members);
@@ -268,51 +295,77 @@ NORMKIT_LOCAL void for_second_pieces(const Task& t, std::int64_t o, std::int64_t
 
 // ---- results -----------------------------------------------------------------------------------------------------
 
-/// What is known of elements: of all of them, or of each column. The names are those of SecondGradient.
-struct SecondKnown { const double *mean, *rstd, *origin, *along, *constant, *v, *g, *x, *c; };
+/// What is known of elements, of all of them or of each column: quantities that are `apart` doubles from each other. `line` is for
+/// parameters that do not follow the elements, rp, origin and g for others; `rp` for the terms of d_weight as well.
+struct SecondKnown {
+  static constexpr int kMean = 0, kThrough = 1, kRp = 4, kOrigin = 7, kG = 8, kLine = 9, kParams = 9, kCount = 13;
+  const double* of;
+  std::int64_t apart;
+};
+static_assert(kSecondTable == SecondKnown::kCount);
+
+/// Calls put(place of the first, values...) with what is known of a statistic whose elements have parameters of their own.
+template <class F> NORMKIT_LOCAL void put_second(double mean, const SecondGradient<double>& known, F put) {
+  const auto& [origin, g, rp, through] = known;
+  put(SecondKnown::kMean, mean, through.of_v, through.of_d, through.constant, rp.of_v, rp.of_d, rp.constant, origin, g);
+}
+/// With the parameters that the elements share.
+template <class F>
+NORMKIT_LOCAL void put_second_line(const SecondGradient<double>& k, double weight, double ddweight, double ddbias,
+                                   F put) {
+  const SecondLine<double> line = second_line(k.origin, k.g, k.rp, weight, ddweight, ddbias);
+  put(SecondKnown::kLine, line.d_dy.of_v, line.d_dy.of_d, line.d_dy.constant, line.dy);
+}
 
 /// Writes d_dy and d_x, and the terms of d_weight, dy * rp, where `terms` is not null. kColumns: what is known follows the
-/// elements; kEach: parameters do. kPlain: there is no mask, and statistics are functions of x.
+/// elements; kEach: parameters do. kPlain: there is no mask, and statistics are functions of x. Only plain columns may have
+/// several steps.
 template <bool kColumns, bool kEach, bool kPlain, class X, class W>
-[[gnu::noinline, gnu::hot]] void second_row(const Task& t, SecondRow<X> a, std::int64_t n, SecondKnown known,
-                                            SecondParams<W> p, Masked members, double* terms) {
+[[gnu::noinline, gnu::hot]] void second_row(const Task& t, SecondRow<X> a, std::int64_t n, std::int64_t steps,
+                                            SecondKnown known, SecondParams<W> p, Masked members, double* terms) {
   using V = std::conditional_t<kPlain, R64, F64>;  // one register at a time where there are many constants
-  const bool moves = kPlain || !t.frozen, has_ddweight = t.ddweight.data;
-  const auto one = [](bool each, const auto* p) NORMKIT_INLINE_LAMBDA { return each ? 0.0 : double{*p}; };
-  const double mean = one(kColumns, known.mean), rstd = one(kColumns, known.rstd), origin = one(kColumns, known.origin),
-               along = one(kColumns, known.along), constant_part = one(kColumns, known.constant),
-               of_v = one(kColumns, known.v), of_g = one(kColumns, known.g), of_x = one(kColumns, known.x),
-               c = one(kColumns, known.c), w = one(kEach, p.weight), ddw = one(kEach, p.ddweight),
-               ddb = one(kEach, p.ddbias);
-  for_doubles<V>(n, [&](auto place) NORMKIT_INLINE_LAMBDA {
-    const auto of = [&](bool each, const auto* from, double all)
-                        NORMKIT_INLINE_LAMBDA { return each ? place.load(from) : broadcast<V>(all); };
-    const V dy = place.load(a.dy), v = place.load(a.v), r = of(kColumns, known.rstd, rstd);
-    const V x_hat = forward(place.load(a.x), of(kColumns, known.mean, mean), r, of(kColumns, known.origin, origin));
-    const V weight = of(kEach, p.weight, w), ddweight = of(kEach, p.ddweight, ddw);
-    V rp = v * r, d_dy = of(kEach, p.ddbias, ddb), d_x = dy * (ddweight * r);
-    if (has_ddweight) d_dy = mul_add(ddweight, x_hat, d_dy);
-    if (moves) {
-      const V through =
-          second_through(v, x_hat, of(kColumns, known.v, of_v), of(kColumns, known.x, of_x), of(kColumns, known.c, c));
-      rp = rp + second_along(x_hat, of(kColumns, known.along, along), of(kColumns, known.constant, constant_part));
-      d_x = mul_add(dy, weight * of(kColumns, known.g, of_g), d_x);
-      if constexpr (kPlain) d_x = d_x + through;
-      else d_x = d_x + members.only(place, through);
+  using Form = SecondForm<V>;
+  const bool moves = kPlain || !t.frozen, needs_x = moves || t.ddweight.data;
+  double all[SecondKnown::kCount];
+  for (int k = 0; k < SecondKnown::kCount; ++k) all[k] = kColumns ? 0 : known.of[k];
+  for_doubles<V>(0, n, [&](auto place) NORMKIT_INLINE_LAMBDA {
+    const auto of = [&](int k) NORMKIT_INLINE_LAMBDA {
+      if constexpr (kColumns) return place.load(known.of + k * known.apart);
+      else return broadcast<V>(all[k]);
+    };
+    const auto form = [&](int k) NORMKIT_INLINE_LAMBDA { return Form{of(k), of(k + 1), of(k + 2)}; };
+    SecondLine<V> line;
+    if constexpr (kEach)
+      line = second_line(of(SecondKnown::kOrigin), of(SecondKnown::kG), form(SecondKnown::kRp), place.load(p.weight),
+                         place.load(p.ddweight), place.load(p.ddbias));
+    else line = {form(SecondKnown::kLine), of(SecondKnown::kLine + 3)};
+    const V mean = of(SecondKnown::kMean);
+    const Form f = form(SecondKnown::kThrough);
+    SecondRow<X> row = a;
+    for (std::int64_t step = 0; step < (kColumns && kPlain ? steps : 1); ++step, row.next()) {
+      const V dy = place.load(row.dy), v = place.load(row.v), d = place.load(row.x) - mean;
+      V d_dy = line.d_dy.constant, d_x = dy * line.dy;
+      if (needs_x) d_dy = mul_add(d, line.d_dy.of_d, d_dy);
+      if (moves) {
+        const V through = second_form(v, d, f.of_v, f.of_d, f.constant);
+        if constexpr (kPlain) d_x = mul_add(dy, line.dy, through);
+        else d_x = d_x + members.only(place, through);
+      }
+      place.store(row.d_dy, mul_add(v, line.d_dy.of_v, d_dy)), place.store(row.d_x, d_x);
+      if (!terms) continue;
+      const Form rp = form(SecondKnown::kRp);
+      V term = dy * (moves ? second_form(v, d, rp.of_v, rp.of_d, rp.constant) : v * rp.of_v);
+      if constexpr (!kPlain) term = where(dy, term);
+      place.store(terms, term);
     }
-    place.store(a.d_dy, mul_add(weight, rp, d_dy)), place.store(a.d_x, d_x);
-    if (!terms) return;
-    V term = dy * rp;
-    if constexpr (!kPlain) term = where(dy, term);
-    place.store(terms, term);
   });
 }
 
 /// second_row() of anything, by way of doubles.
 template <bool kColumns>
 void second_any_row(const Task& t, const SecondPlace& place, SecondKnown known, SecondParams<double> p, double* terms) {
-  SecondDoubles a(t, place);
-  second_row<kColumns, true, false>(t, a.row, place.n, known, p,
+  SecondElements<double> a(t, place);
+  second_row<kColumns, true, false>(t, a.row, place.n, 1, known, p,
                                     members_at(t, place.o, place.step, place.lane, place.begin), terms);
   a.write(t, place);
 }
@@ -323,7 +376,7 @@ void second_any_row(const Task& t, const SecondPlace& place, SecondKnown known, 
   const Geometry& g = t.geometry;
   if (t.kind == ParamKind::piece) {
     F64 all = broadcast<F64>(0.0);
-    for_doubles<F64>(piece.n, [&](auto place) NORMKIT_INLINE_LAMBDA { all = all + place.load(terms); });
+    for_doubles<F64>(0, piece.n, [&](auto place) NORMKIT_INLINE_LAMBDA { all = all + place.load(terms); });
     t.dparams[2 * (offset / g.params.stride)] += sum(all);
   } else if (t.kind == ParamKind::row) {
     double* const sums = t.dparams + 2 * (o * row_groups(g) + lane / kRowGroup) * g.run + piece.begin;
@@ -345,20 +398,24 @@ bool has_second_terms(const Task& t) {
   const std::int64_t o = r / g.lanes, lane = r % g.lanes;
   const Statistic<double> s = given_statistic<double>(t, r);
   const double shift = mean_shift(t, s, reduced.sums.d, reduced.n);
-  const SecondSums<double> sums = recenter(reduced.sums, shift);
   const bool shares = constant_in_statistic(g);
-  const SecondSums<double> weighted = shares ? second_weighted(t, g.parameter(o, g.offset(o, 0, lane, 0)), sums) : sums;
+  const SecondSums<double> weighted =
+      shares ? second_weighted(t, g.parameter(o, g.offset(o, 0, lane, 0)), reduced.sums) : reduced.sums;
   const SecondGradient<double> known =
-      second_gradient_of(s.rstd, shift, weighted, t.frozen ? 0 : reduced.n, t.centered);
-  if (t.kind == ParamKind::statistic) t.dparams[2 * r] = second_dweight(known, sums);
+      second_gradient_of(s.rstd, shift, recenter(weighted, shift), t.frozen ? 0 : reduced.n, t.centered);
+  if (t.kind == ParamKind::statistic) t.dparams[2 * r] = second_dweight(known, reduced.sums);
   return known;
 }
 
 [[gnu::cold]] void second_span(const Task& t, std::int64_t r, Chunks c, std::int64_t span,
                                const SecondGradient<double>& k) {
   const std::int64_t o = r / t.geometry.lanes, lane = r % t.geometry.lanes;
-  const double mean = given_statistic<double>(t, r).mean;
-  const SecondKnown known{&mean, &k.rstd, &k.origin, &k.along, &k.constant, &k.v, &k.g, &k.x, &k.c};
+  double of[SecondKnown::kCount] = {};
+  const SecondKnown known{of, 1};
+  const auto put = [&](int first, auto... values) {
+    for (const double value : {values...}) of[first++] = value;
+  };
+  put_second(given_statistic<double>(t, r).mean, k, put);
   const bool plain = second_is_plain(t);
   alignas(64) double terms[kBuffer];
   double* const to = has_second_terms(t) ? terms : nullptr;
@@ -367,16 +424,15 @@ bool has_second_terms(const Task& t) {
     bool done = false;
     if constexpr (kWide) {
       if (done = plain && (!piece.linear || second_params_lie(t)); done) {
-        const SecondRow<float> row = second_in_place<float>(t, place);
+        const SecondElements<float> a(t, place);
         if (piece.linear) {
-          second_row<false, true, true>(t, row, piece.n, known, second_params_at(t, piece.parameter), {}, to);
+          second_row<false, true, true>(t, a.row, piece.n, 1, known, second_params_at(t, piece.parameter), {}, to);
         } else {
-          const double weight = element(t.weight, piece.parameter, 1),
-                       ddweight = element(t.ddweight, piece.parameter, 0),
-                       ddbias = element(t.ddbias, piece.parameter, 0);
-          second_row<false, false, true>(t, row, piece.n, known, SecondParams<double>{&weight, &ddweight, &ddbias}, {},
-                                         to);
+          put_second_line(k, element(t.weight, piece.parameter, 1), element(t.ddweight, piece.parameter, 0),
+                          element(t.ddbias, piece.parameter, 0), put);
+          second_row<false, false, true>(t, a.row, piece.n, 1, known, SecondParams<float>{}, {}, to);
         }
+        a.write(t, place);
       }
     }
     if (!done)
@@ -402,57 +458,69 @@ NORMKIT_LOCAL SecondReduced second_column(const SecondColumnSums& s, std::int64_
   return {{a[0][k], a[1][k], a[2][k], a[3][k], a[4][k], a[5][k], a[6][k], a[7][k]}, a[8][k]};
 }
 
-/// Adds `rows` steps of n columns from column k on, one after another.
+/// True where what is known of columns is what has their parameters in it.
+NORMKIT_LOCAL bool second_has_lines(const Task& t) { return second_is_plain(t) && constant_in_column(t.geometry); }
+
+/// Adds steps of some columns, one after another.
 template <bool kWeighted, class Members, class X>
-[[gnu::noinline, gnu::hot]] void add_second_columns(SecondRow<X> a, std::int64_t rows, std::int64_t k, std::int64_t n,
-                                                    const double* mean, SecondParams<double> p, Members members,
+[[gnu::noinline, gnu::hot]] void add_second_columns(SecondRow<X> a, const SecondPlace& columns, const double* mean,
+                                                    SecondParams<double> p, Members members,
                                                     const SecondColumnSums& to) {
-  for_doubles<F64>(n, [&](auto place) NORMKIT_INLINE_LAMBDA {
+  const std::int64_t k = columns.begin, steps = columns.steps;
+  // One register at a time: sums of more would not stay in registers.
+  using V = std::conditional_t<Members::kAll, R64, F64>;
+  for_doubles<V>(0, columns.n, [&](auto place) NORMKIT_INLINE_LAMBDA {
     const auto sum = [&](int j)
                          NORMKIT_INLINE_LAMBDA { return place.load(static_cast<const double*>(to.array[j]) + k); };
-    const F64 m = place.load(mean + k), one = broadcast<F64>(1.0);
-    SecondSums<F64> s{sum(0), sum(1), sum(2), sum(3), sum(4), sum(5), sum(6), sum(7)};
-    F64 count = sum(8);
+    const V m = place.load(mean + k);
+    SecondSums<V> s{sum(0), sum(1), sum(2), sum(3), sum(4), sum(5), sum(6), sum(7)};
+    V count = sum(8);
     SecondRow<X> row = a;
-    for (std::int64_t step = 0; step < rows; ++step) {
+    for (std::int64_t step = 0; step < steps; ++step) {
       add_second<kWeighted>(s, place, row, m, p, members);
-      count = count + members.only(place, one);
-      row.x += row.x_step, row.dy += row.dy_step, row.v += row.v_step;
+      // What follows these steps, which are too far apart to be foreseen.
+      for (const X* next : {row.x + steps * row.x_step, row.dy + steps * row.dy_step, row.v + steps * row.v_step})
+        __builtin_prefetch(next + place.i);
+      if constexpr (!Members::kAll) count = count + members.only(place, broadcast<V>(1.0));
+      row.next();
     }
+    if constexpr (Members::kAll) count = count + broadcast<V>(static_cast<double>(steps));
     if constexpr (!kWeighted) s.q = s.g, s.qd = s.gd;
-    const F64 all[] = {s.v, s.vd, s.g, s.gd, s.vg, s.q, s.qd, s.d, count};
+    const V all[] = {s.v, s.vd, s.g, s.gd, s.vg, s.q, s.qd, s.d, count};
     for (int j = 0; j < kSecondDoubles; ++j) place.store(to.array[j] + k, all[j]);
   });
 }
 
-/// Steps whose sums stay in registers.
-constexpr std::int64_t kSecondSteps = 16;
+/// Calls f(place) for the columns of a span, some at a time.
+template <class F> NORMKIT_LOCAL void for_second_columns(const Task& t, std::int64_t o, std::int64_t span, F f) {
+  const std::int64_t columns = t.geometry.columns(), end = span_end(t.geometry, span);
+  const std::int64_t most = second_has_lines(t) ? SecondElements<float>::most_steps(t, least(kBuffer, columns)) : 1;
+  for (std::int64_t step = span_begin(span); step < end; step += most)
+    for (std::int64_t k = 0; k < columns; k += kBuffer)
+      f(SecondPlace{o, step, 0, k, least(kBuffer, columns - k), least(most, end - step)});
+}
+/// The parameters of columns, where each element has its own.
+NORMKIT_LOCAL SecondParamDoubles second_params_of(const Task& t, const SecondPlace& p) {
+  const Geometry& g = t.geometry;
+  return {t, true, g.parameter(p.o, g.offset(p.o, p.step, 0, 0)) + p.begin, p.n};
+}
 
 /// Adds a span to the sums of columns.
 [[gnu::cold]] void second_column_sums(const Task& t, std::int64_t o, std::int64_t span, const double* mean,
                                       SecondColumnSums to) {
-  const Geometry& g = t.geometry;
-  const bool each = !constant_in_column(g), plain = second_is_plain(t) && !each;
-  const std::int64_t end = span_end(g, span), most = plain ? kSecondSteps : 1;
-  for (std::int64_t step = span_begin(span); step < end; step += most)
-    for (std::int64_t k = 0; k < g.columns(); k += kBuffer) {
-      const SecondPlace place{o, step, 0, k, least(kBuffer, g.columns() - k)};
-      if constexpr (kWide) {
-        if (plain) {
-          add_second_columns<false>(second_in_place<float>(t, place), least(most, end - step), k, place.n, mean, {},
-                                    Everyone{}, to);
-          continue;
-        }
+  for_second_columns(t, o, span, [&](const SecondPlace& place) {
+    if constexpr (kWide) {
+      if (second_has_lines(t)) {
+        const SecondElements<float> a(t, place);
+        return add_second_columns<false>(a.row, place, mean, {}, Everyone{}, to);
       }
-      const SecondDoubles a(t, place);
-      const Masked members = members_at(t, o, step, 0, k);
-      if (!each) {
-        add_second_columns<true>(a.row, 1, k, place.n, mean, {kOnes.value, kOnes.value, nullptr}, members, to);
-        continue;
-      }
-      const SecondParamDoubles p(t, true, g.parameter(o, g.offset(o, step, 0, 0)) + k, place.n);
-      add_second_columns<true>(a.row, 1, k, place.n, mean, p.params, members, to);
     }
+    const SecondElements<double> a(t, place);
+    const Masked members = members_at(t, o, place.step, 0, place.begin);
+    if (constant_in_column(t.geometry))
+      add_second_columns<true>(a.row, place, mean, {kOnes.value, kOnes.value, nullptr}, members, to);
+    else add_second_columns<true>(a.row, place, mean, second_params_of(t, place).params, members, to);
+  });
 }
 
 /// The given means, for each column.
@@ -468,6 +536,7 @@ constexpr std::int64_t kSecondSteps = 16;
                                         const SecondTable& table) {
   const Geometry& g = t.geometry;
   ColumnParameter parameter(t, o), folded = parameter;
+  const bool has_lines = second_has_lines(t);
   for (std::int64_t lane = 0; lane < g.lanes; ++lane) {
     const Statistic<double> s = given_statistic<double>(t, o * g.lanes + lane);
     SecondReduced all;
@@ -480,48 +549,41 @@ constexpr std::int64_t kSecondSteps = 16;
     const SecondGradient<double> known =
         second_gradient_of(s.rstd, shift, recenter(all.sums, shift), t.frozen ? 0 : all.n, t.centered);
     for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k, parameter.next()) {
-      const double values[] = {s.mean,
-                               known.rstd,
-                               known.origin,
-                               known.along,
-                               known.constant,
-                               known.v,
-                               known.g,
-                               known.x,
-                               known.c,
-                               parameter.of(t.weight, 1),
-                               parameter.of(t.ddweight, 0),
-                               parameter.of(t.ddbias, 0)};
-      for (int j = 0; j < kSecondTable; ++j) table.array[j][k] = values[j];
+      const double weight = parameter.of(t.weight, 1), ddweight = parameter.of(t.ddweight, 0),
+                   ddbias = parameter.of(t.ddbias, 0);
+      const auto put = [&](int first, auto... values) {
+        for (const double value : {values...}) table.array[first++][k] = value;
+      };
+      put_second(s.mean, known, put);
+      if (has_lines) put_second_line(known, weight, ddweight, ddbias, put);
+      else put(SecondKnown::kParams, weight, ddweight, ddbias);
       if (t.kind == ParamKind::column)
-        t.dparams[2 * (o * g.columns() + k)] = second_dweight(known, recenter(second_column(sums, k).sums, shift));
+        t.dparams[2 * (o * g.columns() + k)] = second_dweight(known, second_column(sums, k).sums);
     }
   }
 }
 
 [[gnu::cold]] void second_column_span(const Task& t, std::int64_t o, std::int64_t span, const SecondTable& table) {
   const Geometry& g = t.geometry;
-  const bool each = !constant_in_column(g), plain = second_is_plain(t) && !each;
   alignas(64) double terms[kBuffer];
   double* const to = has_second_terms(t) ? terms : nullptr;
-  for (std::int64_t step = span_begin(span); step < span_end(g, span); ++step)
-    for (std::int64_t k = 0; k < g.columns(); k += kBuffer) {
-      const SecondPlace place{o, step, 0, k, least(kBuffer, g.columns() - k)};
-      const std::int64_t offset = g.offset(o, step, 0, 0) + k;
-      const auto of = [&](int j) { return table.array[j] + k; };
-      const SecondKnown known{of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7), of(8)};
-      const SecondParams<double> own{of(9), of(10), of(11)};
-      bool done = false;
-      if constexpr (kWide) {
-        if (done = plain; done)
-          second_row<true, true, true>(t, second_in_place<float>(t, place), place.n, known, own, {}, to);
+  for_second_columns(t, o, span, [&](const SecondPlace& place) {
+    const auto of = [&](int j) { return table.array[j] + place.begin; };
+    const SecondKnown known{of(0), table.array[1] - table.array[0]};
+    if constexpr (kWide) {
+      if (second_has_lines(t)) {
+        const SecondElements<float> a(t, place);
+        second_row<true, false, true>(t, a.row, place.n, place.steps, known, SecondParams<float>{}, {}, nullptr);
+        return a.write(t, place);
       }
-      if (!done && !each) second_any_row<true>(t, place, known, own, to);
-      if (!done && each)
-        second_any_row<true>(t, place, known,
-                             SecondParamDoubles(t, true, g.parameter(o, offset - k) + k, place.n).params, to);
-      if (to) put_second_terms(t, o, 0, offset, {k, place.n, 0, true}, terms);
     }
+    constexpr int kParams = SecondKnown::kParams;
+    if (constant_in_column(g))
+      second_any_row<true>(t, place, known, {of(kParams), of(kParams + 1), of(kParams + 2)}, to);
+    else second_any_row<true>(t, place, known, second_params_of(t, place).params, to);
+    if (to)
+      put_second_terms(t, o, 0, g.offset(o, place.step, 0, 0) + place.begin, {place.begin, place.n, 0, true}, terms);
+  });
 }
 
 // ---- entry points ------------------------------------------------------------------------------------------------

@@ -285,7 +285,7 @@ NORMKIT_LOCAL Moments<double> careful_column(Segments x, bool centered, Masked m
   alignas(64) double value[kSpanSteps + 16];
   std::int64_t n = 0;
   for (std::int64_t row = 0; row < x.rows; ++row, members.next_row())
-    if (members.has(0)) read_doubles(x.from(row, 0), x.dtype, 1, value + n++);
+    if (members.has(0)) read_all(x.from(row, 0), x.dtype, 1, value + n++);
   double pivot = centered ? value[0] : 0;
   for (int pass = 0;; ++pass) {
     double s = 0, q = 0;
@@ -343,7 +343,7 @@ template <class S>
     Masked row_members = members;
     alignas(64) double value[kWidth];
     for (std::int64_t row = 0; row < x.rows; ++row, row_members.next_row()) {
-      read_doubles(x.from(row, 0), x.dtype, n, value);
+      read_all(x.from(row, 0), x.dtype, n, value);
       for (std::int64_t k = 0; k < n; ++k) equal[k] &= !row_members.has(k) | (value[k] == pivot[k]);
     }
     for (std::int64_t k = 0; k < n; ++k) {

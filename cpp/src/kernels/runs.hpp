@@ -48,7 +48,7 @@ template <class F> NORMKIT_LOCAL void for_differences(Segments x, Masked members
   for (std::int64_t row = 0; row < x.rows; ++row, members.next_row())
     for (std::int64_t begin = 0; begin < x.n; begin += kBuffer) {
       const std::int64_t n = least(x.n - begin, kBuffer);
-      read_doubles(x.from(row, begin), x.dtype, n, value);
+      read_all(x.from(row, begin), x.dtype, n, value);
       const Masked here = members.from(begin);
       for (std::int64_t i = 0; i < n; i += kLanes<F64>)
         f(here.keep(Part{i, static_cast<int>(least(n - i, kLanes<F64>))}, load(value + i) - p));
@@ -60,7 +60,7 @@ NORMKIT_LOCAL double first_member(Segments x, Masked members) {
   alignas(64) double value[16];
   for (std::int64_t row = 0; row < x.rows; ++row, members.next_row())
     for (std::int64_t i = 0; i < x.n; ++i)
-      if (members.has(i)) return read_doubles(x.from(row, i), x.dtype, 1, value), value[0];
+      if (members.has(i)) return read_all(x.from(row, i), x.dtype, 1, value), value[0];
   return 0;
 }
 
