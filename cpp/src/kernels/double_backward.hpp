@@ -8,58 +8,44 @@ namespace {
 
 // ---- elements as doubles -----------------------------------------------------------------------------------------
 
-/// Positions that load and store vectors of doubles, from and to float as well: a whole vector, or less.
-template <class Vector> struct Doubles {
-  using V = Vector;
+/// Positions that load and store doubles, from and to float as well: a whole register, or less. Loops take one register at a
+/// time, since sums and coefficients of more would not stay in registers.
+struct Doubles {
+  static constexpr int kWidth = kLanes64;
   std::int64_t i;
 
-  NORMKIT_LOCAL V load(const double* p) const {
-    V v;
-    for (int k = 0; k < kRegsOf<V>; ++k) v.r[k] = reg_load(p + i + k * kLanes64);
-    return v;
-  }
-  NORMKIT_LOCAL V load(const float* p) const {
-    V v;
-    for (int k = 0; k < kRegsOf<V>; ++k) v.r[k] = reg_load_wide(p + i + k * kLanes64);
-    return v;
-  }
-  NORMKIT_LOCAL void store(double* p, V v) const {
-    for (int k = 0; k < kRegsOf<V>; ++k) reg_store(p + i + k * kLanes64, v.r[k]);
-  }
-  NORMKIT_LOCAL void store(float* p, V v) const {
-    for (int k = 0; k < kRegsOf<V>; ++k) reg_store_narrow(p + i + k * kLanes64, v.r[k]);
-  }
-  template <class U> NORMKIT_LOCAL U flags(const std::uint8_t* p) const {
-    return ::normkit::flags<U>(p + i, kLanes<U>);
-  }
-  NORMKIT_LOCAL V keep(V v) const { return v; }
+  NORMKIT_LOCAL R64 load(const double* p) const { return {{reg_load(p + i)}}; }
+  NORMKIT_LOCAL R64 load(const float* p) const { return {{reg_load_wide(p + i)}}; }
+  NORMKIT_LOCAL void store(double* p, R64 v) const { reg_store(p + i, v.r[0]); }
+  NORMKIT_LOCAL void store(float* p, R64 v) const { reg_store_narrow(p + i, v.r[0]); }
+  template <class V> NORMKIT_LOCAL V flags(const std::uint8_t* p) const { return ::normkit::flags<V>(p + i, kWidth); }
+  NORMKIT_LOCAL R64 keep(R64 v) const { return v; }
 };
 template <class X> [[gnu::noinline, gnu::cold]] void copy_few(const X* from, int n, X* to) {
   for (int k = 0; k < n; ++k) to[k] = from[k];
 }
-template <class Vector> struct PartOfDoubles {
-  using V = Vector;
-  static constexpr int kWidth = kRegsOf<V> * kLanes64;
+struct PartOfDoubles {
   std::int64_t i;
   int n;
 
-  template <class X> NORMKIT_LOCAL V load(const X* p) const {
-    X part[kWidth] = {};
+  template <class X> NORMKIT_LOCAL R64 load(const X* p) const {
+    X part[kLanes64] = {};
     copy_few(p + i, n, part);
-    return Doubles<V>{0}.load(part);
+    return Doubles{0}.load(part);
   }
-  template <class X> NORMKIT_LOCAL void store(X* p, V v) const {
-    X part[kWidth];
-    Doubles<V>{0}.store(part, v);
+  template <class X> NORMKIT_LOCAL void store(X* p, R64 v) const {
+    X part[kLanes64];
+    Doubles{0}.store(part, v);
     copy_few(part, n, p + i);
   }
-  template <class U> NORMKIT_LOCAL U flags(const std::uint8_t* p) const { return ::normkit::flags<U>(p + i, n); }
-  NORMKIT_LOCAL V keep(V v) const { return ::normkit::keep(v, n); }
+  template <class V> NORMKIT_LOCAL V flags(const std::uint8_t* p) const { return ::normkit::flags<V>(p + i, n); }
+  NORMKIT_LOCAL R64 keep(R64 v) const { return ::normkit::keep(v, n); }
 };
-template <class V, class F> NORMKIT_LOCAL void for_doubles(std::int64_t i, std::int64_t end, F f) {
-  constexpr std::int64_t kWidth = PartOfDoubles<V>::kWidth;
-  for (; i + kWidth <= end; i += kWidth) f(Doubles<V>{i});
-  if (i < end) f(PartOfDoubles<V>{i, static_cast<int>(end - i)});
+/// Calls f for every `stride`-th element and those that fill a register with it.
+template <class F> NORMKIT_LOCAL void for_doubles(std::int64_t begin, std::int64_t end, int stride, F f) {
+  std::int64_t i = begin;
+  for (; i + kLanes64 <= end; i += stride) f(Doubles{i});
+  if (i < end) f(PartOfDoubles{i, static_cast<int>(end - i)});
 }
 
 /// True where the loops for floats do all that is asked for.
@@ -194,22 +180,18 @@ NORMKIT_LOCAL SecondSums<double> second_weighted(const Task& t, std::int64_t par
   return {s.v, s.vd, weight * s.g, weight * s.gd, weight * s.vg, ddweight * s.q, ddweight * s.qd, s.d};
 }
 
-template <class V> NORMKIT_LOCAL void clear(SecondSums<V>& s) {
-  s.v = s.vd = s.g = s.gd = s.vg = s.q = s.qd = s.d = broadcast<V>(0.0);
-}
-
-/// Adds a vector of elements. kWeighted: weight and ddweight follow the elements; else dy stands for g and for q, whose
+/// Adds a register of elements. kWeighted: weight and ddweight follow the elements; else dy stands for g and for q, whose
 /// sums are left alone.
-template <bool kWeighted, class Members, class V, class P, class X, class W>
-NORMKIT_LOCAL void add_second(SecondSums<V>& s, P place, SecondRow<X> a, V mean, SecondParams<W> p,
+template <bool kWeighted, class Members, class P, class X, class W>
+NORMKIT_LOCAL void add_second(SecondSums<R64>& s, P place, SecondRow<X> a, R64 mean, SecondParams<W> p,
                               const Members& members) {
-  const V dy = place.load(a.dy), v = place.load(a.v), d = place.load(a.x) - mean, of_v = members.only(place, v);
+  const R64 dy = place.load(a.dy), v = place.load(a.v), d = place.load(a.x) - mean, of_v = members.only(place, v);
   // What is no member may be NaN, where no gradient reaches it.
-  const auto times = [&](V f, V total)
+  const auto times = [&](R64 f, R64 total)
                          NORMKIT_INLINE_LAMBDA { return mul_add(f, Members::kAll ? d : where(f, d), total); };
-  V g = dy;
+  R64 g = dy;
   if constexpr (kWeighted) {
-    const V q = dy * place.load(p.ddweight);
+    const R64 q = dy * place.load(p.ddweight);
     g = dy * place.load(p.weight);
     s.q = s.q + q, s.qd = times(q, s.qd);
   }
@@ -217,36 +199,22 @@ NORMKIT_LOCAL void add_second(SecondSums<V>& s, P place, SecondRow<X> a, V mean,
   s.vd = times(of_v, s.vd), s.gd = times(g, s.gd), s.vg = mul_add(v, g, s.vg);
 }
 
+/// Sums as vectors of all registers give them, whatever the width of one.
 template <bool kWeighted, class Members, class X, class W>
 [[gnu::noinline, gnu::hot]] SecondSums<double> second_row_sums(SecondRow<X> a, std::int64_t n, double mean,
                                                                SecondParams<W> p, Members members) {
-  const F64 m = broadcast<F64>(mean);
+  const R64 m = broadcast<R64>(mean), zero = broadcast<R64>(0.0);
   SecondSums<F64> s;
-  clear(s);
-  std::int64_t begin = 0;
-  if constexpr (Members::kAll) {
-    // One register of the vector after another: sums of all of them would not stay in registers.
-    begin = n - n % kLanes<F64>;
-    for (int k = 0; k < kRegsOf<F64>; ++k) {
-      SecondSums<R64> part;
-      clear(part);
-      for (std::int64_t i = k * kLanes64; i < begin; i += kLanes<F64>)
-        add_second<kWeighted>(part, Doubles<R64>{i}, a, R64{{m.r[k]}}, p, members);
-      s.v.r[k] = part.v.r[0], s.vd.r[k] = part.vd.r[0], s.g.r[k] = part.g.r[0], s.gd.r[k] = part.gd.r[0];
-      s.vg.r[k] = part.vg.r[0], s.q.r[k] = part.q.r[0], s.qd.r[k] = part.qd.r[0], s.d.r[k] = part.d.r[0];
-    }
+  for (int k = 0; k < kRegsOf<F64>; ++k) {
+    SecondSums<R64> part{zero, zero, zero, zero, zero, zero, zero, zero};
+    for_doubles(k * kLanes64, n, kLanes<F64>,
+                [&](auto place) NORMKIT_INLINE_LAMBDA { add_second<kWeighted>(part, place, a, m, p, members); });
+    s.v.r[k] = part.v.r[0], s.vd.r[k] = part.vd.r[0], s.g.r[k] = part.g.r[0], s.gd.r[k] = part.gd.r[0];
+    s.vg.r[k] = part.vg.r[0], s.q.r[k] = part.q.r[0], s.qd.r[k] = part.qd.r[0], s.d.r[k] = part.d.r[0];
   }
-  for_doubles<F64>(begin, n,
-                   [&](auto place) NORMKIT_INLINE_LAMBDA { add_second<kWeighted>(s, place, a, m, p, members); });
   SecondSums<double> sums{sum(s.v), sum(s.vd), sum(s.g), sum(s.gd), sum(s.vg), sum(s.q), sum(s.qd), sum(s.d)};
   if constexpr (!kWeighted) sums.q = sums.g, sums.qd = sums.gd;
   return sums;
-}
-
-/// Sums of doubles in the order of the loops for float32; `members` may name everyone.
-[[gnu::noinline, gnu::hot]] SecondSums<double> second_any_sums(const SecondRow<double>& row, std::int64_t n,
-                                                               double mean, SecondParams<double> p, Masked members) {
-  return second_row_sums<true>(row, n, mean, p, members);
 }
 
 /// Calls f(step, piece) for the pieces of a span of a statistic of runs.
@@ -283,9 +251,11 @@ NORMKIT_LOCAL void for_second_pieces(const Task& t, std::int64_t o, std::int64_t
     if (!done) {
       const SecondElements<double> a(t, place);
       if (each)
-        part.sums = second_any_sums(a.row, piece.n, mean, SecondParamDoubles(t, true, piece.parameter, piece.n).params,
-                                    members);
-      else part.sums = second_any_sums(a.row, piece.n, mean, {kOnes.value, kOnes.value, nullptr}, members);
+        part.sums = second_row_sums<true>(a.row, piece.n, mean,
+                                          SecondParamDoubles(t, true, piece.parameter, piece.n).params, members);
+      else
+        part.sums = second_row_sums<true>(a.row, piece.n, mean, SecondParams<double>{kOnes.value, kOnes.value, nullptr},
+                                          members);
     }
     if (!each && !shares) part.sums = second_weighted(t, piece.parameter, part.sums);
     total = total + part;
@@ -323,38 +293,37 @@ NORMKIT_LOCAL void put_second_line(const SecondGradient<double>& k, double weigh
 template <bool kColumns, bool kEach, bool kPlain, class X, class W>
 [[gnu::noinline, gnu::hot]] void second_row(const Task& t, SecondRow<X> a, std::int64_t n, std::int64_t steps,
                                             SecondKnown known, SecondParams<W> p, Masked members, double* terms) {
-  using V = std::conditional_t<kPlain, R64, F64>;  // one register at a time where there are many constants
-  using Form = SecondForm<V>;
+  using Form = SecondForm<R64>;
   const bool moves = kPlain || !t.frozen, needs_x = moves || t.ddweight.data;
   double all[SecondKnown::kCount];
   for (int k = 0; k < SecondKnown::kCount; ++k) all[k] = kColumns ? 0 : known.of[k];
-  for_doubles<V>(0, n, [&](auto place) NORMKIT_INLINE_LAMBDA {
+  for_doubles(0, n, kLanes64, [&](auto place) NORMKIT_INLINE_LAMBDA {
     const auto of = [&](int k) NORMKIT_INLINE_LAMBDA {
       if constexpr (kColumns) return place.load(known.of + k * known.apart);
-      else return broadcast<V>(all[k]);
+      else return broadcast<R64>(all[k]);
     };
     const auto form = [&](int k) NORMKIT_INLINE_LAMBDA { return Form{of(k), of(k + 1), of(k + 2)}; };
-    SecondLine<V> line;
+    SecondLine<R64> line;
     if constexpr (kEach)
       line = second_line(of(SecondKnown::kOrigin), of(SecondKnown::kG), form(SecondKnown::kRp), place.load(p.weight),
                          place.load(p.ddweight), place.load(p.ddbias));
     else line = {form(SecondKnown::kLine), of(SecondKnown::kLine + 3)};
-    const V mean = of(SecondKnown::kMean);
+    const R64 mean = of(SecondKnown::kMean);
     const Form f = form(SecondKnown::kThrough);
     SecondRow<X> row = a;
     for (std::int64_t step = 0; step < (kColumns && kPlain ? steps : 1); ++step, row.next()) {
-      const V dy = place.load(row.dy), v = place.load(row.v), d = place.load(row.x) - mean;
-      V d_dy = line.d_dy.constant, d_x = dy * line.dy;
+      const R64 dy = place.load(row.dy), v = place.load(row.v), d = place.load(row.x) - mean;
+      R64 d_dy = line.d_dy.constant, d_x = dy * line.dy;
       if (needs_x) d_dy = mul_add(d, line.d_dy.of_d, d_dy);
       if (moves) {
-        const V through = second_form(v, d, f.of_v, f.of_d, f.constant);
+        const R64 through = second_form(v, d, f.of_v, f.of_d, f.constant);
         if constexpr (kPlain) d_x = mul_add(dy, line.dy, through);
         else d_x = d_x + members.only(place, through);
       }
       place.store(row.d_dy, mul_add(v, line.d_dy.of_v, d_dy)), place.store(row.d_x, d_x);
       if (!terms) continue;
       const Form rp = form(SecondKnown::kRp);
-      V term = dy * (moves ? second_form(v, d, rp.of_v, rp.of_d, rp.constant) : v * rp.of_v);
+      R64 term = dy * (moves ? second_form(v, d, rp.of_v, rp.of_d, rp.constant) : v * rp.of_v);
       if constexpr (!kPlain) term = where(dy, term);
       place.store(terms, term);
     }
@@ -376,7 +345,7 @@ void second_any_row(const Task& t, const SecondPlace& place, SecondKnown known, 
   const Geometry& g = t.geometry;
   if (t.kind == ParamKind::piece) {
     F64 all = broadcast<F64>(0.0);
-    for_doubles<F64>(0, piece.n, [&](auto place) NORMKIT_INLINE_LAMBDA { all = all + place.load(terms); });
+    for_positions<F64>(piece.n, [&](auto place) NORMKIT_INLINE_LAMBDA { all = all + place.load(terms); });
     t.dparams[2 * (offset / g.params.stride)] += sum(all);
   } else if (t.kind == ParamKind::row) {
     double* const sums = t.dparams + 2 * (o * row_groups(g) + lane / kRowGroup) * g.run + piece.begin;
@@ -467,26 +436,24 @@ template <bool kWeighted, class Members, class X>
                                                     SecondParams<double> p, Members members,
                                                     const SecondColumnSums& to) {
   const std::int64_t k = columns.begin, steps = columns.steps;
-  // One register at a time: sums of more would not stay in registers.
-  using V = std::conditional_t<Members::kAll, R64, F64>;
-  for_doubles<V>(0, columns.n, [&](auto place) NORMKIT_INLINE_LAMBDA {
+  for_doubles(0, columns.n, kLanes64, [&](auto place) NORMKIT_INLINE_LAMBDA {
     const auto sum = [&](int j)
                          NORMKIT_INLINE_LAMBDA { return place.load(static_cast<const double*>(to.array[j]) + k); };
-    const V m = place.load(mean + k);
-    SecondSums<V> s{sum(0), sum(1), sum(2), sum(3), sum(4), sum(5), sum(6), sum(7)};
-    V count = sum(8);
+    const R64 m = place.load(mean + k);
+    SecondSums<R64> s{sum(0), sum(1), sum(2), sum(3), sum(4), sum(5), sum(6), sum(7)};
+    R64 count = sum(8);
     SecondRow<X> row = a;
     for (std::int64_t step = 0; step < steps; ++step) {
       add_second<kWeighted>(s, place, row, m, p, members);
       // What follows these steps, which are too far apart to be foreseen.
       for (const X* next : {row.x + steps * row.x_step, row.dy + steps * row.dy_step, row.v + steps * row.v_step})
         __builtin_prefetch(next + place.i);
-      if constexpr (!Members::kAll) count = count + members.only(place, broadcast<V>(1.0));
+      if constexpr (!Members::kAll) count = count + members.only(place, broadcast<R64>(1.0));
       row.next();
     }
-    if constexpr (Members::kAll) count = count + broadcast<V>(static_cast<double>(steps));
+    if constexpr (Members::kAll) count = count + broadcast<R64>(static_cast<double>(steps));
     if constexpr (!kWeighted) s.q = s.g, s.qd = s.gd;
-    const V all[] = {s.v, s.vd, s.g, s.gd, s.vg, s.q, s.qd, s.d, count};
+    const R64 all[] = {s.v, s.vd, s.g, s.gd, s.vg, s.q, s.qd, s.d, count};
     for (int j = 0; j < kSecondDoubles; ++j) place.store(to.array[j] + k, all[j]);
   });
 }

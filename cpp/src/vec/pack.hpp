@@ -20,12 +20,11 @@ using R64 = Pack<Reg64, 1>;
 /// How many vectors of 16 floats the registers of this instruction set hold.
 constexpr int kHeldVectors = kRegisters * kLanes32 / 16;
 
-template <class V> constexpr int kLanes = 0;
-template <> constexpr int kLanes<F32> = 16;
-template <> constexpr int kLanes<F64> = 8;
 template <class V> constexpr int kRegLanes = 0;
-template <> constexpr int kRegLanes<F32> = kLanes32;
-template <> constexpr int kRegLanes<F64> = kLanes64;
+template <int kRegs> constexpr int kRegLanes<Pack<Reg32, kRegs>> = kLanes32;
+template <int kRegs> constexpr int kRegLanes<Pack<Reg64, kRegs>> = kLanes64;
+template <class V> constexpr int kLanes = 0;
+template <class Reg, int kRegs> constexpr int kLanes<Pack<Reg, kRegs>> = kRegs * kRegLanes<Pack<Reg, kRegs>>;
 
 /// The scalar and the vector that values of a storage type are computed in.
 template <class T> struct ComputeOf {
@@ -172,8 +171,13 @@ NORMKIT_LOCAL Wide widen(F32 v) {
 /// The first n <= kLanes bytes as numbers, zeros elsewhere; never touches memory past them.
 template <class V> NORMKIT_LOCAL V flags(const std::uint8_t* p, int n) {
   const F32 f = n == kLanes<F32> ? load(p) : load(p, n);
-  if constexpr (kLanes<V> == kLanes<F32>) return f;
-  else return widen(f).low;
+  if constexpr (std::is_same_v<V, F32>) {
+    return f;
+  } else {
+    V v;
+    for (int k = 0; k < kRegsOf<V>; ++k) v.r[k] = widen_piece(f.r, k);
+    return v;
+  }
 }
 
 }  // namespace
