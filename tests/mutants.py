@@ -199,7 +199,7 @@ MUTANTS = [
            "one of two equal terms is forgotten", "double_backward"),
     Mutant(DOUBLE, "const double all = reads ? «p.offset» : element(p, parameter, absent);", "0",
            "weight_offset is forgotten", "double_backward"),
-    Mutant(DOUBLE, "row.v += «row.v_step»;", "row.x_step",
+    Mutant(DOUBLE, "dy += dy_step, v += «v_step»,", "x_step",
            "ddx is taken to lie as x does", "double_backward"),
     Mutant("cuda/double_backward.cuh", "if («p.is_member(t)»)\n      e.d_x = mul_add(dy", "false",
            "statistics are taken for constants", "double_backward"),

@@ -1,6 +1,10 @@
-"""The bounds bite: each formula, changed as one gets it wrong, is outside of them."""
+"""The bounds bite: each formula, changed as one gets it wrong, is outside of them.
+
+So do the tests: `mutants.py` shows that, and has to find the lines that it changes.
+"""
 
 import bounds
+import mutants
 import numpy as np
 import pytest
 import reference
@@ -383,3 +387,12 @@ def test_a_residual_gradient_added_after_rounding(rng):
     assert bounds.excess(b.dx.astype(np.float16), b.dx, bound) <= 1
     assert bounds.excess((plain.astype(np.float16) + dresidual).astype(np.float16), b.dx, bound) > 1
     assert bounds.excess(plain, b.dx, bound) > 1
+
+
+@pytest.mark.skipif(not (mutants.ROOT / "CMakeLists.txt").exists(), reason="no sources beside the tests")
+@pytest.mark.parametrize("file", sorted({mutant.file for mutant in mutants.MUTANTS}))
+def test_every_mutant_has_its_place(file):
+    text = (mutants.ROOT / file).read_text()
+    for mutant in mutants.MUTANTS:
+        if mutant.file == file:
+            mutant.place(text)
