@@ -55,7 +55,7 @@ std::string not_an_array(const char* name, nb::handle array) {
     way = ": pass " + (type == "DataArray" ? named + ".values" : "the values of a variable of " + named) +
           ", or call through xarray.apply_ufunc";
   if (library == "torch") way = ": use normkit.torch, whose functions torch.fx knows";
-  if (library == "dask") way = ": use normkit.dask, which is lazy";
+  if (library == "dask") way = ": pass " + named + ".compute()";
   return named + " is " + (vowel ? "an " : "a ") + type + ", expected a NumPy array or an object with __dlpack__" + way;
 }
 

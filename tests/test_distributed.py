@@ -594,6 +594,21 @@ def test_another_shape_is_an_error_in_all_processes(processes):
     processes(2, "unlike_in")
 
 
+def renewed_in(group, rank):
+    """As many bytes are sent by who asks whether a new shape is that of all, and by who knows another shape."""
+    normkit.distributed.add(np.ones((5, 3)), group)
+    said = (
+        r"process 0 has sums of shape \(6, 3\), process 1 has numbers of another call, expected the same",
+        r"another process has something else than sums of shape \(5, 3\), expected the same",
+    )
+    with pytest.raises(ValueError, match=said[rank]):
+        normkit.distributed.add(np.ones((5 + (rank == 0), 3)), group)
+
+
+def test_a_new_shape_beside_a_known_one_is_an_error_too(processes):
+    processes(2, "renewed_in")
+
+
 def ending_in(group, rank, other):
     """Process 1 dies. 2 and 3 have agreed on two shapes, and each comes with one of them."""
     pairs = [distributed.new_group(ranks) for ranks in ([0, 1], [2, 3])]

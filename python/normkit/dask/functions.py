@@ -56,12 +56,18 @@ ARRAYS = (
 # ---- arguments ---------------------------------------------------------------------------------------------------
 
 
-def _array(name: str, value: Any) -> Any:
+def _array(name: str, value: Any, x: Any = None) -> Any:
+    """An argument as an array of dask, whose chunks are of the library that those of `x` are of."""
     if not isinstance(value, da.Array):
-        if name in ("x", "content"):
+        if x is None:
             raise TypeError(f"{name} is {type(value).__name__}, expected a dask.array.Array")
         if not hasattr(value, "dtype") or not hasattr(value, "shape"):
             raise TypeError(f"{name} is {type(value).__name__}, expected an array of dask, or one that dask takes")
+    if x is not None:
+        found, expected = (library_of(getattr(a, "_meta", a)) for a in (value, x))
+        if found != expected:
+            raise TypeError(f"{name} has chunks of {found}, expected {expected}, as those of x")
+    if not isinstance(value, da.Array):
         return da.from_array(value, chunks=-1)
     if any(map(math.isnan, value.shape)):
         raise ValueError(f"{name} has chunks of unknown sizes: call {name}.compute_chunk_sizes() before")
@@ -73,19 +79,16 @@ def _judged(function: Any, given: dict[str, Any]) -> tuple[dict[str, Any], Array
     options = dict(given)
     if options.pop("out", None) is not None:
         raise TypeError("out is given, expected None: what is computed is a new array of dask")
-    activation, where = options.get("activation"), options.get("where")
-    if isinstance(activation, tuple | list) and len(activation) == 2 and hasattr(activation[1], "shape"):
-        options |= {"slopes": activation[1], "activation": None}
-    if isinstance(where, bool | np.bool):
-        options["where"] = None if where else np.zeros((), np.bool)
+    slopes, where = core._slopes_of(options.get("activation")), options.get("where")
+    if slopes is not None:
+        options |= {"slopes": slopes, "activation": None}
+    if isinstance(where, bool | np.bool) and where:
+        options["where"] = None
     arrays: Arrays = {}
     for name in ARRAYS:
         value = options.get(name)
-        if value is not None and not isinstance(value, int | float | np.number):
-            arrays[name] = _array(name, options.pop(name))
-            found, expected = (library_of(a._meta) for a in (arrays[name], arrays["x"]))
-            if found != expected:
-                raise TypeError(f"{name} has chunks of {found}, expected {expected}, as those of x")
+        if value is not None and not isinstance(value, int | float | np.generic):
+            arrays[name] = _array(name, options.pop(name), arrays.get("x"))
     stand_ins: Arrays = {name: stand_in(a.shape, a.dtype) for name, a in arrays.items()}
     if "slopes" in stand_ins:
         stand_ins["activation"] = "prelu", stand_ins.pop("slopes")
@@ -255,7 +258,8 @@ class _Style:
     """The style of a call, its moments, and its deviations and means, which are weights and biases of content."""
 
     def __init__(self, given: dict[str, Any], judge: Any) -> None:
-        content, style = (_array(name, given[name]) for name in ("content", "style"))
+        content = _array("content", given["content"])
+        style = _array("style", given["style"], content)
         axis, eps = given["channel_axis"], given["eps"]
         with core._called("style"):
             judge(stand_in(style.shape, style.dtype), channel_axis=axis)

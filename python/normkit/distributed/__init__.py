@@ -118,7 +118,9 @@ def _gathered(array: Any, comm: Any, what: str) -> Any:
         letters: Any = np.frombuffer(what.encode().ljust(128)[:128], np.uint8).copy()
         if not isinstance(array, np.ndarray):
             letters = array.new_tensor(letters).byte()
-        said = [bytes(part.tolist()).decode().rstrip() for part in _exchanged(letters, comm)]
+        said = [bytes(part.tolist()).decode("latin-1").rstrip() for part in _exchanged(letters, comm)]
+        # A process for which this is nothing new sends numbers, which may be as many bytes.
+        said = [text if text.isascii() and text.isprintable() else "numbers of another call" for text in said]
         other = next((rank for rank, theirs in enumerate(said) if theirs != said[0]), None)
         if other is not None:
             raise ValueError(

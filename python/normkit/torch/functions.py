@@ -208,14 +208,18 @@ def _call(
     return (y, total) if return_residual else y
 
 
-def _activation(activation: Any) -> tuple[str, float | None, Optional]:
+def _activation(activation: Any) -> tuple[Any, float | None, Optional]:
     """Its name, its parameter where that is a number, and where it is a tensor."""
     if activation is None:
         return "", None, None
-    if isinstance(activation, str):
-        return activation, None, None
+    if not isinstance(activation, tuple | list) or len(activation) != 2:
+        return activation, None, None  # a name, or what the core refuses
     name, parameter = activation
-    return (name, None, parameter) if isinstance(parameter, Tensor) else (name, float(parameter), None)
+    if name == "prelu" and isinstance(parameter, Tensor):
+        return name, None, parameter
+    if isinstance(parameter, Tensor) or getattr(parameter, "ndim", 0) > 0 or not hasattr(parameter, "__float__"):
+        raise TypeError(f"activation is {activation!r}, expected a number as its parameter, or a tensor with prelu")
+    return name, float(parameter), None
 
 
 def instance_norm(
