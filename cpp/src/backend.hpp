@@ -216,7 +216,8 @@ NORMKIT_HD constexpr std::int64_t solved_doubles(const Task& t) {
 }
 
 /// Doubles of scratch that a thread needs for one outer index of the lanes traversal: sums of all spans, of one and of its
-/// blocks, and the table, of which there are two where one outer index is written while the next is read.
+/// blocks, and the table, of which there are two where one outer index is written while the next is read; or a table and two
+/// sets of sums for the gradient of a backward.
 constexpr std::int64_t scratch_doubles(const Geometry& g, Traversal traversal) {
   constexpr std::int64_t kOnce = 2 * 4 + 4 + 2 * kTableColumns, kTwice = kSecondTable + 2 * kSecondDoubles;
   return traversal == Traversal::lanes ? (kOnce > kTwice ? kOnce : kTwice) * array_of_columns(g) : 0;
