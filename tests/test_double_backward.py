@@ -104,6 +104,20 @@ def test_layouts(op, layout, rng):
     assert layout in SHARED_MEMORY or all(same_order(x, f) for f in found[:2])
 
 
+@pytest.mark.parametrize("other", ["ddx", "dy"])
+@pytest.mark.parametrize("op", REGISTRY, ids=repr)
+def test_steps_of_one_operand_are_further_apart(op, other, rng):
+    """Half the channels of a wider array with channels last: the bits of a dense copy."""
+    dds, dy, x, weight = inputs(op, SMALL, rng, layout="channels-last")
+    stats = op.statistics(x)[1:]
+    expected = op.double_backward(dds, dy, x, *stats, weight)
+    last = np.moveaxis(dds[0] if other == "ddx" else dy, 1, -1)
+    apart = np.moveaxis(np.concatenate([last, last], -1)[..., : last.shape[-1]], -1, 1)
+    dds, dy = ((apart, *dds[1:]), dy) if other == "ddx" else (dds, apart)
+    found = op.double_backward(dds, dy, x, *stats, weight)
+    assert [f.tobytes() for f in found] == [e.tobytes() for e in expected]
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last", "crop"])
 @pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE)
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
