@@ -4,8 +4,9 @@
 #include <bit>
 #include <charconv>
 #include <cmath>
+#include <cstdio>
+#include <iterator>
 #include <limits>
-#include <sstream>
 #include <vector>
 
 namespace normkit {
@@ -16,11 +17,9 @@ void value_error(const std::string& message) { throw Error(Error::Kind::value, m
 // ---- words -------------------------------------------------------------------------------------------------------
 
 std::string tuple(std::span<const std::int64_t> values) {
-  std::ostringstream text;
-  text << '(';
-  for (std::size_t k = 0; k < values.size(); ++k) text << (k ? ", " : "") << values[k];
-  text << (values.size() == 1 ? ",)" : ")");
-  return text.str();
+  std::string text = "(";
+  for (std::size_t k = 0; k < values.size(); ++k) text += (k ? ", " : "") + std::to_string(values[k]);
+  return text + (values.size() == 1 ? ",)" : ")");
 }
 
 namespace {
@@ -36,9 +35,10 @@ std::string alternatives(const std::vector<std::string>& words) {
 std::string number(double v) {
   if (std::isnan(v)) return "nan";
   if (std::isinf(v)) return v < 0 ? "-inf" : "inf";
-  std::ostringstream text;
-  text << v;
-  return text.str().find_first_of(".e") == std::string::npos ? text.str() + ".0" : text.str();
+  char digits[32];
+  std::snprintf(digits, sizeof digits, "%g", v);
+  const std::string text = digits;
+  return text.find_first_of(".e") == std::string::npos ? text + ".0" : text;
 }
 
 std::vector<std::int64_t> extents_of(std::span<const std::int64_t> shape, AxisMask axes) {
@@ -136,10 +136,10 @@ void check_on_elements(const std::string& name, const Array& a) {
   if (on_elements(a) || std::find(a.shape.begin(), a.shape.end(), 0) != a.shape.end()) return;
   const std::int64_t size = element_bytes(a);
   const std::string dtype = a.dtype == Dtype::other ? std::string(a.other_dtype) : name_of(a.dtype);
-  std::ostringstream address;
-  address << "0x" << std::hex << reinterpret_cast<std::uintptr_t>(a.data);
+  char address[2 * sizeof a.data + 1] = {};
+  std::to_chars(std::begin(address), std::end(address), reinterpret_cast<std::uintptr_t>(a.data), 16);
   if (!begins_on(a, size))
-    value_error(name + " is at address " + address.str() + ", expected a multiple of " + std::to_string(size) +
+    value_error(name + " is at address 0x" + address + ", expected a multiple of " + std::to_string(size) +
                 ": a GPU has " + dtype + " nowhere else");
   value_error(name + " has strides " + tuple(a.strides) + " in bytes, expected multiples of " + std::to_string(size) +
               ": a GPU has " + dtype + " nowhere else");

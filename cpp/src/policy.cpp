@@ -72,7 +72,7 @@ bool overlaps(const Task& t, const Operand& out, const Isa& isa) {
     return (!follows_elements(g) || (is_forward && can_hold_rows(isa.vectors))) && g.run >= kOverlappedRun &&
            g.members() * element_bytes <= overlapped_bytes();
   const bool dense = t.x.strides.step == g.columns() && out.strides.step == g.columns();
-  return is_forward && dense && g.outer > 1 && constant_in_column(g) &&
+  return is_forward && dense && g.outer > 1 && constant_in_column(g) && !turns_columns(t) &&
          g.steps * g.columns() * element_bytes <= overlapped_bytes();
 }
 
@@ -192,7 +192,8 @@ Policy policy_for(const Task& t, int threads, const Isa& isa) {
   p.walk.overlapped = p.walk.stream_stores && !p.split && overlaps(t, out, isa);
   p.walk.tiled = has_tiles(t, out, p.walk, isa);
   p.walk.batched = has_batches(t, out, p.walk);
-  p.walk.fetch_bytes = t.traversal == Traversal::lanes ? streamed_bytes() : fetch_bytes_of(g, x_bytes, one_run);
+  p.walk.fetch_bytes = t.traversal == Traversal::lanes ? (moved >= streamed_bytes() ? streamed_bytes() : 0)
+                                                       : fetch_bytes_of(g, x_bytes, one_run);
   return p;
 }
 

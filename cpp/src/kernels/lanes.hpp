@@ -192,22 +192,20 @@ NORMKIT_LOCAL void turn_tile(const float* from, std::int64_t columns, float* to)
   put(3, __builtin_shufflevector(high, next_high, 2, 3, 10, 11, 6, 7, 14, 15));
 }
 /// Turns as many rows of `columns` elements, a multiple of 4, as a vector has lanes into `columns` vectors. As many elements
-/// from `next` on are fetched meanwhile, a little with each tile: memory takes no hundred requests at once.
-template <class X, class Beside>
-[[gnu::noinline]] void turn(const float* from, std::int64_t columns, float* to, const X* next, Beside& beside) {
+/// from `next` on are fetched meanwhile, a little with each tile: memory takes no hundred requests at once. A few columns have room in
+/// the first-level cache.
+template <class X>
+[[gnu::noinline]] void turn(const float* from, std::int64_t columns, float* to, const X* next) {
   constexpr int kWidth = kLanes<F32>, kLine = 64 / static_cast<int>(sizeof(X));
   for (std::int64_t column = 0; column < columns; column += 4, next += 4 * kWidth) {
-    beside.block();
-    for (int i = 0; i < 4 * kWidth; i += kLine) prefetch_second(reinterpret_cast<const char*>(next + i));
+    for (int i = 0; i < 4 * kWidth; i += kLine) prefetch_first(reinterpret_cast<const char*>(next + i));
     for (int row = 0; row < kWidth; row += 8)
       turn_tile(from + row * columns + column, columns, to + column * kWidth + row);
   }
 }
-template <class Beside>
-[[gnu::noinline]] void turn(const double* from, std::int64_t columns, double* to, const double* next, Beside& beside) {
+[[gnu::noinline, maybe_unused]] void turn(const double* from, std::int64_t columns, double* to, const double* next) {
   constexpr int kWidth = kLanes<F64>;
   for (std::int64_t column = 0; column < columns; ++column, next += kWidth) {
-    if (column % 4 == 0) beside.block();
     prefetch_second(reinterpret_cast<const char*>(next));
     for (int row = 0; row < kWidth; ++row) to[column * kWidth + row] = from[row * columns + column];
   }
@@ -225,59 +223,108 @@ template <class S> struct Turned {
   }
 };
 
+/// Steps of n columns, `stride` apart, one behind the other: where they lie already, or else in `room`.
+template <class X>
+NORMKIT_LOCAL const X* dense_steps(const X* x, std::int64_t stride, std::int64_t steps, std::int64_t n, X* room) {
+  if (stride == n) return x;
+  for (std::int64_t step = 0; step < steps; ++step)
+    for (std::int64_t k = 0; k < n; ++k) room[step * n + k] = x[step * stride + k];
+  return room;
+}
+
 /// Reads steps that are `stride` apart, of n columns, and fetches what follows.
-template <class X, class Beside>
-[[gnu::noinline]] void read_turned(const X* x, std::int64_t stride, std::int64_t n, Turned<ScalarOf<X>>& turned,
-                                   Beside& beside) {
+template <class X>
+[[gnu::noinline]] void read_turned(const X* x, std::int64_t stride, std::int64_t n, Turned<ScalarOf<X>>& turned) {
   using T = Turned<ScalarOf<X>>;
-  alignas(64) X dense[T::kMost];
+  alignas(64) X room[T::kMost];
   const X* const next = x + kBlockAhead / static_cast<std::int64_t>(sizeof(X));
-  if (stride != n) {
-    for (std::int64_t step = 0; step < T::kSteps; ++step)
-      for (std::int64_t k = 0; k < n; ++k) dense[step * n + k] = x[step * stride + k];
-    x = dense;
-  }
+  x = dense_steps(x, stride, T::kSteps, n, room);
   if constexpr (__is_same(X, ScalarOf<X>)) {
-    turn(x, kBlockSteps * n, turned.value, next, beside);
+    turn(x, kBlockSteps * n, turned.value, next);
   } else {
     alignas(64) ScalarOf<X> wide[T::kMost];
     for (std::int64_t i = 0; i < T::kSteps * n; i += T::kWidth) normkit::store(wide + i, load(x + i));
-    turn(wide, kBlockSteps * n, turned.value, next, beside);
+    turn(wide, kBlockSteps * n, turned.value, next);
   }
 }
 
 /// The sums of blocks, one a lane, of each of a few columns.
 template <class S> struct TurnedSums {
   static constexpr int kWidth = kLanes<VectorOf<S>>;
-  alignas(64) S lane[kWidth * kWidth];
+  alignas(64) double lane[kWidth * kWidth];
 
-  NORMKIT_LOCAL void set(std::int64_t k, VectorOf<S> v) { normkit::store(lane + k * kWidth, v); }
+  NORMKIT_LOCAL void set(std::int64_t k, VectorOf<S> v) { store_doubles(lane + k * kWidth, v); }
   /// Adds them to the sums of n columns, block after block.
   [[gnu::noinline]] void add_to(double* sums, std::int64_t n) const {
     for (std::int64_t k = 0; k < n; ++k) {
       double total = sums[k];
-      for (int block = 0; block < kWidth; ++block) total += static_cast<double>(lane[k * kWidth + block]);
+      for (int block = 0; block < kWidth; ++block) total += lane[k * kWidth + block];
       sums[k] = total;
     }
   }
 };
+
+/// Columns whose sums are taken together, so that none waits for the additions of another; the last one again where there are fewer.
+constexpr int kTogether = 3;
 
 /// Adds blocks of n columns, few, to their sums.
 template <class S>
 [[gnu::noinline]] void add_turned(const Turned<S>& x, std::int64_t n, PivotSums<S> sums) {
   using V = VectorOf<S>;
   TurnedSums<S> all_s, all_q;
-  for (std::int64_t k = 0; k < n; ++k) {
-    const V p = broadcast<V>(sums.pivot[k]);
-    V s = broadcast<V>(S(0)), q = s;
-    for (std::int64_t step = 0; step < kBlockSteps; ++step) {
-      const V d = x.at(step, k, n) - p;
-      s = s + d;
-      q = mul_add(d, d, q);
+  for (std::int64_t k = 0; k < n; k += kTogether) {
+    std::int64_t column[kTogether];
+    V p[kTogether], s[kTogether], q[kTogether];
+    for (int j = 0; j < kTogether; ++j) {
+      column[j] = least(k + j, n - 1);
+      p[j] = broadcast<V>(sums.pivot[column[j]]), s[j] = q[j] = broadcast<V>(S(0));
     }
-    all_s.set(k, s), all_q.set(k, q);
+    for (std::int64_t step = 0; step < kBlockSteps; ++step)
+      for (int j = 0; j < kTogether; ++j) {
+        const V d = x.at(step, column[j], n) - p[j];
+        s[j] = s[j] + d;
+        q[j] = mul_add(d, d, q[j]);
+      }
+    for (int j = 0; j < kTogether; ++j) all_s.set(column[j], s[j]), all_q.set(column[j], q[j]);
   }
   all_s.add_to(sums.sum, n), all_q.add_to(sums.squares, n);
+}
+
+/// Adds blocks of steps of n columns of bytes, few, to their sums. Differences of bytes to a pivot, a mean of four bytes, are
+/// multiples of 1/4, so 16 of their squares add up without rounding, in whatever order: nothing need be turned.
+[[gnu::noinline]] void add_bytes(Tile<std::uint8_t> tile, PivotSums<float> sums) {
+  constexpr int kWidth = kLanes<F32>, kMost = kWidth * (kWidth - 1);
+  static_assert(kWidth == kBlockSteps);  // so that the columns come again after n vectors
+  alignas(64) std::uint8_t room[kSpanSteps * (kWidth - 1)];
+  alignas(64) float pivot[kMost];
+  alignas(64) double s[kMost], q[2][kMost];
+  const std::int64_t n = tile.n, period = kWidth * n, blocks = tile.rows / kBlockSteps;
+  const char* next = reinterpret_cast<const char*>(tile.x) + kBlockAhead;
+  const std::uint8_t* x = dense_steps(tile.x, tile.stride, tile.rows, n, room);
+  for (std::int64_t i = 0; i < period; i += n)
+    for (std::int64_t k = 0; k < n; ++k) pivot[i + k] = sums.pivot[k];
+  for (std::int64_t i = 0; i < period; i += kWidth, x += kWidth) {
+    const F32 p = load(pivot + i), zero = broadcast<F32>(0.0f);
+    F32 total[2] = {zero, zero}, squares[2] = {zero, zero};  // of every other block: 16 squares each
+    const auto add = [&](std::int64_t block, int j) NORMKIT_INLINE_LAMBDA {
+      const F32 d = load(x + block * period) - p;
+      total[j] = total[j] + d;
+      squares[j] = mul_add(d, d, squares[j]);
+    };
+    std::int64_t block = 0;
+    for (; block + 1 < blocks; block += 2, next += 2 * kWidth) {
+      prefetch_first(next);
+      add(block, 0), add(block + 1, 1);
+    }
+    if (block < blocks) add(block, 0);
+    store_doubles(s + i, total[0] + total[1]);
+    store_doubles(q[0] + i, squares[0]), store_doubles(q[1] + i, squares[1]);
+  }
+  for (std::int64_t k = 0; k < n; ++k) {
+    double sum = 0, squares = 0;
+    for (std::int64_t i = k; i < period; i += n) sum += s[i], squares += q[0][i] + q[1][i];
+    sums.sum[k] += sum, sums.squares[k] += squares;
+  }
 }
 
 /// Moments of the members of one column of a span in double, in two passes: for data that defeats the pivots.
@@ -369,23 +416,31 @@ NORMKIT_LOCAL void span_columns_beside(const Task& t, std::int64_t o, std::int64
   const Geometry& g = t.geometry;
   const std::int64_t begin = span_begin(span), end = span_end(g, span), columns = g.columns();
   const PivotSums<S> sums(memory, array_of_columns(g));
-  for (std::int64_t k = 0; k < whole_vectors(columns); ++k) {
-    sums.sum[k] = sums.squares[k] = 0, sums.members[k] = t.where.data ? 0 : static_cast<double>(end - begin);
-    sums.pivot[k] = 0;
-  }
+  const F64 zero = broadcast<F64>(0.0), steps = broadcast<F64>(static_cast<double>(end - begin));
+  for (std::int64_t k = 0; k < whole_vectors(columns); k += kLanes<F64>)
+    store(sums.sum + k, zero), store(sums.squares + k, zero), store(sums.members + k, t.where.data ? zero : steps);
+  for (std::int64_t k = 0; k < whole_vectors(columns); k += kLanes<VectorOf<S>>)
+    store(sums.pivot + k, broadcast<VectorOf<S>>(S(0)));
   const std::int64_t ahead = block_ahead<X>(g, t.x);
   const bool scans = t.residual.data && t.where.data;  // the first members are looked for in the whole span
   if (scans) form_sum<X>(t, o, begin, 0, end - begin, 0, columns);
   std::int64_t first = begin;
   if (turns_columns(t)) {
-    Turned<S> turned;
-    for (; end - first >= Turned<S>::kSteps; first += Turned<S>::kSteps) {
-      const X* x = at<X>(t.x, o, first, 0);
-      if (t.residual.data) form_sum<X>(t, o, first, 0, Turned<S>::kSteps, 0, columns);
+    constexpr bool kBytes = __is_same(X, std::uint8_t);
+    const std::int64_t whole_blocks = (end - begin) / kBlockSteps * kBlockSteps,
+                       each = kBytes ? whole_blocks : Turned<S>::kSteps;
+    for (; each > 0 && end - first >= each; first += each) {
+      const Tile<X> tile{at<X>(t.x, o, first, 0), t.x.strides.step, each, columns};
+      if (t.residual.data) form_sum<X>(t, o, first, 0, each, 0, columns);
       if (first == begin && t.centered)
-        first_pivots(Tile<X>{x, t.x.strides.step, end - begin, columns}, Count<1>{}, sums.pivot, Everyone{});
-      read_turned(x, t.x.strides.step, columns, turned, beside);
-      add_turned(turned, columns, sums);
+        first_pivots(Tile<X>{tile.x, tile.stride, end - begin, columns}, Count<1>{}, sums.pivot, Everyone{});
+      if constexpr (kBytes) {
+        add_bytes(tile, sums);
+      } else {
+        Turned<S> turned;
+        read_turned(tile.x, tile.stride, columns, turned);
+        add_turned(turned, columns, sums);
+      }
     }
   }
   for_blocks(first, end, [&](std::int64_t step, std::int64_t rows) NORMKIT_INLINE_LAMBDA {
@@ -486,8 +541,10 @@ struct NextSteps {
   std::int64_t o, shift;
 };
 /// Chooses what is fetched while a span is applied. Where slabs fit the caches, x is in them already, so the next slab
-/// is fetched; else what this pass reads next.
+/// is fetched; else what this pass reads next. Where all arrays are in a cache, it is what is being read: to fetch more takes
+/// a fifth longer.
 template <class X> NORMKIT_LOCAL NextSteps fetch_for(const Task& t, std::int64_t o, std::int64_t span, bool last) {
+  if (t.walk.fetch_bytes == 0) return {t.x, o, 0};
   const Operand& from = t.residual.data ? t.source : t.x;
   const std::int64_t step_bytes = t.geometry.columns() * static_cast<std::int64_t>(sizeof(X));
   if (!t.frozen && !last && span_begin(span) * step_bytes < t.walk.fetch_bytes) return {from, o + 1, 0};
@@ -536,6 +593,38 @@ template <class S>
   return slopes.value;
 }
 
+/// Vectors after which columns that are few come again, so that what is known of them stays in registers.
+constexpr int kHeld = 3;
+template <class X> NORMKIT_LOCAL bool holds_columns(const Geometry& g) {
+  return kWide && kHeld * kLanes<VectorOf<X>> % g.columns() == 0;
+}
+
+/// Elements [begin, end) of a walk.
+struct Stretch { std::int64_t begin, end; };
+
+/// Writes y of those of n elements that are whole vectors on whole lines of memory, where columns can be held. The walk begins with
+/// the first column.
+template <class X, class Y>
+[[gnu::noinline]] Stretch write_held(const X* x, Y* y, std::int64_t n, Table<ScalarOf<X>> table, std::int64_t period,
+                                     const X* ahead, bool streamed) {
+  using V = VectorOf<X>;
+  constexpr std::int64_t kWidth = kLanes<V>, kEach = kHeld * kWidth, kLine = Streamer<Y>::kLine;
+  const auto past = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(y) % 64 / sizeof(Y));
+  const std::int64_t begin = least(n, past ? kLine - past : 0), end = begin + (n - begin) / kEach * kEach;
+  V mean[kHeld], scale[kHeld], shift[kHeld];
+  for (int k = 0; k < kHeld; ++k) {
+    const Full here{begin % period + k * kWidth};
+    mean[k] = here.load(table.mean), scale[k] = here.load(table.a), shift[k] = here.load(table.b);
+  }
+  for (std::int64_t i = begin; i < end; i += kEach)
+    for (int k = 0; k < kHeld; ++k) {
+      const Full here{i + k * kWidth};
+      prefetch_place(ahead, here);
+      put(y + here.i, forward(here.load(x), mean[k], scale[k], shift[k]), streamed);
+    }
+  return {begin, end};
+}
+
 template <class X, class Y>
 void lanes_forward_span(const Task& t, std::int64_t o, std::int64_t span, Table<ScalarOf<X>> table, NextSteps fetch,
                         Streamer<Y>* streamer) {
@@ -555,13 +644,26 @@ void lanes_forward_span(const Task& t, std::int64_t o, std::int64_t span, Table<
       weight = weights.read(t.weight, parameter, n, 1), bias = biases.read(t.bias, parameter, n, 0);
     }
     Y* const y = at<Y>(t.y, o, step, 0) + k;
-    Round round{table_period(g)};
-    auto constant = [=] [[gnu::always_inline]] (auto place) mutable {
-      prefetch_place(ahead, place);
-      const auto column = round(place);
-      return forward(place.load(x), column.load(mean), column.load(scale), column.load(shift));
+    const auto constant_from = [=](std::int64_t begin) NORMKIT_INLINE_LAMBDA {
+      const std::int64_t period = table_period(g);
+      Round round{period, begin ? -(begin % period) : 0};
+      return [=, x = x + begin, ahead = ahead + begin] [[gnu::always_inline]] (auto place) mutable {
+        prefetch_place(ahead, place);
+        const auto column = round(place);
+        return forward(place.load(x), column.load(mean), column.load(scale), column.load(shift));
+      };
     };
-    if (by_column && !curved && !rectified) return map(y, n, streamer, Fetch{}, constant);
+    if (by_column && !curved && !rectified) {
+      Stretch held{n, n};
+      if (k == 0 && holds_columns<X>(g))
+        held = write_held(x, y, n, table, table_period(g), ahead, t.walk.stream_stores);
+      for (Stretch rest{0, held.begin};; rest = {held.end, n}) {  // what comes before whole lines, and after
+        if (rest.begin < rest.end)
+          map(y + rest.begin, rest.end - rest.begin, streamer, Fetch{}, constant_from(rest.begin));
+        if (rest.end == n) return;
+      }
+    }
+    auto constant = constant_from(0);
     auto any = [=] [[gnu::always_inline]] (auto place) mutable {
       VectorOf<X> z = constant(place);
       if (!by_column) z = mul_add(z, place.load(weight), place.load(bias));

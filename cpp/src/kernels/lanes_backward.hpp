@@ -115,10 +115,9 @@ void span_column_sums(const Task& t, std::int64_t o, std::int64_t span, Known<Sc
   if (!detailed && turns_columns(t)) {
     using T = Turned<ScalarOf<X>>;
     T x, dy;
-    Nothing alone;
     for (; end - first >= T::kSteps; first += T::kSteps) {
-      read_turned(at<X>(t.x, o, first, 0), t.x.strides.step, g.columns(), x, alone);
-      read_turned(at<X>(t.dy, o, first, 0), t.dy.strides.step, g.columns(), dy, alone);
+      read_turned(at<X>(t.x, o, first, 0), t.x.strides.step, g.columns(), x);
+      read_turned(at<X>(t.dy, o, first, 0), t.dy.strides.step, g.columns(), dy);
       add_turned(x, dy, g.columns(), known.mean, sums);
     }
   }
