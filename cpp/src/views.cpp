@@ -65,6 +65,65 @@ void copy_lattice(std::byte* to, Lattice to_step, const std::byte* from, Lattice
   }
 }
 
+/// 16 bytes as elements of kBytes.
+template <int kBytes> struct Lanes;
+template <> struct Lanes<1> { using Type [[gnu::vector_size(16)]] = std::uint8_t; };
+template <> struct Lanes<2> { using Type [[gnu::vector_size(16)]] = std::uint16_t; };
+template <> struct Lanes<4> { using Type [[gnu::vector_size(16)]] = std::uint32_t; };
+template <> struct Lanes<8> { using Type [[gnu::vector_size(16)]] = std::uint64_t; };
+
+/// The first halves of a and b, or the second ones, element by element.
+template <int kBytes, class V> V zip(const V& a, const V& b, bool second) {
+  if constexpr (kBytes == 8) return second ? __builtin_shufflevector(a, b, 1, 3) : __builtin_shufflevector(a, b, 0, 2);
+  else if constexpr (kBytes == 4)
+    return second ? __builtin_shufflevector(a, b, 2, 6, 3, 7) : __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  else if constexpr (kBytes == 2)
+    return second ? __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+                  : __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  else
+    return second ? __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+                  : __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+
+/// Copies as many rows and columns as 16 bytes have elements. One side has dense columns, the other dense rows.
+template <int kBytes>
+void turn_square(std::byte* to, Lattice to_step, const std::byte* from, Lattice from_step) {
+  using V = typename Lanes<kBytes>::Type;
+  constexpr int kLines = 16 / kBytes;
+  const bool reads_rows = from_step.column == kBytes;
+  const std::int64_t from_line = reads_rows ? from_step.row : from_step.column;
+  const std::int64_t to_line = reads_rows ? to_step.column : to_step.row;
+  V line[kLines], zipped[kLines];
+  for (int k = 0; k < kLines; ++k) std::memcpy(&line[k], from + k * from_line, sizeof(V));
+  for (int stage = 1; stage < kLines; stage *= 2) {
+    for (int k = 0; k < kLines / 2; ++k) {
+      zipped[2 * k] = zip<kBytes>(line[k], line[k + kLines / 2], false);
+      zipped[2 * k + 1] = zip<kBytes>(line[k], line[k + kLines / 2], true);
+    }
+    for (int k = 0; k < kLines; ++k) line[k] = zipped[k];
+  }
+  for (int k = 0; k < kLines; ++k) std::memcpy(to + k * to_line, &line[k], sizeof(V));
+}
+
+/// Copies a lattice whose columns are dense on one side, and whose rows are on the other: in squares, and what is left over
+/// element by element.
+template <int kBytes>
+void turn_lattice(std::byte* to, Lattice to_step, const std::byte* from, Lattice from_step, std::int64_t rows,
+                  std::int64_t columns) {
+  constexpr std::int64_t kSquare = 16 / kBytes;
+  const std::int64_t whole_rows = rows / kSquare * kSquare, whole_columns = columns / kSquare * kSquare;
+  const auto out = [&](std::int64_t row, std::int64_t k) { return to + row * to_step.row + k * to_step.column; };
+  const auto in = [&](std::int64_t row, std::int64_t k) { return from + row * from_step.row + k * from_step.column; };
+  for (std::int64_t row = 0; row < whole_rows; row += kSquare)
+    for (std::int64_t k = 0; k < whole_columns; k += kSquare)
+      turn_square<kBytes>(out(row, k), to_step, in(row, k), from_step);
+  if (whole_columns < columns)
+    copy_lattice<kBytes>(out(0, whole_columns), to_step, in(0, whole_columns), from_step, whole_rows,
+                         columns - whole_columns);
+  if (whole_rows < rows)
+    copy_lattice<kBytes>(out(whole_rows, 0), to_step, in(whole_rows, 0), from_step, rows - whole_rows, columns);
+}
+
 /// Copies a lattice one side of which is dense. Where the other one's columns are further apart than its rows, tiles are copied,
 /// so that what shares a line of memory is copied together, while the lines of the tile beside are fetched.
 template <int kBytes>
@@ -74,15 +133,17 @@ void copy_block(std::byte* to, Lattice to_step, const std::byte* from, Lattice f
   if (rows == 1 || !(wide(to_step) || wide(from_step)))
     return copy_lattice<kBytes>(to, to_step, from, from_step, rows, columns);
   constexpr std::int64_t kTile = 64 / kBytes;
+  const bool turns = (wide(to_step) ? to_step : from_step).row == kBytes;
   for (std::int64_t column = 0; column < columns; column += kTile)
     for (std::int64_t row = 0; row < rows; row += kTile) {
       std::byte* const tile = to + row * to_step.row + column * to_step.column;
       const std::byte* const seen = from + row * from_step.row + column * from_step.column;
-      const std::int64_t width = std::min(kTile, columns - column);
+      const std::int64_t height = std::min(kTile, rows - row), width = std::min(kTile, columns - column);
       for (std::int64_t k = kTile; k < kTile + width; ++k)
         wide(to_step) ? __builtin_prefetch(tile + k * to_step.column, 1)
                       : __builtin_prefetch(seen + k * from_step.column);
-      copy_lattice<kBytes>(tile, to_step, seen, from_step, std::min(kTile, rows - row), width);
+      if (turns) turn_lattice<kBytes>(tile, to_step, seen, from_step, height, width);
+      else copy_lattice<kBytes>(tile, to_step, seen, from_step, height, width);
     }
 }
 
