@@ -84,6 +84,21 @@ nb::object geometry(const std::vector<std::int64_t>& shape, const std::vector<st
   return d;
 }
 
+void refuse(const char* why) { normkit::type_error(why); }
+
+/// A function whose Errors are those of Python. nanobind could translate them, but by copies of std::exception_ptr, for which g++ 11 and
+/// later want a newer library than that beside glibc 2.28.
+template <class Result, class... Arguments> auto raising(Result (*f)(Arguments...)) {
+  return [f](Arguments... arguments) -> Result {
+    try {
+      return f(arguments...);
+    } catch (const Error&) {
+      function::set_error();
+      throw nb::python_error();
+    }
+  };
+}
+
 }  // namespace
 
 /// The function by whose name threadpoolctl knows the library.
@@ -92,28 +107,21 @@ extern "C" [[gnu::visibility("default")]] int normkit_num_threads() { return nor
 NB_MODULE(_core, m) {
   if (_import_array() < 0) throw nb::python_error();
   m.doc() = "The compiled half of normkit. Private: call the functions of normkit itself.";
-  nb::register_exception_translator([](const std::exception_ptr& p, void*) {
-    try {
-      std::rethrow_exception(p);
-    } catch (const Error&) {
-      function::set_error();
-    }
-  }, nullptr);
   m.attr("version") = NORMKIT_VERSION;
   m.def("function", [type = function::new_type()](nb::handle python, const char* op, const char* kind, nb::dict fixed) {
     return calls::function(type, python, op, kind, fixed);
   }, "python"_a, "op"_a, "kind"_a, "fixed"_a);
-  m.def("refuse", [](const char* why) { normkit::type_error(why); }, "why"_a);
+  m.def("refuse", raising(&refuse), "why"_a);
   nb::list operands;
   for (const normkit::OperandRow& row : normkit::kOperandTable) operands.append(row.name);
   m.attr("operands") = nb::tuple(operands);
   m.attr("xla_handlers") = xla::handlers();
   m.def("is_number", &arrays::is_number, "value"_a.none());
-  m.def("views", &calls::views, "arrays"_a);
+  m.def("views", raising(&calls::views), "arrays"_a);
   m.def("forget_plans", &calls::forget_plans);
   m.def("merge_moments", &merge_moments, "a"_a, "b"_a, "twofold"_a);
-  m.def("deviation_of_moments", &deviation_of_moments, "moments"_a, "eps"_a.none(), "inverse"_a);
-  m.def("to_dlpack", &arrays::to_dlpack, "array"_a);
+  m.def("deviation_of_moments", raising(&deviation_of_moments), "moments"_a, "eps"_a.none(), "inverse"_a);
+  m.def("to_dlpack", raising(&arrays::to_dlpack), "array"_a);
   m.def("geometry", &geometry, "shape"_a, "strides"_a, "reduce_axes"_a, "param_axes"_a);
   m.def("isa", &normkit::isa);
   m.def("isas", &normkit::isas);
