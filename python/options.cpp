@@ -163,13 +163,18 @@ normkit::OperandMask wanted_of(normkit::Op op, PyObject* const* values) {
     default: return operand_bit(kOut);
   }
   OperandMask wanted = 0;
-  for (nb::handle item : nb::borrow<nb::iterable>(values[kNeed])) {
+  const nb::handle need = values[kNeed];
+  const std::string names = "('dx', 'dweight', 'dbias', 'dslopes')";
+  if (PyUnicode_Check(need.ptr()) || !nb::isinstance<nb::iterable>(need))
+    throw Error(Error::Kind::type,
+                std::string("need is ") + nb::repr(need).c_str() + ", expected a tuple of names from " + names);
+  for (nb::handle item : nb::borrow<nb::iterable>(need)) {
     const std::string name = PyUnicode_Check(item.ptr()) ? nb::str(item).c_str() : "";
     const OperandMask named = bit(name == "dx", kOut) | bit(name == "dweight", kDweight) |
                               bit(name == "dbias", kDbias) | bit(name == "dslopes", kDslopes);
     if (!named)
-      throw Error(Error::Kind::value, std::string("need has ") + nb::repr(item).c_str() +
-                                          ", expected names from ('dx', 'dweight', 'dbias', 'dslopes')");
+      throw Error(Error::Kind::value,
+                  std::string("need has ") + nb::repr(item).c_str() + ", expected names from " + names);
     if (named == operand_bit(kDslopes) && values[kSlopes] == Py_None)
       throw Error(Error::Kind::value, "need has 'dslopes', expected it with ('prelu', slopes) as activation alone");
     wanted |= named;

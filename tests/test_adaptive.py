@@ -237,6 +237,15 @@ def test_need_leaves_out_what_is_not_named(need, op, rng):
         assert part is None or bits(part) == bits(whole)
 
 
+@pytest.mark.parametrize("need", ["dstyle", None, 1], ids=repr)
+def test_need_is_a_tuple_of_names(need, op, rng):
+    content, style = (uniform(rng, place(s, op)) for s in SHAPES["small"])
+    stats = op.statistics(content)[1:]
+    expected = r"a tuple of names from \('dcontent', 'dstyle'\)"
+    with pytest.raises(TypeError, match=rf"^need is {need!r}, expected {expected}$"):
+        normkit.adaptive_instance_norm_backward(content, content, style, *stats, need=need)
+
+
 def test_gradients_are_differences(op, rng):
     """The gradients are compared with differences of the function itself, in float64: no reference is between."""
     content, style = (uniform(rng, place(s, op), np.float64) for s in SHAPES["small"])

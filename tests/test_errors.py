@@ -335,6 +335,18 @@ ERRORS = {f"{name}-{what}": row for name, rows in PARAMETER.items() for what, ro
         ValueError,
         "need has 'dz', expected names from ('dx', 'dweight', 'dbias', 'dslopes')",
     ),
+    "need-name": (
+        backward,
+        {"need": "dx"},
+        TypeError,
+        "need is 'dx', expected a tuple of names from ('dx', 'dweight', 'dbias', 'dslopes')",
+    ),
+    "need-none": (
+        backward,
+        {"need": None},
+        TypeError,
+        "need is None, expected a tuple of names from ('dx', 'dweight', 'dbias', 'dslopes')",
+    ),
     "weight-shape-backward": (backward, {"weight": f32(4)}, ValueError, f"weight has shape (4,), {PER_CHANNEL}"),
     "weight-broadcast-backward": (
         normalize_backward,

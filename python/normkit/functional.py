@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -879,6 +879,16 @@ def adaptive_instance_norm(
         return _hand_back(result, memory, out)
 
 
+def _adaptive_gradients(need: AdaptiveGradients) -> AdaptiveGradients:
+    if isinstance(need, str) or not isinstance(need, Iterable):
+        raise TypeError(f"need is {need!r}, expected a tuple of names from ('dcontent', 'dstyle')")
+    names = tuple(need)
+    for name in names:
+        if name not in ("dcontent", "dstyle"):
+            raise ValueError(f"need has {name!r}, expected names from ('dcontent', 'dstyle')")
+    return names
+
+
 def adaptive_instance_norm_backward(
     dy: Array,
     content: Array,
@@ -929,9 +939,7 @@ def adaptive_instance_norm_backward(
     """
     if library_of(content) == "dask":
         return _of_dask("adaptive_instance_norm_backward", locals())  # type: ignore[no-any-return]
-    unknown = [name for name in need if name not in ("dcontent", "dstyle")]
-    if unknown:
-        raise ValueError(f"need has {unknown[0]!r}, expected names from ('dcontent', 'dstyle')")
+    need = _adaptive_gradients(need)
     slopes = _slopes_of(activation)
     v, memory = views_or_numbers(
         "mean", "rstd", content=content, style=style, dy=dy, mean=mean, rstd=rstd, out=out, where=where,

@@ -286,9 +286,7 @@ def _adaptive(name: str, given: dict[str, Any]) -> Any:
 
 
 def _adaptive_backward(name: str, given: dict[str, Any]) -> Any:
-    need = given.pop("need")
-    for wrong in [n for n in need if n not in ("dcontent", "dstyle")]:
-        raise ValueError(f"need has {wrong!r}, expected names from ('dcontent', 'dstyle')")
+    need = core._adaptive_gradients(given.pop("need"))
     style = _Style(given, lambda s, **told: core.instance_norm_backward._description(s, s, 0.0, 1.0, **told))
     (std, mean), x, eps = style.params, given.pop("content"), given.pop("eps")
     given.pop("style")
