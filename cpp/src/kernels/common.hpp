@@ -287,12 +287,23 @@ struct Masked {
     return where(place.template flags<V>(byte), v);
   }
   [[gnu::noinline]] double count(std::int64_t rows, std::int64_t n) const {
+    using Bytes [[gnu::vector_size(32)]] = std::uint8_t;
+    constexpr std::int64_t kBytes = sizeof(Bytes);
     std::int64_t members = 0;
     const std::uint8_t* row = byte;
     for (std::int64_t k = 0; k < rows; ++k, row += row_stride) {
-      if (same) members += *row ? n : 0;
-      else
-        for (std::int64_t i = 0; i < n; ++i) members += row[i] != 0;
+      std::int64_t i = 0;
+      if (same) members += *row ? n : 0, i = n;
+      while (i + kBytes <= n) {
+        Bytes found = {};
+        for (const std::int64_t end = least(n, i + 255 * kBytes); i + kBytes <= end; i += kBytes) {
+          Bytes here;
+          __builtin_memcpy(&here, row + i, sizeof here);
+          found -= (Bytes)(here != Bytes{});  // a comparison gives 255, which is -1, where it holds
+        }
+        for (int j = 0; j < kBytes; ++j) members += found[j];
+      }
+      for (; i < n; ++i) members += row[i] != 0;
     }
     return static_cast<double>(members);
   }
