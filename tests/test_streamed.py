@@ -69,7 +69,7 @@ def test_streamed_channels_last(shape, dtype, offset, isa, rng):
     assert_written(dx, dx_buffer)
 
 
-@pytest.mark.parametrize("columns", [3, 64, 100])
+@pytest.mark.parametrize("columns", [3, 12, 48, 64, 100])
 def test_frozen_channels_last_goes_round_the_table(columns, isa, rng):
     """Every element meets the parameters of its own channel, wherever the vectors begin."""
     shape = (2, 200000 // columns + 1, columns)

@@ -221,6 +221,23 @@ def test_integers_are_read_as_float32(axis, dtype, order, cut, isa, rng):
     assert [bits(a) for a in found] == [bits(a) for a in expected]
 
 
+@pytest.mark.parametrize("steps", [1, 15, 16, 17, 48, 500, 512, 1040])
+@pytest.mark.parametrize("channels", [2, 3, 4, 6, 7, 12, 15, 16, 24, 48])
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("center", [True, False])
+def test_few_channels_last_have_the_bits_that_they_have_among_many(center, dtype, channels, steps, isa, rng):
+    many = uniform(rng, (2, steps, 64), np.dtype(dtype))
+    few = many[..., :channels]
+    expected = nk.normalize(many, axis=1, center=center, return_stats=True)
+    memory = np.full(few.size + 32, np.nan, expected[0].dtype)
+    out = memory[17:-15].reshape(few.shape)
+    for x in (few, few.copy()):
+        out[...] = np.nan
+        found = nk.normalize(x, axis=1, center=center, return_stats=True, out=out)
+        assert [bits(a) for a in found] == [bits(a[..., :channels]) for a in expected]
+        assert np.isnan([*memory[:17], *memory[-15:]]).all()
+
+
 @pytest.mark.parametrize("out", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["uint8", "int32", "float16", "float32", "float64"])
 def test_outputs_of_another_dtype_are_rounded_once(dtype, out, order, cut, isa, rng):
