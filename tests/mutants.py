@@ -75,7 +75,7 @@ class Mutant:
 COMMON, RUNS, LANES = (f"cpp/src/kernels/{name}.hpp" for name in ("common", "runs", "lanes"))
 RUNS_BACKWARD, LANES_BACKWARD = (f"cpp/src/kernels/{name}_backward.hpp" for name in ("runs", "lanes"))
 FORMULA, ARGUMENTS, PLAN = "cpp/include/normkit/formula.hpp", "cpp/src/arguments.cpp", "cpp/src/plan.cpp"
-DOUBLE = "cpp/src/kernels/double_backward.hpp"
+DOUBLE, VIEWS = "cpp/src/kernels/double_backward.hpp", "cpp/src/views.cpp"
 
 MUTANTS = [
     # ---- kernels of the CPU
@@ -87,6 +87,10 @@ MUTANTS = [
            "given statistics are counted without their stride", "values"),
     Mutant(COMMON, "members += «row[i] != 0»;", "row[i] == 0",
            "who is no member is counted", "where"),
+    Mutant(COMMON, "(Bytes)(«here != Bytes{}»)", "here == Bytes{}",
+           "of many bytes those are counted that are no members", "where"),
+    Mutant(VIEWS, "line[k + kLines / 2], «false»);", "true",
+           "turned squares have their second half twice", "views"),
     Mutant(COMMON, "p.data && «p.offset == 0» &&", "true",
            "weight_offset is lost where weights are read as they lie", "activation"),
     Mutant(COMMON, "if («first_ > 0») return flush();", "false",
@@ -117,6 +121,10 @@ MUTANTS = [
            "a mask of everyone has pivots of its own", "views"),
     Mutant(LANES, "block < «kWidth»; ++block) total +=", "kWidth - 1",
            "of few columns the last block in a vector is left out", "values"),
+    Mutant(LANES, "if («block < blocks») add(block, 0);", "false",
+           "of bytes with few channels the last of an odd number of blocks is left out", "views"),
+    Mutant(LANES, "const Full here{«begin % period» + k * kWidth};", "k * 0",
+           "columns that are held are those of a walk that begins on a line", "views streamed"),
     Mutant(LANES, "return «(n > 0) & !trustworthy<S>(s, q, n)»;", "false",
            "no column is taken again, whatever its pivot", "extremes edges"),
     Mutant(LANES, "if («++index_ == map_.count») index_ = 0;", "++index_ > map_.count",
