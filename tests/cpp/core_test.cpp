@@ -526,6 +526,26 @@ void run_elsewhere(const Shape& shape, const std::vector<int>& order, int axis, 
   expect(same, label + "every second index");
 }
 
+/// Few channels last of bytes, whose memory ends with the last of them, have the bits of the same numbers in float32.
+void run_bytes(std::int64_t channels, std::int64_t positions, const std::string& label) {
+  const Shape shape{2, channels, positions};
+  const std::vector<int> order{0, 2, 1};
+  Buffer x(shape, order), expected(x), y(x);
+  std::vector<std::uint8_t> bytes(x.size());
+  std::mt19937 random(static_cast<unsigned>(channels * positions));
+  for (std::size_t k = 0; k < bytes.size(); ++k) x.data()[k] = bytes[k] = static_cast<std::uint8_t>(random());
+  Shape strides = x.strides;
+  for (std::int64_t& stride : strides) stride /= static_cast<std::int64_t>(sizeof(float));
+  normkit::Args args;
+  args.x = x.view(), args.out = expected.view();
+  normkit::forward(args, normkit::instance_spec(3));
+  args.x = {reinterpret_cast<std::byte*>(bytes.data()), Dtype::uint8, true, false, shape, strides, {}};
+  args.out = y.view();
+  normkit::forward(args, normkit::instance_spec(3));
+  expect(std::memcmp(y.data(), expected.data(), y.size() * sizeof(float)) == 0, label + "bytes of few channels");
+  expect(y.guards_whole(), label + "bytes of few channels are written past the end");
+}
+
 /// Over no positions at all: statistics are 0, whatever was in memory.
 void run_empty() {
   Buffer x({2, 3, 0}, {0, 1, 2}), mean({2, 3}, {0, 1}), rstd(mean);
@@ -608,10 +628,11 @@ void run_phase_errors() {
 
 int main() {
   const std::vector<Case> cases = {
-      {{2, 3, 1}, {0, 1, 2}, "one member"},          {{2, 3, 49}, {0, 1, 2}, "rows in registers"},
-      {{2, 2, 4097}, {0, 1, 2}, "a chunk and one"},  {{1, 1, 70001}, {0, 1, 2}, "spans shared by threads"},
-      {{2, 17, 65}, {0, 2, 1}, "channels-last"},     {{1, 70, 1500}, {0, 2, 1}, "channels-last spans"},
-      {{3, 5, 33}, {1, 0, 2}, "channels outermost"}, {{40, 8, 300}, {0, 1, 2}, "many rows"},
+      {{2, 3, 1}, {0, 1, 2}, "one member"},           {{2, 3, 49}, {0, 1, 2}, "rows in registers"},
+      {{2, 2, 4097}, {0, 1, 2}, "a chunk and one"},   {{1, 1, 70001}, {0, 1, 2}, "spans shared by threads"},
+      {{2, 17, 65}, {0, 2, 1}, "channels-last"},      {{1, 70, 1500}, {0, 2, 1}, "channels-last spans"},
+      {{3, 5, 33}, {1, 0, 2}, "channels outermost"},  {{40, 8, 300}, {0, 1, 2}, "many rows"},
+      {{2, 3, 1101}, {0, 2, 1}, "few channels last"},
   };
   const std::vector<int> contiguous{0, 1, 2}, channels_last{0, 2, 1};
   const std::vector<OptionCase> options = {
@@ -655,6 +676,8 @@ int main() {
       run_elsewhere({5, 3, 301}, last, 1, label + "channels last, ");
       run_elsewhere({7, 5, 30000}, last, 1, label + "long, channels last, ");
       run_elsewhere({1, 5, 30000}, last, 1, label + "one image, channels last, ");
+      for (const std::int64_t positions : {15, 17, 512, 1103})
+        for (const std::int64_t channels : {2, 3, 15}) run_bytes(channels, positions, label);
     }
   }
   run_together();
