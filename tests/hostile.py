@@ -40,6 +40,15 @@ class Versioned(ctypes.Structure):
     )
 
 
+LENT: dict[int, tuple[Any, ...]] = {}  # by the address of what was exported: whose it is, and what it points to
+
+
+# A function that lives as long as the process: one that belonged to a Producer could be collected before it is called.
+@ctypes.CFUNCTYPE(None, POINTER)
+def give_back(address: int) -> None:
+    LENT.pop(address)[0].deleted += 1
+
+
 new_capsule = KEEP.PyCapsule_New
 new_capsule.restype, new_capsule.argtypes = ctypes.py_object, (POINTER, ctypes.c_char_p, POINTER)
 
@@ -60,7 +69,6 @@ class Producer:
         self.shape = values.shape if shape is ... else shape
         steps = tuple(step // values.itemsize for step in values.strides)
         self.strides = steps if strides is ... else strides
-        self.held: list[Any] = []
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self.device
@@ -80,14 +88,10 @@ class Producer:
         } | self.fields  # fmt: skip
         for field, value in given.items():
             setattr(managed.tensor, field, value)
-
-        def delete(_: int) -> None:
-            self.deleted += 1
-
-        deleter = ctypes.CFUNCTYPE(None, POINTER)(delete)
-        managed.deleter = ctypes.cast(deleter, POINTER)
-        self.held += [managed, shape, strides, deleter]
-        return new_capsule(ctypes.addressof(managed), self.name, None)
+        managed.deleter = ctypes.cast(give_back, POINTER)
+        lent = ctypes.addressof(managed)
+        LENT[lent] = self, managed, shape, strides
+        return new_capsule(lent, self.name, None)
 
 
 def of_library(name: str) -> type:
