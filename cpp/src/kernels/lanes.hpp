@@ -593,11 +593,10 @@ template <class S>
   return slopes.value;
 }
 
-/// Vectors after which columns that are few come again, so that what is known of them stays in registers.
+/// Vectors after which columns that are few come again, so that what is known of them stays in registers: from x to y of the dtypes
+/// that go in batches too, to spare the others' loops.
 constexpr int kHeld = 3;
-template <class X> NORMKIT_LOCAL bool holds_columns(const Geometry& g) {
-  return kWide && kHeld * kLanes<VectorOf<X>> % g.columns() == 0;
-}
+template <class X, class Y> constexpr bool kHolds = kWide && goes_in_batches(kDtypeOf<X>, kDtypeOf<Y>);
 
 /// Elements [begin, end) of a walk.
 struct Stretch { std::int64_t begin, end; };
@@ -655,8 +654,10 @@ void lanes_forward_span(const Task& t, std::int64_t o, std::int64_t span, Table<
     };
     if (by_column && !curved && !rectified) {
       Stretch held{n, n};
-      if (k == 0 && holds_columns<X>(g))
-        held = write_held(x, y, n, table, table_period(g), ahead, t.walk.stream_stores);
+      if constexpr (kHolds<X, Y>) {
+        if (k == 0 && kHeld * kLanes<VectorOf<X>> % g.columns() == 0)
+          held = write_held(x, y, n, table, table_period(g), ahead, t.walk.stream_stores);
+      }
       for (Stretch rest{0, held.begin};; rest = {held.end, n}) {  // what comes before whole lines, and after
         if (rest.begin < rest.end)
           map(y + rest.begin, rest.end - rest.begin, streamer, Fetch{}, constant_from(rest.begin));
