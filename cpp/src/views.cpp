@@ -70,7 +70,6 @@ template <int kBytes> struct Lanes;
 template <> struct Lanes<1> { using Type [[gnu::vector_size(16)]] = std::uint8_t; };
 template <> struct Lanes<2> { using Type [[gnu::vector_size(16)]] = std::uint16_t; };
 template <> struct Lanes<4> { using Type [[gnu::vector_size(16)]] = std::uint32_t; };
-template <> struct Lanes<8> { using Type [[gnu::vector_size(16)]] = std::uint64_t; };
 
 /// The first halves of a and b, or the second ones, element by element.
 template <int kBytes, class V> V zip(const V& a, const V& b, bool second) {
@@ -133,7 +132,7 @@ void copy_block(std::byte* to, Lattice to_step, const std::byte* from, Lattice f
   if (rows == 1 || !(wide(to_step) || wide(from_step)))
     return copy_lattice<kBytes>(to, to_step, from, from_step, rows, columns);
   constexpr std::int64_t kTile = 64 / kBytes;
-  const bool turns = (wide(to_step) ? to_step : from_step).row == kBytes;
+  [[maybe_unused]] const bool turns = (wide(to_step) ? to_step : from_step).row == kBytes;
   for (std::int64_t column = 0; column < columns; column += kTile)
     for (std::int64_t row = 0; row < rows; row += kTile) {
       std::byte* const tile = to + row * to_step.row + column * to_step.column;
@@ -142,8 +141,13 @@ void copy_block(std::byte* to, Lattice to_step, const std::byte* from, Lattice f
       for (std::int64_t k = kTile; k < kTile + width; ++k)
         wide(to_step) ? __builtin_prefetch(tile + k * to_step.column, 1)
                       : __builtin_prefetch(seen + k * from_step.column);
-      if (turns) turn_lattice<kBytes>(tile, to_step, seen, from_step, height, width);
-      else copy_lattice<kBytes>(tile, to_step, seen, from_step, height, width);
+      if constexpr (kBytes < 8) {  // there are but two of 8 bytes in a square
+        if (turns) {
+          turn_lattice<kBytes>(tile, to_step, seen, from_step, height, width);
+          continue;
+        }
+      }
+      copy_lattice<kBytes>(tile, to_step, seen, from_step, height, width);
     }
 }
 
