@@ -73,8 +73,7 @@ template <> struct Lanes<4> { using Type [[gnu::vector_size(16)]] = std::uint32_
 
 /// The first halves of a and b, or the second ones, element by element.
 template <int kBytes, class V> V zip(const V& a, const V& b, bool second) {
-  if constexpr (kBytes == 8) return second ? __builtin_shufflevector(a, b, 1, 3) : __builtin_shufflevector(a, b, 0, 2);
-  else if constexpr (kBytes == 4)
+  if constexpr (kBytes == 4)
     return second ? __builtin_shufflevector(a, b, 2, 6, 3, 7) : __builtin_shufflevector(a, b, 0, 4, 1, 5);
   else if constexpr (kBytes == 2)
     return second ? __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
