@@ -358,7 +358,11 @@ BackwardSpace carve_backward(Carver& carver, Job& job, const Policy& p) {
         space.elements[k] = carver.take(t.geometry.size());
     return space;
   }
-  t.dparams = carver.take(2 * dparam_units(t.geometry, t.kind));
+  // What is summed along rows lies in lines as dx does, whose vectors begin with lines: none crosses from one to the next.
+  const std::size_t past =
+      t.kind == ParamKind::row ? reinterpret_cast<std::uintptr_t>(t.dx.data) % 64 / sizeof(double) : 0;
+  t.dparams = carver.take(2 * dparam_units(t.geometry, t.kind) + 8);
+  if (t.dparams) t.dparams += past;
   space.totals = carver.take(2 * t.geometry.parameters());
   return space;
 }

@@ -226,6 +226,43 @@ NORMKIT_LOCAL void map_row(Count<kVectors> vectors, Y* y, std::int64_t n, Stores
   if (gathered) lines.done(n);
 }
 
+/// What the rows of a batch share when they are written.
+template <class X, class Y> struct BatchWriter {
+  const Task& t;
+  const ScalarOf<X>*weight, *bias;  // null: none that vary along a row
+  Stores stores;
+  LineBuffer<Y>& lines;
+  Streamer<Y>* streamer;
+};
+
+/// Where row k of a batch is written.
+template <class X, class Y> NORMKIT_LOCAL Y* output_row(const Task& t, const BatchOf<X>& batch, int k) {
+  const std::int64_t r = batch.first + k, o = t.geometry.outer == 1 ? 0 : r / t.geometry.lanes;
+  return at<Y>(t.y, o, 0, r - o * t.geometry.lanes);
+}
+
+/// Calls write(f), where f(place) are the outputs of row k of a batch from element `begin` on.
+template <class X, class Y, class F>
+NORMKIT_LOCAL void with_outputs(const BatchWriter<X, Y>& writer, const BatchOf<X>& batch, int k, std::int64_t begin,
+                                F write) {
+  using V = VectorOf<X>;
+  const X* x = at<X>(batch.x[k], 0) + begin;
+  Preactivation<X> z{broadcast<V>(batch.mean[k]), broadcast<V>(batch.scale[k]), broadcast<V>(batch.shift[k])};
+  if (!writer.weight) return write([&](auto place) NORMKIT_INLINE_LAMBDA { return z.constant(place.load(x)); });
+  z.weight = writer.weight + begin, z.bias = writer.bias + begin;
+  write([&](auto place) NORMKIT_INLINE_LAMBDA { return z.linear(place, place.load(x)); });
+}
+
+/// Writes elements [begin, end) of row k of a batch.
+template <class X, class Y>
+[[gnu::noinline]] void write_row(const BatchWriter<X, Y>& writer, const BatchOf<X>& batch, int k, std::int64_t begin,
+                                 std::int64_t end) {
+  const Fetch fetch{reinterpret_cast<const char*>(at<X>(batch.x[k], 0) + begin) + writer.t.walk.fetch_bytes};
+  with_outputs(writer, batch, k, begin, [&](auto f) NORMKIT_INLINE_LAMBDA {
+    map(output_row<X, Y>(writer.t, batch, k) + begin, end - begin, writer.streamer, fetch, f);
+  });
+}
+
 /// Rows that are written side by side, for a TileWriter.
 template <class X, bool kLinear> struct ForwardTile {
   using V = VectorOf<X>;
@@ -248,34 +285,26 @@ template <class X, bool kLinear> struct ForwardTile {
 
 /// Writes the rows of a tile, from row k of the batch on, while rows k and on of the next batch are summed.
 template <class X, bool kLinear>
-[[gnu::noinline]] void write_tile(const Task& t, int k, const BatchOf<X>& batch, BatchOf<X>& next,
-                                  const ScalarOf<X>* weight, const ScalarOf<X>* bias) {
+[[gnu::noinline]] void write_tile(const BatchWriter<X, X>& writer, int k, const BatchOf<X>& batch, BatchOf<X>& next) {
   using V = VectorOf<X>;
-  const Geometry& g = t.geometry;
+  const std::int64_t n = writer.t.geometry.run;
   constexpr int kRows = ForwardTile<X, kLinear>::kRows;
   ForwardTile<X, kLinear> tile;
-  tile.weight = weight, tile.bias = bias;
+  tile.weight = writer.weight, tile.bias = writer.bias;
   for (int j = 0; j < kRows; ++j) {
-    const std::int64_t r = batch.first + k + j, o = g.outer == 1 ? 0 : r / g.lanes;
-    tile.x[j] = at<X>(batch.x[k + j], 0), tile.y[j] = at<X>(t.y, o, 0, r - o * g.lanes);
+    tile.x[j] = at<X>(batch.x[k + j], 0), tile.y[j] = output_row<X, X>(writer.t, batch, k + j);
     tile.mean[j] = broadcast<V>(batch.mean[k + j]), tile.scale[j] = broadcast<V>(batch.scale[k + j]);
     tile.shift[j] = broadcast<V>(batch.shift[k + j]);
   }
-  write_beside<X>(tile, g.run, t.walk.stream_stores, [&](auto& writer) NORMKIT_INLINE_LAMBDA {
+  const auto write_part = [&](std::int64_t begin, std::int64_t end) {
+    for (int j = k; j < k + kRows; ++j) write_row(writer, batch, j, begin, end);
+  };
+  write_beside(tile, tile.y[0], n, writer.streamer, write_part, [&](auto& beside) NORMKIT_INLINE_LAMBDA {
     for (int j = k; j < k + kRows && j < next.rows; ++j)
-      sum_row<X>(Count<0>{}, g.run, j, Fetch{reinterpret_cast<const char*>(next.x[j]) + near_ahead(g.run * sizeof(X))},
-                 writer, next);
+      sum_row<X>(Count<0>{}, n, j, Fetch{reinterpret_cast<const char*>(next.x[j]) + near_ahead(n * sizeof(X))}, beside,
+                 next);
   });
 }
-
-/// What the rows of a batch share when they are written.
-template <class X, class Y> struct BatchWriter {
-  const Task& t;
-  const ScalarOf<X>*weight, *bias;  // null: none that vary along a row
-  Stores stores;
-  LineBuffer<Y>& lines;
-  Streamer<Y>* streamer;
-};
 
 /// Writes the rows of a batch while those of the next are summed; before the first there are none to write.
 template <class X, class Y, int kVectors>
@@ -283,16 +312,14 @@ template <class X, class Y, int kVectors>
   using V = VectorOf<X>;
   constexpr Count<kVectors> vectors;
   const Task& t = writer.t;
-  const Geometry& g = t.geometry;
-  const std::int64_t n = g.run;
+  const std::int64_t n = t.geometry.run;
   const int rows = batch.rows, next_rows = next.rows;  // copies: stores might change them, for all that is known
   Nothing alone;
   for (int k = 0; k < rows || k < next_rows; ++k) {
     if constexpr (kVectors == 0 && kHoldsRows && kFloating<X> && __is_same(X, Y)) {
       constexpr int kTile = ForwardTile<X, true>::kRows;
       if (t.walk.tiled && k + kTile <= rows) {
-        writer.weight ? write_tile<X, true>(t, k, batch, next, writer.weight, writer.bias)
-                      : write_tile<X, false>(t, k, batch, next, nullptr, nullptr);
+        writer.weight ? write_tile<X, true>(writer, k, batch, next) : write_tile<X, false>(writer, k, batch, next);
         k += kTile - 1;
         continue;
       }
@@ -303,17 +330,11 @@ template <class X, class Y, int kVectors>
             .template block<kVectors * kLanes<V> * sizeof(X)>(0);
     if (k < next_rows) sum_row<X>(vectors, n, k, Fetch{}, alone, next);
     if (k >= rows) continue;
-    const X* x = at<X>(batch.x[k], 0);
-    const std::int64_t r = batch.first + k, o = g.outer == 1 ? 0 : r / g.lanes;
-    Y* y = at<Y>(t.y, o, 0, r - o * g.lanes);
-    const Preactivation<X> z{broadcast<V>(batch.mean[k]), broadcast<V>(batch.scale[k]), broadcast<V>(batch.shift[k]),
-                             writer.weight, writer.bias};
-    const auto write = [&](auto f) NORMKIT_INLINE_LAMBDA {
-      if constexpr (kVectors > 0) map_row(vectors, y, n, writer.stores, writer.lines, f);
-      else map(y, n, writer.streamer, Fetch{reinterpret_cast<const char*>(x) + t.walk.fetch_bytes}, f);
-    };
-    if (z.weight) write([&](auto place) NORMKIT_INLINE_LAMBDA { return z.linear(place, place.load(x)); });
-    else write([&](auto place) NORMKIT_INLINE_LAMBDA { return z.constant(place.load(x)); });
+    if constexpr (kVectors == 0) write_row(writer, batch, k, 0, n);
+    else
+      with_outputs(writer, batch, k, 0, [&](auto f) NORMKIT_INLINE_LAMBDA {
+        map_row(vectors, output_row<X, Y>(t, batch, k), n, writer.stores, writer.lines, f);
+      });
   }
 }
 

@@ -60,24 +60,26 @@ template <class X> [[gnu::noinline]] void solve_batch(const Task& t, BackwardBat
   }
 }
 
-/// dx of row k and, kSummed, what the row adds to the gradients of weights along it.
+/// dx of elements [begin, end) of row k and, kSummed, what they add to the gradients of weights along rows.
 template <class X, bool kLinear, bool kSummed>
-NORMKIT_LOCAL void write_row(const Task& t, std::int64_t n, int k, const ScalarOf<X>* weight,
-                             const BackwardBatch<X>& batch, Streamer<X>* streamer) {
+[[gnu::noinline]] void write_row(const Task& t, const BackwardBatch<X>& batch, int k, std::int64_t begin,
+                                 std::int64_t end, const ScalarOf<X>* weight, Streamer<X>* streamer) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
-  const X *x = batch.x[k], *dy = batch.dy[k];
+  const X *x = batch.x[k] + begin, *dy = batch.dy[k] + begin;
   const Solved<S>& known = batch.solved[k];
   double factor = 1;
-  if (!kLinear) {
+  if (kLinear) {
+    weight += begin;
+  } else {
     const std::int64_t r = batch.first + k, o = t.geometry.outer == 1 ? 0 : r / t.geometry.lanes;
     factor = common_weight(t, o, r - o * t.geometry.lanes);
   }
   const V mean = broadcast<V>(known.statistic.mean), a = broadcast<V>(static_cast<S>(known.statistic.rstd * factor));
   const V b = broadcast<V>(known.gradient.b), c = broadcast<V>(known.gradient.c);
   const FetchBoth fetch(x, dy, t.walk.fetch_bytes);
-  const ElementGradients<X> gradients(t, kSummed ? batch.row_sums[k] : nullptr, 0, 0, known.statistic);
-  map(batch.dx[k], n, streamer, Fetch{}, [&](auto place) NORMKIT_INLINE_LAMBDA {
+  const ElementGradients<X> gradients(t, kSummed ? batch.row_sums[k] : nullptr, 0, begin, known.statistic);
+  map(batch.dx[k] + begin, end - begin, streamer, Fetch{}, [&](auto place) NORMKIT_INLINE_LAMBDA {
     fetch.far_line(place.i * static_cast<std::int64_t>(sizeof(X)));
     const V dy_v = place.load(dy), x_v = place.load(x);
     if constexpr (kSummed) gradients.add_row(place, dy_v, x_v);
@@ -115,7 +117,7 @@ template <class X, bool kLinear, bool kSummed> struct BackwardTile {
 /// Writes the rows of a tile, from row k of the batch on, while rows k and on of the next batch are summed.
 template <class X, bool kLinear, bool kSummed>
 [[gnu::noinline]] void write_tile(const Task& t, int k, const BackwardBatch<X>& batch, BackwardBatch<X>& next,
-                                  const ScalarOf<X>* weight) {
+                                  const ScalarOf<X>* weight, Streamer<X>* streamer) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
@@ -134,7 +136,11 @@ template <class X, bool kLinear, bool kSummed>
     tile.scale[j] = broadcast<V>(standard.scale), tile.shift[j] = broadcast<V>(standard.shift);
   }
   const std::int64_t ahead = 2048;  // (4096, 768): 1.7, 4 KB ahead 1.9, 16 KB 2.1, far fetches 2.4
-  write_beside<X>(tile, g.run, t.walk.stream_stores, [&](auto& writer) NORMKIT_INLINE_LAMBDA {
+  const auto write_part = [&](std::int64_t begin, std::int64_t end) {
+    for (int j = k; j < k + kBackwardTile; ++j)
+      write_row<X, kLinear, kSummed>(t, batch, j, begin, end, weight, streamer);
+  };
+  write_beside(tile, tile.dx[0], g.run, streamer, write_part, [&](auto& writer) NORMKIT_INLINE_LAMBDA {
     for (int j = k; j < k + kBackwardTile && j < next.rows; ++j)
       sum_row<X, kLinear>(g.run, j, weight, ahead, writer, next);
   });
@@ -156,13 +162,13 @@ template <class X, bool kLinear, bool kSummed>
   for (int k = 0; k < rows || k < next_rows; ++k) {
     if constexpr (kWide) {
       if (t.walk.tiled && is_tile(t, k, batch)) {
-        write_tile<X, kLinear, kSummed>(t, k, batch, next, weight);
+        write_tile<X, kLinear, kSummed>(t, k, batch, next, weight, streamer);
         k += kBackwardTile - 1;
         continue;
       }
     }
     if (k < next_rows) sum_row<X, kLinear>(n, k, weight, 0, alone, next);
-    if (k < rows) write_row<X, kLinear, kSummed>(t, n, k, weight, batch, streamer);
+    if (k < rows) write_row<X, kLinear, kSummed>(t, batch, k, 0, n, weight, streamer);
   }
 }
 

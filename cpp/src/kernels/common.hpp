@@ -435,37 +435,51 @@ template <class Y> class Streamer {
   Streamer() = default;
   Streamer(const Streamer&) = delete;
   Streamer& operator=(const Streamer&) = delete;
-  ~Streamer() { flush(); }
+  ~Streamer() {
+    put_part();
+    put_whole();
+  }
 
   /// A place for the elements from y to the end of its line; done() says how many were put there.
   Y* place(Y* y) {
     const std::int64_t past = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(y) % 64 / sizeof(Y));
     if (!start_ || start_ + last_ != y) {
-      flush();
+      put_part();
       start_ = y - past;
       first_ = past;
     }
     last_ = past;
-    return line_ + past;
+    return line_[whole_] + past;
   }
   void done(std::int64_t elements) {
     last_ += elements;
     if (last_ < kLine) return;
-    if (first_ > 0) return flush();
-    for (int k = 0; k < kLine; k += kLanes<VectorOf<Y>>) stream(start_ + k, load(line_ + k));
+    if (first_ > 0) return put_part();
+    to_[whole_++] = start_;
     start_ = nullptr;
+    if (whole_ == kLines) put_whole();
   }
 
  private:
-  void flush() {
+  /// Whole lines go when there are some: one that was put together just now would be waited for.
+  static constexpr int kLines = 8;
+
+  void put_part() {
     if (start_)
-      for (std::int64_t k = first_; k < last_; ++k) start_[k] = line_[k];
+      for (std::int64_t k = first_; k < last_; ++k) start_[k] = line_[whole_][k];
     start_ = nullptr;
   }
+  [[gnu::noinline]] void put_whole() {
+    for (int line = 0; line < whole_; ++line)
+      for (int k = 0; k < kLine; k += kLanes<VectorOf<Y>>) stream(to_[line] + k, load(line_[line] + k));
+    whole_ = 0;
+  }
 
-  alignas(64) Y line_[kLine];
-  Y* start_ = nullptr;  // of the line in memory
-  std::int64_t first_ = 0, last_ = 0;  // elements of the line that are here
+  alignas(64) Y line_[kLines][kLine];
+  Y* to_[kLines];
+  int whole_ = 0;  // lines that are complete; the next may have a part
+  Y* start_ = nullptr;  // of that line in memory
+  std::int64_t first_ = 0, last_ = 0;  // elements of it that are here
 };
 
 /// The null Streamer, which stands for plain stores.
@@ -508,7 +522,7 @@ template <class Y, class F> NORMKIT_LOCAL void map(Y* y, std::int64_t n, Streame
           for (int k = 0; k < 4; ++k) store(y + i + k * kWidth, f(Full{i + k * kWidth}));
     }
     for (const std::int64_t end = i + ((n - i) & -unit); i < end; i += kWidth) {
-      if (!kWide && streamed) fetch.template block<kWidth * sizeof(Y)>(i * static_cast<std::int64_t>(sizeof(Y)));
+      if (streamed) fetch.template block<kWidth * sizeof(Y)>(i * static_cast<std::int64_t>(sizeof(Y)));
       put(y + i, f(Full{i}), streamed);
     }
     if (i == n) return;
@@ -578,37 +592,43 @@ template <class Outputs> class BesideWriter {
   const std::int64_t steps_, run_;
 };
 
-/// Writes rows of whole lines side by side, a vector of each or two, so that what they share is read once. `Tile` has their
-/// number and a formula: put(position, store), which calls store(address, vector) for each row.
+/// Writes elements [begin, end) of rows side by side, whole lines, a vector of each or two, so that what they share is read once.
+/// `Tile` has the number of rows and a formula: put(position, store), which calls store(address, vector) for each row.
 template <class X, class Tile, bool kStreamed> class TileWriter {
   static constexpr int kWidth = kLanes<VectorOf<X>>;
 
  public:
-  TileWriter(const Tile& tile, std::int64_t n) : tile_(tile), n_(n) {}
+  TileWriter(const Tile& tile, std::int64_t begin, std::int64_t end) : tile_(tile), i_(begin), end_(end) {}
 
   NORMKIT_LOCAL void block() {
-    for (int k = 0; k < 4 / Tile::kRows && i_ < n_; ++k, i_ += kWidth)
+    for (int k = 0; k < 4 / Tile::kRows && i_ < end_; ++k, i_ += kWidth)
       tile_.put(Full{i_}, [](X* to, VectorOf<X> v) NORMKIT_INLINE_LAMBDA { ::normkit::put(to, v, kStreamed); });
   }
   void finish() {
-    while (i_ < n_) block();
+    while (i_ < end_) block();
   }
 
  private:
   const Tile& tile_;
-  std::int64_t i_ = 0;
-  const std::int64_t n_;
+  std::int64_t i_;
+  const std::int64_t end_;
 };
 
-/// Calls sum(writer) with a TileWriter, and has it write what is left.
-template <class X, class Tile, class F>
-NORMKIT_LOCAL void write_beside(const Tile& tile, std::int64_t n, bool streamed, F sum) {
+/// Writes rows of n elements, which are as long as whole lines, begin as far behind the beginning of one, and are written side by
+/// side while sum(writer) is called. Where they go past the caches and lines have parts of two rows, write_part(begin, end) writes
+/// these.
+template <class X, class Tile, class Part, class F>
+NORMKIT_LOCAL void write_beside(const Tile& tile, const X* first, std::int64_t n, bool streamed, Part write_part,
+                                F sum) {
   const auto write = [&](auto writer) NORMKIT_INLINE_LAMBDA {
     sum(writer);
     writer.finish();
   };
-  if (streamed) write(TileWriter<X, Tile, true>(tile, n));
-  else write(TileWriter<X, Tile, false>(tile, n));
+  if (!streamed) return write(TileWriter<X, Tile, false>(tile, 0, n));
+  const std::int64_t past = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(first) % 64 / sizeof(X));
+  const std::int64_t begin = past ? Streamer<X>::kLine - past : 0, end = n - past;
+  if (past) write_part(0, begin), write_part(end, n);
+  write(TileWriter<X, Tile, true>(tile, begin, end));
 }
 
 }  // namespace
