@@ -69,8 +69,11 @@ struct Walk {
   bool batched = false;        // statistics of short runs are solved together
   bool tiled = false;          // rows that are solved together are written side by side
   bool whole_lines = false;    // rows of the output begin and end with lines of memory
-  std::int64_t fetch_bytes =
-      0;  // how far fetches run ahead while a statistic is written; lanes: how much of the next slab is fetched
+  // How far fetches run ahead while a statistic is written; lanes: how much of the next slab is fetched.
+  std::int64_t fetch_bytes = 0;
+  // Where a statistic is written while the next is read: how much further fetches into the second-level cache run than those into
+  // the first.
+  std::int64_t far_bytes = 0;
 };
 
 struct Task {

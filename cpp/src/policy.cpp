@@ -42,6 +42,10 @@ std::int64_t fetch_bytes_of(const Geometry& g, std::int64_t element_bytes, bool 
   return kFarAhead + (one_run && run_bytes <= fetched_bytes() ? run_bytes : 0);
 }
 
+/// Long runs are read a second time from behind the second-level cache, which then has enough to fetch: (2, 32, 96, 96, 96) 1.75 of
+/// a copy with fetches far ahead, 1.5 without; (8, 64, 128, 128) 1.25 and 1.8 (Zen 4).
+std::int64_t far_bytes_of(std::int64_t run_bytes) { return run_bytes <= fetched_bytes() ? kFarAhead : 0; }
+
 /// The largest row that x + residual is formed in: it stays from its statistics to its output. (16, 256, 32, 32) with a
 /// residual: 2.0 times a call without, 3.0 where the sum is formed in y.
 std::int64_t sum_row_bytes() { return second_level_cache() / 4; }
@@ -194,6 +198,7 @@ Policy policy_for(const Task& t, int threads, const Isa& isa) {
   p.walk.batched = has_batches(t, out, p.walk);
   p.walk.fetch_bytes = t.traversal == Traversal::lanes ? (moved >= streamed_bytes() ? streamed_bytes() : 0)
                                                        : fetch_bytes_of(g, x_bytes, one_run);
+  p.walk.far_bytes = far_bytes_of(is_forward ? run_bytes : 2 * run_bytes);
   return p;
 }
 

@@ -39,7 +39,7 @@ template <class X>
 }
 
 template <class X, bool kLinear, class Beside>
-NORMKIT_LOCAL void sum_row(std::int64_t n, int k, const ScalarOf<X>* weight, std::int64_t ahead, Beside& beside,
+NORMKIT_LOCAL void sum_row(std::int64_t n, int k, const ScalarOf<X>* weight, Ahead ahead, Beside& beside,
                            BackwardBatch<X>& batch) {
   LaneSums<X> sums;
   add_segments<X, kLinear>(sums, batch.dy[k], 0, batch.x[k], 0, 1, n, batch.mean[k], weight, ahead, beside);
@@ -77,7 +77,7 @@ template <class X, bool kLinear, bool kSummed>
   }
   const V mean = broadcast<V>(known.statistic.mean), a = broadcast<V>(static_cast<S>(known.statistic.rstd * factor));
   const V b = broadcast<V>(known.gradient.b), c = broadcast<V>(known.gradient.c);
-  const FetchBoth fetch(x, dy, t.walk.fetch_bytes);
+  const FetchBoth fetch(x, dy, {0, t.walk.fetch_bytes});
   const ElementGradients<X> gradients(t, kSummed ? batch.row_sums[k] : nullptr, 0, begin, known.statistic);
   map(batch.dx[k] + begin, end - begin, streamer, Fetch{}, [&](auto place) NORMKIT_INLINE_LAMBDA {
     fetch.far_line(place.i * static_cast<std::int64_t>(sizeof(X)));
@@ -135,7 +135,7 @@ template <class X, bool kLinear, bool kSummed>
     tile.b[j] = broadcast<V>(known.gradient.b), tile.c[j] = broadcast<V>(known.gradient.c);
     tile.scale[j] = broadcast<V>(standard.scale), tile.shift[j] = broadcast<V>(standard.shift);
   }
-  const std::int64_t ahead = 2048;  // (4096, 768): 1.7, 4 KB ahead 1.9, 16 KB 2.1, far fetches 2.4
+  const Ahead ahead{2048, 2048 + kFarAhead};  // (4096, 768): 1.7, 4 KB ahead 1.9, 16 KB 2.1, far fetches 2.4
   const auto write_part = [&](std::int64_t begin, std::int64_t end) {
     for (int j = k; j < k + kBackwardTile; ++j)
       write_row<X, kLinear, kSummed>(t, batch, j, begin, end, weight, streamer);
@@ -167,7 +167,7 @@ template <class X, bool kLinear, bool kSummed>
         continue;
       }
     }
-    if (k < next_rows) sum_row<X, kLinear>(n, k, weight, 0, alone, next);
+    if (k < next_rows) sum_row<X, kLinear>(n, k, weight, {}, alone, next);
     if (k < rows) write_row<X, kLinear, kSummed>(t, batch, k, 0, n, weight, streamer);
   }
 }

@@ -15,24 +15,32 @@ constexpr std::int64_t kAhead = 4096;
 
 NORMKIT_LOCAL void prefetch_first(const char* p) { __builtin_prefetch(p, 0, 3); }
 NORMKIT_LOCAL void prefetch_second(const char* p) { __builtin_prefetch(p, 0, 2); }
+/// Fetches a line into the first-level cache, and one further on into the second, where more fetches are under way at once: for
+/// loops that read and write at once. (8, 64, 128, 128): 1.25 of a copy, without the second 1.8 (Zen 4).
+NORMKIT_LOCAL void prefetch_both(const char* p, std::int64_t far = kFarAhead) {
+  prefetch_first(p), prefetch_second(p + far);
+}
 
-/// Fetches other memory while a range is walked, as many bytes as are walked, so that memory is never idle: far ahead
-/// into the second-level cache, where more fetches are under way at once, or near into the first.
+/// Fetches other memory while a range is walked, as many bytes as are walked, so that memory is never idle: into the first-level
+/// cache what follows soon, into the second, where more fetches are under way at once, what follows later.
 struct Fetch {
-  const char* from = nullptr;  // what is fetched at the first element of the range; null: nothing is fetched
-  bool near = false;
+  const char *near = nullptr, *far = nullptr;  // what is fetched at the first element of the range; null: nothing is
 
-  NORMKIT_LOCAL Fetch at(std::int64_t byte) const { return {from ? from + byte : nullptr, near}; }
+  NORMKIT_LOCAL Fetch at(std::int64_t byte) const { return {near ? near + byte : nullptr, far ? far + byte : nullptr}; }
   template <int kBytes> NORMKIT_LOCAL void block(std::int64_t byte) const {
-    if (!from) return;
-    if (near) near_block<kBytes>(byte);
-    else
-      for (int line = 0; line < kBytes; line += 64) prefetch_second(from + byte + line);
+    for (int line = 0; near && line < kBytes; line += 64) prefetch_first(near + byte + line);
+    for (int line = 0; far && line < kBytes; line += 64) prefetch_second(far + byte + line);
   }
-  template <int kBytes> NORMKIT_LOCAL void near_block(std::int64_t byte) const {
-    for (int line = 0; line < kBytes; line += 64) prefetch_first(from + byte + line);
+  /// Fetches both without asking, which would cost up to a tenth.
+  template <int kBytes> NORMKIT_LOCAL void block_of_both(std::int64_t byte) const {
+    for (int line = 0; line < kBytes; line += 64)
+      prefetch_first(near + byte + line), prefetch_second(far + byte + line);
   }
 };
+/// Fetches far ahead alone.
+NORMKIT_LOCAL Fetch far_fetch(const void* from, std::int64_t bytes) {
+  return {nullptr, static_cast<const char*>(from) + bytes};
+}
 
 NORMKIT_LOCAL void copy(const double* from, std::int64_t n, double* to) {
   for (std::int64_t i = 0; i < n; ++i) to[i] = from[i];

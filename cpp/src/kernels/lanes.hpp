@@ -198,7 +198,7 @@ template <class X>
 [[gnu::noinline]] void turn(const float* from, std::int64_t columns, float* to, const X* next) {
   constexpr int kWidth = kLanes<F32>, kLine = 64 / static_cast<int>(sizeof(X));
   for (std::int64_t column = 0; column < columns; column += 4, next += 4 * kWidth) {
-    for (int i = 0; i < 4 * kWidth; i += kLine) prefetch_first(reinterpret_cast<const char*>(next + i));
+    for (int i = 0; i < 4 * kWidth; i += kLine) prefetch_both(reinterpret_cast<const char*>(next + i));
     for (int row = 0; row < kWidth; row += 8)
       turn_tile(from + row * columns + column, columns, to + column * kWidth + row);
   }
@@ -313,7 +313,7 @@ template <class S>
     };
     std::int64_t block = 0;
     for (; block + 1 < blocks; block += 2, next += 2 * kWidth) {
-      prefetch_first(next);
+      prefetch_both(next);
       add(block, 0), add(block + 1, 1);
     }
     if (block < blocks) add(block, 0);
@@ -722,7 +722,7 @@ template <class X> class BesideLanesWriter {
     const S *const mean = table_.mean + column, *const scale = table_.a + column, *const shift = table_.b + column;
     for (int line = 0; line < kBlock * static_cast<int>(sizeof(X));
          line += 64)  // a slab may have left the caches meanwhile
-      prefetch_first(reinterpret_cast<const char*>(x + i) + kBesideAhead + line);
+      prefetch_both(reinterpret_cast<const char*>(x + i) + kBesideAhead + line);
     for (int k = 0; k < kBlock; k += kWidth)
       stream(y + i + k, forward(load(x + i + k), load(mean + k), load(scale + k), load(shift + k)));
     i_ = i + kBlock, column_ = column + kBlock < period_ ? column + kBlock : column + kBlock - period_;

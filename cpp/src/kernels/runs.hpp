@@ -123,7 +123,7 @@ NORMKIT_LOCAL DifferenceSums<VectorOf<X>> pivot_sums(const X* x, std::int64_t ro
       for (; i < stop; i += 4 * kWidth) {
         const std::int64_t byte = (row * stride + i) * static_cast<std::int64_t>(sizeof(X));
         if constexpr (__is_same(Beside, Nothing)) fetch.template block<4 * kWidth * sizeof(X)>(byte);
-        else fetch.template near_block<4 * kWidth * sizeof(X)>(byte);  // without asking, which would cost up to a tenth
+        else fetch.template block_of_both<4 * kWidth * sizeof(X)>(byte);
         beside.block();
         for (int k = 0; k < 4; ++k) add(local_s[k], local_q[k], Full{i + k * kWidth}, x);
       }
@@ -188,14 +188,15 @@ NORMKIT_LOCAL const char* address(const Operand& a, std::int64_t o, std::int64_t
 /// What is fetched while ranges of a statistic are read, and, by fetch_while_writing(), while they are written.
 NORMKIT_LOCAL Fetch fetch_while_reading(const Task& t, const Operand& a, std::int64_t o, std::int64_t step,
                                         std::int64_t lane, std::int64_t rows, std::int64_t begin) {
+  const char* from = address(a, o, step, lane, begin);
   const bool strided = t.geometry.run < kChunk && t.geometry.steps > 1;  // then the next chunk is
-  const std::int64_t next = strided ? rows * a.strides.step * size_of(a.dtype) : kNearAhead;
-  return {address(a, o, step, lane, begin) + next, !strided};
+  if (strided) return far_fetch(from, rows * a.strides.step * size_of(a.dtype));
+  return {from + kNearAhead, from + kNearAhead + t.walk.far_bytes};
 }
 NORMKIT_LOCAL Fetch fetch_while_writing(const Task& t, const Operand& a, std::int64_t o, std::int64_t step,
                                         std::int64_t lane, std::int64_t begin) {
   const char* from = address(a, o, step, lane, begin);
-  return t.frozen ? Fetch{from + kAhead, true} : Fetch{from + t.walk.fetch_bytes};
+  return t.frozen ? Fetch{from + kAhead} : far_fetch(from, t.walk.fetch_bytes);
 }
 
 /// Writes x = source + residual, rounded to the type of x.
@@ -206,8 +207,8 @@ void form_sum(const Task& t, std::int64_t o, std::int64_t step, std::int64_t lan
     for (std::int64_t row = step; row < step + rows; ++row) {
       const X *source = at<X>(t.source, o, row, lane) + begin, *residual = at<X>(t.residual, o, row, lane) + begin;
       map(at<X>(t.x, o, row, lane) + begin, end - begin, kPlain<X>, Fetch{}, [&](auto place) NORMKIT_INLINE_LAMBDA {
-        prefetch_first(reinterpret_cast<const char*>(source + place.i) + kAhead);
-        prefetch_first(reinterpret_cast<const char*>(residual + place.i) + kAhead);
+        prefetch_both(reinterpret_cast<const char*>(source + place.i) + kAhead);
+        prefetch_both(reinterpret_cast<const char*>(residual + place.i) + kAhead);
         return place.load(source) + place.load(residual);
       });
     }
@@ -351,7 +352,8 @@ template <class X, bool kLinear> void runs_forward_overlapped(const Task& t, std
         for_chunks(g, c, span * kSpanChunks, least(c.count, (span + 1) * kSpanChunks),
                    [&](std::int64_t step, std::int64_t rows, std::int64_t first, std::int64_t last) {
           const X* x = at<X>(t.x, o, step, lane) + first;
-          const Fetch fetch{reinterpret_cast<const char*>(x) + near_ahead(g.run * sizeof(X))};
+          const char* const near = reinterpret_cast<const char*>(x) + near_ahead(g.run * sizeof(X));
+          const Fetch fetch{near, near + t.walk.far_bytes};
           add_chunk(x, rows, t.x.strides.step, last - first, t.centered, Everyone{}, fetch, writer, m);
         });
         return m;

@@ -20,14 +20,21 @@ NORMKIT_LOCAL bool has_activation(const Task& t) { return t.activation.kind != A
 NORMKIT_LOCAL bool has_detailed_sums(const Task& t) { return t.where.data || has_activation(t); }
 NORMKIT_LOCAL bool has_detailed_ranges(const Task& t) { return t.residual.data || has_detailed_sums(t); }
 
-/// Fetches for a walk over dy and x, `ahead` bytes ahead of it.
+/// How many bytes fetches run ahead of a walk: those into the first-level cache, and those into the second.
+struct Ahead { std::int64_t near = 0, far = 0; };
+/// Fetches for a walk over dy and x.
 struct FetchBoth {
   const char *x, *dy;
+  Ahead ahead;
 
-  template <class X> FetchBoth(const X* x_now, const X* dy_now, std::int64_t ahead)
-      : x(reinterpret_cast<const char*>(x_now) + ahead), dy(reinterpret_cast<const char*>(dy_now) + ahead) {}
-  NORMKIT_LOCAL void near_line(std::int64_t byte) const { prefetch_first(x + byte), prefetch_first(dy + byte); }
-  NORMKIT_LOCAL void far_line(std::int64_t byte) const { prefetch_second(x + byte), prefetch_second(dy + byte); }
+  template <class X> FetchBoth(const X* x_now, const X* dy_now, Ahead bytes)
+      : x(reinterpret_cast<const char*>(x_now)), dy(reinterpret_cast<const char*>(dy_now)), ahead(bytes) {}
+  NORMKIT_LOCAL void near_line(std::int64_t byte) const {
+    prefetch_first(x + ahead.near + byte), prefetch_first(dy + ahead.near + byte);
+  }
+  NORMKIT_LOCAL void far_line(std::int64_t byte) const {
+    prefetch_second(x + ahead.far + byte), prefetch_second(dy + ahead.far + byte);
+  }
 };
 
 /// The sums of backward of each lane in two halves, of even and of odd vectors, to which segments of x and dy are added
@@ -51,7 +58,7 @@ template <class X> struct LaneSums {
 template <class X, bool kWeighted, class Beside>
 NORMKIT_LOCAL void add_segments(LaneSums<X>& sums, const X* dy, std::int64_t dy_stride, const X* x,
                                 std::int64_t x_stride, std::int64_t rows, std::int64_t n, ScalarOf<X> mean,
-                                const ScalarOf<X>* weight, std::int64_t ahead, Beside& beside) {
+                                const ScalarOf<X>* weight, Ahead ahead, Beside& beside) {
   using V = VectorOf<X>;
   constexpr int kWidth = kLanes<V>;
   const V m = broadcast<V>(mean);
@@ -71,8 +78,8 @@ NORMKIT_LOCAL void add_segments(LaneSums<X>& sums, const X* dy, std::int64_t dy_
     for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
       for (std::int64_t line = 0; line < 4 * kWidth * static_cast<std::int64_t>(sizeof(X)); line += 64) {
         const std::int64_t byte = i * static_cast<std::int64_t>(sizeof(X)) + line;
-        if constexpr (!__is_same(Beside, Nothing)) fetch.near_line(byte);
-        else if (ahead) fetch.far_line(byte);
+        if constexpr (!__is_same(Beside, Nothing)) fetch.near_line(byte), fetch.far_line(byte);
+        else if (ahead.far) fetch.far_line(byte);
       }
       beside.block();
       add(even, Full{i}), add(odd, Full{i + kWidth});
@@ -86,7 +93,7 @@ NORMKIT_LOCAL void add_segments(LaneSums<X>& sums, const X* dy, std::int64_t dy_
 
 template <class X, class Beside>
 [[gnu::noinline]] Sums<double> chunk_sums(const X* dy, std::int64_t dy_stride, const X* x, std::int64_t x_stride,
-                                          std::int64_t rows, std::int64_t n, ScalarOf<X> mean, std::int64_t ahead,
+                                          std::int64_t rows, std::int64_t n, ScalarOf<X> mean, Ahead ahead,
                                           Beside& beside) {
   LaneSums<X> sums;
   add_segments<X, false>(sums, dy, dy_stride, x, x_stride, rows, n, mean, nullptr, ahead, beside);
@@ -136,8 +143,8 @@ template <class X>
       if (curved) reach(t, z, dy, x, begin, count, reaching);
       for_positions<V>(count, [&](auto place) NORMKIT_INLINE_LAMBDA {
         const auto here = place.back(-begin);
-        prefetch_first(reinterpret_cast<const char*>(x + here.i) + kAhead);
-        prefetch_first(reinterpret_cast<const char*>(dy + here.i) + kAhead);
+        prefetch_both(reinterpret_cast<const char*>(x + here.i) + kAhead);
+        prefetch_both(reinterpret_cast<const char*>(dy + here.i) + kAhead);
         const V x_v = here.load(x), d = x_v - m;
         V g;
         if (curved) g = place.load(static_cast<const S*>(reaching));
@@ -152,9 +159,10 @@ template <class X>
 }
 
 /// How many bytes ahead sums fetch: fewer if outputs are written beside them.
-NORMKIT_LOCAL std::int64_t ahead_while_summing(const Task&, Nothing) { return kFarAhead; }
-template <class Beside> NORMKIT_LOCAL std::int64_t ahead_while_summing(const Task& t, const Beside&) {
-  return near_ahead(t.geometry.run * size_of(t.x.dtype));
+NORMKIT_LOCAL Ahead ahead_while_summing(const Task&, Nothing) { return {0, kFarAhead}; }
+template <class Beside> NORMKIT_LOCAL Ahead ahead_while_summing(const Task& t, const Beside&) {
+  const std::int64_t near = near_ahead(t.geometry.run * size_of(t.x.dtype));
+  return {near, near + t.walk.far_bytes};
 }
 
 /// One range of a run of a statistic, or several whole runs, and the place where it lies.
@@ -183,7 +191,8 @@ template <class X>
 [[gnu::noinline]] Sums<double> sums_along(const Task& t, Range range, Statistic<ScalarOf<X>> s, Nothing& beside) {
   const X* x = at<X>(t.x, range.o, range.step, range.lane);
   const X* dy = at<X>(t.dy, range.o, range.step, range.lane);
-  const std::int64_t ahead = ahead_while_summing(t, beside), n = range.end - range.begin;
+  const Ahead ahead = ahead_while_summing(t, beside);
+  const std::int64_t n = range.end - range.begin;
   const bool detailed = has_detailed_sums(t);
   if (!t.weight.data && !detailed)
     return chunk_sums(dy + range.begin, 0, x + range.begin, 0, 1, n, s.mean, ahead, beside);
@@ -358,7 +367,7 @@ template <class X>
              [&](Piece piece) NORMKIT_INLINE_LAMBDA {
     const X *dy = rows.dy + piece.begin, *x = rows.x + piece.begin;
     X* dx = rows.dx + piece.begin;
-    const FetchBoth next(x, dy, t.frozen ? kAhead : t.walk.fetch_bytes);
+    const FetchBoth next(x, dy, {kAhead, t.walk.fetch_bytes});
     const auto fetch = [&](auto place) NORMKIT_INLINE_LAMBDA {
       const std::int64_t byte = place.i * static_cast<std::int64_t>(sizeof(X));
       if (t.frozen) next.near_line(byte);
@@ -420,7 +429,7 @@ template <class X>
     const V a = broadcast<V>(static_cast<S>(known.statistic.rstd * weight));
     const X* residual = rows.residual ? rows.residual + piece.begin : nullptr;
     const Masked piece_members = members.from(piece.begin - begin);
-    const Fetch ahead{residual ? reinterpret_cast<const char*>(residual) + kAhead : nullptr, true};
+    const Fetch ahead{residual ? reinterpret_cast<const char*>(residual) + kAhead : nullptr};
     map(rows.dx + piece.begin, piece.n, streamer, ahead, [&](auto place) NORMKIT_INLINE_LAMBDA {
       V g = place.load(static_cast<const S*>(reaching));
       if (z.weight) g = g * place.load(z.weight);
