@@ -450,34 +450,35 @@ template <class Y> class Streamer {
 
   /// A place for the elements from y to the end of its line; done() says how many were put there.
   Y* place(Y* y) {
-    const std::int64_t past = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(y) % 64 / sizeof(Y));
-    if (!start_ || start_ + last_ != y) {
-      put_part();
-      start_ = y - past;
-      first_ = past;
-    }
-    last_ = past;
-    return line_[whole_] + past;
+    if (start_ + last_ != y || !start_) begin(y);
+    return line_[whole_] + last_;
   }
   void done(std::int64_t elements) {
     last_ += elements;
-    if (last_ < kLine) return;
-    if (first_ > 0) return put_part();
-    to_[whole_++] = start_;
-    start_ = nullptr;
-    if (whole_ == kLines) put_whole();
+    if (last_ == kLine) end();
   }
 
  private:
   /// Whole lines go when there are some: one that was put together just now would be waited for.
   static constexpr int kLines = 8;
 
+  [[gnu::noinline]] void begin(Y* y) {
+    put_part();
+    first_ = last_ = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(y) % 64 / sizeof(Y));
+    start_ = y - last_;
+  }
+  [[gnu::noinline]] void end() {
+    if (first_ > 0) return put_part();
+    to_[whole_++] = start_;
+    start_ = nullptr;
+    if (whole_ == kLines) put_whole();
+  }
   void put_part() {
     if (start_)
       for (std::int64_t k = first_; k < last_; ++k) start_[k] = line_[whole_][k];
     start_ = nullptr;
   }
-  [[gnu::noinline]] void put_whole() {
+  void put_whole() {
     for (int line = 0; line < whole_; ++line)
       for (int k = 0; k < kLine; k += kLanes<VectorOf<Y>>) stream(to_[line] + k, load(line_[line] + k));
     whole_ = 0;
@@ -530,7 +531,7 @@ template <class Y, class F> NORMKIT_LOCAL void map(Y* y, std::int64_t n, Streame
           for (int k = 0; k < 4; ++k) store(y + i + k * kWidth, f(Full{i + k * kWidth}));
     }
     for (const std::int64_t end = i + ((n - i) & -unit); i < end; i += kWidth) {
-      if (streamed) fetch.template block<kWidth * sizeof(Y)>(i * static_cast<std::int64_t>(sizeof(Y)));
+      if (!kWide && streamed) fetch.template block<kWidth * sizeof(Y)>(i * static_cast<std::int64_t>(sizeof(Y)));
       put(y + i, f(Full{i}), streamed);
     }
     if (i == n) return;
