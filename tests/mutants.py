@@ -93,7 +93,7 @@ MUTANTS = [
            "turned squares have their second half twice", "views"),
     Mutant(COMMON, "p.data && «p.offset == 0» &&", "true",
            "weight_offset is lost where weights are read as they lie", "activation"),
-    Mutant(COMMON, "if («first_ > 0») return flush();", "false",
+    Mutant(COMMON, "if («first_ > 0») return put_part();", "false",
            "a line that others began is written as a whole", "streamed"),
     Mutant(RUNS, "f(step, «least(g.steps - step, c.rows)», std", "c.rows",
            "the last chunk goes on past the last step", "values"),

@@ -38,13 +38,14 @@ def test_a_mean_of_a_million(op, layout, shape, dtype, isa, rng):
 @pytest.mark.parametrize("dtype", FAR)
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("op", CENTERED, ids=repr)
-def test_a_mean_of_a_million_costs_four_ulp(op, layout, dtype, isa, rng):
-    """The promise of the contract: near zero an ulp is that of 1, the spread of the answer. A mean of float64 that were
-    rounded to one number would cost up to 2^26. A GPU takes its pivot from one member: float64 costs twice as much."""
+def test_a_mean_of_a_million_costs_few_ulp(op, layout, dtype, isa, rng):
+    """The promise of the contract: near zero an ulp is that of 1, the spread of the answer. Statistics of float64 have
+    no wider type: a square is rounded with up to 24 sums that it goes into, of which the root keeps half, and an ulp is
+    at least as much as a rounding. A mean that were rounded to one number would cost up to 2^26."""
     x = lay((FAR[dtype] + rng.standard_normal(LONG)).astype(dtype), layout)
     y, truth = op.forward(x), op.reference(x).y.reshape(LONG)
     ulp = np.spacing(np.maximum(np.abs(truth), 1).astype(dtype)).astype(truth.dtype)
-    cost = 8 if isa == "shim" and dtype == "float64" else 4
+    cost = 12 if dtype == "float64" else 4
     assert bounds.excess(y, truth, cost * ulp + bounds.stored(truth, dtype)) <= 1
 
 
