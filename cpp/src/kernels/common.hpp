@@ -17,9 +17,7 @@ NORMKIT_LOCAL void prefetch_first(const char* p) { __builtin_prefetch(p, 0, 3); 
 NORMKIT_LOCAL void prefetch_second(const char* p) { __builtin_prefetch(p, 0, 2); }
 /// Fetches a line into the first-level cache, and one further on into the second, where more fetches are under way at once: for
 /// loops that read and write at once. (8, 64, 128, 128): 1.25 of a copy, without the second 1.8 (Zen 4).
-NORMKIT_LOCAL void prefetch_both(const char* p, std::int64_t far = kFarAhead) {
-  prefetch_first(p), prefetch_second(p + far);
-}
+NORMKIT_LOCAL void prefetch_both(const char* p) { prefetch_first(p), prefetch_second(p + kFarAhead); }
 
 /// Fetches other memory while a range is walked, as many bytes as are walked, so that memory is never idle: into the first-level
 /// cache what follows soon, into the second, where more fetches are under way at once, what follows later.
@@ -450,7 +448,7 @@ template <class Y> class Streamer {
 
   /// A place for the elements from y to the end of its line; done() says how many were put there.
   Y* place(Y* y) {
-    if (start_ + last_ != y || !start_) begin(y);
+    if (!start_ || start_ + last_ != y) begin(y);
     return line_[whole_] + last_;
   }
   void done(std::int64_t elements) {
