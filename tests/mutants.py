@@ -143,6 +143,12 @@ MUTANTS = [
            "the gradient of the returned sum is dropped", "residual"),
     Mutant("cpp/src/kernels/batches.hpp", "for (std::int64_t i = «first_»; i < kLine; ++i) to_[i]", "std::int64_t{0}",
            "the neighbor's part of a line is overwritten", "streamed"),
+    Mutant("cpp/src/kernels/batches_backward.hpp", "weight += «begin»;", "0",
+           "the end of a row meets the weights of its beginning", "streamed"),
+    Mutant("cpp/src/kernels/common.hpp", "write_part(«end», n);", "n",
+           "the end of a row that is in the next one's line is left out", "streamed"),
+    Mutant("cpp/src/kernels/common.hpp", "for (int line = «0»; line < whole_; ++line)", "1",
+           "the first of the lines that were put together is left out", "streamed"),
     Mutant("cpp/src/kernels/batches_backward.hpp", "if («++lane == g.lanes») ++o", "++lane > g.lanes",
            "rows are counted on past an outer index", "layouts values"),
     # ---- formulas
