@@ -253,6 +253,24 @@ def test_second_derivatives_of_float32_are_those_of_float64(case, options):
         assert (found - exact).abs().max() <= 300 * 2**-24 * exact.abs().max()
 
 
+@pytest.mark.parametrize("options", ["activation", "parametrized", "prelu"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_second_derivatives_of_half_types_are_rounded_once(dtype, options):
+    """What lies between the normalization and its activation is float32; the bound is float32's, and one rounding."""
+    tensors, _, call = made(CASES["instance"], OPTIONS[options] | {"where": True}, dtype=dtype)
+    dy, *seconds = (uniform(*t.shape, dtype=dtype) for t in (tensors["x"], *tensors.values()))
+
+    def second(dtype):
+        *given, dy_ = leaves = [t.detach().to(dtype).requires_grad_() for t in (*tensors.values(), dy)]
+        first = torch.autograd.grad(call(*given), given, dy_, create_graph=True)
+        return torch.autograd.grad(first, leaves, [t.to(dtype) for t in seconds], materialize_grads=True)
+
+    for found, exact in zip(second(dtype), second(torch.float64), strict=True):
+        assert found.dtype == dtype
+        bound = torch.finfo(dtype).eps / 2 * exact.abs() + 300 * 2**-24 * exact.abs().max()
+        assert bool(((found - exact).abs() <= bound).all())
+
+
 @pytest.mark.parametrize("images", [3, 1])
 def test_adaptive_has_derivatives_of_both_orders(images):
     content, style = uniform(3, 2, 4).requires_grad_(), uniform(images, 2, 5).requires_grad_()

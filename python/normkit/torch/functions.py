@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import functional as core
-from .._operations import OPERATIONS, Spec, axes_of
+from .._operations import OPERATIONS, Frame, Spec, axes_of
 from .._types import Activation
 from . import _operations as phases
 from ._operations import Optional
@@ -85,33 +85,48 @@ def _backward(*args: Any) -> Any:
     return _Backward.apply(*args)
 
 
+_PIECEWISE_LINEAR = frozenset(("relu", "leaky_relu", "relu6"))  # their second derivative is zero
+
+
 def _second_gradients(
     seconds: Sequence[Optional], dy: Tensor, x: Tensor, mean: Optional, rstd: Tensor, weight: Optional, bias: Optional,
     where: Optional, slopes: Optional, spec: Spec,
 ) -> list[Optional]:  # fmt: skip
-    """`phases.second_gradients`, where it can be by the core of the normalization, and of the activation by PyTorch."""
-    is_exact = x.dtype in (torch.float32, torch.float64)  # else what lies between the two would be rounded
-    if not spec.activation or not is_exact or where is not None or spec.frozen or torch.is_grad_enabled():
+    """`phases.second_gradients`, by the core what is of the normalization, and by PyTorch what is of the activation f.
+
+    Where z is the normalized x, a backward takes g = f'(z) dy to dx, dweight and dbias. What a double backward has for
+    g goes on to dy, and, by f'', to z, which a backward takes to x, weight and bias. What is returned for half types is
+    float32, which autograd rounds.
+    """
+    own = Frame(spec, x.shape).absent_shape() if weight is None else weight.shape
+    is_of_own = seconds[2] is None or tuple(seconds[2].shape) == tuple(own)
+    if spec.frozen or torch.is_grad_enabled() or not is_of_own:
         return phases.second_gradients(seconds, dy, x, mean, rstd, weight, bias, where, slopes, spec)
     plain = spec._replace(activation="", slope=None)
+    given: Any = (dy, x, weight, bias, slopes, *seconds)  # what lies between the two is not rounded to half types
+    dy, x, weight, bias, slopes, ddx, ddweight, ddbias, ddslopes = map(_float32, given)
+    if ddx is None and ddweight is None and ddbias is None:
+        ddx = torch.zeros_like(x)  # the slopes alone have a second gradient
+    z = phases.forward(x, weight, bias, None, where, *(None,) * 3, plain, with_stats=False, with_total=False)[0]
+    dy_, z_, *slopes_ = (leaf.detach().requires_grad_() for leaf in (dy, z, slopes) if leaf is not None)
     with torch.enable_grad():
-        leaves = [t if t is None else t.detach().requires_grad_() for t in (dy, x, weight, bias, slopes)]
-        dy_, x_, weight_, bias_, slopes_ = leaves
-        z = _apply(x_, weight_, bias_, None, None, None, None, None, plain)
-        y = phases.activation_of(spec, z, slopes_)
-        inputs = [z] if slopes_ is None else [z, slopes_]
-        dz, *dslopes = torch.autograd.grad(y, inputs, dy_, create_graph=True)
-        need = (*(second is not None for second in seconds[:3]), False)
-        found = _Backward.apply(dz, x_, mean, rstd, weight_, bias_, None, None, None, plain, need)
-    firsts = [*found[:3], *dslopes]
-    used = [k for k, first in enumerate(firsts) if first is not None and seconds[k] is not None]
-    wanted = [leaf for leaf in leaves if leaf is not None]
-    by_leaf = iter(
-        torch.autograd.grad(
-            [firsts[k] for k in used], wanted, [seconds[k] for k in used], allow_unused=True, materialize_grads=True
-        )
-    )
-    return [None if leaf is None else next(by_leaf) for leaf in leaves]
+        y = phases.activation_of(spec, z_, slopes_[0] if slopes_ else None)
+        firsts = torch.autograd.grad(y, [z_, *slopes_], dy_, create_graph=True)  # g, and dslopes
+    g = firsts[0].detach()
+    d_g, *found = phases.double_backward(ddx, ddweight, ddbias, g, x, mean, rstd, weight, where, plain)
+    is_bent = spec.activation in _PIECEWISE_LINEAR
+    used = 1 if ddslopes is None else 2
+    d_dy, *others = torch.autograd.grad(
+        firsts[:used], [dy_] if is_bent else [dy_, z_, *slopes_], [d_g, ddslopes][:used], allow_unused=True,
+        materialize_grads=True,
+    )  # fmt: skip
+    d_bias = None if bias is None else torch.zeros_like(bias)
+    if not is_bent:
+        need = (True, weight is not None, bias is not None, False)
+        d_z = others.pop(0)
+        *through_z, d_bias, _ = phases.backward(d_z, x, mean, rstd, weight, bias, where, None, None, plain, need)
+        found = [a if a is None or b is None else a + b for a, b in zip(found, through_z, strict=True)]
+    return [d_dy, *found, d_bias, others.pop() if others else None]
 
 
 class _Deviation(torch.autograd.Function):
