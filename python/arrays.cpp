@@ -25,7 +25,11 @@ class Name {
     if (!found) throw nb::python_error();
     return nb::steal(found);
   }
-  nb::object call(nb::handle object) const { return of(object)(); }
+  nb::object call(nb::handle object) const {  // which makes no bound method
+    PyObject* const found = PyObject_CallMethodObjArgs(object.ptr(), name_, nullptr);
+    if (!found) throw nb::python_error();
+    return nb::steal(found);
+  }
 
  private:
   PyObject* name_;
@@ -371,11 +375,14 @@ struct Lent {
 bool may_have_tangents(const Library& library) {
   if (library.kind != Library::Kind::torch) return false;
   static const Name level("_current_level");
-  static const nb::handle forward_ad = [] {
+  static nb::handle forward_ad;
+  if (!forward_ad.is_valid()) {
     const nb::object autograd = nb::getattr(python_module("torch"), "autograd", nb::none());
-    return nb::getattr(autograd, "forward_ad", nb::none()).release();  // None of what only looks like PyTorch
-  }();
-  return !forward_ad.is_none() && nb::cast<int>(level.of(forward_ad)) >= 0;
+    nb::object found = nb::getattr(autograd, "forward_ad", nb::none());
+    if (found.is_none()) return false;  // of what only looks like PyTorch
+    forward_ad = found.release();
+  }
+  return nb::cast<int>(level.of(forward_ad)) >= 0;
 }
 
 bool is_plain(nb::handle tensor) {

@@ -1,30 +1,9 @@
 #include "memory.hpp"
 
-#include <memory>
-#include <new>
-
 #include "unlocked.hpp"
 
 namespace memory {
 namespace {
-
-/// Scratch of a call: on the stack where it is small, since most calls on small arrays want none or little.
-class Workspace {
- public:
-  explicit Workspace(std::size_t doubles) {
-    if (doubles > kOnStack) heap_.reset(static_cast<double*>(::operator new[](doubles * sizeof(double), kLine)));
-  }
-  double* data() { return heap_ ? heap_.get() : stack_; }
-
- private:
-  static constexpr std::size_t kOnStack = 512;
-  static constexpr std::align_val_t kLine{64};
-  struct Delete {
-    void operator()(double* p) const { ::operator delete[](p, kLine); }
-  };
-  alignas(64) double stack_[kOnStack];
-  std::unique_ptr<double[], Delete> heap_;
-};
 
 /// Elements of x from which on other Python threads get to run during a call: letting go of the lock and taking it back
 /// costs as much as some thousands of elements.
@@ -51,17 +30,12 @@ void follow_threads_of(nb::object variable) {
   if (!threads_of_context.is_valid()) threads_of_context = variable.release();
 }
 
-void run_as_it_is(Job& job) {
-  Workspace workspace(workspace_doubles(job));
-  normkit::run(job, workspace.data());
-}
-
 void Memory::run(Job& job) const {
   if (threads_of_context.is_valid())
     if (const nb::object threads = threads_of_context.attr("get")(); !threads.is_none())
       job.threads = nb::cast<int>(threads);
-  if (job.task.geometry.size() < kReleaseElements) return run_as_it_is(job);
-  unlocked::run([&] { run_as_it_is(job); });
+  if (job.task.geometry.size() < kReleaseElements) return normkit::run(job);
+  unlocked::run([&] { normkit::run(job); });
 }
 
 void Memory::copy(nb::handle into, nb::handle from, nb::handle axes) const {

@@ -46,9 +46,6 @@ class Memory {
 
 const Memory& of_numpy();
 
-/// Runs a job on the CPU, with or without the interpreter lock.
-void run_as_it_is(Job& job);
-
 /// Has calls on the CPU use as many threads as this context variable says, where its value is not None. Only the first
 /// call of this function counts.
 void follow_threads_of(nb::object variable);

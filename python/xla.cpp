@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "cuda.hpp"
-#include "memory.hpp"
 #include "xla_ffi.hpp"
 
 namespace xla {
@@ -156,7 +155,7 @@ void execute(const CallFrame& frame, bool on_device) {
       at[reader.below(normkit::kOperands)] = static_cast<std::byte*>(buffers->buffers[k]->data);
   normkit::point(plan.job, plan.op, at);
   if (on_device) run_on_device(frame, plan.job);
-  else memory::run_as_it_is(plan.job);
+  else normkit::run(plan.job);
 }
 
 Error* failure(const CallFrame& frame, int code, const char* message) {

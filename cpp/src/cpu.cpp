@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
+#include <memory>
+#include <new>
 #include <stdexcept>
 #include <system_error>
 
@@ -78,15 +80,38 @@ template <class F> void over(std::int64_t begin, std::int64_t end, int threads, 
   });
 }
 
-/// Carves a workspace into arrays. With a null workspace it only counts.
+/// Carves memory into arrays. Without any it only counts.
 struct Carver {
-  double* memory;
+  double* memory = nullptr;
   std::size_t used = 0;
   double* take(std::int64_t doubles) {
     double* at = memory ? memory + used : nullptr;
     used += (static_cast<std::size_t>(doubles) + 7) / 8 * 8;  // whole lines
     return at;
   }
+};
+
+/// Scratch of a call: on the stack where it is small, since most calls on small arrays want none or little.
+class Workspace {
+ public:
+  /// What carve(carver) makes of it, which is called twice: to count, and to carve.
+  template <class Carve> auto carved(Carve carve) {
+    Carver carver;
+    carve(carver);
+    if (carver.used > kOnStack)
+      heap_.reset(static_cast<double*>(::operator new[](carver.used * sizeof(double), kLine)));
+    carver = {heap_ ? heap_.get() : stack_};
+    return carve(carver);
+  }
+
+ private:
+  static constexpr std::size_t kOnStack = 512;
+  static constexpr std::align_val_t kLine{64};
+  struct Delete {
+    void operator()(double* p) const { ::operator delete[](p, kLine); }
+  };
+  alignas(64) double stack_[kOnStack];
+  std::unique_ptr<double[], Delete> heap_;
 };
 
 struct Common {
@@ -399,14 +424,14 @@ void store_gradient(const ParamGradient& out, std::int64_t p, double v) {
   store_scalar(out.data + p * size_of(out.dtype), out.dtype, v);
 }
 
-void run_forward(Job& job, double* workspace) {
+void run_forward(Job& job) {
   Task& t = job.task;
   const Isa& isa = current_isa();
   const std::int64_t statistics = t.geometry.statistics();
   unfold_steps(job);
   const Policy p = policy_for(t, job.threads, isa);
-  Carver carver{workspace};
-  const ForwardSpace space = carve_forward(carver, job, p);
+  Workspace workspace;
+  const ForwardSpace space = workspace.carved([&](Carver& carver) { return carve_forward(carver, job, p); });
   if (space.moments) t.moments = space.moments;
   t.walk = p.walk;
   if (t.frozen && job.running.mean) read_running(t, job.running, space.given), copy_given(t, statistics);
@@ -449,14 +474,14 @@ void run_forward(Job& job, double* workspace) {
   if (job.running.mean && !t.frozen) update_running(t, job.running);
 }
 
-void run_backward(Job& job, double* workspace) {
+void run_backward(Job& job) {
   Task& t = job.task;
   if (t.phase == Phase::both && !t.dx.data && !job.dweight.data && !job.dbias.data) return;
   const Isa& isa = current_isa();
   const Loops& loops = t.twice ? isa.double_backward : isa.backward;
   const Policy p = policy_for(t, job.threads, isa);
-  Carver carver{workspace};
-  const BackwardSpace space = carve_backward(carver, job, p);
+  Workspace workspace;
+  const BackwardSpace space = workspace.carved([&](Carver& carver) { return carve_backward(carver, job, p); });
   if (t.dparams)
     std::memset(t.dparams, 0, static_cast<std::size_t>(2 * dparam_units(t.geometry, t.kind)) * sizeof(double));
   t.walk = p.walk;
@@ -564,22 +589,8 @@ void merge_moments(double* into, const double* from, std::int64_t n, Dtype x) {
 
 bool takes_views() { return true; }
 
-std::size_t workspace_doubles(const Job& job) {
-  Job copy = job;
-  std::size_t most = 0;
-  for_each_job(copy, [&](Job& one) {
-    if (!one.is_backward) unfold_steps(one);
-    Carver carver{nullptr};
-    const Policy p = policy_for(one.task, one.threads, current_isa());
-    if (one.is_backward) carve_backward(carver, one, p);
-    else carve_forward(carver, one, p);
-    if (carver.used > most) most = carver.used;
-  });
-  return most;
-}
-
-void run(Job& job, double* workspace) {
-  for_each_job(job, [&](Job& one) { one.is_backward ? run_backward(one, workspace) : run_forward(one, workspace); });
+void run(Job& job) {
+  for_each_job(job, [](Job& one) { one.is_backward ? run_backward(one) : run_forward(one); });
 }
 
 }  // namespace normkit

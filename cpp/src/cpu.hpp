@@ -26,7 +26,7 @@ struct Running {
   double momentum = 0;
 };
 
-/// A validated call. `threads` is fixed when it is planned, so that workspace and run agree on it.
+/// A validated call. `threads` is fixed when it is planned.
 struct Job {
   Task task;
   bool is_backward = false;
@@ -54,8 +54,6 @@ template <class F> void for_each_job(Job& job, F f) {
 /// True where run() takes jobs whose arrays have views.
 bool takes_views();
 
-/// workspace_doubles() says how many doubles of workspace run() wants. `workspace` is aligned to 64 bytes.
-std::size_t workspace_doubles(const Job& job);
-void run(Job& job, double* workspace);
+void run(Job& job);
 
 }  // namespace normkit

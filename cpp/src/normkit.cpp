@@ -2,8 +2,6 @@
 #include "normkit/normkit.hpp"
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <string>
 #include <vector>
 
@@ -11,17 +9,6 @@
 
 namespace normkit {
 namespace {
-
-struct AlignedDelete {
-  void operator()(double* p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-
-void run_with_workspace(Job& job) {
-  const std::size_t doubles = workspace_doubles(job);
-  const std::unique_ptr<double[], AlignedDelete> workspace(
-      static_cast<double*>(::operator new[](doubles * sizeof(double) + 64, std::align_val_t{64})));
-  run(job, workspace.get());
-}
 
 /// Throws for statistics or parameters that do not lie as the kernels count them: dense, their axes in the order in
 /// which they lie in the memory of x.
@@ -83,7 +70,7 @@ void call(const Args& args, const Spec& spec, Op op) {
     if (role == Role::x || role == Role::like_x || role == Role::mask) bad_layout(args, spec, op, wanted);
   }
   if (!p.temporaries.empty()) bad_order(args.*kOperandTable[p.temporaries[0].operand].array, p.temporaries[0]);
-  if (!p.shapes.empty) return run_with_workspace(p.job);
+  if (!p.shapes.empty) return run(p.job);
   for (const OperandRow& row : kOperandTable)
     if (contains(row.writes, op) && row.role != Role::running && (args.*row.array).present) zero(args.*row.array);
 }

@@ -37,8 +37,7 @@ constexpr std::int64_t first_of_unit(const Task& t, std::int64_t unit) {
   return unit / row_groups(t.geometry) * t.geometry.lanes + unit % row_groups(t.geometry) * kRowGroup;
 }
 
-/// The policy for one task. Outputs may still be absent from `t`, where the caller has not passed them: what the
-/// workspace depends on is the same then.
+/// The policy for one task.
 Policy policy_for(const Task& t, int threads, const Isa& isa);
 
 }  // namespace normkit
