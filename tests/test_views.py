@@ -1,5 +1,9 @@
 """Arrays that are not dense, and masks that name everyone, have the bits of what they stand for."""
 
+import os
+import platform
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -206,6 +210,31 @@ def test_no_array_is_copied_whole(axis, order, cut, threads, rng):
         nk.normalize_backward(dy, x, mean, rstd, axis=axis, need=("dx",), out=dx)
 
     assert peak_of(call, threads) < threads << 20 < x.nbytes
+
+
+@pytest.mark.skipif(ON_GPU, reason="a GPU packs arrays")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its malloc tells by page faults that a copy was made")
+def test_arrays_on_their_elements_are_not_copied_after_others_of_the_same_layout():
+    code = """if True:
+        import resource
+        import normkit as nk
+        import numpy as np
+        shape = (2, 2, 256, 256)
+        raw, out = np.zeros(4 * 2**18 + 64, np.uint8), np.empty(shape, np.float32)
+        def faults(begin):
+            x = raw[begin : begin - 64].view(np.float32).reshape(shape)
+            nk.instance_norm(x, out=out)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(10):
+                nk.instance_norm(x, out=out)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        print(faults(4 - raw.ctypes.data % 4), faults(5 - raw.ctypes.data % 4), faults(4 - raw.ctypes.data % 4))
+    """
+    # What is allocated beyond this comes in new pages, and goes back when it is freed.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "NORMKIT_NUM_THREADS": "1"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    before, misaligned, after = map(int, found.stdout.split())
+    assert max(before, after) < 10 <= 10 * 16 < misaligned
 
 
 INTEGERS = ["bool", "uint8", "int8", "uint16", "int16", "int32", "uint32", "int64", "uint64"]

@@ -31,7 +31,8 @@ void copy_bytes(std::byte* to, const std::byte* from, std::int64_t bytes, std::i
   std::memcpy(to + k, from + k, static_cast<std::size_t>(bytes - k));
 }
 
-/// Bytes that copies of rows run ahead: rows that are far apart are not foreseen.
+/// Bytes that copies run ahead: rows that are far apart are not foreseen, and what is foreseen comes late, 1.25 of the time of a
+/// call.
 constexpr std::int64_t kRowsAhead = 4096;
 
 /// Copies rows x columns elements of kBytes bytes each; the columns of one side are dense.
@@ -47,7 +48,7 @@ void copy_lattice(std::byte* to, Lattice to_step, const std::byte* from, Lattice
   const std::int64_t ahead = row_bytes < kRowsAhead ? kRowsAhead / row_bytes * from_step.row : 0;
   for (std::int64_t row = 0; row < rows; ++row, to += to_step.row, from += from_step.row) {
     if (to_step.column == kBytes && from_step.column == kBytes) {
-      copy_bytes(to, from, columns * kBytes, ahead);
+      copy_bytes(to, from, columns * kBytes, ahead != 0 ? ahead : kRowsAhead);
       continue;
     }
     if (ahead != 0)
@@ -273,6 +274,12 @@ View view_along(const AxisOrder& order, std::span<const std::int64_t> shape, std
   }
   if (view.axes.empty()) view.axes.push_back({1, size_of(dtype)});
   return view;
+}
+
+const std::byte* address(const View& view, const std::byte* array, std::int64_t element) {
+  for (std::size_t axis = view.axes.size(); axis-- > 0; element /= view.axes[axis].extent)
+    array += element % view.axes[axis].extent * view.axes[axis].stride;
+  return array;
 }
 
 void gather(const View& view, const std::byte* array, std::int64_t first, std::int64_t count, std::byte* to) {

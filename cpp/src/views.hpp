@@ -25,6 +25,9 @@ struct View {
 View view_along(const AxisOrder& order, std::span<const std::int64_t> shape, std::span<const std::int64_t> strides,
                 Dtype dtype, Dtype seen);
 
+/// The address of an element, counted as the array is walked.
+const std::byte* address(const View& view, const std::byte* array, std::int64_t element);
+
 /// Copies elements [first, first + count) of an array, counted as it is walked, to dense memory.
 void gather(const View& view, const std::byte* array, std::int64_t first, std::int64_t count, std::byte* to);
 /// Copies dense memory to elements [first, first + count) of an array, each rounded once.
