@@ -218,8 +218,10 @@ MUTANTS = [
     Mutant("cuda/double_backward.cuh", "if («p.is_member(t)»)\n      e.d_x = mul_add(dy", "false",
            "statistics are taken for constants", "double_backward"),
     # ---- bindings
-    Mutant("python/recent.hpp", "put(2 * ndim + «(PyArray_ISWRITEABLE(a) ? 1 : 0)»);", "0",
+    Mutant("python/recent.hpp", "+ «(PyArray_ISWRITEABLE(a) ? 1 : 0)»);", "0",
            "a known plan writes what is read-only", "calls"),
+    Mutant("python/recent.hpp", "«lies_on(PyArray_DATA(a), PyArray_ITEMSIZE(a))» +", "1",
+           "arrays on their elements are copied after others of the same layout", "views"),
     Mutant("python/calls.cpp", "if («op_ == Op::apply» && !mean.first.is_none())", "false",
            "apply forgets what a mean has left over", "phases"),
     Mutant("python/calls.cpp", "for (const int slot : objects_) «key.add(values[slot])»;", "void()",
