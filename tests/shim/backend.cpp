@@ -1,6 +1,8 @@
 // The functions of cpu.hpp and of normkit.hpp's control, with the kernels of cuda/ behind them: linked in place of cpu.cpp, it
 // makes every test of the CPU one of the CUDA kernels.
 #include <cstring>
+#include <memory>
+#include <new>
 
 #include "cuda.hpp"
 #include "device.cuh"
@@ -9,15 +11,16 @@
 
 namespace normkit {
 
-std::size_t workspace_doubles(const Job& job) { return cuda::workspace_bytes(job) / sizeof(double); }
-
 /// The workspace of a GPU holds anything, here NaN.
-void run(Job& job, double* workspace) {
+void run(Job& job) {
+  constexpr std::align_val_t kAligned{64};
   const std::size_t bytes = cuda::workspace_bytes(job);
-  auto* const memory = reinterpret_cast<std::byte*>(workspace);
-  std::memset(memory, 0xff, bytes);
-  cuda::shim::workspace = {memory, memory + bytes};
-  cuda::run(job, workspace, nullptr, 0);
+  const auto let_go = [](std::byte* p) { ::operator delete[](p, kAligned); };
+  const std::unique_ptr<std::byte[], decltype(let_go)> memory(
+      static_cast<std::byte*>(::operator new[](bytes, kAligned)), let_go);
+  std::memset(memory.get(), 0xff, bytes);
+  cuda::shim::workspace = {memory.get(), memory.get() + bytes};
+  cuda::run(job, memory.get(), nullptr, 0);
 }
 
 bool takes_views() { return false; }
