@@ -202,7 +202,7 @@ std::int64_t distance_to_next(const View& view, const std::byte* array, std::int
   };
   const std::int64_t from = place(first), to = place(first + count - 1), bytes = count * size_of(view.dtype);
   const std::int64_t reach = std::abs(to - from);
-  const bool has_dense_rows = std::abs(view.axes.back().stride) == size_of(view.dtype);
+  const bool has_dense_rows = std::abs(view.axes.back().stride) == size_of(view.seen);
   const bool is_alike = has_dense_rows && reach >= bytes / 2 && reach <= 4 * bytes;
   return is_alike ? std::min(from, to) - reinterpret_cast<std::intptr_t>(copy) : 0;
 }

@@ -176,7 +176,9 @@ Policy policy_for(const Task& t, int threads, const Isa& isa) {
     std::int64_t elements = elements_of_span(t);
     if (!p.split && !p.by_spans) {
       elements = elements_of_unit(t);
-      p.block = std::clamp(kBlockElements / elements, std::int64_t{1}, p.units);
+      // Two, where they fit: one of them is written while the other is read. Statistics of 128 and 256 KB: 0.85 of the time.
+      const std::int64_t least = bytes_of_block(t, 2 * elements) <= fetched_bytes() ? 2 : 1;
+      p.block = std::min(std::max(kBlockElements / elements, least), p.units);
       while (p.block > 1 && bytes_of_block(t, p.block * elements) > kBufferBytes) p.block /= 2;
       elements *= p.block;
     }
