@@ -74,6 +74,9 @@ struct Walk {
   // Where a statistic is written while the next is read: how much further fetches into the second-level cache run than those into
   // the first.
   std::int64_t far_bytes = 0;
+  // Where x or dy is a copy of a part of an array: how far behind it lies what is copied next, which fetches into the second-level
+  // cache are for; 0 where it is no copy, or where that is too far to tell.
+  std::int64_t next_x = 0, next_dy = 0;
 };
 
 struct Task {

@@ -229,12 +229,11 @@ template <class F> void on_block(const Job& job, const Block& block, Phase pass,
     if (interleaved(t)) seen.strides = {t.geometry.lanes * each, t.geometry.run, each, 1};
     // The block lies in the buffer as if it were where it is in the whole array.
     seen.data = part[k] - (block.first * (interleaved(t) ? each : members_of(t)) + block.begin) * bytes;
-    if (kViewed[k] == &Task::x && t.traversal == Traversal::runs && !interleaved(t) && !t.dy.data) {
-      const std::int64_t distance =
-          distance_to_next(job.views[static_cast<std::size_t>(whole.view)], whole.data,
-                           (block.last - 1) * members_of(t) + block.end, (block.last - block.first) * each, part[k]);
-      if (distance != 0) mine.walk.fetch_bytes = mine.walk.far_bytes = distance;
-    }
+    if ((kViewed[k] != &Task::x && kViewed[k] != &Task::dy) || t.traversal == Traversal::lanes || interleaved(t))
+      continue;
+    (kViewed[k] == &Task::x ? mine.walk.next_x : mine.walk.next_dy) =
+        distance_to_next(job.views[static_cast<std::size_t>(whole.view)], whole.data,
+                         (block.last - 1) * members_of(t) + block.end, (block.last - block.first) * each, part[k]);
   }
   f(mine);
   for (std::size_t k = 0; k < part.size(); ++k) {

@@ -257,7 +257,8 @@ NORMKIT_LOCAL void with_outputs(const BatchWriter<X, Y>& writer, const BatchOf<X
 template <class X, class Y>
 [[gnu::noinline]] void write_row(const BatchWriter<X, Y>& writer, const BatchOf<X>& batch, int k, std::int64_t begin,
                                  std::int64_t end) {
-  const Fetch fetch = far_fetch(at<X>(batch.x[k], 0) + begin, writer.t.walk.fetch_bytes);
+  const Fetch fetch =
+      far_fetch(at<X>(batch.x[k], 0) + begin, far_or_next(writer.t.walk.fetch_bytes, writer.t.walk.next_x));
   with_outputs(writer, batch, k, begin, [&](auto f) NORMKIT_INLINE_LAMBDA {
     map(output_row<X, Y>(writer.t, batch, k) + begin, end - begin, writer.streamer, fetch, f);
   });
@@ -302,7 +303,7 @@ template <class X, bool kLinear>
   write_beside(tile, tile.y[0], n, writer.streamer, write_part, [&](auto& beside) NORMKIT_INLINE_LAMBDA {
     for (int j = k; j < k + kRows && j < next.rows; ++j) {
       const char* const near = reinterpret_cast<const char*>(next.x[j]) + near_ahead(n * sizeof(X));
-      sum_row<X>(Count<0>{}, n, j, Fetch{near, near + kFarAhead}, beside, next);
+      sum_row<X>(Count<0>{}, n, j, Fetch{near, near + far_or_next(kFarAhead, writer.t.walk.next_x)}, beside, next);
     }
   });
 }
@@ -326,7 +327,9 @@ template <class X, class Y, int kVectors>
       }
     }
     if constexpr (kVectors > 0)
-      if (k < rows) far_fetch(batch.x[k], t.walk.fetch_bytes).template block<kVectors * kLanes<V> * sizeof(X)>(0);
+      if (k < rows)
+        far_fetch(batch.x[k], far_or_next(t.walk.fetch_bytes, t.walk.next_x))
+            .template block<kVectors * kLanes<V> * sizeof(X)>(0);
     if (k < next_rows) sum_row<X>(vectors, n, k, Fetch{}, alone, next);
     if (k >= rows) continue;
     if constexpr (kVectors == 0) write_row(writer, batch, k, 0, n);

@@ -77,7 +77,7 @@ template <class X, bool kLinear, bool kSummed>
   }
   const V mean = broadcast<V>(known.statistic.mean), a = broadcast<V>(static_cast<S>(known.statistic.rstd * factor));
   const V b = broadcast<V>(known.gradient.b), c = broadcast<V>(known.gradient.c);
-  const FetchBoth fetch(x, dy, {0, t.walk.fetch_bytes});
+  const FetchBoth fetch(x, dy, {t.walk, 0, t.walk.fetch_bytes});
   const ElementGradients<X> gradients(t, kSummed ? batch.row_sums[k] : nullptr, 0, begin, known.statistic);
   map(batch.dx[k] + begin, end - begin, streamer, Fetch{}, [&](auto place) NORMKIT_INLINE_LAMBDA {
     fetch.far_line(place.i * static_cast<std::int64_t>(sizeof(X)));
@@ -135,7 +135,7 @@ template <class X, bool kLinear, bool kSummed>
     tile.b[j] = broadcast<V>(known.gradient.b), tile.c[j] = broadcast<V>(known.gradient.c);
     tile.scale[j] = broadcast<V>(standard.scale), tile.shift[j] = broadcast<V>(standard.shift);
   }
-  const Ahead ahead{2048, 2048 + kFarAhead};
+  const Ahead ahead(t.walk, 2048, 2048 + kFarAhead);
   const auto write_part = [&](std::int64_t begin, std::int64_t end) {
     for (int j = k; j < k + kBackwardTile; ++j)
       write_row<X, kLinear, kSummed>(t, batch, j, begin, end, weight, streamer);

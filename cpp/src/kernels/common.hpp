@@ -35,6 +35,8 @@ struct Fetch {
       prefetch_first(near + byte + line), prefetch_second(far + byte + line);
   }
 };
+/// How far fetches into the second-level cache run ahead, where it is usual that they run so far.
+NORMKIT_LOCAL std::int64_t far_or_next(std::int64_t far, std::int64_t next) { return next ? next : far; }
 /// Fetches far ahead alone.
 NORMKIT_LOCAL Fetch far_fetch(const void* from, std::int64_t bytes) {
   return {nullptr, static_cast<const char*>(from) + bytes};

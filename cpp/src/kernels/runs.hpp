@@ -191,12 +191,12 @@ NORMKIT_LOCAL Fetch fetch_while_reading(const Task& t, const Operand& a, std::in
   const char* from = address(a, o, step, lane, begin);
   const bool strided = t.geometry.run < kChunk && t.geometry.steps > 1;  // then the next chunk is
   if (strided) return far_fetch(from, rows * a.strides.step * size_of(a.dtype));
-  return {from + kNearAhead, from + kNearAhead + t.walk.far_bytes};
+  return {from + kNearAhead, from + kNearAhead + far_or_next(t.walk.far_bytes, t.walk.next_x)};
 }
 NORMKIT_LOCAL Fetch fetch_while_writing(const Task& t, const Operand& a, std::int64_t o, std::int64_t step,
                                         std::int64_t lane, std::int64_t begin) {
   const char* from = address(a, o, step, lane, begin);
-  return t.frozen ? Fetch{from + kAhead} : far_fetch(from, t.walk.fetch_bytes);
+  return t.frozen ? Fetch{from + kAhead} : far_fetch(from, far_or_next(t.walk.fetch_bytes, t.walk.next_x));
 }
 
 /// Writes x = source + residual, rounded to the type of x.
@@ -353,7 +353,7 @@ template <class X, bool kLinear> void runs_forward_overlapped(const Task& t, std
                    [&](std::int64_t step, std::int64_t rows, std::int64_t first, std::int64_t last) {
           const X* x = at<X>(t.x, o, step, lane) + first;
           const char* const near = reinterpret_cast<const char*>(x) + near_ahead(g.run * sizeof(X));
-          const Fetch fetch{near, near + t.walk.far_bytes};
+          const Fetch fetch{near, near + far_or_next(t.walk.far_bytes, t.walk.next_x)};
           add_chunk(x, rows, t.x.strides.step, last - first, t.centered, Everyone{}, fetch, writer, m);
         });
         return m;

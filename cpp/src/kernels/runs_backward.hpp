@@ -21,7 +21,13 @@ NORMKIT_LOCAL bool has_detailed_sums(const Task& t) { return t.where.data || has
 NORMKIT_LOCAL bool has_detailed_ranges(const Task& t) { return t.residual.data || has_detailed_sums(t); }
 
 /// How many bytes fetches run ahead of a walk: those into the first-level cache, and those into the second.
-struct Ahead { std::int64_t near = 0, far = 0; };
+struct Ahead {
+  std::int64_t near = 0, far_x = 0, far_dy = 0;
+
+  NORMKIT_LOCAL Ahead() = default;
+  NORMKIT_LOCAL Ahead(const Walk& walk, std::int64_t near_bytes, std::int64_t far_bytes)
+      : near(near_bytes), far_x(far_or_next(far_bytes, walk.next_x)), far_dy(far_or_next(far_bytes, walk.next_dy)) {}
+};
 /// Fetches for a walk over dy and x.
 struct FetchBoth {
   const char *x, *dy;
@@ -33,7 +39,7 @@ struct FetchBoth {
     prefetch_first(x + ahead.near + byte), prefetch_first(dy + ahead.near + byte);
   }
   NORMKIT_LOCAL void far_line(std::int64_t byte) const {
-    prefetch_second(x + ahead.far + byte), prefetch_second(dy + ahead.far + byte);
+    prefetch_second(x + ahead.far_x + byte), prefetch_second(dy + ahead.far_dy + byte);
   }
 };
 
@@ -79,7 +85,7 @@ NORMKIT_LOCAL void add_segments(LaneSums<X>& sums, const X* dy, std::int64_t dy_
       for (std::int64_t line = 0; line < 4 * kWidth * static_cast<std::int64_t>(sizeof(X)); line += 64) {
         const std::int64_t byte = i * static_cast<std::int64_t>(sizeof(X)) + line;
         if constexpr (!__is_same(Beside, Nothing)) fetch.near_line(byte), fetch.far_line(byte);
-        else if (ahead.far) fetch.far_line(byte);
+        else if (ahead.far_x) fetch.far_line(byte);
       }
       beside.block();
       add(even, Full{i}), add(odd, Full{i + kWidth});
@@ -159,10 +165,10 @@ template <class X>
 }
 
 /// How many bytes ahead sums fetch: fewer if outputs are written beside them.
-NORMKIT_LOCAL Ahead ahead_while_summing(const Task&, Nothing) { return {0, kFarAhead}; }
+NORMKIT_LOCAL Ahead ahead_while_summing(const Task& t, Nothing) { return {t.walk, 0, kFarAhead}; }
 template <class Beside> NORMKIT_LOCAL Ahead ahead_while_summing(const Task& t, const Beside&) {
   const std::int64_t near = near_ahead(t.geometry.run * size_of(t.x.dtype));
-  return {near, near + t.walk.far_bytes};
+  return {t.walk, near, near + t.walk.far_bytes};
 }
 
 /// One range of a run of a statistic, or several whole runs, and the place where it lies.
@@ -367,7 +373,7 @@ template <class X>
              [&](Piece piece) NORMKIT_INLINE_LAMBDA {
     const X *dy = rows.dy + piece.begin, *x = rows.x + piece.begin;
     X* dx = rows.dx + piece.begin;
-    const FetchBoth next(x, dy, {kAhead, t.walk.fetch_bytes});
+    const FetchBoth next(x, dy, {t.walk, kAhead, t.walk.fetch_bytes});
     const auto fetch = [&](auto place) NORMKIT_INLINE_LAMBDA {
       const std::int64_t byte = place.i * static_cast<std::int64_t>(sizeof(X));
       if (t.frozen) next.near_line(byte);
