@@ -26,8 +26,6 @@ namespace {
 constexpr std::size_t kLine = 64;
 constexpr std::align_val_t kAlign{kLine};
 constexpr std::size_t kDefaultLimit = std::size_t{256} << 20;
-/// Bytes from which on memory is worth the system's large pages, of which there are fewer to fill.
-constexpr std::size_t kHugePages = std::size_t{4} << 20;
 
 /// Lies in front of the elements, which begin at the next line of memory.
 struct Header { std::size_t capacity; };
@@ -40,6 +38,8 @@ void* from_system(std::size_t bytes) {
   void* memory = ::operator new(kLine + capacity, kAlign, std::nothrow);
   if (!memory) return nullptr;
 #if defined(MADV_HUGEPAGE)
+  // Bytes from which on memory is worth the system's large pages, of which there are fewer to fill.
+  constexpr std::size_t kHugePages = std::size_t{4} << 20;
   if (capacity >= kHugePages) {
     constexpr std::uintptr_t kPage = 4096;
     const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(memory) + kPage - 1) / kPage * kPage;

@@ -3,21 +3,11 @@
 
 #include <Python.h>
 
-#include <chrono>
-#include <thread>
-
 namespace unlocked {
 
-/// Takes the lock back. Where the interpreter has ended meanwhile, Python 3.11 to 3.13 end the thread instead, by an exception that
-/// runs through frames which may not throw, and past objects that want the lock. Here such a thread waits for the
-/// process to end, as Python has it do from 3.14 on.
-inline void take_lock(PyThreadState* state) {
-  try {
-    PyEval_RestoreThread(state);
-  } catch (...) {
-    for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
-  }
-}
+/// Takes the lock back. Where the interpreter has ended meanwhile, Python 3.11 to 3.13 end the thread instead, past objects that
+/// want the lock. Here such a thread waits for the process to end, as Python has it do from 3.14 on.
+void take_lock(PyThreadState* state);
 
 /// Calls work() without the lock, so that other Python threads get to run meanwhile.
 template <class Work> void run(Work work) {
