@@ -192,11 +192,13 @@ def gradients_of_backward(
         return [None] * 9
     own = Frame(spec, x.shape).absent_shape() if weight is None else weight.shape
     d_dtotal = ddx if ctx.needs_input_grad[8] else None
-    is_plain = not spec.activation and (ddbias is None or tuple(ddbias.shape) == tuple(own))
-    if is_plain:
+    fits = ddbias is None or tuple(ddbias.shape) == tuple(own)
+    if fits and not spec.activation:
         d_dy, d_x, d_weight = double(ddx, ddweight, ddbias, dy, x, mean, rstd, weight, where, spec)
         return [d_dy, d_x, None, None, d_weight, None, None, None, d_dtotal]
-    found = otherwise(seconds, dy, x, mean, rstd, weight, bias, where, slopes, spec)
+    found = (otherwise if fits else phases.second_gradients)(
+        seconds, dy, x, mean, rstd, weight, bias, where, slopes, spec
+    )
     d_dy, d_x, d_weight, d_bias, d_slopes = found
     d_bias = None if bias is None else d_bias
     return [d_dy, d_x, None, None, d_weight, d_bias, None, d_slopes, d_dtotal]

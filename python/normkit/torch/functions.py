@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import functional as core
-from .._operations import OPERATIONS, Frame, Spec, axes_of
+from .._operations import OPERATIONS, Spec, axes_of
 from .._types import Activation
 from . import _operations as phases
 from ._operations import Optional
@@ -98,9 +98,7 @@ def _second_gradients(
     g goes on to dy, and, by f'', to z, which a backward takes to x, weight and bias. What is returned for half types is
     float32, which autograd rounds.
     """
-    own = Frame(spec, x.shape).absent_shape() if weight is None else weight.shape
-    is_of_own = seconds[2] is None or tuple(seconds[2].shape) == tuple(own)
-    if spec.frozen or torch.is_grad_enabled() or not is_of_own:
+    if spec.frozen or torch.is_grad_enabled():
         return phases.second_gradients(seconds, dy, x, mean, rstd, weight, bias, where, slopes, spec)
     plain = spec._replace(activation="", slope=None)
     given: Any = (dy, x, weight, bias, slopes, *seconds)  # what lies between the two is not rounded to half types
