@@ -77,6 +77,8 @@ def call_of(spec: Spec, phase: str) -> tuple[Callable[..., Any], dict[str, Any]]
     """
     row = spec.operation
     options: dict[str, Any] = {row.axes: spec.axes if row.axes == "axis" else spec.axes[0], **row.fixed}
+    if spec.kind == "group":
+        options["num_groups"] = spec.groups
     if spec.weight_offset:
         options["weight_offset"] = spec.weight_offset
     if phase == "forward":

@@ -42,8 +42,6 @@ def _bound(call: Call, arrays: Arrays) -> partial[Any]:
     function, options = call_of(spec, call.phase)
     slopes = arrays.pop("slopes", None)
     more: dict[str, Any] = {} if slopes is None else {"activation": ("prelu", slopes)}
-    if spec.kind == "group":
-        more["num_groups"] = spec.groups
     if call.phase == "forward":
         more |= {"return_stats": "rstd" in call.wants, "return_residual": "sum" in call.wants}
     else:

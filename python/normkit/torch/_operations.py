@@ -26,18 +26,12 @@ SPEC_SCHEMA = (  # a Spec, as operators take it
 # ---- phases ------------------------------------------------------------------------------------------------------
 
 
-def _more(where: Any, slopes: Any, residual: Any, running_mean: Any, running_var: Any) -> dict[str, Any]:
-    """What a forward is given besides, of what is there."""
-    more: dict[str, Any] = {}
-    if where is not None:
-        more["where"] = where
+def _with(options: dict[str, Any], operands: dict[str, Any], slopes: Any) -> dict[str, Any]:
+    """The options, and of the operands those that are there."""
+    options = options | {name: operand for name, operand in operands.items() if operand is not None}
     if slopes is not None:
-        more["activation"] = ("prelu", slopes)
-    if residual is not None:
-        more["residual"] = residual
-    if running_mean is not None or running_var is not None:
-        more |= {"running_mean": running_mean, "running_var": running_var}
-    return more
+        options["activation"] = ("prelu", slopes)
+    return options
 
 
 def forward(
@@ -46,16 +40,16 @@ def forward(
 ) -> tuple[Tensor, Optional, Optional, Optional]:  # fmt: skip
     """(y, mean, rstd, x + residual). Running statistics are updated in place."""
     function, options = call_of(spec, "forward")
-    groups = (spec.groups,) if spec.kind == "group" else ()
-    more = _more(where, slopes, residual, running_mean, running_var)
-    if residual is not None:
-        more["return_residual"] = with_total
-    found = function(x, *groups, weight, bias, return_stats=with_stats, **options, **more)
-    if not spec.frozen and (running_mean is not None or running_var is not None):
+    learns = running_mean is not None or running_var is not None
+    if learns or residual is not None or where is not None or slopes is not None:
+        others = {"where": where, "residual": residual, "running_mean": running_mean, "running_var": running_var}
+        options = _with(options, others, slopes)
+        if residual is not None:
+            options["return_residual"] = with_total
+    found = function(x, weight=weight, bias=bias, return_stats=with_stats, **options)
+    if learns and not spec.frozen:
         torch.autograd.graph.increment_version([r for r in (running_mean, running_var) if r is not None])
-    if not isinstance(found, tuple):
-        return found, None, None, None
-    y, *others = found
+    y, *others = found if isinstance(found, tuple) else (found,)
     total = others.pop() if with_total and residual is not None else None
     rstd = others.pop() if with_stats else None
     return y, others.pop() if others else None, rstd, total
@@ -72,9 +66,9 @@ def judge_forward(
 
     function: Any
     function, options = call_of(spec, "forward")
-    groups = (spec.groups,) if spec.kind == "group" else ()
-    more = _more(*map(like, (where, slopes, residual, running_mean, running_var)))
-    function._description(like(x), *groups, like(weight), like(bias), **options, **more)
+    others = {"where": where, "residual": residual, "running_mean": running_mean, "running_var": running_var}
+    options = _with(options, {name: like(tensor) for name, tensor in others.items()}, like(slopes))
+    function._description(like(x), weight=like(weight), bias=like(bias), **options)
 
 
 def backward(
@@ -83,16 +77,11 @@ def backward(
 ) -> list[Optional]:  # fmt: skip
     """[dx, dweight, dbias, dslopes], None for what is not needed."""
     function, options = call_of(spec, "backward")
-    groups = (spec.groups,) if spec.kind == "group" else ()
-    statistics = (rstd,) if spec.kind == "rms" else (mean, rstd)
-    more = {"where": where} if where is not None else {}
-    if bias is not None:
-        more["bias"] = bias
-    if dtotal is not None:
-        more["dresidual"] = dtotal
-    if slopes is not None:
-        more["activation"] = ("prelu", slopes)
-    found = function(dy, x, *groups, *statistics, weight, need=named_gradients(need), **options, **more)
+    if spec.kind != "rms":
+        options = {"mean": mean, **options}
+    if bias is not None or where is not None or slopes is not None or dtotal is not None:
+        options = _with(options, {"where": where, "bias": bias, "dresidual": dtotal}, slopes)
+    found = function(dy, x, rstd=rstd, weight=weight, need=named_gradients(need), **options)
     return [*found] if need[3] else [*found, None]
 
 
@@ -102,9 +91,9 @@ def double_backward(
 ) -> list[Optional]:  # fmt: skip
     """[d_dy, d_x, d_weight] of a call without an activation."""
     function, options = call_of(spec, "double_backward")
-    groups = (spec.groups,) if spec.kind == "group" else ()
-    statistics = (rstd,) if spec.kind == "rms" else (mean, rstd)
-    return [*function(ddx, ddweight, ddbias, dy, x, *groups, *statistics, weight, where=where, **options)]
+    if spec.kind != "rms":
+        options = {"mean": mean, **options}
+    return [*function(ddx, ddweight, ddbias, dy, x, rstd=rstd, weight=weight, where=where, **options)]
 
 
 def deviation(style: Tensor, channel_axis: int, eps: float) -> tuple[Tensor, Tensor]:

@@ -146,11 +146,11 @@ class _Deviation(torch.autograd.Function):
 # ---- calls -------------------------------------------------------------------------------------------------------
 
 
-def _holds_values(*tensors: Optional) -> bool:
+def _hold_values(tensors: Iterable[Optional]) -> bool:
     """True where a call may read memory; else somebody looks on who is told of operators."""
-    if not _PLAIN.issuperset(map(type, tensors)):
-        return False
-    return not (torch.compiler.is_compiling() or is_transforming() or _is_dispatching() or _is_traced())
+    return _PLAIN.issuperset(map(type, tensors)) and not (
+        torch.compiler.is_compiling() or is_transforming() or _is_dispatching() or _is_traced()
+    )
 
 
 def _check(tensors: tuple[Any, ...]) -> None:
@@ -184,7 +184,7 @@ def _call(
     x: Tensor, weight: Optional, bias: Optional, spec: Spec, process_group: Any, where: Any, residual: Optional,
     return_residual: bool, slopes: Optional, running_mean: Optional = None, running_var: Optional = None,
 ) -> Any:  # fmt: skip
-    if OPERATIONS[spec.kind].in_float32 and torch.is_autocast_enabled("cuda") and x.is_cuda:
+    if getattr(x, "is_cuda", False) and OPERATIONS[spec.kind].in_float32 and torch.is_autocast_enabled("cuda"):
         x, weight, bias, residual = map(_float32, (x, weight, bias, residual))
     if isinstance(where, bool):
         where = None if where else torch.zeros((), dtype=torch.bool, device=x.device)
@@ -205,7 +205,7 @@ def _call(
         y = normalized(total, weight, bias, spec, where, slopes, *learnt, process_group)
         return (y, total) if return_residual else y
     tensors = (x, weight, bias, residual, where, slopes, running_mean, running_var)
-    if not _holds_values(*tensors):
+    if not _hold_values(tensors):
         _check(tensors)
         y, _, _, total, *learnt = call("forward", *tensors, *spec)
         if not spec.frozen:
@@ -213,7 +213,8 @@ def _call(
                 if running is not None:
                     running.copy_(new)
         return (y, total) if return_residual else y
-    tensors = (*tensors[:6], _constant(running_mean), _constant(running_var))
+    if running_mean is not None or running_var is not None:
+        tensors = (*tensors[:6], _constant(running_mean), _constant(running_var))
     if _records(x, weight, bias, residual, slopes):
         found = _apply(*tensors, spec)
         return found if residual is None or return_residual else found[0]
@@ -425,7 +426,7 @@ def adaptive_instance_norm(
     if -content.dim() <= channel_axis < content.dim() and -style.dim() <= channel_axis < style.dim():
         found, expected = ((t.shape[0], t.shape[channel_axis]) for t in (style, content))
         core._check_style(found, expected)
-    if _holds_values(style):
+    if _hold_values((style,)):
         std, mean = _Deviation.apply(style, channel_axis, eps)
     else:
         std, mean = call("deviation", style, channel_axis, eps)
