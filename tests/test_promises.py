@@ -87,3 +87,30 @@ def test_two_phases_along_rows(weight_dtype, dtype, run, rows, isa, rng):
     sums = nk.backward_sums(dy, x, mean, rstd, weight, axis=-1)
     found = nk.apply_backward(dy, x, mean, rstd, sums, np.full(rows, run), weight, axis=-1)
     assert bits(found) == bits(dx)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", ("leaky_relu", 0.1), "silu", "gelu"], ids=str)
+@pytest.mark.parametrize("rows", [(1, 5, 3), (5, 7, 16), (3, 50, 49), (2, 33, 196), (4, 9, 400), (3, 5, 1023)], ids=str)
+@pytest.mark.parametrize("name", ["instance", "batch", "evaluation"])
+def test_rows_in_batches_are_rows_one_by_one(name, rows, activation, dtype, isa, rng):
+    """Short rows go in batches, but for those with a residual or a gradient to add: zeros, as no number here is."""
+    dy, x = (uniform(rng, rows, dtype) + dtype.type(2) for _ in range(2))
+    assert (x != 0).all()
+    weight, bias = rng.standard_normal((2, rows[1])).astype(np.float32)
+    options = {"activation": activation}
+    zeros = np.zeros(rows, dtype)
+    if name == "evaluation":
+        statistics = {"running_mean": rng.standard_normal(rows[1]), "running_var": rng.random(rows[1]) + 0.5}
+        options |= statistics | {"use_input_stats": False}
+        assert bits(nk.instance_norm(x, weight, bias, **options)) == bits(
+            nk.instance_norm(x, weight, bias, residual=zeros, **options)
+        )
+        return
+    op = OPERATIONS[name]
+    y, mean, rstd = op.statistics(x, weight=weight, bias=bias, **options)
+    same = op.statistics(x, weight=weight, bias=bias, residual=zeros, **options)
+    assert [bits(a) for a in same[:3]] == [bits(a) for a in (y, mean, rstd)]
+    dx, *others = op.backward(dy, x, mean, rstd, weight, bias=bias, **options)
+    found, *same = op.backward(dy, x, mean, rstd, weight, bias=bias, dresidual=zeros, **options)
+    assert np.array_equal(found, dx)
+    assert [bits(g) for g in same] == [bits(g) for g in others]

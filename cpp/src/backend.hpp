@@ -67,6 +67,7 @@ struct Walk {
   bool stream_stores = false;  // outputs go past the caches
   bool overlapped = false;     // each statistic (runs) or outer index (lanes) is written while the next is read
   bool batched = false;        // statistics of short runs are solved together
+  bool forms_rows = false;     // rows of a batch are formed in scratch: x + residual, or dy through an activation
   bool tiled = false;          // rows that are solved together are written side by side
   bool whole_lines = false;    // rows of the output begin and end with lines of memory
   // How far fetches run ahead while a statistic is written; lanes: how much of the next slab is fetched.
@@ -109,6 +110,8 @@ struct Task {
   double* partials = nullptr;  // split schedule: what each span found
   double* solved = nullptr;    // split schedule: what finish() made of the partials, solved_doubles() per unit
 };
+
+constexpr bool has_activation(const Task& t) { return t.activation.kind != ActivationKind::none; }
 
 // The reduction tree. A chunk is summed in the compute type, chunks are merged in order to spans and spans to a
 // statistic in double. The tree is a function of one statistic's geometry: never of the batch, of the thread count or
@@ -224,9 +227,14 @@ NORMKIT_HD constexpr std::int64_t solved_doubles(const Task& t) {
 /// Doubles of scratch that a thread needs for one outer index of the lanes traversal: sums of all spans, of one and of its
 /// blocks, and the table, of which there are two where one outer index is written while the next is read; or a table and two
 /// sets of sums for the gradient of a backward.
-constexpr std::int64_t scratch_doubles(const Geometry& g, Traversal traversal) {
+constexpr std::int64_t column_doubles(const Geometry& g, Traversal traversal) {
   constexpr std::int64_t kOnce = 2 * 4 + 4 + 2 * kTableColumns, kTwice = kSecondTable + 2 * kSecondDoubles;
   return traversal == Traversal::lanes ? (kOnce > kTwice ? kOnce : kTwice) * array_of_columns(g) : 0;
+}
+
+/// Doubles for the rows of one batch.
+constexpr std::int64_t batch_doubles(const Geometry& g, std::int64_t element_bytes) {
+  return batch_rows(g, element_bytes) * whole_vectors(g.run) * element_bytes / 8;
 }
 
 /// Units of a fused schedule: statistics (runs), groups of them where weights along the row want their gradients summed,
@@ -269,7 +277,7 @@ NORMKIT_HD constexpr bool constant_in_column(const Geometry& g) {
 /// The entry points of one direction. Fused: a range counts fused_units(), each read, solved and written while it
 /// is in cache. Split, for few and large statistics: a range counts spans of statistics (runs) or of outer indices (lanes),
 /// in phases: sums fill `partials`, finish() merges them into `solved` (its range counts statistics or outer indices),
-/// apply writes. Both give the same bits. `scratch` is the calling thread's own, scratch_doubles() long.
+/// apply writes. Both give the same bits. `scratch` is the calling thread's own, as long as cpu.cpp carves it.
 struct Loops {
   void (*fused)(const Task&, std::int64_t begin, std::int64_t end, double* scratch);
   void (*sums)(const Task&, std::int64_t begin, std::int64_t end, double* scratch);

@@ -48,7 +48,7 @@ void forward(const Task& t, std::int64_t begin, std::int64_t end, double* scratc
     using Y = typename decltype(y)::type;
     if (t.traversal == Traversal::lanes) return lanes_forward<X, Y>(t, begin, end, scratch);
     if constexpr (goes_in_batches(kDtypeOf<X>, kDtypeOf<Y>)) {
-      if (t.walk.batched) return batches_forward<X, Y>(t, begin, end);
+      if (t.walk.batched) return batches_forward<X, Y>(t, begin, end, scratch);
     }
     runs_forward<X, Y>(t, begin, end);
   });
@@ -83,7 +83,7 @@ void backward(const Task& t, std::int64_t begin, std::int64_t end, double* scrat
   visit_floating(t, [&](auto x) {
     using X = typename decltype(x)::type;
     if (t.traversal == Traversal::lanes) lanes_backward<X>(t, begin, end, scratch);
-    else t.walk.batched ? batches_backward<X>(t, begin, end) : runs_backward<X>(t, begin, end);
+    else t.walk.batched ? batches_backward<X>(t, begin, end, scratch) : runs_backward<X>(t, begin, end);
   });
   if (t.walk.stream_stores) stream_fence();
 }

@@ -3,6 +3,9 @@
 //
 //     rows -> two sums of each, in vectors -> a vector of all rows' sums -> moments, scale and shift of each -> outputs
 //
+// Given statistics are read in the place of sums. x + residual is formed where a batch begins, and an activation applied as its
+// rows are written.
+//
 // While one batch is written the next is summed, and a later one fetched: memory is never idle. Rows of whole lines of memory are
 // written side by side, so that what they share is read once; others row by row, and the outputs of short ones are put together
 // to whole lines first.
@@ -10,6 +13,10 @@
 
 namespace normkit {
 namespace {
+
+/// Bytes that fetches into the first-level cache run ahead while rows are summed. Runs of 196, arrays beyond the caches: 0.7 of the
+/// time without; 8 KB ahead, arrays in the second-level cache: 1.15 (Zen 4).
+constexpr std::int64_t kBatchAhead = 2048;
 
 /// Parameters along a row, the same for all rows, in the compute type: read where they lie, or converted once for all rows.
 template <class S> struct RowParameter {
@@ -33,12 +40,25 @@ template <class Vector> struct Batch {
   static_assert(kRows == kMostBatchRows || sizeof(S) == 8);
   std::int64_t first = 0;  // statistic
   int rows = 0;  // up to kRows
+  double* room = nullptr;  // for the rows, where they are formed
   const std::byte* x[kRows];
   V sum[kRows], squares[kRows];  // of each row, about its pivot
   alignas(64) S pivot[kRows];
   alignas(64) S mean[kRows], scale[kRows], shift[kRows];
 };
 template <class X> using BatchOf = Batch<VectorOf<X>>;
+
+/// Forms x + residual of the rows of a batch.
+template <class X> [[gnu::noinline]] void form_batch(const Task& t, BatchOf<X>& batch) {
+  const Geometry& g = t.geometry;
+  X* room = reinterpret_cast<X*>(batch.room);
+  for (int k = 0; k < batch.rows; ++k, room += whole_vectors(g.run)) {
+    const std::int64_t r = batch.first + k, o = r / g.lanes, lane = r - o * g.lanes;
+    X* const x = t.walk.forms_rows ? room : at<X>(t.x, o, 0, lane);
+    form_row(at<X>(t.source, o, 0, lane), at<X>(t.residual, o, 0, lane), g.run, x);
+    batch.x[k] = reinterpret_cast<const std::byte*>(x);
+  }
+}
 
 /// Statistics [first, end): where they lie, and a pivot of each, the mean of its first vector.
 template <class X>
@@ -57,7 +77,9 @@ template <class X>
     batch.x[k] = reinterpret_cast<const std::byte*>(at<X>(t.x, o, 0, lane));
     if (++lane == g.lanes) ++o, lane = 0;
   }
-  if (!t.centered) return store(batch.pivot, zero);
+  if constexpr (kFloating<X>)
+    if (t.residual.data) form_batch<X>(t, batch);
+  if (!t.centered || t.frozen) return store(batch.pivot, zero);
   for (int k = 0; k < batch.rows; ++k) {
     const X* x = at<X>(batch.x[k], 0);
     batch.sum[k] = n == kWidth ? load(x) : load(x, n);
@@ -102,26 +124,49 @@ template <int kRows>
 NORMKIT_LOCAL void row_parameters(const Task& t, const Param& p, std::int64_t first, int rows, double absent,
                                   double (&values)[kRows]) {
   const Geometry& g = t.geometry;
-  const bool in_turn = g.params.stride == g.run && g.outer == 1;  // each row has the next parameter
-  const std::int64_t index = first % g.params.count;
+  // Each row has the next parameter.
+  const bool in_turn = g.params.stride == g.run && (g.outer == 1 || g.params.outer == 0);
+  std::int64_t index = first % g.params.count;
   if (in_turn && index + kRows <= g.params.count && p.data && p.dtype == Dtype::float32) {
     const float* from = at<float>(p.data, index);
     for (int k = 0; k < kRows; ++k) values[k] = p.offset + static_cast<double>(from[k]);
     return;
   }
   for (int k = 0; k < kRows; ++k) values[k] = absent;
-  for (int k = 0; p.data && k < rows; ++k)
-    values[k] = element(p, g.parameter((first + k) / g.lanes, (first + k) * g.run), absent);
+  for (int k = 0; p.data && k < rows; ++k) {
+    values[k] = element(p, in_turn ? index : g.parameter((first + k) / g.lanes, (first + k) * g.run), absent);
+    if (++index == g.params.count) index = 0;
+  }
 }
 
-/// Finds the factors of each row's outputs. A row whose sums do not hold its moments is summed once more by itself.
-template <class V> [[gnu::noinline]] void solve_batch(const Task& t, Batch<V>& batch) {
+/// Of rows, one for each lane of a vector.
+template <int kRows> struct RowStatistics { alignas(64) double mean[kRows], low[kRows], rstd[kRows]; };
+
+/// The given statistics of the rows of a batch.
+template <int kRows>
+[[gnu::noinline]] void given_statistics(const Task& t, std::int64_t first, int rows, RowStatistics<kRows>& s) {
+  const Given& given = t.given;
+  std::int64_t index = first / given.stride % given.count, left = given.stride - first % given.stride;
+  for (int k = 0; k < kRows; ++k) s.mean[k] = s.low[k] = s.rstd[k] = 0;
+  for (int k = 0; k < rows; ++k) {
+    if (given.mean) s.mean[k] = element(given.mean, given.mean_dtype, index);
+    if (given.mean_low) s.low[k] = element(given.mean_low, given.low_dtype, index);
+    s.rstd[k] = element(given.scale, given.scale_dtype, index);
+    if (--left > 0) continue;
+    left = given.stride;
+    if (++index == given.count) index = 0;
+  }
+}
+
+/// The statistics of the rows of a batch from their sums. A row whose sums do not hold its moments is summed once more by itself.
+template <class V>
+[[gnu::noinline]] void found_statistics(const Task& t, const Batch<V>& batch, RowStatistics<Batch<V>::kRows>& found) {
   using S = typename V::Lane;
   constexpr int kRows = Batch<V>::kRows;
-  const Geometry& g = t.geometry;
-  const double n = static_cast<double>(g.run);
+  const double n = static_cast<double>(t.geometry.run);
+  auto& [mean, low, rstd] = found;
   alignas(64) S sums[kRows], squares[kRows];
-  alignas(64) double mean[kRows], low[kRows], m2[kRows], rstd[kRows], weight[kRows], bias[kRows];
+  alignas(64) double m2[kRows];
   // Without a mean, pivots are 0, and so are sums, as far as moments go: no loop need ask, and all become vectors.
   store(sums, t.centered ? sums_of(batch.sum) : broadcast<V>(S(0))), store(squares, sums_of(batch.squares));
   int unsettled = 0;
@@ -135,21 +180,30 @@ template <class V> [[gnu::noinline]] void solve_batch(const Task& t, Batch<V>& b
     const double s = static_cast<double>(sums[k]), q = static_cast<double>(squares[k]);
     if (trustworthy<S>(s, q, n)) continue;
     const Moments<double> m =
-        unsettled_moments({batch.x[k], t.x.dtype, 1, 0, g.run}, static_cast<double>(batch.pivot[k]), q, t.centered, n,
-                          masked(Everyone{}));
+        unsettled_moments({batch.x[k], t.x.dtype, 1, 0, t.geometry.run}, static_cast<double>(batch.pivot[k]), q,
+                          t.centered, n, masked(Everyone{}));
     mean[k] = m.mean, low[k] = m.mean_low, m2[k] = m.m2;
   }
   for (int k = 0; k < kRows; ++k) rstd[k] = rstd_of(moments_of<S>(mean[k], 0, m2[k], n), t.denominator);
   if (t.mean || t.rstd || t.moments)
     for (int k = 0; k < batch.rows; ++k) publish(t, batch.first + k, moments_of<S>(mean[k], low[k], m2[k], n), rstd[k]);
-  if (weighs_elements(g)) {
+}
+
+/// Finds the factors of each row's outputs.
+template <class V> [[gnu::noinline]] void solve_batch(const Task& t, Batch<V>& batch) {
+  using S = typename V::Lane;
+  constexpr int kRows = Batch<V>::kRows;
+  RowStatistics<kRows> known;
+  alignas(64) double weight[kRows], bias[kRows];
+  t.frozen ? given_statistics(t, batch.first, batch.rows, known) : found_statistics(t, batch, known);
+  if (weighs_elements(t.geometry)) {
     for (int k = 0; k < kRows; ++k) weight[k] = 1, bias[k] = 0;
   } else {
     row_parameters(t, t.weight, batch.first, batch.rows, 1, weight);
     row_parameters(t, t.bias, batch.first, batch.rows, 0, bias);
   }
   for (int k = 0; k < kRows; ++k) {
-    const Statistic<S> s = statistic_of<S>(mean[k], sizeof(S) == 8 ? low[k] : 0, rstd[k]);
+    const Statistic<S> s = statistic_of<S>(known.mean[k], sizeof(S) == 8 ? known.low[k] : 0, known.rstd[k]);
     const Affine<S> affine = forward_affine(s, weight[k], bias[k]);
     batch.mean[k] = s.mean, batch.scale[k] = affine.scale, batch.shift[k] = affine.shift;
   }
@@ -241,15 +295,30 @@ template <class X, class Y> NORMKIT_LOCAL Y* output_row(const Task& t, const Bat
   return at<Y>(t.y, o, 0, r - o * t.geometry.lanes);
 }
 
+/// What is fetched while row k of a batch is written, from element `begin` on: rows to come, unless they are formed first.
+template <class X>
+NORMKIT_LOCAL Fetch fetch_for_row(const Task& t, const BatchOf<X>& batch, int k, std::int64_t begin) {
+  if (t.walk.forms_rows) return {};
+  return far_fetch(at<X>(batch.x[k], 0) + begin, far_or_next(t.walk.fetch_bytes, t.walk.next_x));
+}
+
+/// What makes outputs of row k of a batch from element `begin` on.
+template <class X, class Y>
+NORMKIT_LOCAL Preactivation<X> row_preactivation(const BatchWriter<X, Y>& writer, const BatchOf<X>& batch, int k,
+                                                 std::int64_t begin) {
+  using V = VectorOf<X>;
+  Preactivation<X> z{broadcast<V>(batch.mean[k]), broadcast<V>(batch.scale[k]), broadcast<V>(batch.shift[k])};
+  if (writer.weight) z.weight = writer.weight + begin, z.bias = writer.bias + begin;
+  return z;
+}
+
 /// Calls write(f), where f(place) are the outputs of row k of a batch from element `begin` on.
 template <class X, class Y, class F>
 NORMKIT_LOCAL void with_outputs(const BatchWriter<X, Y>& writer, const BatchOf<X>& batch, int k, std::int64_t begin,
                                 F write) {
-  using V = VectorOf<X>;
   const X* x = at<X>(batch.x[k], 0) + begin;
-  Preactivation<X> z{broadcast<V>(batch.mean[k]), broadcast<V>(batch.scale[k]), broadcast<V>(batch.shift[k])};
+  const Preactivation<X> z = row_preactivation(writer, batch, k, begin);
   if (!writer.weight) return write([&](auto place) NORMKIT_INLINE_LAMBDA { return z.constant(place.load(x)); });
-  z.weight = writer.weight + begin, z.bias = writer.bias + begin;
   write([&](auto place) NORMKIT_INLINE_LAMBDA { return z.linear(place, place.load(x)); });
 }
 
@@ -257,11 +326,32 @@ NORMKIT_LOCAL void with_outputs(const BatchWriter<X, Y>& writer, const BatchOf<X
 template <class X, class Y>
 [[gnu::noinline]] void write_row(const BatchWriter<X, Y>& writer, const BatchOf<X>& batch, int k, std::int64_t begin,
                                  std::int64_t end) {
-  const Fetch fetch =
-      far_fetch(at<X>(batch.x[k], 0) + begin, far_or_next(writer.t.walk.fetch_bytes, writer.t.walk.next_x));
+  const Fetch fetch = fetch_for_row<X>(writer.t, batch, k, begin);
   with_outputs(writer, batch, k, begin, [&](auto f) NORMKIT_INLINE_LAMBDA {
     map(output_row<X, Y>(writer.t, batch, k) + begin, end - begin, writer.streamer, fetch, f);
   });
+}
+
+/// Writes row k of a batch, to which an activation is applied: relu as outputs go by, where nothing varies along the row.
+template <class X, class Y>
+[[gnu::noinline]] void write_activated(const BatchWriter<X, Y>& writer, const BatchOf<X>& batch, int k) {
+  using S = ScalarOf<X>;
+  const Task& t = writer.t;
+  Y* const y = output_row<X, Y>(t, batch, k);
+  const X* x = at<X>(batch.x[k], 0);
+  if (is_relu(t.activation) && !writer.weight) {
+    const Preactivation<X> z = row_preactivation(writer, batch, k, 0);
+    return map(y, t.geometry.run, writer.streamer, fetch_for_row<X>(t, batch, k, 0),
+               [&](auto place) NORMKIT_INLINE_LAMBDA { return relu(z.constant(place.load(x))); });
+  }
+  alignas(64) S value[kBuffer];
+  for (std::int64_t begin = 0; begin < t.geometry.run; begin += kBuffer, x += kBuffer) {
+    const std::int64_t n = least(t.geometry.run - begin, kBuffer);
+    const Preactivation<X> z = row_preactivation(writer, batch, k, begin);
+    map(value, n, kPlain<S>, Fetch{}, [&](auto place) NORMKIT_INLINE_LAMBDA { return z.at(place, place.load(x)); });
+    activate_all<S>(t.activation, nullptr, value, n);
+    put_all<Y, S>(value, y + begin, n, writer.streamer, Fetch{});
+  }
 }
 
 /// Rows that are written side by side, for a TileWriter.
@@ -315,7 +405,9 @@ template <class X, class Y, int kVectors>
   constexpr Count<kVectors> vectors;
   const Task& t = writer.t;
   const std::int64_t n = t.geometry.run;
-  const int rows = batch.rows, next_rows = next.rows;  // copies: stores might change them, for all that is known
+  // Copies: stores might change them, for all that is known.
+  const int rows = batch.rows, next_rows = t.frozen ? 0 : next.rows;
+  const bool is_active = has_activation(t);
   Nothing alone;
   for (int k = 0; k < rows || k < next_rows; ++k) {
     if constexpr (kVectors == 0 && kHoldsRows && kFloating<X> && __is_same(X, Y)) {
@@ -330,9 +422,13 @@ template <class X, class Y, int kVectors>
       if (k < rows)
         far_fetch(batch.x[k], far_or_next(t.walk.fetch_bytes, t.walk.next_x))
             .template block<kVectors * kLanes<V> * sizeof(X)>(0);
-    if (k < next_rows) sum_row<X>(vectors, n, k, Fetch{}, alone, next);
+    if (k < next_rows) {
+      const char* const near = reinterpret_cast<const char*>(next.x[k]) + kBatchAhead;
+      sum_row<X>(vectors, n, k, Fetch{near, nullptr}, alone, next);
+    }
     if (k >= rows) continue;
-    if constexpr (kVectors == 0) write_row(writer, batch, k, 0, n);
+    if (is_active) write_activated(writer, batch, k);
+    else if constexpr (kVectors == 0) write_row(writer, batch, k, 0, n);
     else
       with_outputs(writer, batch, k, 0, [&](auto f) NORMKIT_INLINE_LAMBDA {
         map_row(vectors, output_row<X, Y>(t, batch, k), n, writer.stores, writer.lines, f);
@@ -360,7 +456,8 @@ template <class X, class Y> NORMKIT_LOCAL WalkBatch<X, Y> walk_of_known_length(s
   return nullptr;
 }
 
-template <class X, class Y> void batches_forward(const Task& t, std::int64_t begin, std::int64_t end) {
+template <class X, class Y>
+void batches_forward(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
   const std::int64_t rows = batch_rows(g, sizeof(X));
@@ -374,6 +471,7 @@ template <class X, class Y> void batches_forward(const Task& t, std::int64_t beg
   const BatchWriter<X, Y> writer{t,      weight.value, bias.value,
                                  stores, lines,        t.walk.stream_stores ? &streamer : nullptr};
   BatchOf<X> batches[2], *batch = &batches[0], *next = &batches[1];
+  batch->room = scratch, next->room = scratch + batch_doubles(g, sizeof(X));
   for (std::int64_t first = begin; first < end || batch->rows > 0;) {
     begin_batch<X>(t, least(first, end), least(end, first + rows), *next);
     walk(writer, *batch, *next);

@@ -18,7 +18,24 @@ template <class X> struct BackwardBatch {
   V g[kRows], gx[kRows], d[kRows];  // Sums of each row, about the given mean
   S mean[kRows];
   Solved<S> solved[kRows];
+  double* room = nullptr;  // for what reaches the rows through an activation
 };
+
+/// Has the rows of a batch what reaches them through an activation in the place of dy: X is the compute type, and each row has one
+/// weight and one bias.
+template <class X> [[gnu::noinline]] void reach_batch(const Task& t, BackwardBatch<X>& batch) {
+  const Geometry& g = t.geometry;
+  ParamBuffers<X> unused;
+  X* to = reinterpret_cast<X*>(batch.room);
+  for (int k = 0; k < batch.rows; ++k, to += whole_vectors(g.run)) {
+    const std::int64_t r = batch.first + k;
+    const Piece piece{0, g.run, g.parameter(g.outer == 1 ? 0 : r / g.lanes, r * g.run), false};
+    const Preactivation<X> z = activation_input<X>(t, piece, given_statistic<X>(t, r), unused);
+    for (std::int64_t begin = 0; begin < g.run; begin += kBuffer)
+      reach(t, z, batch.dy[k], batch.x[k], begin, least(g.run - begin, kBuffer), to + begin);
+    batch.dy[k] = to;
+  }
+}
 
 template <class X>
 [[gnu::noinline]] void begin_batch(const Task& t, std::int64_t first, std::int64_t end, BackwardBatch<X>& batch) {
@@ -34,6 +51,8 @@ template <class X>
       batch.row_sums[k] = reinterpret_cast<S*>(t.dparams + 2 * (o * row_groups(g) + lane / kRowGroup) * g.run);
     if (++lane == g.lanes) ++o, lane = 0;
   }
+  if constexpr (__is_same(X, S))
+    if (t.walk.forms_rows) reach_batch(t, batch);
   const V zero = broadcast<V>(S(0));
   for (int k = batch.rows; k < BackwardBatch<X>::kRows; ++k) batch.g[k] = batch.gx[k] = batch.d[k] = zero;
 }
@@ -159,6 +178,7 @@ template <class X, bool kLinear, bool kSummed>
   const std::int64_t n = t.geometry.run;
   const int rows = batch.rows, next_rows = next.rows;
   Nothing alone;
+  const Ahead ahead(t.walk, kBatchAhead, 0);
   for (int k = 0; k < rows || k < next_rows; ++k) {
     if constexpr (kWide) {
       if (t.walk.tiled && is_tile(t, k, batch)) {
@@ -167,13 +187,14 @@ template <class X, bool kLinear, bool kSummed>
         continue;
       }
     }
-    if (k < next_rows) sum_row<X, kLinear>(n, k, weight, {}, alone, next);
+    if (k < next_rows) sum_row<X, kLinear>(n, k, weight, ahead, alone, next);
     if (k < rows) write_row<X, kLinear, kSummed>(t, batch, k, 0, n, weight, streamer);
   }
 }
 
 /// A range counts fused_units().
-template <class X> void batches_backward(const Task& t, std::int64_t begin, std::int64_t end) {
+template <class X>
+void batches_backward(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
   const RowParameter<ScalarOf<X>> weight(t.geometry, t.weight, 1);
   const bool summed = t.kind == ParamKind::row;
   const auto walk = weight.value ? (summed ? walk_batch<X, true, true> : walk_batch<X, true, false>)
@@ -181,6 +202,7 @@ template <class X> void batches_backward(const Task& t, std::int64_t begin, std:
   const std::int64_t rows = batch_rows(t.geometry, sizeof(X)), last = rows_of(t, end - 1).last;
   Streamer<X> streamer;
   BackwardBatch<X> batches[2], *batch = &batches[0], *next = &batches[1];
+  batch->room = scratch, next->room = scratch + batch_doubles(t.geometry, sizeof(X));
   for (std::int64_t first = rows_of(t, begin).first; first < last || batch->rows > 0;) {
     begin_batch(t, least(first, last), least(last, first + rows), *next);
     walk(t, weight.value, t.walk.stream_stores ? &streamer : nullptr, *batch, *next);

@@ -90,7 +90,7 @@ template <class S> Statistic<S> given_statistic(const Task& t, std::int64_t stat
   const double mean = t.given.mean ? element(t.given.mean, t.given.mean_dtype, index) : 0;
   const bool has_low = sizeof(S) == 8 && t.given.mean_low;
   const double low = has_low ? element(t.given.mean_low, t.given.low_dtype, index) : 0;
-  return statistic_of<S>(mean, low, t.given.is_variance ? rstd_of(scale, t.denominator.eps) : scale);
+  return statistic_of<S>(mean, low, scale);
 }
 
 /// Hands the moments of a statistic out: to the arrays that were asked for, and to the caller.
@@ -154,6 +154,16 @@ NORMKIT_LOCAL void for_pieces(const Task& t, std::int64_t o, std::int64_t offset
 /// Parameters along the elements, in the compute type: where they lie already if they can be read there, else converted a
 /// buffer at a time.
 constexpr std::int64_t kBuffer = 512;
+/// One number kBuffer times.
+template <class T> struct Filled {
+  T value[kBuffer];
+  explicit constexpr Filled(T of) : value() {
+    for (T& v : value) v = of;
+  }
+};
+template <class T> alignas(64) constexpr Filled<T> kZeros(0);
+template <class T> alignas(64) constexpr Filled<T> kOnes(1);
+
 template <class S> struct ParamBuffer {
   alignas(64) S value[kBuffer];
 
@@ -163,6 +173,7 @@ template <class S> struct ParamBuffer {
   }
   const S* read(const Param& p, std::int64_t index, std::int64_t n, S absent) {
     if (reads_in_place(p)) return at<S>(p.data, index);
+    if (!p.data) return absent == 0 ? kZeros<S>.value : kOnes<S>.value;
     for (std::int64_t i = 0; i < n; ++i) value[i] = static_cast<S>(element(p, index + i, absent));
     return value;
   }
@@ -353,6 +364,10 @@ NORMKIT_LOCAL Masked members_at(const Task& t, std::int64_t o, std::int64_t step
 /// each loop would be most of the library.
 NORMKIT_LOCAL bool is_relu(const Activation& a) { return a.kind == ActivationKind::relu; }
 NORMKIT_LOCAL bool is_curved(const Activation& a) { return a.kind != ActivationKind::none && !is_relu(a); }
+/// Anything but relu and leaky_relu, whose slopes loops of backward apply as they go.
+NORMKIT_LOCAL bool has_curved_slope(const Activation& a) {
+  return is_curved(a) && a.kind != ActivationKind::leaky_relu;
+}
 
 /// Calls f with an activation whose kind the compiler knows, so that loops have its constants at hand.
 template <int kKind = 1, class F> NORMKIT_LOCAL void with_kind(const Activation& a, F f) {

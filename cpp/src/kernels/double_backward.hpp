@@ -142,16 +142,6 @@ struct SecondParamDoubles {
   alignas(64) double room_[3][kBuffer];
 };
 
-/// One number kBuffer times.
-template <class T> struct Filled {
-  T value[kBuffer];
-  explicit constexpr Filled(T of) : value() {
-    for (T& v : value) v = of;
-  }
-};
-alignas(64) constexpr Filled<float> kFloatZeros(0), kFloatOnes(1);
-alignas(64) constexpr Filled<double> kOnes(1);  // with which dy stands for g and for q
-
 /// True where parameters can be read as floats where they lie, or are not there.
 NORMKIT_LOCAL bool second_params_lie(const Task& t) {
   const auto lies = [](const Param& p) { return !p.data || (p.dtype == Dtype::float32 && p.offset == 0); };
@@ -161,7 +151,7 @@ NORMKIT_LOCAL SecondParams<float> second_params_at(const Task& t, std::int64_t p
   const auto from = [&](const Param& p, const Filled<float>& absent) {
     return p.data ? at<float>(p.data, parameter) : absent.value;
   };
-  return {from(t.weight, kFloatOnes), from(t.ddweight, kFloatZeros), from(t.ddbias, kFloatZeros)};
+  return {from(t.weight, kOnes<float>), from(t.ddweight, kZeros<float>), from(t.ddbias, kZeros<float>)};
 }
 
 // ---- sums --------------------------------------------------------------------------------------------------------
@@ -254,8 +244,8 @@ NORMKIT_LOCAL void for_second_pieces(const Task& t, std::int64_t o, std::int64_t
         part.sums = second_row_sums<true>(a.row, piece.n, mean,
                                           SecondParamDoubles(t, true, piece.parameter, piece.n).params, members);
       else
-        part.sums = second_row_sums<true>(a.row, piece.n, mean, SecondParams<double>{kOnes.value, kOnes.value, nullptr},
-                                          members);
+        part.sums = second_row_sums<true>(
+            a.row, piece.n, mean, SecondParams<double>{kOnes<double>.value, kOnes<double>.value, nullptr}, members);
     }
     if (!each && !shares) part.sums = second_weighted(t, piece.parameter, part.sums);
     total = total + part;
@@ -485,7 +475,7 @@ NORMKIT_LOCAL SecondParamDoubles second_params_of(const Task& t, const SecondPla
     const SecondElements<double> a(t, place);
     const Masked members = members_at(t, o, place.step, 0, place.begin);
     if (constant_in_column(t.geometry))
-      add_second_columns<true>(a.row, place, mean, {kOnes.value, kOnes.value, nullptr}, members, to);
+      add_second_columns<true>(a.row, place, mean, {kOnes<double>.value, kOnes<double>.value, nullptr}, members, to);
     else add_second_columns<true>(a.row, place, mean, second_params_of(t, place).params, members, to);
   });
 }

@@ -29,7 +29,7 @@ NORMKIT_LOCAL void add_block(const Task& t, std::int64_t o, std::int64_t step, s
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
   const bool by_column = !kDetailed || constant_in_column(g), masked = kDetailed && t.where.data;
-  const bool curved = kDetailed && is_curved(t.activation), active = kDetailed && has_activation(t);
+  const bool curved = kDetailed && has_curved_slope(t.activation), active = kDetailed && has_activation(t);
   ParamBuffer<S> weights, biases, slopes;
   alignas(64) S reaching[kVectors * kLanes<V>], z_value[kVectors * kLanes<V>];
   const V zero = broadcast<V>(S(0)), one = broadcast<V>(S(1));
@@ -212,7 +212,7 @@ void lanes_backward_span(const Task& t, std::int64_t o, std::int64_t span, Table
   const NextSteps fetch = fetch_for<X>(t, o, span, last);
   ParamBuffer<S> weights, biases, slopes;
   for_walks(g, span_begin(span), span_end(g, span), !t.where.data && one_walk(g, {&t.x, &t.dy, &t.dx, &t.residual}),
-            is_curved(t.activation) || !by_column,
+            has_curved_slope(t.activation) || !by_column,
             [&](std::int64_t step, std::int64_t k, std::int64_t n) NORMKIT_INLINE_LAMBDA {
     const X *x = at<X>(t.x, o, step, 0) + k, *dy = at<X>(t.dy, o, step, 0) + k;
     const X* x_ahead = at<X>(t.x, fetch.o, step + fetch.shift, 0) + k;
@@ -237,7 +237,7 @@ void lanes_backward_span(const Task& t, std::int64_t o, std::int64_t span, Table
     const std::int64_t parameter = by_column ? 0 : g.parameter(o, offset - k) + k;
     const S* weight = by_column ? nullptr : weights.read(t.weight, parameter, n, 1);
     const Masked members = members_at(t, o, step, 0, k);
-    const bool masked = t.where.data, curved = is_curved(t.activation);
+    const bool masked = t.where.data, curved = has_curved_slope(t.activation);
     const S* bias = by_column || !active ? nullptr : biases.read(t.bias, parameter, n, 0);
     const auto z_of = [=](auto column) NORMKIT_INLINE_LAMBDA {
       return Preactivation<X>{column.load(table.z_mean + k), column.load(table.z_scale + k),

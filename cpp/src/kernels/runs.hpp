@@ -199,18 +199,21 @@ NORMKIT_LOCAL Fetch fetch_while_writing(const Task& t, const Operand& a, std::in
   return t.frozen ? Fetch{from + kAhead} : far_fetch(from, far_or_next(t.walk.fetch_bytes, t.walk.next_x));
 }
 
-/// Writes x = source + residual, rounded to the type of x.
+/// Writes n elements x = source + residual, rounded to the type of x.
+template <class X> NORMKIT_LOCAL void form_row(const X* source, const X* residual, std::int64_t n, X* x) {
+  map(x, n, kPlain<X>, Fetch{}, [&](auto place) NORMKIT_INLINE_LAMBDA {
+    prefetch_both(reinterpret_cast<const char*>(source + place.i) + kAhead);
+    prefetch_both(reinterpret_cast<const char*>(residual + place.i) + kAhead);
+    return place.load(source) + place.load(residual);
+  });
+}
 template <class X>
 void form_sum(const Task& t, std::int64_t o, std::int64_t step, std::int64_t lane, std::int64_t rows,
               std::int64_t begin, std::int64_t end) {
   if constexpr (kFloating<X>) {
     for (std::int64_t row = step; row < step + rows; ++row) {
-      const X *source = at<X>(t.source, o, row, lane) + begin, *residual = at<X>(t.residual, o, row, lane) + begin;
-      map(at<X>(t.x, o, row, lane) + begin, end - begin, kPlain<X>, Fetch{}, [&](auto place) NORMKIT_INLINE_LAMBDA {
-        prefetch_both(reinterpret_cast<const char*>(source + place.i) + kAhead);
-        prefetch_both(reinterpret_cast<const char*>(residual + place.i) + kAhead);
-        return place.load(source) + place.load(residual);
-      });
+      form_row(at<X>(t.source, o, row, lane) + begin, at<X>(t.residual, o, row, lane) + begin, end - begin,
+               at<X>(t.x, o, row, lane) + begin);
     }
   }
 }

@@ -14,8 +14,6 @@ NORMKIT_LOCAL Reduced operator+(Reduced a, Reduced b) { return {a.sums + b.sums,
 NORMKIT_LOCAL void put(Reduced r, double* to) { to[0] = r.sums.g, to[1] = r.sums.gx, to[2] = r.sums.d, to[3] = r.n; }
 NORMKIT_LOCAL Reduced reduced_at(const double* from) { return {{from[0], from[1], from[2]}, from[3]}; }
 
-NORMKIT_LOCAL bool has_activation(const Task& t) { return t.activation.kind != ActivationKind::none; }
-
 /// True where a mask or an activation asks more of the sums than the plain loops do; writing dx has a gradient to add, too.
 NORMKIT_LOCAL bool has_detailed_sums(const Task& t) { return t.where.data || has_activation(t); }
 NORMKIT_LOCAL bool has_detailed_ranges(const Task& t) { return t.residual.data || has_detailed_sums(t); }
@@ -85,6 +83,7 @@ NORMKIT_LOCAL void add_segments(LaneSums<X>& sums, const X* dy, std::int64_t dy_
       for (std::int64_t line = 0; line < 4 * kWidth * static_cast<std::int64_t>(sizeof(X)); line += 64) {
         const std::int64_t byte = i * static_cast<std::int64_t>(sizeof(X)) + line;
         if constexpr (!__is_same(Beside, Nothing)) fetch.near_line(byte), fetch.far_line(byte);
+        else if (ahead.near) fetch.near_line(byte);
         else if (ahead.far_x) fetch.far_line(byte);
       }
       beside.block();
@@ -106,11 +105,12 @@ template <class X, class Beside>
   return sums.total();
 }
 
-/// The gradient that reaches z = x_hat * weight + bias: dy, or dy times the slope of relu.
+/// The gradient that reaches z = x_hat * weight + bias: dy, or dy times the slope of an activation that is not curved.
 template <class X, class P>
 NORMKIT_LOCAL VectorOf<X> incoming(const Task& t, const Preactivation<X>& z, P place, const X* dy, VectorOf<X> x) {
   const VectorOf<X> g = place.load(dy);
-  return is_relu(t.activation) ? g * kink_slope(z.at(place, x), 0) : g;
+  if (!has_activation(t) || has_curved_slope(t.activation)) return g;
+  return g * kink_slope(z.at(place, x), is_relu(t.activation) ? 0 : t.activation.parameter);
 }
 
 /// The gradient that reaches z through any activation, for n <= kBuffer elements from element `begin` of a piece on.
@@ -122,7 +122,7 @@ template <class X>
     const auto here = place.back(-begin);
     return incoming(t, z, here, dy, here.load(x));
   });
-  if (!is_curved(t.activation)) return;
+  if (!has_curved_slope(t.activation)) return;
   alignas(64) S z_value[kBuffer];
   map(z_value, n, kPlain<S>, Fetch{}, [&](auto place) NORMKIT_INLINE_LAMBDA {
     const auto here = place.back(-begin);
@@ -140,7 +140,7 @@ template <class X>
   using S = ScalarOf<X>;
   constexpr int kWidth = kLanes<V>;
   const V m = broadcast<V>(mean);
-  const bool curved = is_curved(t.activation);
+  const bool curved = has_curved_slope(t.activation);
   const std::int64_t in_turn = n / (4 * kWidth) * (4 * kWidth), whole = n / kWidth * kWidth;
   alignas(64) S reaching[kBuffer];
   for (std::int64_t row = 0; row < rows; ++row, x += t.x.strides.step, dy += t.dy.strides.step, members.next_row())
