@@ -84,17 +84,17 @@ bool rows_are_whole_lines(const Operand& a, const Geometry& g) {
   return is_whole(g.run) && (g.lanes == 1 || is_whole(a.strides.lane)) && (g.outer == 1 || is_whole(a.strides.outer));
 }
 
-/// True where rows can be written side by side. Forward, rows of up to 8 vectors stay in registers instead, and rows without
-/// weights along them share nothing: of 400 elements they take 1.7 times as long in tiles (Zen 4). Backward, tiles are
+/// True where rows are written side by side. Those without weights along them share nothing: of 400 elements they take 1.7 times as
+/// long in tiles (Zen 4). Forward, rows of up to 8 vectors stay in registers instead. Backward, tiles are
 /// for rows that share more than the first-level cache has room for: layer norm (4096, 4096) takes 0.8 of the time in them, on
 /// Zen 4 0.9; rows of 3 KB 0.9, on Zen 4 1.15, of 2 KB there 1.55.
 bool has_tiles(const Task& t, const Operand& out, const Isa& isa) {
   const Geometry& g = t.geometry;
   const std::int64_t vector = t.x.dtype == Dtype::float64 ? 8 : 16;
   const bool gains = t.dy.data ? is_wide(isa.vectors) && !is_short(g, size_of(t.x.dtype))
-                               : can_hold_rows(isa.vectors) && g.run > 8 * vector && weighs_elements(g);
-  return gains && !t.frozen && !t.residual.data && !has_activation(t) && g.steps == 1 && t.x.dtype == out.dtype &&
-         rows_are_whole_lines(out, g);
+                               : can_hold_rows(isa.vectors) && g.run > 8 * vector;
+  return gains && weighs_elements(g) && !t.frozen && !t.residual.data && !has_activation(t) && g.steps == 1 &&
+         t.x.dtype == out.dtype && rows_are_whole_lines(out, g);
 }
 
 /// True where rows go in batches: short rows, and longer rows that can be written side by side. Rows whose parameters

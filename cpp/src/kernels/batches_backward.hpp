@@ -110,7 +110,7 @@ template <class X, bool kLinear, bool kSummed>
 constexpr int kBackwardTile = 2;
 
 /// A tile for a TileWriter. kSummed: gradients of weights along them are added up, in their order.
-template <class X, bool kLinear, bool kSummed> struct BackwardTile {
+template <class X, bool kSummed> struct BackwardTile {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
   static constexpr int kRows = kBackwardTile;
@@ -121,47 +121,44 @@ template <class X, bool kLinear, bool kSummed> struct BackwardTile {
   S *dweight, *dbias;
 
   template <class Store> NORMKIT_LOCAL void put(Full place, Store store) const {
-    V w{}, dw{}, db{};
-    if constexpr (kLinear) w = place.load(weight);
+    const V w = place.load(weight);
+    V dw{}, db{};
     if constexpr (kSummed) dw = place.load(dweight), db = place.load(dbias);
     for (int k = 0; k < kRows; ++k) {
       const V dy_v = place.load(dy[k]), x_v = place.load(x[k]);
       if constexpr (kSummed) dw = mul_add(forward(x_v, mean[k], scale[k], shift[k]), dy_v, dw), db = db + dy_v;
-      store(dx[k] + place.i, backward(kLinear ? dy_v * w : dy_v, a[k], through_statistics(x_v, mean[k], b[k], c[k])));
+      store(dx[k] + place.i, backward(dy_v * w, a[k], through_statistics(x_v, mean[k], b[k], c[k])));
     }
     if constexpr (kSummed) place.store(dweight, dw), place.store(dbias, db);
   }
 };
 
 /// Writes the rows of a tile, from row k of the batch on, while rows k and on of the next batch are summed.
-template <class X, bool kLinear, bool kSummed>
+template <class X, bool kSummed>
 [[gnu::noinline]] void write_tile(const Task& t, int k, const BackwardBatch<X>& batch, BackwardBatch<X>& next,
                                   const ScalarOf<X>* weight, Streamer<X>* streamer) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
-  BackwardTile<X, kLinear, kSummed> tile;
+  BackwardTile<X, kSummed> tile;
   tile.weight = weight;
   tile.dweight = kSummed ? batch.row_sums[k] : nullptr, tile.dbias = kSummed ? batch.row_sums[k] + g.run : nullptr;
   for (int j = 0; j < kBackwardTile; ++j) {
     const Solved<S>& known = batch.solved[k + j];
-    const std::int64_t r = batch.first + k + j, o = g.outer == 1 ? 0 : r / g.lanes;
-    const double factor = kLinear ? 1 : common_weight(t, o, r - o * g.lanes);
     const Affine<S> standard = forward_affine(known.statistic, 1, 0);
     tile.x[j] = batch.x[k + j], tile.dy[j] = batch.dy[k + j], tile.dx[j] = batch.dx[k + j];
     tile.mean[j] = broadcast<V>(known.statistic.mean);
-    tile.a[j] = broadcast<V>(static_cast<S>(known.statistic.rstd * factor));
+    tile.a[j] = broadcast<V>(static_cast<S>(known.statistic.rstd));
     tile.b[j] = broadcast<V>(known.gradient.b), tile.c[j] = broadcast<V>(known.gradient.c);
     tile.scale[j] = broadcast<V>(standard.scale), tile.shift[j] = broadcast<V>(standard.shift);
   }
   const Ahead ahead(t.walk, 2048, 2048 + kFarAhead);
   const auto write_part = [&](std::int64_t begin, std::int64_t end) {
-    for (int j = k; j < k + kBackwardTile; ++j)
-      write_row<X, kLinear, kSummed>(t, batch, j, begin, end, weight, streamer);
+    for (int j = k; j < k + kBackwardTile; ++j) write_row<X, true, kSummed>(t, batch, j, begin, end, weight, streamer);
   };
   write_beside(tile, tile.dx[0], g.run, streamer, write_part, [&](auto& writer) NORMKIT_INLINE_LAMBDA {
     for (int j = k; j < k + kBackwardTile && j < next.rows; ++j)
-      sum_row<X, kLinear>(g.run, j, weight, ahead, writer, next);
+      sum_row<X, true>(g.run, j, weight, ahead, writer, next);
   });
 }
 
@@ -180,9 +177,9 @@ template <class X, bool kLinear, bool kSummed>
   Nothing alone;
   const Ahead ahead(t.walk, kBatchAhead, 0);
   for (int k = 0; k < rows || k < next_rows; ++k) {
-    if constexpr (kWide) {
+    if constexpr (kWide && kLinear) {
       if (t.walk.tiled && is_tile(t, k, batch)) {
-        write_tile<X, kLinear, kSummed>(t, k, batch, next, weight, streamer);
+        write_tile<X, kSummed>(t, k, batch, next, weight, streamer);
         k += kBackwardTile - 1;
         continue;
       }

@@ -364,10 +364,9 @@ NORMKIT_LOCAL Masked members_at(const Task& t, std::int64_t o, std::int64_t step
 /// each loop would be most of the library.
 NORMKIT_LOCAL bool is_relu(const Activation& a) { return a.kind == ActivationKind::relu; }
 NORMKIT_LOCAL bool is_curved(const Activation& a) { return a.kind != ActivationKind::none && !is_relu(a); }
-/// Anything but relu and leaky_relu, whose slopes loops of backward apply as they go.
-NORMKIT_LOCAL bool has_curved_slope(const Activation& a) {
-  return is_curved(a) && a.kind != ActivationKind::leaky_relu;
-}
+/// relu and leaky_relu, whose slopes loops of backward apply as they go.
+NORMKIT_LOCAL bool has_kink(const Activation& a) { return is_relu(a) || a.kind == ActivationKind::leaky_relu; }
+NORMKIT_LOCAL bool has_curved_slope(const Activation& a) { return a.kind != ActivationKind::none && !has_kink(a); }
 
 /// Calls f with an activation whose kind the compiler knows, so that loops have its constants at hand.
 template <int kKind = 1, class F> NORMKIT_LOCAL void with_kind(const Activation& a, F f) {

@@ -17,6 +17,9 @@ NORMKIT_LOCAL Reduced reduced_at(const double* from) { return {{from[0], from[1]
 /// True where a mask or an activation asks more of the sums than the plain loops do; writing dx has a gradient to add, too.
 NORMKIT_LOCAL bool has_detailed_sums(const Task& t) { return t.where.data || has_activation(t); }
 NORMKIT_LOCAL bool has_detailed_ranges(const Task& t) { return t.residual.data || has_detailed_sums(t); }
+/// Types that have loops for what is no more than a kink: float64, and registers that hold little, do without.
+template <class X> constexpr bool kHasKinked = kWide && sizeof(X) < 8;
+NORMKIT_LOCAL bool has_kink_alone(const Task& t) { return !t.where.data && has_kink(t.activation); }
 
 /// How many bytes fetches run ahead of a walk: those into the first-level cache, and those into the second.
 struct Ahead {
@@ -57,22 +60,50 @@ template <class X> struct LaneSums {
   }
 };
 
-/// Adds `rows` segments of n elements of dy and x to s. kWeighted: dy is multiplied by `weight`, which has one factor for
-/// each element.
-template <class X, bool kWeighted, class Beside>
+/// The gradient that reaches z = x_hat * weight + bias: dy.
+template <class X> struct Straight {
+  template <class P> NORMKIT_LOCAL VectorOf<X> operator()(P place, const X* dy, VectorOf<X>) const {
+    return place.load(dy);
+  }
+};
+/// dy times the slope of an activation that has a kink.
+template <class V> NORMKIT_LOCAL V through_kink(const Task& t, V dy, V z) {
+  return dy * kink_slope(z, is_relu(t.activation) ? 0 : t.activation.parameter);
+}
+/// The gradient that reaches z through such an activation, where a run has one weight and one bias.
+template <class X> struct Kinked {
+  const Task& t;
+  Preactivation<X> z;
+
+  template <class P> NORMKIT_LOCAL VectorOf<X> operator()(P place, const X* dy, VectorOf<X> x) const {
+    return through_kink(t, place.load(dy), z.constant(x));
+  }
+};
+/// The gradient that reaches z, unless it is that through a curved activation.
+template <class X, class P>
+NORMKIT_LOCAL VectorOf<X> incoming(const Task& t, const Preactivation<X>& z, P place, const X* dy, VectorOf<X> x) {
+  const VectorOf<X> g = place.load(dy);
+  return has_kink(t.activation) ? through_kink(t, g, z.at(place, x)) : g;
+}
+
+/// Adds `rows` segments of n elements of dy and x to s. kWeighted: what reaches z is multiplied by `weight`, which has one factor
+/// for each element.
+template <class X, bool kWeighted, class Beside, class Reaching = Straight<X>>
 NORMKIT_LOCAL void add_segments(LaneSums<X>& sums, const X* dy, std::int64_t dy_stride, const X* x,
                                 std::int64_t x_stride, std::int64_t rows, std::int64_t n, ScalarOf<X> mean,
-                                const ScalarOf<X>* weight, Ahead ahead, Beside& beside) {
+                                const ScalarOf<X>* weight, Ahead ahead, Beside& beside, Reaching reaching = {}) {
   using V = VectorOf<X>;
   constexpr int kWidth = kLanes<V>;
   const V m = broadcast<V>(mean);
   Sums<V>(&s)[2] = sums.half;
   const auto add = [&](Sums<V>& part, auto place) NORMKIT_INLINE_LAMBDA {
-    V g = place.load(dy);
+    constexpr bool kStraight = __is_same(Reaching, Straight<X>);
+    const V x_v = place.load(x), d = place.keep(x_v - m);
+    V g = reaching(place, dy, x_v);
+    if constexpr (!kStraight) g = place.keep(g);
     if constexpr (kWeighted) g = g * place.load(weight);
-    const V d = place.keep(place.load(x) - m);
     part.g = part.g + g;
-    part.gx = mul_add(g, d, part.gx);
+    part.gx = mul_add(g, kStraight ? d : where(g, d), part.gx);
     part.d = part.d + d;
   };
   for (std::int64_t row = 0; row < rows; ++row, x += x_stride, dy += dy_stride) {
@@ -105,14 +136,6 @@ template <class X, class Beside>
   return sums.total();
 }
 
-/// The gradient that reaches z = x_hat * weight + bias: dy, or dy times the slope of an activation that is not curved.
-template <class X, class P>
-NORMKIT_LOCAL VectorOf<X> incoming(const Task& t, const Preactivation<X>& z, P place, const X* dy, VectorOf<X> x) {
-  const VectorOf<X> g = place.load(dy);
-  if (!has_activation(t) || has_curved_slope(t.activation)) return g;
-  return g * kink_slope(z.at(place, x), is_relu(t.activation) ? 0 : t.activation.parameter);
-}
-
 /// The gradient that reaches z through any activation, for n <= kBuffer elements from element `begin` of a piece on.
 template <class X>
 [[gnu::noinline]] void reach(const Task& t, const Preactivation<X>& z, const X* dy, const X* x, std::int64_t begin,
@@ -131,7 +154,7 @@ template <class X>
   multiply_by_slopes(z.activation, z.slopes ? z.slopes + begin : nullptr, z_value, reaching, n);
 }
 
-/// add_segments() where a mask or an activation has its say. An element that no gradient reaches adds nothing, even where
+/// add_segments() where a mask or a curved activation has its say. An element that no gradient reaches adds nothing, even where
 /// it is NaN, as an element that is no member may be.
 template <class X>
 [[gnu::noinline]] void add_detailed(LaneSums<X>& sums, const Task& t, const X* dy, const X* x, std::int64_t rows,
@@ -171,6 +194,16 @@ template <class Beside> NORMKIT_LOCAL Ahead ahead_while_summing(const Task& t, c
   return {t.walk, near, near + t.walk.far_bytes};
 }
 
+template <class X>
+[[gnu::noinline]] Sums<double> kinked_sums(const Task& t, const X* dy, const X* x, std::int64_t rows, std::int64_t n,
+                                           ScalarOf<X> mean, const Kinked<X>& reaching) {
+  Nothing alone;
+  LaneSums<X> sums;
+  add_segments<X, false>(sums, dy, t.dy.strides.step, x, t.x.strides.step, rows, n, mean, nullptr,
+                         ahead_while_summing(t, alone), alone, reaching);
+  return sums.total();
+}
+
 /// One range of a run of a statistic, or several whole runs, and the place where it lies.
 struct Range { std::int64_t o, step, lane, rows, begin, end; };
 
@@ -183,6 +216,8 @@ Sums<double> piece_sums(const Task& t, Range range, Piece piece, Statistic<Scala
   if (has_detailed_sums(t)) {
     LaneSums<X> sums;
     const Preactivation<X> z = activation_input<X>(t, piece, s, params);
+    if constexpr (kHasKinked<X>)
+      if (has_kink_alone(t)) return kinked_sums<X>(t, dy, x, range.rows, piece.n, s.mean, {t, z});
     const Masked members = members_at(t, range.o, range.step, range.lane, piece.begin);
     add_detailed(sums, t, dy, x, range.rows, piece.n, s.mean, z, members);
     return sums.total();
@@ -445,6 +480,29 @@ template <class X>
   });
 }
 
+/// dx over one range of a run where there is a kink, and weights do not follow the elements.
+template <class X>
+[[gnu::noinline]] void kinked_range(const Task& t, BackwardRows<X> rows, std::int64_t o, std::int64_t offset,
+                                    std::int64_t begin, std::int64_t end, const Solved<ScalarOf<X>>& known,
+                                    Statistic<ScalarOf<X>> given, Streamer<X>* streamer) {
+  using V = VectorOf<X>;
+  using S = ScalarOf<X>;
+  const V mean = broadcast<V>(known.statistic.mean);
+  const V b = broadcast<V>(known.gradient.b), c = broadcast<V>(known.gradient.c);
+  ParamBuffers<S> unused;
+  for_pieces(t, o, offset, begin, end, end, [&](Piece piece) NORMKIT_INLINE_LAMBDA {
+    const X *dy = rows.dy + piece.begin, *x = rows.x + piece.begin;
+    const FetchBoth next(x, dy, {t.walk, kAhead, t.walk.fetch_bytes});
+    const Kinked<X> reaching{t, activation_input<X>(t, piece, given, unused)};
+    const V a = broadcast<V>(static_cast<S>(known.statistic.rstd * element(t.weight, piece.parameter, 1)));
+    map(rows.dx + piece.begin, piece.n, streamer, Fetch{}, [&](auto place) NORMKIT_INLINE_LAMBDA {
+      next.far_line(place.i * static_cast<std::int64_t>(sizeof(X)));
+      const V x_v = place.load(x);
+      return backward(reaching(place, dy, x_v), a, through_statistics(x_v, mean, b, c));
+    });
+  });
+}
+
 template <class X>
 void backward_span(const Task& t, std::int64_t r, Chunks c, std::int64_t span, const Solved<ScalarOf<X>>& known,
                    Streamer<X>* streamer) {
@@ -460,6 +518,9 @@ void backward_span(const Task& t, std::int64_t r, Chunks c, std::int64_t span, c
                                t.dx.data ? at<X>(t.dx, o, step, lane) : nullptr, row_sums};
     const std::int64_t offset = g.offset(o, step, lane, 0);
     if (!has_detailed_ranges(t)) return backward_range(t, rows, o, offset, begin, end, known, streamer);
+    if constexpr (kHasKinked<X>)
+      if (has_kink_alone(t) && rows.dx && !rows.residual && !follows_elements(g))
+        return kinked_range(t, rows, o, offset, begin, end, known, given_statistic<S>(t, r), streamer);
     detailed_range(t, rows, o, offset, begin, end, known, given_statistic<S>(t, r), members_at(t, o, step, lane, begin),
                    streamer);
   });

@@ -42,8 +42,8 @@ def forward(
     function, options = call_of(spec, "forward")
     learns = running_mean is not None or running_var is not None
     if learns or residual is not None or where is not None or slopes is not None:
-        others = {"where": where, "residual": residual, "running_mean": running_mean, "running_var": running_var}
-        options = _with(options, others, slopes)
+        given = {"where": where, "residual": residual, "running_mean": running_mean, "running_var": running_var}
+        options = _with(options, given, slopes)
         if residual is not None:
             options["return_residual"] = with_total
     found = function(x, weight=weight, bias=bias, return_stats=with_stats, **options)
@@ -66,8 +66,8 @@ def judge_forward(
 
     function: Any
     function, options = call_of(spec, "forward")
-    others = {"where": where, "residual": residual, "running_mean": running_mean, "running_var": running_var}
-    options = _with(options, {name: like(tensor) for name, tensor in others.items()}, like(slopes))
+    given = {"where": where, "residual": residual, "running_mean": running_mean, "running_var": running_var}
+    options = _with(options, {name: like(tensor) for name, tensor in given.items()}, like(slopes))
     function._description(like(x), weight=like(weight), bias=like(bias), **options)
 
 
