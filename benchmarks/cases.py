@@ -142,6 +142,7 @@ FORWARD = [
         for last in (False, True)
     ),
     Case("eval", (32, 256, 14, 14)),
+    Case("eval", (8, 512, 7, 7)),
     Case("instance", (8, 64, 128, 128), "float64"),
     *(Case("instance", shape, dtype) for shape in ((8, 64, 128, 128), VOLUME) for dtype in HALVES),
     *(Case("layer", (4096, 4096), dtype) for dtype in HALVES),
@@ -151,6 +152,7 @@ FORWARD = [
         for dtype in HALVES
     ),
     *(Case("instance", (8, 64, 128, 128), option=activation) for activation in ACTIVATIONS),
+    Case("instance", (32, 512, 7, 7), option="relu"),
     *(Case(*case, option="residual") for case in (("instance", (16, 256, 32, 32)), ("layer", (4096, 768)))),
     Case("instance", (8, 128, 16000), option="where"),
     *(Case("instance", (8, 64, 128, 128), option=view, smoke=view == "misaligned") for view in VIEWS),

@@ -115,7 +115,7 @@ MUTANTS = [
            "the gradient of a weight is moved the wrong way", "values"),
     Mutant(RUNS_BACKWARD, "const V x_v = place.load(x), d = «place.keep(x_v - m)»;", "x_v - m",
            "what is past the end counts as minus the mean", "values"),
-    Mutant(RUNS_BACKWARD, "through_kink(t, place.load(dy), «z.constant(x)»);", "x",
+    Mutant(RUNS_BACKWARD, "place.load(dy) * kink_slope(«z.constant(x)», below);", "x",
            "whether a kink is passed is asked of x", "activation"),
     Mutant(RUNS_BACKWARD, "if (masked) x_hat = «where(dy, x_hat)»;", "x_hat",
            "NaN of who is no member reaches dweight", "where"),

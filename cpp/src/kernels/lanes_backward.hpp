@@ -20,13 +20,17 @@ NORMKIT_LOCAL void add_columns(ColumnSums into, ColumnSums more, std::int64_t n)
 /// What is known of columns before the sums: their given mean, which sums are taken about, the factors of z, and slopes of prelu.
 template <class S> struct Known { const S *mean, *scale, *shift, *slope; };
 
-/// Adds one block of one tile to the sums of columns k and on. kDetailed: there may be a mask, an activation, or weights that
-/// follow the elements.
-template <bool kDetailed, class X, int kVectors>
+/// What more than dy and x the sums of columns look at: a kink alone, or a mask, any activation and weights that follow the elements.
+enum class Detail : std::uint8_t { none, kink, all };
+
+/// Adds one block of one tile to the sums of columns k and on.
+template <Detail kDetail, class X, int kVectors>
 NORMKIT_LOCAL void add_block(const Task& t, std::int64_t o, std::int64_t step, std::int64_t rows, std::int64_t k,
                              std::int64_t n, Known<ScalarOf<X>> known, Count<kVectors> vectors, ColumnSums out) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
+  constexpr bool kDetailed = kDetail == Detail::all;
+  const double below = slope_below(t.activation);
   const Geometry& g = t.geometry;
   const bool by_column = !kDetailed || constant_in_column(g), masked = kDetailed && t.where.data;
   const bool curved = kDetailed && has_curved_slope(t.activation), active = kDetailed && has_activation(t);
@@ -60,7 +64,8 @@ NORMKIT_LOCAL void add_block(const Task& t, std::int64_t o, std::int64_t step, s
     for_vectors<V>(vectors, n, [&](int j, auto place) NORMKIT_INLINE_LAMBDA {
       const V x_v = place.load(x);
       V d = x_v - m[j], dz;
-      if (curved) dz = place.load(static_cast<const S*>(reaching));
+      if constexpr (kDetail == Detail::kink) dz = Kinked<X>{below, z_of(m[j], place)}(place, dy, x_v);
+      else if (curved) dz = place.load(static_cast<const S*>(reaching));
       else if (active) dz = incoming(t, z_of(m[j], place), place, dy, x_v);
       else dz = place.load(dy);
       if (!by_column) dz = dz * place.load(weight);
@@ -111,6 +116,7 @@ void span_column_sums(const Task& t, std::int64_t o, std::int64_t span, Known<Sc
     sums.n[k] = t.where.data ? 0 : static_cast<double>(end - begin);
   }
   const bool detailed = has_detailed_sums(t) || !constant_in_column(g);
+  const bool kinked = has_kink_alone(t) && constant_in_column(g);
   std::int64_t first = begin;
   if (!detailed && turns_columns(t)) {
     using T = Turned<ScalarOf<X>>;
@@ -123,8 +129,10 @@ void span_column_sums(const Task& t, std::int64_t o, std::int64_t span, Known<Sc
   }
   for_blocks(first, end, [&](std::int64_t step, std::int64_t rows) {
     for_tiles<X>(g.columns(), [&](auto vectors, std::int64_t k, std::int64_t n) {
-      if (detailed) add_block<true, X>(t, o, step, rows, k, n, known, vectors, sums);
-      else add_block<false, X>(t, o, step, rows, k, n, known, vectors, sums);
+      if constexpr (kHasKinked<X>)
+        if (kinked) return add_block<Detail::kink, X>(t, o, step, rows, k, n, known, vectors, sums);
+      if (detailed) add_block<Detail::all, X>(t, o, step, rows, k, n, known, vectors, sums);
+      else add_block<Detail::none, X>(t, o, step, rows, k, n, known, vectors, sums);
     });
   });
 }
@@ -208,7 +216,9 @@ void lanes_backward_span(const Task& t, std::int64_t o, std::int64_t span, Table
   using S = ScalarOf<X>;
   const Geometry& g = t.geometry;
   const bool by_column = constant_in_column(g), active = has_activation(t);
-  const bool plain = by_column && !has_detailed_ranges(t) && t.kind != ParamKind::element && t.dx.data;
+  const bool simple = by_column && t.kind != ParamKind::element && t.dx.data && !t.residual.data;
+  const bool plain = simple && !has_detailed_sums(t), kinked = simple && has_kink_alone(t);
+  const double below = slope_below(t.activation);
   const NextSteps fetch = fetch_for<X>(t, o, span, last);
   ParamBuffer<S> weights, biases, slopes;
   for_walks(g, span_begin(span), span_end(g, span), !t.where.data && one_walk(g, {&t.x, &t.dy, &t.dx, &t.residual}),
@@ -230,6 +240,22 @@ void lanes_backward_span(const Task& t, std::int64_t o, std::int64_t span, Table
       });
       return;
     }
+    const auto z_of = [=](auto column) NORMKIT_INLINE_LAMBDA {
+      return Preactivation<X>{column.load(table.z_mean + k), column.load(table.z_scale + k),
+                              column.load(table.z_shift + k)};
+    };
+    if constexpr (kHasKinked<X>) {
+      if (kinked) {
+        map(dx, n, streamer, Fetch{}, [=] [[gnu::always_inline]] (auto place) mutable {
+          prefetch_place(x_ahead, place), prefetch_place(dy_ahead, place);
+          const auto column = round(place);
+          const V x_v = place.load(x);
+          return backward(Kinked<X>{below, z_of(column)}(place, dy, x_v), column.load(table.a + k),
+                          through(column, x_v));
+        });
+        return;
+      }
+    }
     const X* residual = t.residual.data ? at<X>(t.residual, o, step, 0) + k : nullptr;
     const std::int64_t offset = g.offset(o, step, 0, 0) + k;
     S* const dweight = t.dweight_out ? at<S>(t.dweight_out, offset) : nullptr;
@@ -239,15 +265,17 @@ void lanes_backward_span(const Task& t, std::int64_t o, std::int64_t span, Table
     const Masked members = members_at(t, o, step, 0, k);
     const bool masked = t.where.data, curved = has_curved_slope(t.activation);
     const S* bias = by_column || !active ? nullptr : biases.read(t.bias, parameter, n, 0);
-    const auto z_of = [=](auto column) NORMKIT_INLINE_LAMBDA {
-      return Preactivation<X>{column.load(table.z_mean + k), column.load(table.z_scale + k),
-                              column.load(table.z_shift + k), weight, bias};
+    const auto weighted_z_of = [=](auto column) NORMKIT_INLINE_LAMBDA {
+      Preactivation<X> z = z_of(column);
+      z.weight = weight, z.bias = bias;
+      return z;
     };
     alignas(64) S reaching[kBuffer], z_value[kBuffer];
     if (curved) {
       map(reaching, n, kPlain<S>, Fetch{}, [=](auto place) NORMKIT_INLINE_LAMBDA { return place.load(dy); });
-      map(z_value, n, kPlain<S>, Fetch{},
-          [=] [[gnu::always_inline]] (auto place) mutable { return z_of(round(place)).at(place, place.load(x)); });
+      map(z_value, n, kPlain<S>, Fetch{}, [=] [[gnu::always_inline]] (auto place) mutable {
+        return weighted_z_of(round(place)).at(place, place.load(x));
+      });
       multiply_by_slopes(t.activation, walk_slopes(t, table.slope + k, parameter, n, slopes), z_value, reaching, n);
     }
     const S* const reached = reaching;
@@ -257,7 +285,7 @@ void lanes_backward_span(const Task& t, std::int64_t o, std::int64_t span, Table
       const V x_v = place.load(x);
       V dz;
       if (curved) dz = place.load(reached);
-      else if (active) dz = incoming(t, z_of(column), place, dy, x_v);
+      else if (active) dz = incoming(t, weighted_z_of(column), place, dy, x_v);
       else dz = place.load(dy);
       if (dweight) {
         const V x_hat =

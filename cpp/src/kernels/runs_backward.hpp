@@ -66,24 +66,22 @@ template <class X> struct Straight {
     return place.load(dy);
   }
 };
-/// dy times the slope of an activation that has a kink.
-template <class V> NORMKIT_LOCAL V through_kink(const Task& t, V dy, V z) {
-  return dy * kink_slope(z, is_relu(t.activation) ? 0 : t.activation.parameter);
-}
+/// The slope below its kink of an activation that has one.
+NORMKIT_LOCAL double slope_below(const Activation& a) { return is_relu(a) ? 0 : a.parameter; }
 /// The gradient that reaches z through such an activation, where a run has one weight and one bias.
 template <class X> struct Kinked {
-  const Task& t;
+  double below;
   Preactivation<X> z;
 
   template <class P> NORMKIT_LOCAL VectorOf<X> operator()(P place, const X* dy, VectorOf<X> x) const {
-    return through_kink(t, place.load(dy), z.constant(x));
+    return place.load(dy) * kink_slope(z.constant(x), below);
   }
 };
 /// The gradient that reaches z, unless it is that through a curved activation.
 template <class X, class P>
 NORMKIT_LOCAL VectorOf<X> incoming(const Task& t, const Preactivation<X>& z, P place, const X* dy, VectorOf<X> x) {
   const VectorOf<X> g = place.load(dy);
-  return has_kink(t.activation) ? through_kink(t, g, z.at(place, x)) : g;
+  return has_kink(t.activation) ? g * kink_slope(z.at(place, x), slope_below(t.activation)) : g;
 }
 
 /// Adds `rows` segments of n elements of dy and x to s. kWeighted: what reaches z is multiplied by `weight`, which has one factor
@@ -217,7 +215,8 @@ Sums<double> piece_sums(const Task& t, Range range, Piece piece, Statistic<Scala
     LaneSums<X> sums;
     const Preactivation<X> z = activation_input<X>(t, piece, s, params);
     if constexpr (kHasKinked<X>)
-      if (has_kink_alone(t)) return kinked_sums<X>(t, dy, x, range.rows, piece.n, s.mean, {t, z});
+      if (has_kink_alone(t))
+        return kinked_sums<X>(t, dy, x, range.rows, piece.n, s.mean, {slope_below(t.activation), z});
     const Masked members = members_at(t, range.o, range.step, range.lane, piece.begin);
     add_detailed(sums, t, dy, x, range.rows, piece.n, s.mean, z, members);
     return sums.total();
@@ -493,7 +492,7 @@ template <class X>
   for_pieces(t, o, offset, begin, end, end, [&](Piece piece) NORMKIT_INLINE_LAMBDA {
     const X *dy = rows.dy + piece.begin, *x = rows.x + piece.begin;
     const FetchBoth next(x, dy, {t.walk, kAhead, t.walk.fetch_bytes});
-    const Kinked<X> reaching{t, activation_input<X>(t, piece, given, unused)};
+    const Kinked<X> reaching{slope_below(t.activation), activation_input<X>(t, piece, given, unused)};
     const V a = broadcast<V>(static_cast<S>(known.statistic.rstd * element(t.weight, piece.parameter, 1)));
     map(rows.dx + piece.begin, piece.n, streamer, Fetch{}, [&](auto place) NORMKIT_INLINE_LAMBDA {
       next.far_line(place.i * static_cast<std::int64_t>(sizeof(X)));
