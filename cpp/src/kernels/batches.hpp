@@ -295,10 +295,12 @@ template <class X, class Y> NORMKIT_LOCAL Y* output_row(const Task& t, const Bat
   return at<Y>(t.y, o, 0, r - o * t.geometry.lanes);
 }
 
-/// What is fetched while row k of a batch is written, from element `begin` on: rows to come, unless they are formed first.
+/// What is fetched while row k of a batch is written, from element `begin` on: rows to come, unless they are formed first. Rows with
+/// given statistics are read here for the first time: into the first-level cache.
 template <class X>
 NORMKIT_LOCAL Fetch fetch_for_row(const Task& t, const BatchOf<X>& batch, int k, std::int64_t begin) {
   if (t.walk.forms_rows) return {};
+  if (t.frozen) return {reinterpret_cast<const char*>(at<X>(batch.x[k], 0) + begin) + kAhead};
   return far_fetch(at<X>(batch.x[k], 0) + begin, far_or_next(t.walk.fetch_bytes, t.walk.next_x));
 }
 
@@ -403,7 +405,8 @@ template <class X, class Y, int kVectors>
   const Task& t = writer.t;
   const std::int64_t n = t.geometry.run;
   // Copies: stores might change them, for all that is known.
-  const int rows = batch.rows, next_rows = t.frozen ? 0 : next.rows;
+  const bool is_given = t.frozen;
+  const int rows = batch.rows, next_rows = is_given ? 0 : next.rows;
   const bool is_active = has_activation(t);
   Nothing alone;
   for (int k = 0; k < rows || k < next_rows; ++k) {
@@ -416,9 +419,11 @@ template <class X, class Y, int kVectors>
       }
     }
     if constexpr (kVectors > 0)
-      if (k < rows)
-        far_fetch(batch.x[k], far_or_next(t.walk.fetch_bytes, t.walk.next_x))
-            .template block<kVectors * kLanes<V> * sizeof(X)>(0);
+      if (k < rows) {
+        const Fetch ahead = is_given ? Fetch{reinterpret_cast<const char*>(batch.x[k]) + kAhead}
+                                     : far_fetch(batch.x[k], far_or_next(t.walk.fetch_bytes, t.walk.next_x));
+        ahead.template block<kVectors * kLanes<V> * sizeof(X)>(0);
+      }
     if (k < next_rows) {
       const char* const near = reinterpret_cast<const char*>(next.x[k]) + kBatchAhead;
       sum_row<X>(vectors, n, k, Fetch{near, nullptr}, alone, next);

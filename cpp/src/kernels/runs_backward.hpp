@@ -17,6 +17,7 @@ NORMKIT_LOCAL Reduced reduced_at(const double* from) { return {{from[0], from[1]
 /// True where a mask or an activation asks more of the sums than the plain loops do; writing dx has a gradient to add, too.
 NORMKIT_LOCAL bool has_detailed_sums(const Task& t) { return t.where.data || has_activation(t); }
 NORMKIT_LOCAL bool has_detailed_ranges(const Task& t) { return t.residual.data || has_detailed_sums(t); }
+
 /// Types that have loops for what is no more than a kink: float64, and registers that hold little, do without.
 template <class X> constexpr bool kHasKinked = kWide && sizeof(X) < 8;
 NORMKIT_LOCAL bool has_kink_alone(const Task& t) { return !t.where.data && has_kink(t.activation); }
@@ -66,8 +67,10 @@ template <class X> struct Straight {
     return place.load(dy);
   }
 };
+
 /// The slope below its kink of an activation that has one.
 NORMKIT_LOCAL double slope_below(const Activation& a) { return is_relu(a) ? 0 : a.parameter; }
+
 /// The gradient that reaches z through such an activation, where a run has one weight and one bias.
 template <class X> struct Kinked {
   double below;
@@ -77,6 +80,7 @@ template <class X> struct Kinked {
     return place.load(dy) * kink_slope(z.constant(x), below);
   }
 };
+
 /// The gradient that reaches z, unless it is that through a curved activation.
 template <class X, class P>
 NORMKIT_LOCAL VectorOf<X> incoming(const Task& t, const Preactivation<X>& z, P place, const X* dy, VectorOf<X> x) {
@@ -192,6 +196,7 @@ template <class Beside> NORMKIT_LOCAL Ahead ahead_while_summing(const Task& t, c
   return {t.walk, near, near + t.walk.far_bytes};
 }
 
+/// chunk_sums() through an activation that has a kink. An element that no gradient reaches adds nothing, even where it is NaN.
 template <class X>
 [[gnu::noinline]] Sums<double> kinked_sums(const Task& t, const X* dy, const X* x, std::int64_t rows, std::int64_t n,
                                            ScalarOf<X> mean, const Kinked<X>& reaching) {
