@@ -60,6 +60,9 @@ std::int64_t overlapped_bytes() { return 8 * second_level_cache(); }
 /// Shorter runs have too few whole blocks, and go in batches. Runs of 512: 0.75 of the time in batches (Zen 4).
 constexpr std::int64_t kOverlappedRun = 768;
 
+/// True where nobody asked for x + residual.
+bool forms_sum_in_output(const Task& t) { return !t.dy.data && t.residual.data && t.x.data == t.y.data; }
+
 bool finds_statistics(const Task& t) { return !t.frozen && t.phase == Phase::both; }
 
 /// True where each statistic, or outer index of lanes, can be written while the next one is read.
@@ -110,7 +113,7 @@ bool has_batches(const Task& t, const Operand& out, const Walk& walk) {
   // Long rows beyond the caches are faster one by one where a batch would have an activation to apply or sums to form: relu on runs
   // of 1024 takes 1.8 times as long in batches, layer norm (4096, 768) with a residual 1.15, evaluation of runs of 1024 1.25 (Zen 4).
   const bool is_long = walk.stream_stores && g.run >= kOverlappedRun;
-  if (is_long && (has_activation(t) || (t.residual.data && t.x.data == t.y.data))) return false;
+  if (is_long && (has_activation(t) || forms_sum_in_output(t))) return false;
   if (is_long && !weighs && (t.residual.data || t.frozen)) return false;
   if (t.residual.data && (t.dy.data || !is_short(g, element_bytes))) return false;
   // What reaches rows through an activation takes the place of dy, so it has to be of its type.
@@ -196,8 +199,8 @@ Policy policy_for(const Task& t, int threads, const Isa& isa) {
 
   if (t.twice) return p;
 
-  const bool sums_residual = is_forward && t.residual.data && t.x.data == t.y.data;
-  if (sums_residual && !gathered && !p.split && one_run && run_bytes <= sum_row_bytes()) p.sum_row = run_bytes / 8 + 8;
+  if (forms_sum_in_output(t) && !gathered && !p.split && one_run && run_bytes <= sum_row_bytes())
+    p.sum_row = run_bytes / 8 + 8;
 
   const Operand& out = is_forward ? t.y : t.dx;
   const std::int64_t moved = g.size() * (is_forward ? x_bytes + size_of(out.dtype) : 3 * x_bytes);

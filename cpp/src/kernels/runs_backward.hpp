@@ -61,7 +61,8 @@ template <class X> struct LaneSums {
   }
 };
 
-/// The gradient that reaches z = x_hat * weight + bias: dy.
+/// The gradient that reaches z = x_hat * weight + bias: dy. Through an activation an element that no gradient reaches adds nothing to
+/// sums, even where it is NaN.
 template <class X> struct Straight {
   template <class P> NORMKIT_LOCAL VectorOf<X> operator()(P place, const X* dy, VectorOf<X>) const {
     return place.load(dy);
@@ -129,12 +130,12 @@ NORMKIT_LOCAL void add_segments(LaneSums<X>& sums, const X* dy, std::int64_t dy_
   }
 }
 
-template <class X, class Beside>
+template <class X, class Beside, class Reaching = Straight<X>>
 [[gnu::noinline]] Sums<double> chunk_sums(const X* dy, std::int64_t dy_stride, const X* x, std::int64_t x_stride,
                                           std::int64_t rows, std::int64_t n, ScalarOf<X> mean, Ahead ahead,
-                                          Beside& beside) {
+                                          Beside& beside, const Reaching& reaching = {}) {
   LaneSums<X> sums;
-  add_segments<X, false>(sums, dy, dy_stride, x, x_stride, rows, n, mean, nullptr, ahead, beside);
+  add_segments<X, false>(sums, dy, dy_stride, x, x_stride, rows, n, mean, nullptr, ahead, beside, reaching);
   return sums.total();
 }
 
@@ -196,17 +197,6 @@ template <class Beside> NORMKIT_LOCAL Ahead ahead_while_summing(const Task& t, c
   return {t.walk, near, near + t.walk.far_bytes};
 }
 
-/// chunk_sums() through an activation that has a kink. An element that no gradient reaches adds nothing, even where it is NaN.
-template <class X>
-[[gnu::noinline]] Sums<double> kinked_sums(const Task& t, const X* dy, const X* x, std::int64_t rows, std::int64_t n,
-                                           ScalarOf<X> mean, const Kinked<X>& reaching) {
-  Nothing alone;
-  LaneSums<X> sums;
-  add_segments<X, false>(sums, dy, t.dy.strides.step, x, t.x.strides.step, rows, n, mean, nullptr,
-                         ahead_while_summing(t, alone), alone, reaching);
-  return sums.total();
-}
-
 /// One range of a run of a statistic, or several whole runs, and the place where it lies.
 struct Range { std::int64_t o, step, lane, rows, begin, end; };
 
@@ -219,9 +209,12 @@ Sums<double> piece_sums(const Task& t, Range range, Piece piece, Statistic<Scala
   if (has_detailed_sums(t)) {
     LaneSums<X> sums;
     const Preactivation<X> z = activation_input<X>(t, piece, s, params);
-    if constexpr (kHasKinked<X>)
+    if constexpr (kHasKinked<X>) {
+      Nothing alone;
       if (has_kink_alone(t))
-        return kinked_sums<X>(t, dy, x, range.rows, piece.n, s.mean, {slope_below(t.activation), z});
+        return chunk_sums(dy, t.dy.strides.step, x, t.x.strides.step, range.rows, piece.n, s.mean,
+                          ahead_while_summing(t, alone), alone, Kinked<X>{slope_below(t.activation), z});
+    }
     const Masked members = members_at(t, range.o, range.step, range.lane, piece.begin);
     add_detailed(sums, t, dy, x, range.rows, piece.n, s.mean, z, members);
     return sums.total();
