@@ -83,7 +83,7 @@ MUTANTS = [
            "a tail of one element is forgotten", "activation residual"),
     Mutant(COMMON, ": «(group + 1) * p.stride - here»;", "(group + 1) * p.stride - here + 1",
            "a piece reaches into the next one's parameter", "values"),
-    Mutant(COMMON, "index = «statistic / t.given.stride» % t.given.count", "statistic",
+    Mutant(COMMON, "given_at(t.given, «statistic / t.given.stride» % t.given.count)", "statistic",
            "given statistics are counted without their stride", "values"),
     Mutant(COMMON, "members += «row[i] != 0»;", "row[i] == 0",
            "who is no member is counted", "where"),

@@ -149,9 +149,8 @@ template <int kRows>
   std::int64_t index = first / given.stride % given.count, left = given.stride - first % given.stride;
   for (int k = 0; k < kRows; ++k) s.mean[k] = s.low[k] = s.rstd[k] = 0;
   for (int k = 0; k < rows; ++k) {
-    if (given.mean) s.mean[k] = element(given.mean, given.mean_dtype, index);
-    if (given.mean_low) s.low[k] = element(given.mean_low, given.low_dtype, index);
-    s.rstd[k] = element(given.scale, given.scale_dtype, index);
+    const GivenValues values = given_at(given, index);
+    s.mean[k] = values.mean, s.low[k] = values.low, s.rstd[k] = values.scale;
     if (--left > 0) continue;
     left = given.stride;
     if (++index == given.count) index = 0;

@@ -84,13 +84,16 @@ NORMKIT_LOCAL double element(const Param& p, std::int64_t index, double absent) 
   return p.offset + (p.dtype == Dtype::float32 ? *at<float>(p.data, index) : element(p.data, p.dtype, index));
 }
 
+/// What is given of one statistic; what is absent is 0.
+struct GivenValues { double mean, low, scale; };
+NORMKIT_LOCAL GivenValues given_at(const Given& given, std::int64_t index) {
+  return {given.mean ? element(given.mean, given.mean_dtype, index) : 0,
+          given.mean_low ? element(given.mean_low, given.low_dtype, index) : 0,
+          element(given.scale, given.scale_dtype, index)};
+}
 template <class S> Statistic<S> given_statistic(const Task& t, std::int64_t statistic) {
-  const std::int64_t index = statistic / t.given.stride % t.given.count;
-  const double scale = element(t.given.scale, t.given.scale_dtype, index);
-  const double mean = t.given.mean ? element(t.given.mean, t.given.mean_dtype, index) : 0;
-  const bool has_low = sizeof(S) == 8 && t.given.mean_low;
-  const double low = has_low ? element(t.given.mean_low, t.given.low_dtype, index) : 0;
-  return statistic_of<S>(mean, low, scale);
+  const GivenValues values = given_at(t.given, statistic / t.given.stride % t.given.count);
+  return statistic_of<S>(values.mean, sizeof(S) == 8 ? values.low : 0, values.scale);
 }
 
 /// Hands the moments of a statistic out: to the arrays that were asked for, and to the caller.

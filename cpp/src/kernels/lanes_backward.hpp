@@ -232,30 +232,22 @@ void lanes_backward_span(const Task& t, std::int64_t o, std::int64_t span, Table
     const auto through = [=](auto column, V x_v) NORMKIT_INLINE_LAMBDA {
       return through_statistics(x_v, column.load(table.mean + k), column.load(table.b + k), column.load(table.c + k));
     };
-    if (plain) {
+    // reaching_in: a column to the gradient that reaches z there.
+    const auto write = [&](auto reaching_in) NORMKIT_INLINE_LAMBDA {
       map(dx, n, streamer, Fetch{}, [=] [[gnu::always_inline]] (auto place) mutable {
         prefetch_place(x_ahead, place), prefetch_place(dy_ahead, place);
         const auto column = round(place);
-        return backward(place.load(dy), column.load(table.a + k), through(column, place.load(x)));
+        const V x_v = place.load(x);
+        return backward(reaching_in(column)(place, dy, x_v), column.load(table.a + k), through(column, x_v));
       });
-      return;
-    }
+    };
+    if (plain) return write([](auto) NORMKIT_INLINE_LAMBDA { return Straight<X>{}; });
     const auto z_of = [=](auto column) NORMKIT_INLINE_LAMBDA {
       return Preactivation<X>{column.load(table.z_mean + k), column.load(table.z_scale + k),
                               column.load(table.z_shift + k)};
     };
-    if constexpr (kHasKinked<X>) {
-      if (kinked) {
-        map(dx, n, streamer, Fetch{}, [=] [[gnu::always_inline]] (auto place) mutable {
-          prefetch_place(x_ahead, place), prefetch_place(dy_ahead, place);
-          const auto column = round(place);
-          const V x_v = place.load(x);
-          return backward(Kinked<X>{below, z_of(column)}(place, dy, x_v), column.load(table.a + k),
-                          through(column, x_v));
-        });
-        return;
-      }
-    }
+    if constexpr (kHasKinked<X>)
+      if (kinked) return write([=](auto column) NORMKIT_INLINE_LAMBDA { return Kinked<X>{below, z_of(column)}; });
     const X* residual = t.residual.data ? at<X>(t.residual, o, step, 0) + k : nullptr;
     const std::int64_t offset = g.offset(o, step, 0, 0) + k;
     S* const dweight = t.dweight_out ? at<S>(t.dweight_out, offset) : nullptr;

@@ -21,6 +21,10 @@ NORMKIT_LOCAL bool has_detailed_ranges(const Task& t) { return t.residual.data |
 /// Types that have loops for what is no more than a kink: float64, and registers that hold little, do without.
 template <class X> constexpr bool kHasKinked = kWide && sizeof(X) < 8;
 NORMKIT_LOCAL bool has_kink_alone(const Task& t) { return !t.where.data && has_kink(t.activation); }
+/// True where the plain loop over dx takes a kink along.
+template <class X> NORMKIT_LOCAL bool takes_kink(const Task& t) {
+  return kHasKinked<X> && has_kink_alone(t) && t.dx.data && !t.residual.data && !follows_elements(t.geometry);
+}
 
 /// How many bytes fetches run ahead of a walk: those into the first-level cache, and those into the second.
 struct Ahead {
@@ -391,16 +395,17 @@ template <class X> struct ElementGradients {
 };
 
 /// dx over one range of a run, and, where the parameters follow the elements, what the range adds to their gradients.
-/// dx may lie over x or dy, so it comes last.
+/// dx may lie over x or dy, so it comes last. An activation is one whose kink is all there is, see takes_kink(): z comes from the
+/// statistics that the caller gave, as the sums had it.
 template <class X>
 [[gnu::noinline]] void backward_range(const Task& t, BackwardRows<X> rows, std::int64_t o, std::int64_t offset,
                                       std::int64_t begin, std::int64_t end, const Solved<ScalarOf<X>>& known,
-                                      Streamer<X>* streamer) {
+                                      Statistic<ScalarOf<X>> given, Streamer<X>* streamer) {
   using V = VectorOf<X>;
   using S = ScalarOf<X>;
   const V mean = broadcast<V>(known.statistic.mean);
   const V b = broadcast<V>(known.gradient.b), c = broadcast<V>(known.gradient.c);
-  ParamBuffer<S> weights;
+  ParamBuffers<S> params;
   for_pieces(t, o, offset, begin, end, follows_elements(t.geometry) ? kBuffer : end,
              [&](Piece piece) NORMKIT_INLINE_LAMBDA {
     const X *dy = rows.dy + piece.begin, *x = rows.x + piece.begin;
@@ -414,17 +419,20 @@ template <class X>
     const double weight = piece.linear ? 1 : element(t.weight, piece.parameter, 1);
     const V a = broadcast<V>(static_cast<S>(known.statistic.rstd * weight));
     const bool weighted = piece.linear && t.weight.data;
-    const S* factors = weighted ? weights.read(t.weight, piece.parameter, piece.n, 1) : nullptr;
+    const S* factors = weighted ? params.weights.read(t.weight, piece.parameter, piece.n, 1) : nullptr;
     const auto dx_of = [&](V g, V x_v)
                            NORMKIT_INLINE_LAMBDA { return backward(g, a, through_statistics(x_v, mean, b, c)); };
-    if (!writes_element_gradients(t)) {
+    const auto write = [&](auto reaching) NORMKIT_INLINE_LAMBDA {
       map(dx, piece.n, streamer, Fetch{}, [&](auto place) NORMKIT_INLINE_LAMBDA {
         fetch(place);
-        const V dy_v = place.load(dy);
-        return dx_of(factors ? dy_v * place.load(factors) : dy_v, place.load(x));
+        const V x_v = place.load(x), g = reaching(place, dy, x_v);
+        return dx_of(factors ? g * place.load(factors) : g, x_v);
       });
-      return;
-    }
+    };
+    if constexpr (kHasKinked<X>)
+      if (has_activation(t))
+        return write(Kinked<X>{slope_below(t.activation), activation_input<X>(t, piece, given, params)});
+    if (!writes_element_gradients(t)) return write(Straight<X>{});
     const ElementGradients<X> gradients(t, rows.row_sums, offset, piece.begin, known.statistic);
     if (!rows.dx) {
       for_positions<V>(piece.n,
@@ -477,29 +485,6 @@ template <class X>
   });
 }
 
-/// dx over one range of a run where there is a kink, and weights do not follow the elements.
-template <class X>
-[[gnu::noinline]] void kinked_range(const Task& t, BackwardRows<X> rows, std::int64_t o, std::int64_t offset,
-                                    std::int64_t begin, std::int64_t end, const Solved<ScalarOf<X>>& known,
-                                    Statistic<ScalarOf<X>> given, Streamer<X>* streamer) {
-  using V = VectorOf<X>;
-  using S = ScalarOf<X>;
-  const V mean = broadcast<V>(known.statistic.mean);
-  const V b = broadcast<V>(known.gradient.b), c = broadcast<V>(known.gradient.c);
-  ParamBuffers<S> unused;
-  for_pieces(t, o, offset, begin, end, end, [&](Piece piece) NORMKIT_INLINE_LAMBDA {
-    const X *dy = rows.dy + piece.begin, *x = rows.x + piece.begin;
-    const FetchBoth next(x, dy, {t.walk, kAhead, t.walk.fetch_bytes});
-    const Kinked<X> reaching{slope_below(t.activation), activation_input<X>(t, piece, given, unused)};
-    const V a = broadcast<V>(static_cast<S>(known.statistic.rstd * element(t.weight, piece.parameter, 1)));
-    map(rows.dx + piece.begin, piece.n, streamer, Fetch{}, [&](auto place) NORMKIT_INLINE_LAMBDA {
-      next.far_line(place.i * static_cast<std::int64_t>(sizeof(X)));
-      const V x_v = place.load(x);
-      return backward(reaching(place, dy, x_v), a, through_statistics(x_v, mean, b, c));
-    });
-  });
-}
-
 template <class X>
 void backward_span(const Task& t, std::int64_t r, Chunks c, std::int64_t span, const Solved<ScalarOf<X>>& known,
                    Streamer<X>* streamer) {
@@ -514,12 +499,10 @@ void backward_span(const Task& t, std::int64_t r, Chunks c, std::int64_t span, c
                                t.residual.data ? at<X>(t.residual, o, step, lane) : nullptr,
                                t.dx.data ? at<X>(t.dx, o, step, lane) : nullptr, row_sums};
     const std::int64_t offset = g.offset(o, step, lane, 0);
-    if (!has_detailed_ranges(t)) return backward_range(t, rows, o, offset, begin, end, known, streamer);
-    if constexpr (kHasKinked<X>)
-      if (has_kink_alone(t) && rows.dx && !rows.residual && !follows_elements(g))
-        return kinked_range(t, rows, o, offset, begin, end, known, given_statistic<S>(t, r), streamer);
-    detailed_range(t, rows, o, offset, begin, end, known, given_statistic<S>(t, r), members_at(t, o, step, lane, begin),
-                   streamer);
+    const Statistic<S> given = given_statistic<S>(t, r);
+    if (!has_detailed_ranges(t) || takes_kink<X>(t))
+      return backward_range(t, rows, o, offset, begin, end, known, given, streamer);
+    detailed_range(t, rows, o, offset, begin, end, known, given, members_at(t, o, step, lane, begin), streamer);
   });
 }
 
@@ -576,7 +559,7 @@ template <class Element> struct BackwardOutputs {
   }
   void write(std::int64_t step, std::int64_t begin, std::int64_t end) const {
     const BackwardRows<X> rows{at<X>(t.dy, o, step, lane), at<X>(t.x, o, step, lane), nullptr, out(step), nullptr};
-    backward_range(t, rows, o, t.geometry.offset(o, step, lane, 0), begin, end, known, &streamer);
+    backward_range(t, rows, o, t.geometry.offset(o, step, lane, 0), begin, end, known, known.statistic, &streamer);
   }
 };
 
