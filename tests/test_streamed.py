@@ -81,6 +81,25 @@ def test_frozen_channels_last_goes_round_the_table(columns, isa, rng):
     assert np.array_equal(y, (x - mean) * weight + bias)
 
 
+@pytest.mark.parametrize("shape", [*SHAPES.values(), *LAST.values()], ids=[*SHAPES, *(f"last-{name}" for name in LAST)])
+def test_streamed_double_backward(shape, isa, rng):
+    last = {"channel_axis": -1 if shape in LAST.values() else 1}
+    ddx, dy, x = (uniform(rng, shape, np.dtype("float32")) for _ in range(3))
+    weight, ddweight, ddbias = rng.standard_normal((3, shape[last["channel_axis"]])).astype(np.float32)
+    _, *statistics = normkit.instance_norm(x, return_stats=True, **last)
+
+    def second(arrays, statistics):
+        ddx, *arrays = arrays
+        return normkit.instance_norm_double_backward(ddx, ddweight, ddbias, *arrays, *statistics, weight, **last)
+
+    d_dy, d_x, _ = second((ddx, dy, x), statistics)
+    for n in range(0, shape[0], 5):
+        one = np.s_[n : n + 1]
+        alone = second([a[one].copy() for a in (ddx, dy, x)], [s[one].copy() for s in statistics])
+        assert alone[0].tobytes() == d_dy[one].tobytes()
+        assert alone[1].tobytes() == d_x[one].tobytes()
+
+
 # Written while the next is read, or side by side: pieces that end within a block or a line, runs of several steps,
 # weights that must be converted, rows that a batch has an odd number of.
 OVERLAPPED = {

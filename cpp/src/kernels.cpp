@@ -111,6 +111,16 @@ void backward_apply(const Task& t, std::int64_t begin, std::int64_t end) {
   if (t.walk.stream_stores) stream_fence();
 }
 
+void double_backward(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
+  second_fused(t, begin, end, scratch);
+  if (t.walk.stream_stores) stream_fence();
+}
+
+void double_backward_apply(const Task& t, std::int64_t begin, std::int64_t end) {
+  second_apply(t, begin, end);
+  if (t.walk.stream_stores) stream_fence();
+}
+
 void merge_moments(double* into, const double* from, std::int64_t n, Dtype compute) {
   compute == Dtype::float64 ? merge_all<double>(into, from, n) : merge_all<float>(into, from, n);
 }
@@ -126,7 +136,7 @@ extern const Isa NORMKIT_SYMBOL(NORMKIT_ISA_NAME);
 const Isa NORMKIT_SYMBOL(NORMKIT_ISA_NAME){NORMKIT_NAME_OF(NORMKIT_ISA_NAME),
                                            {forward, forward_sums, forward_finish, forward_apply},
                                            {backward, backward_sums, backward_finish, backward_apply},
-                                           {second_fused, second_sums, second_finish, second_apply},
+                                           {double_backward, second_sums, second_finish, double_backward_apply},
                                            merge_moments,
                                            kHeldVectors};
 

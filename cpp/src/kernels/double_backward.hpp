@@ -73,6 +73,16 @@ template <class X> NORMKIT_LOCAL SecondRow<X> second_in_place(const Task& t, con
           t.x.strides.step, t.dy.strides.step, t.ddx.strides.step, t.d_dy.strides.step, t.dx.strides.step};
 }
 
+/// Numbers as floats, where they lie or in `room`.
+NORMKIT_LOCAL const float* rounded(const float* from, std::int64_t, float*) { return from; }
+NORMKIT_LOCAL const float* rounded(const double* from, std::int64_t n, float* room) {
+  for (std::int64_t i = 0; i < n; ++i) room[i] = static_cast<float>(from[i]);
+  return room;
+}
+
+/// Results of float32 that go past the caches.
+struct SecondStreamers { Streamer<float> d_dy, d_x; };
+
 /// Elements as X, float or double: where they lie, or in buffers; zeros in the place of a ddx that is not there.
 template <class X> class SecondElements {
  public:
@@ -83,29 +93,33 @@ template <class X> class SecondElements {
       row = second_in_place<X>(t, p);
     } else {
       row.x = read(t.x, p, room_[0]), row.dy = read(t.dy, p, room_[1]), row.v = read(t.ddx, p, room_[2]);
-      row.d_dy = room_[3], row.d_x = room_[4];
-      row.x_step = row.dy_step = row.v_step = row.d_dy_step = row.d_x_step = p.n;
+      row.x_step = row.dy_step = row.v_step = p.n;
     }
+    if (!results_lie(t)) row.d_dy = room_[3], row.d_x = room_[4], row.d_dy_step = row.d_x_step = p.n;
     if (!t.ddx.data) row.v = read(t.ddx, p, room_[2]);
   }
   static bool lie(const Task& t) { return t.x.dtype == kDtypeOf<X>; }
+  static bool results_lie(const Task& t) { return lie(t) && !t.walk.stream_stores; }
   /// How many steps of `columns` columns can be taken at once: more are far from each other, or have no room.
   static std::int64_t most_steps(const Task& t, std::int64_t columns) {
-    return lie(t) ? 16 : least(16, kBuffer / whole_vectors(columns));
+    return results_lie(t) ? 16 : least(16, kBuffer / whole_vectors(columns));
   }
   /// Writes results that are in buffers.
-  [[gnu::noinline, gnu::hot]] void write(const Task& t, const SecondPlace& p) const {
-    if (lie(t)) return;
-    for (std::int64_t k = 0; k < 2 * p.steps; ++k) {
-      const std::int64_t step = k / 2;
-      const Operand& out = k % 2 == 0 ? t.d_dy : t.dx;
-      const X* const from = room_[3 + k % 2] + step * p.n;
-      alignas(64) float rounded[kBuffer];
-      for (std::int64_t i = 0; i < p.n; ++i) rounded[i] = static_cast<float>(from[i]);
-      std::byte* const to = second_address(out, p) + step * out.strides.step * size_of(out.dtype);
-      if (out.dtype == Dtype::float32) put_all(rounded, at<float>(to, 0), p.n, kPlain<float>, Fetch{});
-      else if (out.dtype == Dtype::float16) put_all(rounded, at<Half>(to, 0), p.n, kPlain<Half>, Fetch{});
-      else put_all(rounded, at<Bfloat>(to, 0), p.n, kPlain<Bfloat>, Fetch{});
+  [[gnu::noinline, gnu::hot]] void write(const Task& t, const SecondPlace& p, SecondStreamers* streamers) const {
+    if (results_lie(t)) return;
+    for (const bool of_dy : {true, false}) {
+      const Operand& out = of_dy ? t.d_dy : t.dx;
+      Streamer<float>* const streamer = t.walk.stream_stores ? &(of_dy ? streamers->d_dy : streamers->d_x) : nullptr;
+      const bool dense = out.strides.step == p.n;
+      const std::int64_t rows = dense ? 1 : p.steps, n = dense ? p.steps * p.n : p.n;
+      for (std::int64_t row = 0; row < rows; ++row) {
+        std::byte* const to = second_address(out, p) + row * out.strides.step * size_of(out.dtype);
+        alignas(64) float room[kBuffer];
+        const float* const from = rounded(room_[of_dy ? 3 : 4] + row * n, n, room);
+        if (out.dtype == Dtype::float16) put_all(from, at<Half>(to, 0), n, kPlain<Half>, Fetch{});
+        else if (out.dtype == Dtype::bfloat16) put_all(from, at<Bfloat>(to, 0), n, kPlain<Bfloat>, Fetch{});
+        else put_all(from, at<float>(to, 0), n, streamer, Fetch{});
+      }
     }
   }
 
@@ -189,16 +203,22 @@ NORMKIT_LOCAL void add_second(SecondSums<R64>& s, P place, SecondRow<X> a, R64 m
   s.vd = times(of_v, s.vd), s.gd = times(g, s.gd), s.vg = mul_add(v, g, s.vg);
 }
 
+/// Fetches what is read long after element i of each array.
+template <class X> NORMKIT_LOCAL void fetch_second(const SecondRow<X>& row, std::int64_t i) {
+  for (const X* from : {row.x, row.dy, row.v}) prefetch_second(reinterpret_cast<const char*>(from + i) + kFarAhead);
+}
 /// Sums as vectors of all registers give them, whatever the width of one.
 template <bool kWeighted, class Members, class X, class W>
 [[gnu::noinline, gnu::hot]] SecondSums<double> second_row_sums(SecondRow<X> a, std::int64_t n, double mean,
-                                                               SecondParams<W> p, Members members) {
+                                                               SecondParams<W> p, Members members, bool fetches) {
   const R64 m = broadcast<R64>(mean), zero = broadcast<R64>(0.0);
   SecondSums<F64> s;
   for (int k = 0; k < kRegsOf<F64>; ++k) {
     SecondSums<R64> part{zero, zero, zero, zero, zero, zero, zero, zero};
-    for_doubles(k * kLanes64, n, kLanes<F64>,
-                [&](auto place) NORMKIT_INLINE_LAMBDA { add_second<kWeighted>(part, place, a, m, p, members); });
+    for_doubles(k * kLanes64, n, kLanes<F64>, [&](auto place) NORMKIT_INLINE_LAMBDA {
+      if (k == 0 && fetches) fetch_second(a, place.i);
+      add_second<kWeighted>(part, place, a, m, p, members);
+    });
     s.v.r[k] = part.v.r[0], s.vd.r[k] = part.vd.r[0], s.g.r[k] = part.g.r[0], s.gd.r[k] = part.gd.r[0];
     s.vg.r[k] = part.vg.r[0], s.q.r[k] = part.q.r[0], s.qd.r[k] = part.qd.r[0], s.d.r[k] = part.d.r[0];
   }
@@ -221,6 +241,7 @@ NORMKIT_LOCAL void for_second_pieces(const Task& t, std::int64_t o, std::int64_t
   const std::int64_t o = r / t.geometry.lanes, lane = r % t.geometry.lanes;
   const bool shares = constant_in_statistic(t.geometry), plain = second_is_plain(t);
   const double mean = given_statistic<double>(t, r).mean;
+  const bool fetches = t.walk.far_bytes > 0;
   SecondReduced total;
   if (t.frozen && t.kind != ParamKind::statistic) return total;
   for_second_pieces(t, o, lane, c, span, [&](std::int64_t step, Piece piece) {
@@ -234,18 +255,20 @@ NORMKIT_LOCAL void for_second_pieces(const Task& t, std::int64_t o, std::int64_t
       if (done = plain && (!each || second_params_lie(t)); done) {
         const SecondElements<float> a(t, place);
         if (each)
-          part.sums = second_row_sums<true>(a.row, piece.n, mean, second_params_at(t, piece.parameter), Everyone{});
-        else part.sums = second_row_sums<false>(a.row, piece.n, mean, SecondParams<float>{}, Everyone{});
+          part.sums =
+              second_row_sums<true>(a.row, piece.n, mean, second_params_at(t, piece.parameter), Everyone{}, fetches);
+        else part.sums = second_row_sums<false>(a.row, piece.n, mean, SecondParams<float>{}, Everyone{}, fetches);
       }
     }
     if (!done) {
       const SecondElements<double> a(t, place);
       if (each)
         part.sums = second_row_sums<true>(a.row, piece.n, mean,
-                                          SecondParamDoubles(t, true, piece.parameter, piece.n).params, members);
+                                          SecondParamDoubles(t, true, piece.parameter, piece.n).params, members, false);
       else
-        part.sums = second_row_sums<true>(
-            a.row, piece.n, mean, SecondParams<double>{kOnes<double>.value, kOnes<double>.value, nullptr}, members);
+        part.sums = second_row_sums<true>(a.row, piece.n, mean,
+                                          SecondParams<double>{kOnes<double>.value, kOnes<double>.value, nullptr},
+                                          members, false);
     }
     if (!each && !shares) part.sums = second_weighted(t, piece.parameter, part.sums);
     total = total + part;
@@ -302,6 +325,7 @@ template <bool kColumns, bool kEach, bool kPlain, class X, class W>
     const Form f = form(SecondKnown::kThrough);
     SecondRow<X> row = a;
     for (std::int64_t step = 0; step < (kColumns && kPlain ? steps : 1); ++step, row.next()) {
+      if constexpr (kColumns && kPlain) fetch_second(row, place.i);
       const R64 dy = place.load(row.dy), v = place.load(row.v), d = place.load(row.x) - mean;
       R64 d_dy = line.d_dy.constant, d_x = dy * line.dy;
       if (needs_x) d_dy = mul_add(d, line.d_dy.of_d, d_dy);
@@ -322,11 +346,12 @@ template <bool kColumns, bool kEach, bool kPlain, class X, class W>
 
 /// second_row() of anything, by way of doubles.
 template <bool kColumns>
-void second_any_row(const Task& t, const SecondPlace& place, SecondKnown known, SecondParams<double> p, double* terms) {
+void second_any_row(const Task& t, const SecondPlace& place, SecondKnown known, SecondParams<double> p, double* terms,
+                    SecondStreamers* streamers) {
   SecondElements<double> a(t, place);
   second_row<kColumns, true, false>(t, a.row, place.n, 1, known, p,
                                     members_at(t, place.o, place.step, place.lane, place.begin), terms);
-  a.write(t, place);
+  a.write(t, place, streamers);
 }
 
 /// Where terms of d_weight go: added up over a piece, or over rows, or one for each element of x.
@@ -367,7 +392,7 @@ bool has_second_terms(const Task& t) {
 }
 
 [[gnu::cold]] void second_span(const Task& t, std::int64_t r, Chunks c, std::int64_t span,
-                               const SecondGradient<double>& k) {
+                               const SecondGradient<double>& k, SecondStreamers* streamers) {
   const std::int64_t o = r / t.geometry.lanes, lane = r % t.geometry.lanes;
   double of[SecondKnown::kCount] = {};
   const SecondKnown known{of, 1};
@@ -391,11 +416,12 @@ bool has_second_terms(const Task& t) {
                           element(t.ddbias, piece.parameter, 0), put);
           second_row<false, false, true>(t, a.row, piece.n, 1, known, SecondParams<float>{}, {}, to);
         }
-        a.write(t, place);
+        a.write(t, place, streamers);
       }
     }
     if (!done)
-      second_any_row<false>(t, place, known, SecondParamDoubles(t, piece.linear, piece.parameter, piece.n).params, to);
+      second_any_row<false>(t, place, known, SecondParamDoubles(t, piece.linear, piece.parameter, piece.n).params, to,
+                            streamers);
     if (to) put_second_terms(t, o, lane, t.geometry.offset(o, step, lane, piece.begin), piece, terms);
   });
 }
@@ -435,9 +461,7 @@ template <bool kWeighted, class Members, class X>
     SecondRow<X> row = a;
     for (std::int64_t step = 0; step < steps; ++step) {
       add_second<kWeighted>(s, place, row, m, p, members);
-      // What follows these steps, which are too far apart to be foreseen.
-      for (const X* next : {row.x + steps * row.x_step, row.dy + steps * row.dy_step, row.v + steps * row.v_step})
-        __builtin_prefetch(next + place.i);
+      fetch_second(row, place.i);
       if constexpr (!Members::kAll) count = count + members.only(place, broadcast<R64>(1.0));
       row.next();
     }
@@ -520,7 +544,8 @@ NORMKIT_LOCAL SecondParamDoubles second_params_of(const Task& t, const SecondPla
   }
 }
 
-[[gnu::cold]] void second_column_span(const Task& t, std::int64_t o, std::int64_t span, const SecondTable& table) {
+[[gnu::cold]] void second_column_span(const Task& t, std::int64_t o, std::int64_t span, const SecondTable& table,
+                                      SecondStreamers* streamers) {
   const Geometry& g = t.geometry;
   alignas(64) double terms[kBuffer];
   double* const to = has_second_terms(t) ? terms : nullptr;
@@ -531,13 +556,13 @@ NORMKIT_LOCAL SecondParamDoubles second_params_of(const Task& t, const SecondPla
       if (second_has_lines(t)) {
         const SecondElements<float> a(t, place);
         second_row<true, false, true>(t, a.row, place.n, place.steps, known, SecondParams<float>{}, {}, nullptr);
-        return a.write(t, place);
+        return a.write(t, place, streamers);
       }
     }
     constexpr int kParams = SecondKnown::kParams;
     if (constant_in_column(g))
-      second_any_row<true>(t, place, known, {of(kParams), of(kParams + 1), of(kParams + 2)}, to);
-    else second_any_row<true>(t, place, known, second_params_of(t, place).params, to);
+      second_any_row<true>(t, place, known, {of(kParams), of(kParams + 1), of(kParams + 2)}, to, streamers);
+    else second_any_row<true>(t, place, known, second_params_of(t, place).params, to, streamers);
     if (to)
       put_second_terms(t, o, 0, g.offset(o, place.step, 0, 0) + place.begin, {place.begin, place.n, 0, true}, terms);
   });
@@ -588,19 +613,23 @@ NORMKIT_LOCAL void add_second_parts(const SecondColumnSums& to, const SecondColu
 }
 
 [[gnu::cold]] void second_apply(const Task& t, std::int64_t begin, std::int64_t end) {
+  SecondStreamers streamers;
   const Chunks c = chunks_of(t.geometry, t.traversal);
   for_spans(t, begin, end, [&](std::int64_t unit) {
     double* const solved = t.solved;
     if (t.traversal == Traversal::lanes)
       return second_column_span(t, unit / c.spans, unit % c.spans,
-                                {solved + solved_doubles(t) * (unit / c.spans), whole_vectors(t.geometry.columns())});
+                                {solved + solved_doubles(t) * (unit / c.spans), whole_vectors(t.geometry.columns())},
+                                &streamers);
     const Rows rows = rows_of(t, unit / c.spans);
     for (std::int64_t r = rows.first; r < rows.last; ++r)
-      second_span(t, r, c, unit % c.spans, *reinterpret_cast<SecondGradient<double>*>(solved + solved_doubles(t) * r));
+      second_span(t, r, c, unit % c.spans, *reinterpret_cast<SecondGradient<double>*>(solved + solved_doubles(t) * r),
+                  &streamers);
   });
 }
 
 [[gnu::cold]] void second_fused(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
+  SecondStreamers streamers;
   const Chunks c = chunks_of(t.geometry, t.traversal);
   const std::int64_t columns = whole_vectors(t.geometry.columns());
   for (std::int64_t unit = begin; unit < end; ++unit) {
@@ -615,7 +644,7 @@ NORMKIT_LOCAL void add_second_parts(const SecondColumnSums& to, const SecondColu
         if (span > 0) add_second_parts(sums, own, t.geometry.columns());
       }
       second_solve_columns(t, unit, sums, table);
-      for_spans(t, 0, c.spans, [&](std::int64_t span) { second_column_span(t, unit, span, table); });
+      for_spans(t, 0, c.spans, [&](std::int64_t span) { second_column_span(t, unit, span, table, &streamers); });
       continue;
     }
     const Rows rows = rows_of(t, unit);
@@ -623,7 +652,7 @@ NORMKIT_LOCAL void add_second_parts(const SecondColumnSums& to, const SecondColu
       SecondReduced reduced;
       for (std::int64_t span = 0; span < c.spans; ++span) reduced = reduced + second_span_sums(t, r, c, span);
       const SecondGradient<double> known = second_solve(t, r, reduced);
-      for_spans(t, 0, c.spans, [&](std::int64_t span) { second_span(t, r, c, span, known); });
+      for_spans(t, 0, c.spans, [&](std::int64_t span) { second_span(t, r, c, span, known, &streamers); });
     }
   }
 }
