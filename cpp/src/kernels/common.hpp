@@ -199,8 +199,8 @@ struct Full {
   template <class T, class V> NORMKIT_LOCAL void store(T* p, V v) const { ::normkit::store(p + i, v); }
   template <class V> NORMKIT_LOCAL V keep(V v) const { return v; }
   NORMKIT_LOCAL Full back(std::int64_t elements) const { return {i - elements}; }
-  template <class V> NORMKIT_LOCAL V flags(const std::uint8_t* p) const {
-    return ::normkit::flags<V>(p + i, kLanes<V>);
+  template <class V> NORMKIT_LOCAL V where(const std::uint8_t* p, V v) const {
+    return ::normkit::where(p + i, kLanes<V>, v);
   }
 };
 struct Part {
@@ -211,7 +211,7 @@ struct Part {
   template <class T, class V> NORMKIT_LOCAL void store(T* p, V v) const { ::normkit::store(p + i, v, n); }
   template <class V> NORMKIT_LOCAL V keep(V v) const { return ::normkit::keep(v, n); }
   NORMKIT_LOCAL Part back(std::int64_t elements) const { return {i - elements, n}; }
-  template <class V> NORMKIT_LOCAL V flags(const std::uint8_t* p) const { return ::normkit::flags<V>(p + i, n); }
+  template <class V> NORMKIT_LOCAL V where(const std::uint8_t* p, V v) const { return ::normkit::where(p + i, n, v); }
 };
 
 /// Calls f for each position of [0, n).
@@ -306,7 +306,7 @@ struct Masked {
   template <class P, class V> NORMKIT_LOCAL V keep(P place, V v) const { return place.keep(only(place, v)); }
   template <class P, class V> NORMKIT_LOCAL V only(P place, V v) const {
     if (same) return *byte ? v : broadcast<V>(decltype(sum(v))(0));
-    return where(place.template flags<V>(byte), v);
+    return place.where(byte, v);
   }
   [[gnu::noinline]] double count(std::int64_t rows, std::int64_t n) const {
     using Bytes [[gnu::vector_size(32)]] = std::uint8_t;
@@ -319,6 +319,7 @@ struct Masked {
       while (i + kBytes <= n) {
         Bytes found = {};
         for (const std::int64_t end = least(n, i + 255 * kBytes); i + kBytes <= end; i += kBytes) {
+          prefetch_second(reinterpret_cast<const char*>(row + i) + 8192);
           Bytes here;
           __builtin_memcpy(&here, row + i, sizeof here);
           found -= (Bytes)(here != Bytes{});  // a comparison gives 255, which is -1, where it holds

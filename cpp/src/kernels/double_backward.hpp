@@ -18,7 +18,7 @@ struct Doubles {
   NORMKIT_LOCAL R64 load(const float* p) const { return {{reg_load_wide(p + i)}}; }
   NORMKIT_LOCAL void store(double* p, R64 v) const { reg_store(p + i, v.r[0]); }
   NORMKIT_LOCAL void store(float* p, R64 v) const { reg_store_narrow(p + i, v.r[0]); }
-  template <class V> NORMKIT_LOCAL V flags(const std::uint8_t* p) const { return ::normkit::flags<V>(p + i, kWidth); }
+  NORMKIT_LOCAL R64 where(const std::uint8_t* p, R64 v) const { return ::normkit::where(p + i, kWidth, v); }
   NORMKIT_LOCAL R64 keep(R64 v) const { return v; }
 };
 template <class X> [[gnu::noinline, gnu::cold]] void copy_few(const X* from, int n, X* to) {
@@ -38,7 +38,7 @@ struct PartOfDoubles {
     Doubles{0}.store(part, v);
     copy_few(part, n, p + i);
   }
-  template <class V> NORMKIT_LOCAL V flags(const std::uint8_t* p) const { return ::normkit::flags<V>(p + i, n); }
+  NORMKIT_LOCAL R64 where(const std::uint8_t* p, R64 v) const { return ::normkit::where(p + i, n, v); }
   NORMKIT_LOCAL R64 keep(R64 v) const { return ::normkit::keep(v, n); }
 };
 /// Calls f for every `stride`-th element and those that fill a register with it.

@@ -46,6 +46,16 @@ inline __mmask8 first8(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
 inline Reg32 reg_keep(Reg32 v, int n) { return _mm512_maskz_mov_ps(first16(n), v); }
 inline Reg64 reg_keep(Reg64 v, int n) { return _mm512_maskz_mov_pd(first8(n), v); }
 
+// v where the first n bytes are not 0, else 0.
+inline Reg32 reg_where(const std::uint8_t* p, int n, Reg32 v) {
+  const __m128i bytes = _mm_maskz_loadu_epi8(first16(n), p);
+  return _mm512_maskz_mov_ps(_mm_test_epi8_mask(bytes, bytes), v);
+}
+inline Reg64 reg_where(const std::uint8_t* p, int n, Reg64 v) {
+  const __m128i bytes = _mm_maskz_loadu_epi8(first8(n), p);
+  return _mm512_maskz_mov_pd(static_cast<__mmask8>(_mm_test_epi8_mask(bytes, bytes)), v);
+}
+
 // Sixteen 16-bit or 8-bit integers to floats and back.
 inline Reg32 from_bits(const Half*, __m256i v) { return _mm512_cvtph_ps(v); }
 // The words of a vector, each in the upper half of a double word, and back: one permutation each way.

@@ -168,15 +168,17 @@ NORMKIT_LOCAL Wide widen(F32 v) {
   return w;
 }
 
-/// The first n <= kLanes bytes as numbers, zeros elsewhere; never touches memory past them.
-template <class V> NORMKIT_LOCAL V flags(const std::uint8_t* p, int n) {
-  const F32 f = n == kLanes<F32> ? load(p) : load(p, n);
-  if constexpr (std::is_same_v<V, F32>) {
-    return f;
+/// v where the first n <= kLanes bytes are not 0, else 0, whatever is in v there; memory past them is never touched.
+template <class V> NORMKIT_LOCAL V where(const std::uint8_t* p, int n, V v) {
+  if constexpr (requires { reg_where(p, n, v.r[0]); }) {
+    return {{reg_where(p, n, v.r[0])}};
   } else {
-    V v;
-    for (int k = 0; k < kRegsOf<V>; ++k) v.r[k] = widen_piece(f.r, k);
-    return v;
+    const F32 f = n == kLanes<F32> ? load(p) : load(p, n);
+    V m;
+    if constexpr (std::is_same_v<V, F32>) m = f;
+    else
+      for (int k = 0; k < kRegsOf<V>; ++k) m.r[k] = widen_piece(f.r, k);
+    return where(m, v);
   }
 }
 
