@@ -415,7 +415,7 @@ BackwardSpace carve_backward(Carver& carver, Job& job, const Policy& p) {
 /// Adds up what the kernels left in `dparams`, in an order that depends on the geometry alone.
 void total_dparams(const Task& t, double* totals) {
   const Geometry& g = t.geometry;
-  const std::int64_t count = g.parameters(), units = dparam_units(g, t.kind);
+  const std::int64_t count = g.parameters(), units = dparam_units(g, t.kind) / g.outer;  // of each outer index
   std::memset(totals, 0, static_cast<std::size_t>(2 * count) * sizeof(double));
   const auto add = [&](std::int64_t p, double dweight, double dbias) {
     totals[p] += dweight, totals[count + p] += dbias;
@@ -432,11 +432,11 @@ void total_dparams(const Task& t, double* totals) {
     }
     return;
   }
-  for (std::int64_t k = 0; k < units; ++k) {
-    std::int64_t o = k / g.lanes, offset = g.offset(o, 0, k % g.lanes, 0);
-    if (t.kind == ParamKind::piece) offset = k * g.params.stride, o = offset / (g.members() * g.lanes);
-    if (t.kind == ParamKind::column) o = k / g.columns(), offset = g.offset(o, 0, 0, k % g.columns());
-    add(g.parameter(o, offset), t.dparams[2 * k], t.dparams[2 * k + 1]);
+  const std::int64_t each = t.kind == ParamKind::statistic ? g.run : t.kind == ParamKind::piece ? g.params.stride : 1;
+  const double* d = t.dparams;
+  for (std::int64_t o = 0; o < g.outer; ++o) {
+    CyclicIndex index(g.offset(o, 0, 0, 0), g.params.stride, g.params.count, each);
+    for (std::int64_t k = 0; k < units; ++k, d += 2, index.next()) add(o * g.params.outer + *index, d[0], d[1]);
   }
 }
 

@@ -35,6 +35,25 @@ constexpr AxisMask axis_bit(int axis) { return AxisMask{1} << axis; }
 /// file. Where there are no weights it is {0, 1, 1}, which takes every element of x to parameter 0.
 struct ParamMap { std::int64_t outer = 0, stride = 1, count = 1; };
 
+/// offset / stride % count of offsets that lie `each` apart, one after another, without a division for each of them: `each` divides
+/// the stride, or count is 1.
+class CyclicIndex {
+ public:
+  constexpr CyclicIndex(std::int64_t offset, std::int64_t stride, std::int64_t count, std::int64_t each = 1)
+      : stride_(stride), count_(count), each_(each), index_(offset / stride % count), left_(stride - offset % stride) {}
+
+  constexpr std::int64_t operator*() const { return index_; }
+  constexpr void next() {
+    left_ -= each_;
+    if (left_ > 0) return;
+    left_ = stride_;
+    if (++index_ == count_) index_ = 0;
+  }
+
+ private:
+  std::int64_t stride_, count_, each_, index_, left_;
+};
+
 /// The four extents of a normalization, and where its parameters lie.
 struct Geometry {
   std::int64_t outer = 1, steps = 1, lanes = 1, run = 1;

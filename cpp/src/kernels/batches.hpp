@@ -32,7 +32,7 @@ template <class S> struct RowParameter {
   }
 };
 
-/// The rows of one batch and what is known of them, whatever type they are stored in.
+/// The rows of one batch, where they are read and written, and what is known of them, whatever type they are stored in.
 template <class Vector> struct Batch {
   using V = Vector;
   using S = typename V::Lane;
@@ -42,6 +42,7 @@ template <class Vector> struct Batch {
   int rows = 0;  // up to kRows
   double* room = nullptr;  // for the rows, where they are formed
   const std::byte* x[kRows];
+  std::byte* y[kRows];
   V sum[kRows], squares[kRows];  // of each row, about its pivot
   alignas(64) S pivot[kRows];
   alignas(64) S mean[kRows], scale[kRows], shift[kRows];
@@ -72,9 +73,11 @@ template <class X>
   batch.first = first, batch.rows = static_cast<int>(end - first);
   if (batch.rows < kRows)
     for (int k = 0; k < kRows; ++k) batch.sum[k] = batch.squares[k] = zero;
+  const std::int64_t y_bytes = size_of(t.y.dtype);
   std::int64_t o = first / g.lanes, lane = first % g.lanes;
   for (int k = 0; k < batch.rows; ++k) {
     batch.x[k] = reinterpret_cast<const std::byte*>(at<X>(t.x, o, 0, lane));
+    batch.y[k] = t.y.data + index_at(t.y, o, 0, lane) * y_bytes;
     if (++lane == g.lanes) ++o, lane = 0;
   }
   if constexpr (kFloating<X>)
@@ -124,19 +127,16 @@ template <int kRows>
 NORMKIT_LOCAL void row_parameters(const Task& t, const Param& p, std::int64_t first, int rows, double absent,
                                   double (&values)[kRows]) {
   const Geometry& g = t.geometry;
-  // Each row has the next parameter.
-  const bool in_turn = g.params.stride == g.run && (g.outer == 1 || g.params.outer == 0);
-  std::int64_t index = first % g.params.count;
-  if (in_turn && index + kRows <= g.params.count && p.data && p.dtype == Dtype::float32) {
-    const float* from = at<float>(p.data, index);
+  const bool in_turn = g.outer == 1 || g.params.outer == 0;
+  CyclicIndex index(first * g.run, g.params.stride, g.params.count, g.run);
+  if (in_turn && g.params.stride == g.run && *index + kRows <= g.params.count && p.data && p.dtype == Dtype::float32) {
+    const float* from = at<float>(p.data, *index);
     for (int k = 0; k < kRows; ++k) values[k] = p.offset + static_cast<double>(from[k]);
     return;
   }
   for (int k = 0; k < kRows; ++k) values[k] = absent;
-  for (int k = 0; p.data && k < rows; ++k) {
-    values[k] = element(p, in_turn ? index : g.parameter((first + k) / g.lanes, (first + k) * g.run), absent);
-    if (++index == g.params.count) index = 0;
-  }
+  for (int k = 0; p.data && k < rows; ++k, index.next())
+    values[k] = element(p, in_turn ? *index : g.parameter((first + k) / g.lanes, (first + k) * g.run), absent);
 }
 
 /// Of rows, one for each lane of a vector.
@@ -145,15 +145,11 @@ template <int kRows> struct RowStatistics { alignas(64) double mean[kRows], low[
 /// The given statistics of the rows of a batch.
 template <int kRows>
 [[gnu::noinline]] void given_statistics(const Task& t, std::int64_t first, int rows, RowStatistics<kRows>& s) {
-  const Given& given = t.given;
-  std::int64_t index = first / given.stride % given.count, left = given.stride - first % given.stride;
   for (int k = 0; k < kRows; ++k) s.mean[k] = s.low[k] = s.rstd[k] = 0;
-  for (int k = 0; k < rows; ++k) {
-    const GivenValues values = given_at(given, index);
+  CyclicIndex index(first, t.given.stride, t.given.count);
+  for (int k = 0; k < rows; ++k, index.next()) {
+    const GivenValues values = given_at(t.given, *index);
     s.mean[k] = values.mean, s.low[k] = values.low, s.rstd[k] = values.scale;
-    if (--left > 0) continue;
-    left = given.stride;
-    if (++index == given.count) index = 0;
   }
 }
 
@@ -183,7 +179,11 @@ template <class V>
                           t.centered, n, masked(Everyone{}));
     mean[k] = m.mean, low[k] = m.mean_low, m2[k] = m.m2;
   }
-  for (int k = 0; k < kRows; ++k) rstd[k] = rstd_of(moments_of<S>(mean[k], 0, m2[k], n), t.denominator);
+  // The compiler makes vectors of a loop if it knows which denominator that is.
+  const auto find = [&](Denominator d) NORMKIT_INLINE_LAMBDA {
+    for (int k = 0; k < kRows; ++k) rstd[k] = rstd_of(moments_of<S>(mean[k], 0, m2[k], n), d);
+  };
+  t.denominator.is_norm ? find({t.denominator.eps, true}) : find({t.denominator.eps, false});
   if (t.mean || t.rstd || t.moments)
     for (int k = 0; k < batch.rows; ++k) publish(t, batch.first + k, moments_of<S>(mean[k], low[k], m2[k], n), rstd[k]);
 }
@@ -288,12 +288,6 @@ template <class X, class Y> struct BatchWriter {
   Streamer<Y>* streamer;
 };
 
-/// Where row k of a batch is written.
-template <class X, class Y> NORMKIT_LOCAL Y* output_row(const Task& t, const BatchOf<X>& batch, int k) {
-  const std::int64_t r = batch.first + k, o = t.geometry.outer == 1 ? 0 : r / t.geometry.lanes;
-  return at<Y>(t.y, o, 0, r - o * t.geometry.lanes);
-}
-
 /// What is fetched while row k of a batch is written, from element `begin` on: rows to come, unless they are formed first. Rows with
 /// given statistics are read here for the first time: into the first-level cache.
 template <class X>
@@ -329,7 +323,7 @@ template <class X, class Y>
                                  std::int64_t end) {
   const Fetch fetch = fetch_for_row<X>(writer.t, batch, k, begin);
   with_outputs(writer, batch, k, begin, [&](auto f) NORMKIT_INLINE_LAMBDA {
-    map(output_row<X, Y>(writer.t, batch, k) + begin, end - begin, writer.streamer, fetch, f);
+    map(at<Y>(batch.y[k], 0) + begin, end - begin, writer.streamer, fetch, f);
   });
 }
 
@@ -338,7 +332,7 @@ template <class X, class Y>
 [[gnu::noinline]] void write_activated(const BatchWriter<X, Y>& writer, const BatchOf<X>& batch, int k) {
   using S = ScalarOf<X>;
   const Task& t = writer.t;
-  Y* const y = output_row<X, Y>(t, batch, k);
+  Y* const y = at<Y>(batch.y[k], 0);
   const X* x = at<X>(batch.x[k], 0);
   if (is_relu(t.activation) && !writer.weight) {
     const Preactivation<X> z = row_preactivation(writer, batch, k, 0);
@@ -381,7 +375,7 @@ template <class X>
   ForwardTile<X> tile;
   tile.weight = writer.weight, tile.bias = writer.bias;
   for (int j = 0; j < kRows; ++j) {
-    tile.x[j] = at<X>(batch.x[k + j], 0), tile.y[j] = output_row<X, X>(writer.t, batch, k + j);
+    tile.x[j] = at<X>(batch.x[k + j], 0), tile.y[j] = at<X>(batch.y[k + j], 0);
     tile.mean[j] = broadcast<V>(batch.mean[k + j]), tile.scale[j] = broadcast<V>(batch.scale[k + j]);
     tile.shift[j] = broadcast<V>(batch.shift[k + j]);
   }
@@ -432,7 +426,7 @@ template <class X, class Y, int kVectors>
     else if constexpr (kVectors == 0) write_row(writer, batch, k, 0, n);
     else
       with_outputs(writer, batch, k, 0, [&](auto f) NORMKIT_INLINE_LAMBDA {
-        map_row(vectors, output_row<X, Y>(t, batch, k), n, writer.stores, writer.lines, f);
+        map_row(vectors, at<Y>(batch.y[k], 0), n, writer.stores, writer.lines, f);
       });
   }
 }

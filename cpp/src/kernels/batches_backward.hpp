@@ -16,9 +16,13 @@ template <class X> struct BackwardBatch {
   X* dx[kRows];
   S* row_sums[kRows];
   V g[kRows], gx[kRows], d[kRows];  // Sums of each row, about the given mean
-  S mean[kRows];
-  Solved<S> solved[kRows];
+  RowStatistics<kRows> given;
+  // The statistics of each row, at first as they are given, and the coefficients of its gradient, with its weight.
+  alignas(64) S mean[kRows], mean_low[kRows], a[kRows], b[kRows], c[kRows];
+  alignas(64) double rstd[kRows];
   double* room = nullptr;  // for what reaches the rows through an activation
+
+  Statistic<S> statistic(int k) const { return {mean[k], mean_low[k], rstd[k]}; }
 };
 
 /// Has the rows of a batch what reaches them through an activation in the place of dy: X is the compute type, and each row has one
@@ -46,11 +50,12 @@ template <class X>
   std::int64_t o = first / g.lanes, lane = first % g.lanes;
   for (int k = 0; k < batch.rows; ++k) {
     batch.x[k] = at<X>(t.x, o, 0, lane), batch.dy[k] = at<X>(t.dy, o, 0, lane), batch.dx[k] = at<X>(t.dx, o, 0, lane);
-    batch.mean[k] = given_statistic<S>(t, first + k).mean;
     if (t.kind == ParamKind::row)
       batch.row_sums[k] = reinterpret_cast<S*>(t.dparams + 2 * (o * row_groups(g) + lane / kRowGroup) * g.run);
     if (++lane == g.lanes) ++o, lane = 0;
   }
+  given_statistics(t, first, batch.rows, batch.given);
+  for (int k = 0; k < BackwardBatch<X>::kRows; ++k) batch.mean[k] = static_cast<S>(batch.given.mean[k]);
   if constexpr (__is_same(X, S))
     if (t.walk.forms_rows) reach_batch(t, batch);
   const V zero = broadcast<V>(S(0));
@@ -66,17 +71,37 @@ NORMKIT_LOCAL void sum_row(std::int64_t n, int k, const ScalarOf<X>* weight, Ahe
   batch.g[k] = s.g, batch.gx[k] = s.gx, batch.d[k] = s.d;
 }
 
+/// Finds what solve() does, of all rows of a batch.
 template <class X> [[gnu::noinline]] void solve_batch(const Task& t, BackwardBatch<X>& batch) {
   using S = ScalarOf<X>;
   constexpr int kRows = BackwardBatch<X>::kRows;
   alignas(64) S g[kRows], gx[kRows], d[kRows];
+  alignas(64) double weight[kRows], shift[kRows];
   store(g, sums_of(batch.g)), store(gx, sums_of(batch.gx)), store(d, sums_of(batch.d));
+  if (weighs_elements(t.geometry))
+    for (double& w : weight) w = 1;
+  else row_parameters(t, t.weight, batch.first, batch.rows, 1, weight);
+  const auto sums = [&](int k) NORMKIT_INLINE_LAMBDA {
+    return Sums<double>{static_cast<double>(g[k]), static_cast<double>(gx[k]), static_cast<double>(d[k])};
+  };
+  const auto& [mean, low, rstd] = batch.given;
   const double n = static_cast<double>(t.geometry.run);
-  for (int k = 0; k < batch.rows; ++k) {
-    const std::int64_t r = batch.first + k, o = t.geometry.outer == 1 ? 0 : r / t.geometry.lanes;
-    const Sums<double> sums{static_cast<double>(g[k]), static_cast<double>(gx[k]), static_cast<double>(d[k])};
-    batch.solved[k] = solve<S>(t, r, o, r - o * t.geometry.lanes, {sums, n});
-  }
+  // The compiler makes vectors of a loop if it knows what is done about means and denominators, and that n, which never is, is not 0.
+  const auto find = [&](bool centered, Denominator denominator) NORMKIT_INLINE_LAMBDA {
+    if (n == 0) return;
+    for (int k = 0; k < kRows; ++k) {
+      shift[k] = centered ? sums(k).d / n : 0;
+      const Statistic<S> given = statistic_of<S>(mean[k], sizeof(S) == 8 ? low[k] : 0, rstd[k]);
+      const Solved<S> known = solved_of(given, {sums(k), n}, shift[k], weight[k], centered, denominator);
+      batch.mean[k] = known.statistic.mean, batch.mean_low[k] = known.statistic.mean_low, batch.rstd[k] = rstd[k];
+      batch.a[k] = static_cast<S>(rstd[k] * weight[k]), batch.b[k] = known.gradient.b, batch.c[k] = known.gradient.c;
+    }
+  };
+  const double eps = t.denominator.eps;
+  if (t.denominator.is_norm) find(t.centered, {eps, true});
+  else t.centered ? find(true, {eps, false}) : find(false, {eps, false});
+  if (t.kind == ParamKind::statistic)
+    for (int k = 0; k < batch.rows; ++k) put_dparams(t, batch.first + k, rstd[k], recenter(sums(k), shift[k]));
 }
 
 /// dx of elements [begin, end) of row k and, kSummed, what they add to the gradients of weights along rows.
@@ -84,20 +109,12 @@ template <class X, bool kLinear, bool kSummed>
 [[gnu::noinline]] void write_row(const Task& t, const BackwardBatch<X>& batch, int k, std::int64_t begin,
                                  std::int64_t end, const ScalarOf<X>* weight, Streamer<X>* streamer) {
   using V = VectorOf<X>;
-  using S = ScalarOf<X>;
   const X *x = batch.x[k] + begin, *dy = batch.dy[k] + begin;
-  const Solved<S>& known = batch.solved[k];
-  double factor = 1;
-  if (kLinear) {
-    weight += begin;
-  } else {
-    const std::int64_t r = batch.first + k, o = t.geometry.outer == 1 ? 0 : r / t.geometry.lanes;
-    factor = common_weight(t, o, r - o * t.geometry.lanes);
-  }
-  const V mean = broadcast<V>(known.statistic.mean), a = broadcast<V>(static_cast<S>(known.statistic.rstd * factor));
-  const V b = broadcast<V>(known.gradient.b), c = broadcast<V>(known.gradient.c);
+  if (kLinear) weight += begin;
+  const V mean = broadcast<V>(batch.mean[k]), a = broadcast<V>(batch.a[k]);
+  const V b = broadcast<V>(batch.b[k]), c = broadcast<V>(batch.c[k]);
   const FetchBoth fetch(x, dy, {t.walk, 0, t.walk.fetch_bytes});
-  const ElementGradients<X> gradients(t, kSummed ? batch.row_sums[k] : nullptr, 0, begin, known.statistic);
+  const ElementGradients<X> gradients(t, kSummed ? batch.row_sums[k] : nullptr, 0, begin, batch.statistic(k));
   map(batch.dx[k] + begin, end - begin, streamer, Fetch{}, [&](auto place) NORMKIT_INLINE_LAMBDA {
     fetch.far_line(place.i * static_cast<std::int64_t>(sizeof(X)));
     const V dy_v = place.load(dy), x_v = place.load(x);
@@ -144,12 +161,10 @@ template <class X, bool kSummed>
   tile.weight = weight;
   tile.dweight = kSummed ? batch.row_sums[k] : nullptr, tile.dbias = kSummed ? batch.row_sums[k] + g.run : nullptr;
   for (int j = 0; j < kBackwardTile; ++j) {
-    const Solved<S>& known = batch.solved[k + j];
-    const Affine<S> standard = forward_affine(known.statistic, 1, 0);
+    const Affine<S> standard = forward_affine(batch.statistic(k + j), 1, 0);
     tile.x[j] = batch.x[k + j], tile.dy[j] = batch.dy[k + j], tile.dx[j] = batch.dx[k + j];
-    tile.mean[j] = broadcast<V>(known.statistic.mean);
-    tile.a[j] = broadcast<V>(static_cast<S>(known.statistic.rstd));
-    tile.b[j] = broadcast<V>(known.gradient.b), tile.c[j] = broadcast<V>(known.gradient.c);
+    tile.mean[j] = broadcast<V>(batch.mean[k + j]), tile.a[j] = broadcast<V>(batch.a[k + j]);
+    tile.b[j] = broadcast<V>(batch.b[k + j]), tile.c[j] = broadcast<V>(batch.c[k + j]);
     tile.scale[j] = broadcast<V>(standard.scale), tile.shift[j] = broadcast<V>(standard.shift);
   }
   const Ahead ahead(t.walk, 2048, 2048 + kFarAhead);

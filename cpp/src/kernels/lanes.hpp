@@ -486,22 +486,17 @@ NORMKIT_LOCAL Moments<S> fold_columns(const Geometry& g, std::int64_t lane, Colu
 class ColumnParameter {
  public:
   ColumnParameter(const Task& t, std::int64_t o)
-      : map_(t.geometry.params), by_column_(constant_in_column(t.geometry)), outer_(o * map_.outer) {
-    const std::int64_t first = t.geometry.offset(o, 0, 0, 0);
-    index_ = first / map_.stride % map_.count, left_ = map_.stride - first % map_.stride;
-  }
-  std::int64_t index() const { return outer_ + index_; }
+      : by_column_(constant_in_column(t.geometry)),
+        outer_(o * t.geometry.params.outer),
+        index_(t.geometry.offset(o, 0, 0, 0), t.geometry.params.stride, t.geometry.params.count) {}
+  std::int64_t index() const { return outer_ + *index_; }
   double of(const Param& p, double absent) const { return by_column_ ? element(p, index(), absent) : absent; }
-  void next() {
-    if (--left_ > 0) return;
-    left_ = map_.stride;
-    if (++index_ == map_.count) index_ = 0;
-  }
+  void next() { index_.next(); }
 
  private:
-  const ParamMap& map_;
   bool by_column_;
-  std::int64_t outer_, index_, left_;
+  std::int64_t outer_;
+  CyclicIndex index_;
 };
 
 /// The factors of z = x_hat * weight + bias for one column; where weights follow the elements, the factors of x_hat.

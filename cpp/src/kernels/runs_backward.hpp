@@ -331,20 +331,31 @@ NORMKIT_LOCAL double common_weight(const Task& t, std::int64_t o, std::int64_t l
   return constant_in_statistic(g) ? element(t.weight, g.parameter(o, g.offset(o, 0, lane, 0)), 1) : 1;
 }
 
-/// Makes of the sums of a whole statistic the coefficients of its gradient, and its share of dweight and dbias.
-template <class S> Solved<S> solve(const Task& t, std::int64_t r, std::int64_t o, std::int64_t lane, Reduced reduced) {
-  Statistic<S> s = given_statistic<S>(t, r);
-  // The sums are about s.mean: the low part of a given mean, or the distance to the mean of the data, is still to come.
-  const double shift = mean_shift(t, s, reduced.sums.d, reduced.n);
-  if (t.centered && !t.frozen) s = shifted(s, shift);
-  const Sums<double> sums = recenter(reduced.sums, shift);
-  for_own_dparams(t, o, lane, [&](double* d) { d[0] = s.rstd * mul_add(-shift, d[1], d[0]); });
-  if (t.kind == ParamKind::statistic) t.dparams[2 * r] = s.rstd * sums.gx, t.dparams[2 * r + 1] = sums.g;
-  if (t.frozen) return {s, {static_cast<S>(s.rstd), 0, 0}};
-  // Weighted before they are recentered, as sums that are given have been: the two phases have the bits of one call.
-  const double weight = t.phase == Phase::apply ? 1 : common_weight(t, o, lane);
+/// The share of dweight and dbias of a statistic with one weight.
+NORMKIT_LOCAL void put_dparams(const Task& t, std::int64_t r, double rstd, Sums<double> sums) {
+  t.dparams[2 * r] = rstd * sums.gx, t.dparams[2 * r + 1] = sums.g;
+}
+
+/// Makes of the sums of a whole statistic the coefficients of its gradient. The sums are about s.mean: the low part of a given
+/// mean, or the distance to the mean of the data, is still to come. They are weighted before they are recentered, as sums that
+/// are given have been: the two phases have the bits of one call.
+template <class S>
+NORMKIT_LOCAL Solved<S> solved_of(Statistic<S> s, Reduced reduced, double shift, double weight, bool centered,
+                                  Denominator d) {
+  if (centered) s = shifted(s, shift);
   const Sums<double> weighted{weight * reduced.sums.g, weight * reduced.sums.gx, reduced.sums.d};
-  return {s, gradient_of(s, recenter(weighted, shift), reduced.n, t.centered, t.denominator)};
+  return {s, gradient_of(s, recenter(weighted, shift), reduced.n, centered, d)};
+}
+
+/// Likewise of a statistic of any task, and leaves its share of dweight and dbias.
+template <class S> Solved<S> solve(const Task& t, std::int64_t r, std::int64_t o, std::int64_t lane, Reduced reduced) {
+  const Statistic<S> s = given_statistic<S>(t, r);
+  const double shift = mean_shift(t, s, reduced.sums.d, reduced.n);
+  for_own_dparams(t, o, lane, [&](double* d) { d[0] = s.rstd * mul_add(-shift, d[1], d[0]); });
+  if (t.kind == ParamKind::statistic) put_dparams(t, r, s.rstd, recenter(reduced.sums, shift));
+  if (t.frozen) return {s, {static_cast<S>(s.rstd), 0, 0}};
+  const double weight = t.phase == Phase::apply ? 1 : common_weight(t, o, lane);
+  return solved_of(s, reduced, shift, weight, t.centered, t.denominator);
 }
 
 /// The sums of statistic r in Phase::apply, as Phase::reduce and the caller's additions left them.
