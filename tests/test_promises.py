@@ -36,14 +36,21 @@ def backward_arguments(op, layout, dtype, shape, rng):
         yield dy, x, mean, rstd, weight
 
 
+# Statistics of several spans, which threads share, and such as are gathered span by span where they are no dense array.
+LARGER = {**SHAPES, "spans": (2, 3, 150, 131), "gathered": (1, 2, 400, 301)}
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("size", LARGER)
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
-def test_gradients_do_not_depend_on_need(op, layout, dtype, shape, rng):
-    for arguments in backward_arguments(op, layout, dtype, shape, rng):
-        everything = dict(zip(GRADIENTS, op.backward(*arguments), strict=True))
-        for need in (n for count in (1, 2) for n in itertools.combinations(GRADIENTS, count)):
-            found = dict(zip(GRADIENTS, op.backward(*arguments, need=need), strict=True))
-            assert [bits(found[name]) for name in need] == [bits(everything[name]) for name in need]
-            assert all(found[name] is None for name in set(GRADIENTS) - set(need))
+def test_gradients_do_not_depend_on_need(op, layout, dtype, size, count, rng):
+    with nk.num_threads(count):
+        for arguments in backward_arguments(op, layout, dtype, LARGER[size], rng):
+            everything = dict(zip(GRADIENTS, op.backward(*arguments), strict=True))
+            for need in (n for count in (1, 2) for n in itertools.combinations(GRADIENTS, count)):
+                found = dict(zip(GRADIENTS, op.backward(*arguments, need=need), strict=True))
+                assert [bits(found[name]) for name in need] == [bits(everything[name]) for name in need]
+                assert all(found[name] is None for name in set(GRADIENTS) - set(need))
 
 
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)

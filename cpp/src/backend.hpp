@@ -113,6 +113,15 @@ struct Task {
 
 constexpr bool has_activation(const Task& t) { return t.activation.kind != ActivationKind::none; }
 
+/// Gradients of parameters that follow the elements are summed while dx is written, not before.
+constexpr bool writes_element_gradients(const Task& t) {
+  return t.kind == ParamKind::row || t.kind == ParamKind::element;
+}
+/// True where the elements are walked once more when statistics are known: nobody need want dx.
+constexpr bool has_second_pass(const Task& t) {
+  return t.phase != Phase::reduce && (t.y.data || t.dx.data || writes_element_gradients(t));
+}
+
 // The reduction tree. A chunk is summed in the compute type, chunks are merged in order to spans and spans to a
 // statistic in double. The tree is a function of one statistic's geometry: never of the batch, of the thread count or
 // of the addresses. The sizes: 4096 floats and their gradient fit the first-level cache twice over; a span is what one

@@ -284,7 +284,7 @@ void units_by_spans(const Job& job, const Policy& p, std::byte* buffer, int slot
     if (t.phase != Phase::apply && !(t.frozen && !is_backward))
       in_spans(mine, p, buffer, Phase::reduce, first, last, sums);
     finish(t, unit, unit + 1);
-    if (t.phase != Phase::reduce) in_spans(mine, p, buffer, Phase::apply, first, last, apply);
+    if (has_second_pass(t)) in_spans(mine, p, buffer, Phase::apply, first, last, apply);
   }
 }
 
@@ -485,7 +485,7 @@ void run_forward(Job& job) {
           in_spans(job, p, buffer(slot), Phase::reduce, begin, end, sums(slot));
         });
       isa.forward.finish(t, k, k + 1);
-      if (t.phase == Phase::reduce) continue;
+      if (!has_second_pass(t)) continue;
       over(first, last, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
         in_spans(job, p, buffer(slot), Phase::apply, begin, end, isa.forward.apply);
       });
@@ -532,7 +532,7 @@ void run_backward(Job& job) {
         in_spans(job, p, buffer(slot), Phase::reduce, begin, end, sums(slot));
       });
     loops.finish(t, 0, p.statistics);
-    if (t.phase != Phase::reduce)
+    if (has_second_pass(t))
       over(0, p.units * p.spans, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
         in_spans(job, p, buffer(slot), Phase::apply, begin, end, loops.apply);
       });

@@ -312,7 +312,7 @@ template <class X> void lanes_backward(const Task& t, std::int64_t begin, std::i
       if (span > 0) add_columns(sums, part, t.geometry.columns());
     }
     lanes_solve(t, o, sums, table);
-    if (t.phase != Phase::reduce && (t.dx.data || t.kind == ParamKind::element))
+    if (has_second_pass(t))
       for_spans(t, 0, c.spans, [&](std::int64_t span) {
         lanes_backward_span<X>(t, o, span, table, t.walk.stream_stores ? &streamer : nullptr, o + 1 == end);
       });

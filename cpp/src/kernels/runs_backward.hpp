@@ -313,16 +313,11 @@ template <class F> NORMKIT_LOCAL void for_own_dparams(const Task& t, std::int64_
   for (std::int64_t k = 0; k < g.run / g.params.stride; ++k) f(t.dparams + 2 * (first + k));
 }
 
-/// Gradients of parameters that follow the elements are summed while dx is written, not before.
-NORMKIT_LOCAL bool writes_element_gradients(const Task& t) {
-  return t.kind == ParamKind::row || t.kind == ParamKind::element;
-}
-
 /// True where the sums of a statistic are needed. Frozen statistics have no part in dx: their sums are taken only where
 /// gradients of parameters are collected from them.
 NORMKIT_LOCAL bool needs_sums(const Task& t) {
   const bool collects = t.kind == ParamKind::statistic || t.kind == ParamKind::piece;
-  return collects || t.phase == Phase::reduce || (!t.frozen && (t.dx.data || writes_element_gradients(t)));
+  return collects || t.phase == Phase::reduce || (!t.frozen && has_second_pass(t));
 }
 
 /// The weight that all of a statistic shares; 1 where it has several weights, with which its sums were taken.
@@ -535,7 +530,7 @@ template <class X> void backward_statistic(const Task& t, std::int64_t r, Chunks
   const Reduced reduced = statistic_sums<X>(t, r, c, alone);
   if (t.phase == Phase::reduce) return put_sums(t, r, reduced.sums, common_weight(t, o, lane));
   const Solved<ScalarOf<X>> known = solve<ScalarOf<X>>(t, r, o, lane, reduced);
-  if (t.dx.data || writes_element_gradients(t))
+  if (has_second_pass(t))
     for_spans(t, 0, c.spans, [&](std::int64_t span) { backward_span<X>(t, r, c, span, known, streamer); });
 }
 
