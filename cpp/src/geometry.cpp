@@ -61,7 +61,7 @@ bool split_lanes(std::span<const std::int64_t> shape, int split, Layout& layout)
     extent *= shape[layout.order.axis[at]];
   }
   if (g.outer == extent) return true;
-  if (g.outer != 1 || g.steps != 1 || g.lanes == extent) return false;
+  if (g.outer != 1 || g.steps != 1) return false;
   g.outer = extent, g.lanes /= extent;
   for (int at = 0; at < split; ++at) layout.place[at] = kOuter;
   return true;

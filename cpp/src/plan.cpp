@@ -427,7 +427,20 @@ void pack(Seen& seen, OperandMask packed, const Shapes& own, const Extents& stri
   }
 }
 
-/// The axes along which parameters have to be repeated that kernels do not take as they are: those from the slowest one
+/// The axes along which parameters vary, and the kept ones that are slower. Repeated along these, parameters are still constant where they
+/// were, so that a sample has the bits that it has alone, where nothing may have to be repeated.
+AxisMask axes_varying(const Params& params, const Spec& spec, const AxisOrder& order) {
+  const AxisMask varying = params.axes | params.bias_axes | params.slope_axes;
+  AxisMask axes = 0, slower = 0;
+  for (int at = 0; at < order.count; ++at) {
+    const AxisMask axis = axis_bit(order.axis[at]);
+    if (varying & axis) axes |= slower | axis;
+    if (!(spec.reduce_axes & axis)) slower |= axis;
+  }
+  return axes;
+}
+
+/// The axes along which parameters have to be repeated that kernels do not take even so: those from the slowest one
 /// along which they vary to the fastest, and at least those of a run or of the columns.
 AxisMask axes_to_repeat(const Params& params, const Blocks& blocks, const Walked& walked) {
   const Layout& l = walked.layout;
@@ -551,7 +564,9 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted, bool on
   AxisMask repeats = 0;
   const bool suit = attempt(0, 0);
   own = shapes;
-  if (!suit && !attempt(repeats = axes_to_repeat(params, blocks, walked), 0)) attempt(repeats = ~AxisMask{0}, 0);
+  if (!suit && !attempt(repeats = axes_varying(params, spec, walked.order), 0) &&
+      !attempt(repeats = axes_to_repeat(params, blocks, walked), 0))
+    attempt(repeats = ~AxisMask{0}, 0);
   if (p.gathered && !(on_cpu && takes_views() && can_gather(p.job.task))) attempt(repeats, p.gathered);
   if (repeats || !walked.is_memory_order) put_gradients_in_order(seen, p, own);
   if (adds_up_dy) seen.params = params, add_up_dy(seen, p);
