@@ -700,7 +700,8 @@ NORMKIT_DEVICE void make_dx(const Work& work, const Known<S, M>& known, const Pl
   if (work.elementwise) {
     const std::int64_t first = offset_of(t.geometry, p);
     NORMKIT_UNROLL
-    for (int e = 0; e < N; ++e) dx[e] = in.dz[e] * standardized(t, in.dz[e], in.x[e], known, M == 1 ? 0 : e);
+    for (int e = 0; e < N; ++e)  // from a zero on, so that no sign of a zero depends on a mask
+      dx[e] = mul_add(standardized(t, in.dz[e], in.x[e], known, M == 1 ? 0 : e), in.dz[e], S(0));
     NORMKIT_ROLL
     for (int k = 0; k < 2; ++k) {  // one after the other through the same code
       const ParamGradient out = k == 0 ? work.dweight : work.dbias;

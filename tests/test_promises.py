@@ -121,3 +121,50 @@ def test_rows_in_batches_are_rows_one_by_one(name, rows, activation, dtype, isa,
     found, *same = op.backward(dy, x, mean, rstd, weight, bias=bias, dresidual=zeros, **options)
     assert np.array_equal(found, dx)
     assert [bits(g) for g in same] == [bits(g) for g in others]
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_parameters_of_any_shapes_keep_the_promises(seed, isa):
+    """Slices of a batch, and masks that name everyone; some statistics have one member, some gradients are zeros."""
+    rng = np.random.default_rng(seed)
+    shape = (int(rng.integers(2, 6)), *rng.choice([1, 2, 3, 5, 8, 17, 40], rng.integers(1, 4)).tolist())
+    reduced = [a for a in range(1, len(shape)) if rng.random() < 0.6]
+    common = {"axis": tuple(reduced) or -1, "center": bool(rng.random() < 0.8)}
+    dtype = rng.choice(["float32", "float64", "float16"])
+    dy, x, ddx = (rng.standard_normal(shape).astype(dtype) for _ in range(3))
+    dy[rng.random(shape) < 0.2] = 0
+
+    def drawn():
+        return rng.standard_normal([n if rng.random() < 0.5 else 1 for n in shape]).astype(np.float32)
+
+    weight, bias = (drawn() if rng.random() < 0.8 else None for _ in range(2))
+    activation, slopes = rng.choice(["none", "relu", "leaky_relu", "prelu", "silu"]), drawn()
+
+    def results(members, where=None):
+        """All results for some members of the batch, by names, and those of them that have the batch as an axis."""
+
+        def of(a):
+            return a if a is None or len(a) == 1 else a[members]
+
+        options = common | {"where": where}
+        if activation != "none":
+            options["activation"] = ("prelu", of(slopes)) if activation == "prelu" else activation
+        y, *statistics = nk.normalize(of(x), of(weight), of(bias), return_stats=True, **options)
+        statistics = statistics if common["center"] else [np.zeros_like(statistics[-1]), statistics[-1]]
+        dx, *others = nk.normalize_backward(of(dy), of(x), *statistics, of(weight), bias=of(bias), **options)
+        found = {"y": y, "mean": statistics[0], "rstd": statistics[1], "dx": dx}
+        if activation == "none":
+            dds, ones = (of(ddx), None if weight is None else of(weight), None), (of(x), *statistics, of(weight))
+            d_dy, d_x, d_weight = nk.normalize_double_backward(*dds, of(dy), *ones, **options)
+            found, others = found | {"d_dy": d_dy, "d_x": d_x}, [*others, d_weight]
+        return found, others
+
+    everything, sums = results(slice(None))
+    found, same = results(slice(None), np.ones(shape, bool))
+    assert {name: bits(a) for name, a in found.items()} == {name: bits(a) for name, a in everything.items()}
+    assert [None if a is None else bits(a) for a in same] == [None if a is None else bits(a) for a in sums]
+    for n in range(len(x)):
+        alone, _ = results(slice(n, n + 1))
+        assert {name: bits(a) for name, a in alone.items()} == {
+            name: bits(a[n : n + 1]) for name, a in everything.items()
+        }

@@ -331,13 +331,14 @@ template <bool kColumns, bool kEach, bool kPlain, class X, class W>
       if (needs_x) d_dy = mul_add(d, line.d_dy.of_d, d_dy);
       if (moves) {
         const R64 through = second_form(v, d, f.of_v, f.of_d, f.constant);
-        if constexpr (kPlain) d_x = mul_add(dy, line.dy, through);
-        else d_x = d_x + members.only(place, through);
+        d_x = mul_add(dy, line.dy, kPlain ? through : members.only(place, through));
       }
       place.store(row.d_dy, mul_add(v, line.d_dy.of_v, d_dy)), place.store(row.d_x, d_x);
       if (!terms) continue;
       const Form rp = form(SecondKnown::kRp);
-      R64 term = dy * (moves ? second_form(v, d, rp.of_v, rp.of_d, rp.constant) : v * rp.of_v);
+      const R64 of_dy = moves ? second_form(v, d, rp.of_v, rp.of_d, rp.constant) : v * rp.of_v;
+      // From a zero on: the sign of a term that is none does not depend on a mask.
+      R64 term = mul_add(dy, of_dy, broadcast<R64>(0.0));
       if constexpr (!kPlain) term = where(dy, term);
       place.store(terms, term);
     }

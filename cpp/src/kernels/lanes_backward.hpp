@@ -282,7 +282,7 @@ void lanes_backward_span(const Task& t, std::int64_t o, std::int64_t span, Table
       if (dweight) {
         const V x_hat =
             forward(x_v, column.load(table.mean + k), column.load(table.unit + k), column.load(table.origin + k));
-        place.store(dweight, dz * (masked ? where(dz, x_hat) : x_hat));
+        place.store(dweight, mul_add(masked ? where(dz, x_hat) : x_hat, dz, broadcast<V>(S(0))));  // as add() has it
       }
       if (dbias) place.store(dbias, dz);
       V v = backward(by_column ? dz : dz * place.load(weight), column.load(table.a + k),

@@ -395,7 +395,8 @@ template <class X> struct ElementGradients {
   template <class P> NORMKIT_LOCAL void add(P place, V dy, V x) const {
     V x_hat = forward(x, mean, scale, shift);
     if (masked) x_hat = where(dy, x_hat);
-    if (dweight) place.store(dweight, summed ? mul_add(x_hat, dy, place.load(dweight)) : x_hat * dy);
+    // The sum of one product, too, begins with a zero: the sign of a product that is none does not depend on a mask.
+    if (dweight) place.store(dweight, mul_add(x_hat, dy, summed ? place.load(dweight) : broadcast<V>(S(0))));
     if (dbias) place.store(dbias, summed ? place.load(dbias) + dy : dy);
   }
 };
