@@ -85,6 +85,8 @@ MUTANTS = [
            "a piece reaches into the next one's parameter", "values"),
     Mutant(COMMON, "given_at(t.given, «statistic / t.given.stride» % t.given.count)", "statistic",
            "given statistics are counted without their stride", "values"),
+    Mutant(COMMON, "return x + k * stride + i;\n    return «x»;", "x + rows * stride",
+           "what follows an array is read for a column without members", "fences"),
     Mutant(COMMON, "members += «row[i] != 0»;", "row[i] == 0",
            "who is no member is counted", "where"),
     Mutant(COMMON, "(Bytes)(«here != Bytes{}»)", "here == Bytes{}",

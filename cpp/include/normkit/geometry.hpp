@@ -43,7 +43,7 @@ class CyclicIndex {
       : stride_(stride), count_(count), each_(each), index_(offset / stride % count), left_(stride - offset % stride) {}
 
   constexpr std::int64_t operator*() const { return index_; }
-  constexpr void next() {
+  [[gnu::always_inline]] constexpr void next() {
     left_ -= each_;
     if (left_ > 0) return;
     left_ = stride_;

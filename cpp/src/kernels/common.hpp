@@ -330,12 +330,11 @@ struct Masked {
     }
     return static_cast<double>(members);
   }
-  /// The first member, for which there must be one.
+  /// The first member; an element where there is none.
   template <class X> const X* first(const X* x, std::int64_t stride, std::int64_t rows, std::int64_t n) const {
-    const std::uint8_t* row = byte;
-    for (std::int64_t k = 0; k < rows; ++k, row += row_stride, x += stride)
+    for (std::int64_t k = 0; k < rows; ++k)
       for (std::int64_t i = 0; i < n; ++i)
-        if (row[same ? 0 : i]) return x + i;
+        if (byte[k * row_stride + (same ? 0 : i)]) return x + k * stride + i;
     return x;
   }
 };
