@@ -114,24 +114,32 @@ class Workspace {
   std::unique_ptr<double[], Delete> heap_;
 };
 
-struct Common {
-  double* scratch;
+/// Scratch of a call. What its direction does not want is null.
+struct Space {
+  double* scratch;  // of each thread, for the kernels
   std::int64_t scratch_stride;
-  std::byte* buffers;  // of each thread: blocks of arrays that have views
+  std::byte* buffers;   // of each thread: blocks of arrays that have views
+  double* rows;         // forward, of each thread: x + residual
+  double* given;        // forward: running statistics as dense doubles, means, then variances
+  double* moments;      // forward: of each statistic, for the update of running statistics
+  double* totals;       // backward: sums of dweight, then of dbias, one per parameter
+  double* elements[2];  // backward, ParamKind::element: dweight and dbias, where their dtype is not the compute type
 };
 
-Common carve(Carver& carver, Task& t, const Policy& p, bool is_backward) {
+Space carve(Carver& carver, Job& job, const Policy& p) {
+  Task& t = job.task;
   const Geometry& g = t.geometry;
-  const std::int64_t stride =
+  Space space{};
+  space.scratch_stride =
       column_doubles(g, t.traversal) + (p.walk.forms_rows ? 2 * batch_doubles(g, size_of(t.x.dtype)) : 0);
-  Common common{carver.take(stride * p.threads), stride, nullptr};
-  common.buffers = reinterpret_cast<std::byte*>(carver.take(p.buffer / 8 * p.threads));
+  space.scratch = carver.take(space.scratch_stride * p.threads);
+  space.buffers = reinterpret_cast<std::byte*>(carver.take(p.buffer / 8 * p.threads));
   if (p.split || p.by_spans) {
     const std::int64_t statistics = p.split ? p.statistics : p.threads;
-    t.partials = carver.take(statistics * p.spans * partial_doubles(t, is_backward));
+    t.partials = carver.take(statistics * p.spans * partial_doubles(t, job.is_backward));
     t.solved = carver.take(statistics * solved_doubles(t));
   }
-  return common;
+  return space;
 }
 
 // ---- arrays that have views ----------------------------------------------------------------------------------------
@@ -248,45 +256,57 @@ template <class F> void on_block(const Job& job, const Block& block, Phase pass,
   }
 }
 
-/// Does units [begin, end) of a job by f(task, begin, end): at once, or in blocks where arrays have views.
-template <class F>
-void in_blocks(const Job& job, const Policy& p, std::byte* buffer, std::int64_t begin, std::int64_t end, F f) {
-  const Task& t = job.task;
-  if (p.buffer == 0) return f(t, begin, end);
-  for (std::int64_t unit = begin; unit < end; unit += p.block) {
-    const std::int64_t last = std::min(end, unit + p.block);
-    on_block(job, {first_of_unit(t, unit), first_of_unit(t, last), 0, members_of(t)}, t.phase, buffer,
-             [&](const Task& mine) { f(mine, unit, last); });
-  }
-}
+/// A job in its threads, by the loops of its direction. `slot` tells threads apart.
+struct Schedule {
+  const Job& job;
+  const Policy& p;
+  const Loops& loops;
+  const Space& space;
 
-/// Does spans [begin, end) of a job by f(task, begin, end), in one of its two passes.
-template <class F>
-void in_spans(const Job& job, const Policy& p, std::byte* buffer, Phase pass, std::int64_t begin, std::int64_t end,
-              F f) {
-  if (p.buffer == 0) return f(job.task, begin, end);
-  for (std::int64_t unit = begin; unit < end; ++unit)
-    on_block(job, span_block(job.task, p.spans, unit), pass, buffer,
-             [&](const Task& mine) { f(mine, unit, unit + 1); });
-}
+  double* scratch(int slot) const { return space.scratch + slot * space.scratch_stride; }
+  std::byte* buffer(int slot) const { return space.buffers + slot * p.buffer; }
 
-/// Does units [begin, end) of a job in one thread, each in two passes over its spans.
-template <class Sums, class Apply>
-void units_by_spans(const Job& job, const Policy& p, std::byte* buffer, int slot, std::int64_t begin, std::int64_t end,
-                    Sums sums, void (*finish)(const Task&, std::int64_t, std::int64_t), Apply apply) {
-  Job mine = job;
-  Task& t = mine.task;
-  const bool is_backward = t.dy.data != nullptr;
-  const std::int64_t partials = p.spans * partial_doubles(t, is_backward), solved = solved_doubles(t);
-  for (std::int64_t unit = begin; unit < end; ++unit) {
-    t.partials = job.task.partials + (slot - unit) * partials, t.solved = job.task.solved + (slot - unit) * solved;
-    const std::int64_t first = unit * p.spans, last = first + p.spans;
-    if (t.phase != Phase::apply && !(t.frozen && !is_backward))
-      in_spans(mine, p, buffer, Phase::reduce, first, last, sums);
-    finish(t, unit, unit + 1);
-    if (has_second_pass(t)) in_spans(mine, p, buffer, Phase::apply, first, last, apply);
+  /// Does units [begin, end) fused: at once, or in blocks where arrays have views.
+  void units(std::int64_t begin, std::int64_t end, int slot) const {
+    const Task& t = job.task;
+    if (p.buffer == 0) return loops.fused(t, begin, end, scratch(slot));
+    for (std::int64_t unit = begin; unit < end; unit += p.block) {
+      const std::int64_t last = std::min(end, unit + p.block);
+      on_block(job, {first_of_unit(t, unit), first_of_unit(t, last), 0, members_of(t)}, t.phase, buffer(slot),
+               [&](const Task& mine) { loops.fused(mine, unit, last, scratch(slot)); });
+    }
   }
-}
+
+  /// Does spans [begin, end) of a job in one of its two passes.
+  void spans(const Job& of, Phase pass, std::int64_t begin, std::int64_t end, int slot) const {
+    const auto walk = [&](const Task& t, std::int64_t first, std::int64_t last) {
+      pass == Phase::reduce ? loops.sums(t, first, last, scratch(slot)) : loops.apply(t, first, last);
+    };
+    if (p.buffer == 0) return walk(of.task, begin, end);
+    for (std::int64_t span = begin; span < end; ++span)
+      on_block(of, span_block(of.task, p.spans, span), pass, buffer(slot),
+               [&](const Task& mine) { walk(mine, span, span + 1); });
+  }
+  /// Does spans [begin, end) of the job in all threads.
+  void spans(Phase pass, std::int64_t begin, std::int64_t end) const {
+    over(begin, end, p.threads,
+         [&](std::int64_t first, std::int64_t last, int slot) { spans(job, pass, first, last, slot); });
+  }
+
+  /// Does units [begin, end), each in two passes over its spans.
+  void units_by_spans(std::int64_t begin, std::int64_t end, int slot) const {
+    Job mine = job;
+    Task& t = mine.task;
+    const std::int64_t partials = p.spans * partial_doubles(t, job.is_backward), solved = solved_doubles(t);
+    for (std::int64_t unit = begin; unit < end; ++unit) {
+      t.partials = job.task.partials + (slot - unit) * partials, t.solved = job.task.solved + (slot - unit) * solved;
+      const std::int64_t first = unit * p.spans, last = first + p.spans;
+      if (t.phase != Phase::apply && !(t.frozen && !job.is_backward)) spans(mine, Phase::reduce, first, last, slot);
+      loops.finish(t, unit, unit + 1);
+      if (has_second_pass(t)) spans(mine, Phase::apply, first, last, slot);
+    }
+  }
+};
 
 double load_scalar(const std::byte* p, Dtype dtype) {
   switch (dtype) {
@@ -309,15 +329,8 @@ void store_scalar(std::byte* p, Dtype dtype, double v) {
 
 // ---- forward -----------------------------------------------------------------------------------------------------
 
-struct ForwardSpace {
-  Common common;
-  double* rows;     // of each thread: x + residual
-  double* given;    // running statistics as dense doubles: means, then variances
-  double* moments;  // of each statistic, for the update of running statistics
-};
-
-ForwardSpace carve_forward(Carver& carver, Job& job, const Policy& p) {
-  ForwardSpace space{carve(carver, job.task, p, false), nullptr, nullptr, nullptr};
+Space carve_forward(Carver& carver, Job& job, const Policy& p) {
+  Space space = carve(carver, job, p);
   space.rows = carver.take(p.sum_row * p.threads);
   if (!job.running.mean) return space;
   if (job.task.frozen) space.given = carver.take(2 * job.running.count);
@@ -386,15 +399,9 @@ void update_running(const Task& t, const Running& r) {
 
 // ---- backward ----------------------------------------------------------------------------------------------------
 
-struct BackwardSpace {
-  Common common;
-  double* totals;      // sums of dweight, then of dbias, one per parameter
-  double* elements[2]; // ParamKind::element: dweight and dbias, where their dtype is not the compute type
-};
-
-BackwardSpace carve_backward(Carver& carver, Job& job, const Policy& p) {
+Space carve_backward(Carver& carver, Job& job, const Policy& p) {
   Task& t = job.task;
-  BackwardSpace space{carve(carver, t, p, true), nullptr, {nullptr, nullptr}};
+  Space space = carve(carver, job, p);
   if (t.kind == ParamKind::none) return space;
   if (t.kind == ParamKind::element) {
     const ParamGradient* out[2] = {&job.dweight, &job.dbias};
@@ -451,45 +458,26 @@ void run_forward(Job& job) {
   unfold_steps(job);
   const Policy p = policy_for(t, job.threads, isa);
   Workspace workspace;
-  const ForwardSpace space = workspace.carved([&](Carver& carver) { return carve_forward(carver, job, p); });
+  const Space space = workspace.carved([&](Carver& carver) { return carve_forward(carver, job, p); });
   if (space.moments) t.moments = space.moments;
   t.walk = p.walk;
   if (t.frozen && job.running.mean) read_running(t, job.running, space.given), copy_given(t, statistics);
-  const auto scratch = [&](int slot) { return space.common.scratch + slot * space.common.scratch_stride; };
-  const auto buffer = [&](int slot) { return space.common.buffers + slot * p.buffer; };
-  const auto sums = [&](int slot) {
-    return [&isa, own = scratch(slot)](const Task& part, std::int64_t first, std::int64_t last) {
-      isa.forward.sums(part, first, last, own);
-    };
-  };
-  if (p.by_spans) {
-    over(0, p.units, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
-      units_by_spans(job, p, buffer(slot), slot, begin, end, sums(slot), isa.forward.finish, isa.forward.apply);
-    });
-  } else if (!p.split) {
-    over(0, p.units, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
-      if (!p.sum_row)
-        return in_blocks(job, p, buffer(slot), begin, end,
-                         [&](const Task& part, std::int64_t first, std::int64_t last) {
-          isa.forward.fused(part, first, last, scratch(slot));
-        });
-      Task mine = t;  // every statistic is formed in the same row
-      mine.x = {reinterpret_cast<std::byte*>(space.rows + slot * p.sum_row), t.x.dtype, {}};
-      isa.forward.fused(mine, begin, end, scratch(slot));
-    });
-  } else {
+  const Schedule schedule{job, p, isa.forward, space};
+  if (p.split) {
     for (std::int64_t k = 0; k < p.statistics; ++k) {
       const std::int64_t first = k * p.spans, last = first + p.spans;
-      if (!t.frozen)
-        over(first, last, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
-          in_spans(job, p, buffer(slot), Phase::reduce, begin, end, sums(slot));
-        });
+      if (!t.frozen) schedule.spans(Phase::reduce, first, last);
       isa.forward.finish(t, k, k + 1);
-      if (!has_second_pass(t)) continue;
-      over(first, last, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
-        in_spans(job, p, buffer(slot), Phase::apply, begin, end, isa.forward.apply);
-      });
+      if (has_second_pass(t)) schedule.spans(Phase::apply, first, last);
     }
+  } else {
+    over(0, p.units, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
+      if (p.by_spans) return schedule.units_by_spans(begin, end, slot);
+      if (!p.sum_row) return schedule.units(begin, end, slot);
+      Task mine = t;  // every statistic is formed in the same row
+      mine.x = {reinterpret_cast<std::byte*>(space.rows + slot * p.sum_row), t.x.dtype, {}};
+      isa.forward.fused(mine, begin, end, schedule.scratch(slot));
+    });
   }
   if (job.running.mean && !t.frozen) update_running(t, job.running);
 }
@@ -501,7 +489,7 @@ void run_backward(Job& job) {
   const Loops& loops = t.twice ? isa.double_backward : isa.backward;
   const Policy p = policy_for(t, job.threads, isa);
   Workspace workspace;
-  const BackwardSpace space = workspace.carved([&](Carver& carver) { return carve_backward(carver, job, p); });
+  const Space space = workspace.carved([&](Carver& carver) { return carve_backward(carver, job, p); });
   if (t.dparams)
     std::memset(t.dparams, 0, static_cast<std::size_t>(2 * dparam_units(t.geometry, t.kind)) * sizeof(double));
   t.walk = p.walk;
@@ -509,33 +497,15 @@ void run_backward(Job& job) {
     t.dweight_out = space.elements[0] ? reinterpret_cast<std::byte*>(space.elements[0]) : job.dweight.data;
     t.dbias_out = space.elements[1] ? reinterpret_cast<std::byte*>(space.elements[1]) : job.dbias.data;
   }
-  const auto scratch = [&](int slot) { return space.common.scratch + slot * space.common.scratch_stride; };
-  const auto buffer = [&](int slot) { return space.common.buffers + slot * p.buffer; };
-  const auto sums = [&](int slot) {
-    return [&loops, own = scratch(slot)](const Task& part, std::int64_t first, std::int64_t last) {
-      loops.sums(part, first, last, own);
-    };
-  };
-  if (p.by_spans) {
-    over(0, p.units, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
-      units_by_spans(job, p, buffer(slot), slot, begin, end, sums(slot), loops.finish, loops.apply);
-    });
-  } else if (!p.split) {
-    over(0, p.units, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
-      in_blocks(job, p, buffer(slot), begin, end, [&](const Task& part, std::int64_t first, std::int64_t last) {
-        loops.fused(part, first, last, scratch(slot));
-      });
-    });
-  } else {
-    if (t.phase != Phase::apply)
-      over(0, p.statistics * p.spans, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
-        in_spans(job, p, buffer(slot), Phase::reduce, begin, end, sums(slot));
-      });
+  const Schedule schedule{job, p, loops, space};
+  if (p.split) {
+    if (t.phase != Phase::apply) schedule.spans(Phase::reduce, 0, p.statistics * p.spans);
     loops.finish(t, 0, p.statistics);
-    if (has_second_pass(t))
-      over(0, p.units * p.spans, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
-        in_spans(job, p, buffer(slot), Phase::apply, begin, end, loops.apply);
-      });
+    if (has_second_pass(t)) schedule.spans(Phase::apply, 0, p.units * p.spans);
+  } else {
+    over(0, p.units, p.threads, [&](std::int64_t begin, std::int64_t end, int slot) {
+      p.by_spans ? schedule.units_by_spans(begin, end, slot) : schedule.units(begin, end, slot);
+    });
   }
   const ParamGradient* out[2] = {&job.dweight, &job.dbias};
   if (t.dparams) total_dparams(t, space.totals);
