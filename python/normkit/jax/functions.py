@@ -36,17 +36,18 @@ def _array(name: str, value: Any) -> Any:
 
 
 def _call(
-    spec: Spec, axis_name: Any, return_stats: bool, return_residual: bool, where: Any, *, residual: Any = None,
-    **given: Any,
+    spec: Spec, slopes: Any, x: Any, weight: Any, bias: Any, where: Any, residual: Any, return_stats: bool,
+    return_residual: bool, axis_name: Any, **more: Any,
 ) -> Any:  # fmt: skip
+    """`more`: a style, or running statistics."""
     if where is not None and not isinstance(where, jax.Array | np.ndarray):
         where = None if where else np.zeros((), np.bool_)
     if return_residual and residual is None:
         raise ValueError("residual is None, expected an array like x: return_residual is True")
-    given |= {"where": where, "residual": residual, "x": _array("x", given["x"])}
+    x = _array("x", x)
     if spec.activation == "prelu" and spec.slope is not None:
-        given["slopes"] = np.asarray(spec.slope, compute_dtype(given["x"]))
-        spec = spec._replace(slope=None)
+        slopes, spec = np.asarray(spec.slope, compute_dtype(x)), spec._replace(slope=None)
+    given = {"x": x, "weight": weight, "bias": bias, "slopes": slopes, **more, "where": where, "residual": residual}
     arrays = {name: _array(name, a) for name, a in given.items() if a is not None}
     statistics = ("mean", "rstd") if spec.is_centered else ("rstd",)
     running = tuple(name for name in RUNNING if name in arrays and not spec.frozen)
@@ -115,8 +116,7 @@ def instance_norm(
         "instance", (channel_axis,), eps, weight_offset, activation, frozen=not use_input_stats, momentum=momentum
     )
     return _call(
-        spec, axis_name, return_stats, return_residual, where, x=x, weight=weight, bias=bias, residual=residual,
-        slopes=slopes,
+        spec, slopes, x, weight, bias, where, residual, return_stats, return_residual, axis_name,
         running_mean=running_mean, running_var=running_var,
     )  # fmt: skip
 
@@ -149,18 +149,7 @@ def group_norm(
     (1, 4, 2)
     """
     spec, slopes = _spec("group", (channel_axis,), eps, weight_offset, activation, groups=num_groups)
-    return _call(
-        spec,
-        axis_name,
-        return_stats,
-        return_residual,
-        where,
-        x=x,
-        weight=weight,
-        bias=bias,
-        residual=residual,
-        slopes=slopes,
-    )
+    return _call(spec, slopes, x, weight, bias, where, residual, return_stats, return_residual, axis_name)
 
 
 def layer_norm(
@@ -191,18 +180,7 @@ def layer_norm(
     (2, 8, 8)
     """
     spec, slopes = _spec("layer", axes_of(x, axis), eps, weight_offset, activation)
-    return _call(
-        spec,
-        axis_name,
-        return_stats,
-        return_residual,
-        where,
-        x=x,
-        weight=weight,
-        bias=bias,
-        residual=residual,
-        slopes=slopes,
-    )
+    return _call(spec, slopes, x, weight, bias, where, residual, return_stats, return_residual, axis_name)
 
 
 def rms_norm(
@@ -231,18 +209,7 @@ def rms_norm(
     1.0
     """
     spec, slopes = _spec("rms", axes_of(x, axis), eps, weight_offset, activation)
-    return _call(
-        spec,
-        axis_name,
-        return_stats,
-        return_residual,
-        where,
-        x=x,
-        weight=weight,
-        bias=bias,
-        residual=residual,
-        slopes=slopes,
-    )
+    return _call(spec, slopes, x, weight, bias, where, residual, return_stats, return_residual, axis_name)
 
 
 def batch_norm(
@@ -283,8 +250,7 @@ def batch_norm(
         "batch", (channel_axis,), eps, weight_offset, activation, frozen=not training, momentum=momentum
     )
     return _call(
-        spec, axis_name, return_stats, return_residual, where, x=x, weight=weight, bias=bias, residual=residual,
-        slopes=slopes,
+        spec, slopes, x, weight, bias, where, residual, return_stats, return_residual, axis_name,
         running_mean=running_mean, running_var=running_var,
     )  # fmt: skip
 
@@ -322,5 +288,5 @@ def adaptive_instance_norm(
         core._check_style(found, expected)
     with core._called("content"):
         return _call(
-            spec, None, return_stats, return_residual, where, x=content, style=style, residual=residual, slopes=slopes
+            spec, slopes, content, None, None, where, residual, return_stats, return_residual, None, style=style
         )
