@@ -218,29 +218,26 @@ def refuse_third(*_: Any) -> Any:
     )
 
 
-def gradient_of_deviation(style: Tensor, dstd: Optional, dmean: Optional, channel_axis: int, eps: float) -> Optional:
-    """dstyle = (dmean + style_hat * dstd) / members: an instance norm of style, which is differentiable in turn."""
-    from .functions import instance_norm
-
-    images, channels = style.shape[0], style.shape[channel_axis]
-    members = style.numel() // max(images * channels, 1)
-    weight, bias = (None if g is None else g / members for g in (dstd, dmean))
-    if weight is None and bias is None:
-        return None
-    if weight is None:
-        weight = torch.zeros_like(bias)
-    return instance_norm(style, weight, bias, eps=eps, channel_axis=channel_axis)
-
-
-def _deviation_context(ctx: Any, inputs: Any, output: Any) -> None:
+def save_deviation(ctx: Any, inputs: Any, output: Any) -> None:
+    """Saves what the gradient of a deviation needs."""
     style, ctx.channel_axis, ctx.eps = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(style)
 
 
-def _deviation_gradients(ctx: Any, dstd: Optional, dmean: Optional) -> tuple[Any, ...]:
+def gradients_of_deviation(ctx: Any, dstd: Optional, dmean: Optional) -> tuple[Optional, None, None]:
+    """dstyle = (dmean + style_hat * dstd) / members: an instance norm of style, which is differentiable in turn."""
+    from .functions import instance_norm
+
     (style,) = ctx.saved_tensors
-    return gradient_of_deviation(style, dstd, dmean, ctx.channel_axis, ctx.eps), None, None
+    images, channels = style.shape[0], style.shape[ctx.channel_axis]
+    members = style.numel() // max(images * channels, 1)
+    weight, bias = (None if g is None else g / members for g in (dstd, dmean))
+    if weight is None and bias is None:
+        return None, None, None
+    if weight is None:
+        weight = torch.zeros_like(bias)
+    return instance_norm(style, weight, bias, eps=ctx.eps, channel_axis=ctx.channel_axis), None, None
 
 
 # ---- vmap --------------------------------------------------------------------------------------------------------
@@ -382,4 +379,4 @@ def _refuse_vmap(*_: Any) -> Any:
 _define("forward", _forward, _forward_fake, _forward_context, _forward_gradients, _forward_vmap)
 _define("backward", _backward, _backward_fake, _backward_context, _backward_gradients, _backward_vmap)
 _define("double_backward", _double_backward, _double_backward_fake, _no_context, refuse_third, _refuse_vmap)
-_define("deviation", phases.deviation, _deviation_fake, _deviation_context, _deviation_gradients, _deviation_vmap)
+_define("deviation", phases.deviation, _deviation_fake, save_deviation, gradients_of_deviation, _deviation_vmap)

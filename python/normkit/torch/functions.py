@@ -18,12 +18,13 @@ from . import _operations as phases
 from ._operations import Optional
 from ._operators import (
     call,
-    gradient_of_deviation,
     gradients_of_backward,
+    gradients_of_deviation,
     gradients_of_forward,
     is_transforming,
     refuse_third,
     save_backward,
+    save_deviation,
     save_forward,
 )
 
@@ -131,16 +132,11 @@ class _Deviation(torch.autograd.Function):
     """sqrt(var + eps) and the mean of a style."""
 
     @staticmethod
-    def forward(ctx: Any, style: Tensor, channel_axis: int, eps: float) -> Any:
-        ctx.channel_axis, ctx.eps = channel_axis, eps
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(style)
-        return phases.deviation(style, channel_axis, eps)
+    def forward(ctx: Any, *args: Any) -> Any:
+        save_deviation(ctx, args, None)
+        return phases.deviation(*args)
 
-    @staticmethod
-    def backward(ctx: Any, dstd: Any, dmean: Any) -> Any:
-        (style,) = ctx.saved_tensors
-        return gradient_of_deviation(style, dstd, dmean, ctx.channel_axis, ctx.eps), None, None
+    backward = staticmethod(gradients_of_deviation)
 
 
 # ---- calls -------------------------------------------------------------------------------------------------------
