@@ -214,7 +214,7 @@ MUTANTS = [
            "dx is written where nobody wants it", "promises"),
     Mutant(PLAN, "linear && g.steps == 1 && «g.params.count == g.run») t.kind", "true",
            "weights of another period than a row are summed along it", "values layouts"),
-    Mutant(PLAN, "mine->shape[axis] == 1 || «lying[axis] == gradient->strides[axis]»", "true",
+    Mutant(PLAN, "gradient.shape[axis] == 1 || «lying[axis] == gradient.strides[axis]»", "true",
            "dweight is handed out in the order of memory", "layouts values"),
     Mutant(PLAN, "p.writes(kDbias) && «params.differ» &&", "false",
            "dbias has the axes of weight", "taken"),

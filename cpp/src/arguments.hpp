@@ -70,6 +70,10 @@ struct Params {
 
   Params() = default;
   Params(AxisMask weight, AxisMask bias, AxisMask slopes, const Array& x);
+  /// The axes of one of them, or of its gradient.
+  AxisMask of(int k) const {
+    return k == kSlopes || k == kDslopes ? slope_axes : k == kBias || k == kDbias ? bias_axes : axes;
+  }
 };
 
 /// The axis of x that axis `axis` of a parameter array lies along. The array varies along `axes` of x: it has these

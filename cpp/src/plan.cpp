@@ -4,7 +4,6 @@
 #include <bit>
 #include <deque>
 #include <optional>
-#include <tuple>
 #include <utility>
 
 #include "policy.hpp"
@@ -123,6 +122,19 @@ Extents c_strides(std::span<const std::int64_t> shape) {
   return strides;
 }
 
+/// Strides in elements as strides in bytes.
+Extents in_bytes(Extents strides, int ndim, Dtype dtype) {
+  for (int axis = 0; axis < ndim; ++axis) strides[axis] *= size_of(dtype);
+  return strides;
+}
+
+Extents byte_strides(const Array& a) {
+  Extents bytes;
+  for (int axis = 0; axis < a.ndim(); ++axis) bytes[axis] = a.stride(axis);
+  return bytes;
+}
+Extents byte_strides(const Shapes::Param& a) { return in_bytes(a.strides, a.ndim, a.dtype); }
+
 /// The strides of a parameter array that lies as the kernels count.
 void put_param_strides(const Array& x, const Array& a, AxisMask axes, const AxisOrder& order, Extents& out) {
   const Extents strides = dense_strides(x.shape, axes, order);
@@ -196,14 +208,14 @@ bool choose_kind(Task& t) {
   return true;
 }
 
-/// The strides in bytes of an array that is seen in the shape of x: 0 along axes of x where it repeats itself. `of`
-/// maps the axes of the array to axes of x.
-template <class AxisOf>
-Extents repeated(int x_ndim, std::span<const std::int64_t> shape, const Extents& bytes, AxisOf of) {
+/// The strides in bytes of a parameter array that varies along `axes` of x, as it is seen in the shape of x: 0 where it
+/// repeats itself.
+Extents repeated(int x_ndim, AxisMask axes, std::span<const std::int64_t> shape, const Extents& bytes) {
   Extents seen;
   for (int axis = 0; axis < x_ndim; ++axis) seen[axis] = 0;
-  for (std::size_t axis = 0; axis < shape.size(); ++axis)
-    if (shape[axis] != 1) seen[of(static_cast<int>(axis))] = bytes[axis];
+  const int ndim = static_cast<int>(shape.size());
+  for (int axis = 0; axis < ndim; ++axis)
+    if (shape[axis] != 1) seen[param_axis(axes, x_ndim, ndim, axis)] = bytes[axis];
   return seen;
 }
 
@@ -213,8 +225,7 @@ struct Seen {
   Spec spec;
   Params params;
   std::vector<Temporary> temporaries = {};
-  std::deque<Extents> kept = {};  // strides in bytes of the temporaries: `args` looks into it
-  std::deque<Shapes::Param> described = {};  // and their shapes
+  std::deque<Extents> kept = {};  // shapes, and strides in bytes, of the temporaries: `args` looks into it
 
   /// Puts a temporary that lies with `strides`, in elements, in the place of an operand that is seen with strides
   /// `seen`, in bytes. An operand that lies so already stays.
@@ -224,11 +235,12 @@ struct Seen {
     if (a.present && a.dtype == dtype && a.shape.size() == shape.size() && has_strides(a, strides) &&
         std::equal(shape.begin(), shape.end(), a.shape.begin()))
       return;
-    Temporary& t = temporaries.emplace_back(Temporary{k, dtype, static_cast<int>(shape.size()), {}, strides, seen});
-    std::copy(shape.begin(), shape.end(), t.shape.begin());
-    Extents& bytes = kept.emplace_back();
-    for (std::size_t axis = 0; axis < shape.size(); ++axis) bytes[axis] = strides[axis] * size_of(dtype);
-    a = {nullptr, dtype, true, false, shape, {bytes.data(), shape.size()}, {}};
+    const int ndim = static_cast<int>(shape.size());
+    Extents& extents = kept.emplace_back();
+    std::copy(shape.begin(), shape.end(), extents.begin());
+    temporaries.push_back({k, dtype, ndim, extents, strides, seen});
+    const Extents& bytes = kept.emplace_back(in_bytes(strides, ndim, dtype));
+    a = {nullptr, dtype, true, false, {extents.data(), shape.size()}, {bytes.data(), shape.size()}, {}};
   }
 };
 
@@ -306,10 +318,7 @@ void put_in_order(Seen& seen, Op op, const AxisOrder& order, const Shapes& shape
     if (row.role == Role::param) {
       const bool is_of_slopes = k == kSlopes || k == kDslopes;
       if ((k == kBias && !bias_counts(seen, op)) || (is_of_slopes && seen.params.slopes_repeat)) continue;
-      const AxisMask axes = is_of_slopes                ? seen.params.slope_axes
-                            : k == kBias || k == kDbias ? seen.params.bias_axes
-                                                        : seen.params.axes;
-      put_param_strides(args.x, a, axes, order, strides);
+      put_param_strides(args.x, a, seen.params.of(k), order, strides);
     } else if (const int numbers = numbers_of(row.role)) {
       for (int axis = 0; axis < shapes.stat_ndim; ++axis) strides[axis] = numbers * shapes.stat_strides[axis];
       strides[shapes.stat_ndim] = 1;
@@ -331,22 +340,19 @@ void put_in_order(Seen& seen, Op op, const AxisOrder& order, const Shapes& shape
 /// Slopes that lack axes of weight, and their gradient, have elements for those too.
 void repeat_slopes(Seen& seen, Plan& p, const AxisOrder& order) {
   const Array &x = seen.args.x, slopes = seen.args.slopes;
-  Shapes::Param& lying = seen.described.emplace_back();
+  Shapes::Param lying;
   describe_param(x, {}, seen.params.axes, order, lying);
-  const auto put = [&](OperandIndex k, Dtype dtype, auto bytes_of) {
-    const auto of = [&](int axis) { return param_axis(seen.params.slope_axes, x.ndim(), slopes.ndim(), axis); };
-    Extents bytes, along;
-    for (int axis = 0; axis < slopes.ndim(); ++axis) bytes[axis] = bytes_of(axis);
-    const Extents all = repeated(x.ndim(), slopes.shape, bytes, of);
+  const auto put = [&](OperandIndex k, Dtype dtype, const Extents& bytes) {
+    const Extents all = repeated(x.ndim(), seen.params.slope_axes, slopes.shape, bytes);
+    Extents along;
     for (int axis = 0, next = 0; axis < x.ndim(); ++axis)
       if (seen.params.axes & axis_bit(axis)) along[next++] = all[axis];
     seen.put(k, dtype, lying.extents(), lying.strides, along);
   };
-  put(kSlopes, slopes.dtype, [&](int axis) { return slopes.stride(axis); });
-  Shapes::Param& dslopes = p.shapes.dslopes;
+  put(kSlopes, slopes.dtype, byte_strides(slopes));
+  Shapes::Param& dslopes = p.shapes.of(kDslopes);
   dslopes.strides = c_strides(dslopes.extents());
-  if (p.writes(kDslopes))
-    put(kDslopes, compute_dtype(x.dtype), [&](int axis) { return dslopes.strides[axis] * size_of(dslopes.dtype); });
+  if (p.writes(kDslopes)) put(kDslopes, compute_dtype(x.dtype), byte_strides(dslopes));
 }
 
 Running running_of(const Args& args, const Spec& spec, const AxisOrder& order) {
@@ -372,10 +378,10 @@ bool schedule(Plan& p, Seen& seen, const Blocks& blocks, const Walked& walked) {
   const bool wants_params = p.writes(kDweight) || p.writes(kDbias) || p.writes(kDslopes);
   Shapes& shapes = p.shapes;
   const AxisOrder& order = walked.order;
-  describe_param(args.x, args.weight, seen.params.axes, order, shapes.dweight);
-  describe_param(args.x, args.bias.present ? args.bias : args.weight, seen.params.bias_axes, order, shapes.dbias);
-  if (has_slopes) describe_param(args.x, args.slopes, seen.params.slope_axes, order, shapes.dslopes);
-  shapes.dbias.dtype = shapes.dweight.dtype;
+  describe_param(args.x, args.weight, seen.params.axes, order, shapes.of(kDweight));
+  describe_param(args.x, args.bias.present ? args.bias : args.weight, seen.params.bias_axes, order, shapes.of(kDbias));
+  if (has_slopes) describe_param(args.x, args.slopes, seen.params.slope_axes, order, shapes.of(kDslopes));
+  shapes.of(kDbias).dtype = shapes.of(kDweight).dtype;
   if (shapes.empty) return true;
   if ((seen.params.differ && bias_counts(seen, p.op)) || (has_slopes && seen.params.slopes_stray)) return false;
 
@@ -408,9 +414,9 @@ bool schedule(Plan& p, Seen& seen, const Blocks& blocks, const Walked& walked) {
   if (p.op == Op::forward && args.running_mean.present) p.job.running = running_of(args, spec, order);
   put_in_order(seen, p.op, order, shapes);
   if (has_slopes && seen.params.slopes_repeat) repeat_slopes(seen, p, order);
-  p.job.dweight.dtype = args.dweight.present ? args.dweight.dtype : shapes.dweight.dtype;
-  p.job.dbias.dtype = args.dbias.present ? args.dbias.dtype : shapes.dbias.dtype;
-  p.job.dslopes.dtype = args.dslopes.present ? args.dslopes.dtype : shapes.dslopes.dtype;
+  p.job.dweight.dtype = args.dweight.present ? args.dweight.dtype : shapes.of(kDweight).dtype;
+  p.job.dbias.dtype = args.dbias.present ? args.dbias.dtype : shapes.of(kDbias).dtype;
+  p.job.dslopes.dtype = args.dslopes.present ? args.dslopes.dtype : shapes.of(kDslopes).dtype;
   return true;
 }
 
@@ -463,54 +469,41 @@ void repeat_params(Seen& seen, const Plan& p, const Shapes& own, AxisMask axes, 
   const Args given = seen.args;
   const Params params = seen.params;
   const int ndim = given.x.ndim();
-  Extents& extents = seen.kept.emplace_back();
+  Extents extents;
   for (int axis = 0; axis < ndim; ++axis) extents[axis] = axes & axis_bit(axis) ? given.x.shape[axis] : 1;
   const std::span<const std::int64_t> repeated_shape(extents.data(), static_cast<std::size_t>(ndim));
   const Extents strides = dense_strides(given.x.shape, axes, order);
-  const auto put = [&](OperandIndex k, const Array& like, AxisMask own_axes, std::span<const std::int64_t> shape,
-                       const Extents& bytes) {
+  const auto put = [&](OperandIndex k, const Array& like, std::span<const std::int64_t> shape, const Extents& bytes) {
     const bool wide = p.op == Op::double_backward || (like.present && like.dtype == Dtype::float64);
     const Dtype dtype = wide ? Dtype::float64 : compute_dtype(given.x.dtype);
-    const auto of = [&](int axis) { return param_axis(own_axes, ndim, static_cast<int>(shape.size()), axis); };
-    seen.put(k, dtype, repeated_shape, strides, repeated(ndim, shape, bytes, of));
+    seen.put(k, dtype, repeated_shape, strides, repeated(ndim, params.of(k), shape, bytes));
   };
-  for (const auto& [k, a, own_axes] :
-       {std::tuple{kWeight, &given.weight, params.axes}, std::tuple{kBias, &given.bias, params.bias_axes},
-        std::tuple{kSlopes, &given.slopes, params.slope_axes}, std::tuple{kDdweight, &given.ddweight, params.axes},
-        std::tuple{kDdbias, &given.ddbias, params.axes}}) {
-    Extents bytes;
-    for (int axis = 0; axis < a->ndim(); ++axis) bytes[axis] = a->stride(axis);
-    if (a->present || (k == kWeight && (p.writes(kDweight) || p.writes(kDbias) || p.writes(kDslopes))))
-      put(k, *a, own_axes, a->shape, bytes);
+  const bool wants_params = p.writes(kDweight) || p.writes(kDbias) || p.writes(kDslopes);
+  for (const OperandIndex k : {kWeight, kBias, kSlopes, kDdweight, kDdbias}) {
+    const Array& a = given.*kOperandTable[k].array;
+    if (a.present || (k == kWeight && wants_params)) put(k, a, a.shape, byte_strides(a));
   }
   if (!given.weight.present) seen.spec.weight_offset = 0;
-  for (const auto& [k, like, own_axes] :
-       {std::tuple{kDweight, &given.weight, params.axes}, std::tuple{kDbias, &given.weight, params.bias_axes},
-        std::tuple{kDslopes, &given.slopes, params.slope_axes}}) {
-    const Shapes::Param& mine = own.of(k);
-    Extents bytes = c_strides(mine.extents());
-    for (int axis = 0; axis < mine.ndim; ++axis) bytes[axis] *= size_of(mine.dtype);
-    if (p.writes(k)) put(k, *like, own_axes, mine.extents(), bytes);
+  for (const OperandIndex k : {kDweight, kDbias, kDslopes}) {
+    Shapes::Param mine = own.of(k);
+    mine.strides = c_strides(mine.extents());
+    if (p.writes(k)) put(k, k == kDslopes ? given.slopes : given.weight, mine.extents(), byte_strides(mine));
   }
   seen.params = {axes, axes, axes, given.x};
 }
 
 /// Has the gradients of parameters come out in C order.
 void put_gradients_in_order(Seen& seen, Plan& p, const Shapes& own) {
-  for (const auto& [k, mine, gradient] :
-       {std::tuple{kDweight, &own.dweight, &p.shapes.dweight}, std::tuple{kDbias, &own.dbias, &p.shapes.dbias},
-        std::tuple{kDslopes, &own.dslopes, &p.shapes.dslopes}}) {
-    const Extents lying = gradient->strides;
-    gradient->ndim = mine->ndim, gradient->shape = mine->shape, gradient->dtype = mine->dtype;
-    gradient->strides = c_strides(mine->extents());
+  for (const OperandIndex k : {kDweight, kDbias, kDslopes}) {
+    Shapes::Param& gradient = p.shapes.of(k);
+    const Extents lying = gradient.strides;
+    gradient = own.of(k);
+    gradient.strides = c_strides(gradient.extents());
     bool lies = true;
-    Extents bytes;
-    for (int axis = 0; axis < mine->ndim; ++axis) {
-      lies = lies && (mine->shape[axis] == 1 || lying[axis] == gradient->strides[axis]);
-      bytes[axis] = gradient->strides[axis] * size_of(mine->dtype);
-    }
+    for (int axis = 0; axis < gradient.ndim; ++axis)
+      lies = lies && (gradient.shape[axis] == 1 || lying[axis] == gradient.strides[axis]);
     if (p.writes(k) && !lies && !(seen.args.*kOperandTable[k].array).present)
-      seen.put(k, mine->dtype, mine->extents(), lying, bytes);
+      seen.put(k, gradient.dtype, gradient.extents(), lying, byte_strides(gradient));
   }
 }
 
@@ -518,14 +511,10 @@ void put_gradients_in_order(Seen& seen, Plan& p, const Shapes& own) {
 /// taken over other axes than dweight.
 void add_up_dy(Seen& seen, Plan& p) {
   const Array& x = seen.args.x;
-  Shapes::Param& dbias = p.shapes.dbias;
+  Shapes::Param& dbias = p.shapes.of(kDbias);
   dbias.strides = c_strides(dbias.extents());
-  Extents bytes;
-  for (int axis = 0; axis < dbias.ndim; ++axis) bytes[axis] = dbias.strides[axis] * size_of(dbias.dtype);
-  Temporary& t = seen.temporaries.emplace_back(Temporary{kDbias, x.dtype, x.ndim(), {}, {}, {}});
-  t.shape = p.shapes.x_shape;
-  t.seen_strides = repeated(x.ndim(), dbias.extents(), bytes,
-                            [&](int axis) { return param_axis(seen.params.bias_axes, x.ndim(), dbias.ndim, axis); });
+  const Extents bytes = repeated(x.ndim(), seen.params.bias_axes, dbias.extents(), byte_strides(dbias));
+  seen.temporaries.push_back({kDbias, x.dtype, x.ndim(), p.shapes.x_shape, {}, bytes});
 }
 
 }  // namespace

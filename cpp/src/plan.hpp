@@ -1,6 +1,7 @@
 // Makes of what the caller passed the plan that a backend runs. arguments.hpp judges the single arguments.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -26,12 +27,12 @@ struct Shapes {
     Dtype dtype = Dtype::float32;
 
     std::span<const std::int64_t> extents() const { return {shape.data(), static_cast<std::size_t>(ndim)}; }
-  } dweight, dbias, dslopes;
+  };
+  std::array<Param, 3> gradients;  // dweight, dbias and dslopes
   bool empty = false;      // x has no elements: nothing to run
 
-  const Param& of(OperandIndex gradient) const {
-    return gradient == kDslopes ? dslopes : gradient == kDbias ? dbias : dweight;
-  }
+  Param& of(OperandIndex gradient) { return gradients[gradient - kDweight]; }
+  const Param& of(OperandIndex gradient) const { return gradients[gradient - kDweight]; }
   std::span<const std::int64_t> statistics() const { return {stat_shape.data(), static_cast<std::size_t>(stat_ndim)}; }
 };
 
