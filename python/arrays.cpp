@@ -109,6 +109,18 @@ void check_axes(const char* name, std::int64_t ndim) {
                 std::to_string(normkit::kMaxAxes));
 }
 
+/// Fills in the array of a view, whose strides count `unit` bytes: one that is too long for a number is INT64_MIN.
+void fill(View& v, void* data, Dtype dtype, bool read_only, std::int64_t ndim, std::int64_t unit,
+          const std::int64_t* shape, const std::int64_t* strides) {
+  for (std::int64_t axis = 0; axis < ndim; ++axis) {
+    v.shape[axis] = shape[axis];
+    if (__builtin_mul_overflow(strides[axis], unit, &v.strides[axis])) v.strides[axis] = INT64_MIN;
+  }
+  const std::size_t axes = static_cast<std::size_t>(ndim);
+  std::byte* const bytes = static_cast<std::byte*>(data);
+  v.array = {bytes, dtype, true, read_only, {v.shape.data(), axes}, {v.strides.data(), axes}, v.other_dtype};
+}
+
 /// True where memory can have such extents and strides.
 bool is_in_reach(const Array& a) {
   std::int64_t reach = 0;
@@ -326,8 +338,8 @@ void import_dlpack(const char* name, nb::handle array, nb::handle stream, View& 
     value_error(named + " exports what cannot be read, expected a new capsule of DLPack with at most " +
                 std::to_string(normkit::kMaxAxes) + " axes");
   const nb::ndarray<nb::ro>& a = v.imported;
-  const std::size_t ndim = a.ndim();
-  check_axes(name, static_cast<std::int64_t>(ndim));
+  const std::int64_t ndim = static_cast<std::int64_t>(a.ndim());
+  check_axes(name, ndim);
   const nb::dlpack::dtype type = a.dtype();
   const std::int64_t bytes = type.bits / 8;
   const std::string word = word_of(type);
@@ -335,19 +347,13 @@ void import_dlpack(const char* name, nb::handle array, nb::handle stream, View& 
     type_error(named + " has a DLPack type with code " + std::to_string(type.code) + " and " +
                std::to_string(type.bits) + " bits, expected float32, float64, float16 or bfloat16");
   v.object = array;
-  bool empty = false;
-  for (std::size_t axis = 0; axis < ndim; ++axis) {
-    v.shape[axis] = static_cast<std::int64_t>(a.shape(axis));
-    empty = empty || v.shape[axis] == 0;
-    if (__builtin_mul_overflow(a.stride(axis), bytes, &v.strides[axis])) v.strides[axis] = INT64_MIN;
-  }
   const Dtype dtype = dtype_named(word, v.other_dtype);
-  std::byte* const data = static_cast<std::byte*>(const_cast<void*>(static_cast<const void*>(a.data())));
-  v.array = {data, dtype, true, read_only, {v.shape.data(), ndim}, {v.strides.data(), ndim}, v.other_dtype};
+  void* const data = const_cast<void*>(static_cast<const void*>(a.data()));
+  fill(v, data, dtype, read_only, ndim, bytes, a.shape_ptr(), a.stride_ptr());
   if (!is_in_reach(v.array))
     value_error(named + " has shape " + normkit::tuple(v.array.shape) +
                 ", expected extents and strides that memory can have");
-  if (!data && !empty) value_error(named + " has no memory, expected an array that holds its elements");
+  if (!data && !is_empty(v.array)) value_error(named + " has no memory, expected an array that holds its elements");
 }
 
 // ---- tensors on the CPU, without calls of Python ---------------------------------------------------------------------
@@ -404,23 +410,10 @@ bool view_tensor(nb::handle tensor, const Exchange* exchange, View& v) {
   const Dtype dtype = dtype_of(t.dtype);
   if (t.device.device_type != nb::device::cpu::value || dtype == Dtype::other || t.ndim > normkit::kMaxAxes)
     return false;
-  bool empty = false;
-  for (int axis = 0; axis < t.ndim; ++axis) {
-    v.shape[axis] = t.shape[axis];
-    if (__builtin_mul_overflow(t.strides[axis], normkit::size_of(dtype), &v.strides[axis])) return false;
-    empty = empty || t.shape[axis] == 0;
-  }
-  if (!t.data && !empty) return false;
-  const std::size_t ndim = static_cast<std::size_t>(t.ndim);
-  const normkit::Array array{static_cast<std::byte*>(t.data) + t.byte_offset,
-                             dtype,
-                             true,
-                             false,
-                             {v.shape.data(), ndim},
-                             {v.strides.data(), ndim},
-                             {}};
-  if (!is_in_reach(array)) return false;
-  v.object = tensor, v.array = array;
+  fill(v, static_cast<std::byte*>(t.data) + t.byte_offset, dtype, false, t.ndim, normkit::size_of(dtype), t.shape,
+       t.strides);
+  if ((!t.data && !is_empty(v.array)) || !is_in_reach(v.array)) return false;
+  v.object = tensor;
   return true;
 }
 
@@ -499,10 +492,9 @@ void view_device(const char* name, nb::handle array, const Library& library, Vie
   const std::int64_t ndim = static_cast<std::int64_t>(nb::len(found.shape));
   check_axes(name, ndim);
   for (int axis = 0; axis < ndim; ++axis)
-    v.shape[axis] = number(found.shape[axis]), v.strides[axis] = number(found.strides[axis]) * unit;
-  const std::size_t axes = static_cast<std::size_t>(ndim);
+    v.shape[axis] = number(found.shape[axis]), v.strides[axis] = number(found.strides[axis]);
   v.object = array;
-  v.array = {found.data, dtype, true, false, {v.shape.data(), axes}, {v.strides.data(), axes}, v.other_dtype};
+  fill(v, found.data, dtype, false, ndim, unit, v.shape.data(), v.strides.data());
 }
 
 }  // namespace arrays

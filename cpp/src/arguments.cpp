@@ -91,13 +91,15 @@ void check_shape(const std::string& name, const Array& a, std::span<const std::i
 
 void check_writable(const std::string& name, const Array& a) {
   if (a.read_only) value_error(name + " is read-only, expected a writable array");
-  if (std::find(a.shape.begin(), a.shape.end(), 0) != a.shape.end()) return;
+  if (is_empty(a)) return;
   for (int axis = 0; axis < a.ndim(); ++axis)
     if (a.shape[axis] > 1 && a.stride(axis) == 0)
       value_error(name + " has elements that share memory, expected distinct ones");
 }
 
 }  // namespace
+
+bool is_empty(const Array& a) { return std::find(a.shape.begin(), a.shape.end(), 0) != a.shape.end(); }
 
 bool same_strides(const Array& a, const Array& b) {
   for (int axis = 0; axis < a.ndim(); ++axis)
@@ -133,7 +135,7 @@ bool on_elements(const Array& a) {
 }
 
 void check_on_elements(const std::string& name, const Array& a) {
-  if (on_elements(a) || std::find(a.shape.begin(), a.shape.end(), 0) != a.shape.end()) return;
+  if (on_elements(a) || is_empty(a)) return;
   const std::int64_t size = element_bytes(a);
   const std::string dtype = a.dtype == Dtype::other ? std::string(a.other_dtype) : name_of(a.dtype);
   char address[2 * sizeof a.data + 1] = {};

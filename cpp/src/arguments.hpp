@@ -20,6 +20,8 @@ using Extents = std::array<std::int64_t, kMaxAxes>;
 /// "(2, 3)", as Python writes a shape.
 std::string tuple(std::span<const std::int64_t> values);
 
+/// True where `a` has no elements.
+bool is_empty(const Array& a);
 /// Writes the strides of `a`, in elements, to `out`.
 void element_strides(const Array& a, Extents& out);
 bool same_strides(const Array& a, const Array& b);

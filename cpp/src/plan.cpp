@@ -99,9 +99,8 @@ void describe(const Array& x, const Blocks& blocks, const Walked& walked, Shapes
   element_strides(x, strides);
   shapes.out_strides =
       dense_strides(x.shape, ~AxisMask{0}, memory_order(x.shape, std::span(strides.data(), x.shape.size())));
-  shapes.ndim = x.ndim(), shapes.empty = false;
+  shapes.ndim = x.ndim(), shapes.empty = is_empty(x);
   for (int axis = 0; axis < x.ndim(); ++axis) {
-    shapes.empty = shapes.empty || x.shape[axis] == 0;
     shapes.x_shape[axis] = x.shape[axis];
     if (x.shape[axis] == 1) shapes.out_strides[axis] = 1;
   }
