@@ -1,6 +1,5 @@
 #include "xla.hpp"
 
-#include <array>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
@@ -27,43 +26,24 @@ using normkit::Spec;
 
 // ---- a call as numbers -------------------------------------------------------------------------------------------
 
-/// Everything of a call that is no array, in words of 8 bytes.
+/// Everything of a call that is no array.
 struct Call {
-  std::int64_t op, wanted, reduce_axes, centered, use_input_stats, activation, param_axes[3], param_forms, channel_axis,
-      num_groups;
-  double eps, momentum, weight_offset, parameter;
+  Op op = Op::forward;
+  OperandMask wanted = 0;
+  Spec spec;
 };
-constexpr int kDtypes = static_cast<int>(normkit::Dtype::other);
-constexpr std::int64_t kWords = sizeof(Call) / sizeof(std::int64_t);
 
-Call call_of(const Spec& s, Op op, OperandMask wanted) {
-  const auto axes = [&](int form) { return static_cast<std::int64_t>(s.param_axes[form]); };
-  return {static_cast<std::int64_t>(op),
-          wanted,
-          static_cast<std::int64_t>(s.reduce_axes),
-          s.centered,
-          s.use_input_stats,
-          static_cast<std::int64_t>(s.activation.kind),
-          {axes(0), axes(1), axes(2)},
-          s.param_forms,
-          s.channel_axis,
-          s.num_groups,
-          s.eps,
-          s.momentum,
-          s.weight_offset,
-          s.activation.parameter};
+/// Calls f with each field of a Call, in the order of its numbers.
+template <class AnyCall, class F> void for_each_field(AnyCall& call, F f) {
+  auto& s = call.spec;
+  f(call.op), f(call.wanted), f(s.reduce_axes), f(s.centered), f(s.use_input_stats), f(s.activation.kind);
+  for (auto& axes : s.param_axes) f(axes);
+  f(s.param_forms), f(s.channel_axis), f(s.num_groups), f(s.eps), f(s.momentum), f(s.weight_offset);
+  f(s.activation.parameter);
 }
 
-Spec spec_of(const Call& c) {
-  Spec s;
-  s.reduce_axes = static_cast<normkit::AxisMask>(c.reduce_axes), s.centered = c.centered != 0, s.eps = c.eps;
-  s.use_input_stats = c.use_input_stats != 0, s.momentum = c.momentum, s.weight_offset = c.weight_offset;
-  s.activation = {static_cast<normkit::ActivationKind>(c.activation), c.parameter};
-  for (int form = 0; form < 3; ++form) s.param_axes[form] = static_cast<normkit::AxisMask>(c.param_axes[form]);
-  s.param_forms = static_cast<int>(c.param_forms), s.channel_axis = static_cast<int>(c.channel_axis);
-  s.num_groups = c.num_groups;
-  return s;
-}
+std::int64_t number_of(double field) { return std::bit_cast<std::int64_t>(field); }
+std::int64_t number_of(auto field) { return static_cast<std::int64_t>(field); }
 
 class Reader {
  public:
@@ -97,16 +77,22 @@ Plan planned(Args& args, const Spec& spec, Op op, OperandMask wanted) {
 
 Plan read(Reader& reader) {
   Call call;
-  std::memcpy(&call, reader.span(kWords).data(), sizeof(call));
-  if (call.op < 0 || call.op > static_cast<int>(Op::apply_backward)) Reader::refuse();
-  if (call.activation < 0 || call.activation >= normkit::kActivationKinds) Reader::refuse();
+  for_each_field(call, [&](auto& field) {
+    using Field = std::remove_reference_t<decltype(field)>;
+    const std::int64_t number = reader.next();
+    if constexpr (std::is_same_v<Field, double>) field = std::bit_cast<double>(number);
+    else field = static_cast<Field>(number);
+    if (number_of(field) != number) Reader::refuse();
+  });
+  if (call.op > Op::apply_backward || static_cast<int>(call.spec.activation.kind) >= normkit::kActivationKinds)
+    Reader::refuse();
   Args args;
   for (std::int64_t left = reader.next(); left > 0; --left) {
     Array& a = args.*kOperandTable[reader.below(normkit::kOperands)].array;
-    a.dtype = static_cast<normkit::Dtype>(reader.below(kDtypes)), a.present = true;
+    a.dtype = static_cast<normkit::Dtype>(reader.below(static_cast<int>(normkit::Dtype::other))), a.present = true;
     a.shape = reader.span(reader.next());
   }
-  return planned(args, spec_of(call), static_cast<Op>(call.op), static_cast<OperandMask>(call.wanted));
+  return planned(args, call.spec, call.op, call.wanted);
 }
 
 // ---- handlers ----------------------------------------------------------------------------------------------------
@@ -197,8 +183,8 @@ nb::object tuple_of(const normkit::Extents& numbers, int count) {
 nb::object description(Args args, const Spec& spec, Op op, OperandMask wanted) {
   nb::list numbers, packed;
   const auto put = [&](std::int64_t number) { numbers.append(number); };
-  const auto words = std::bit_cast<std::array<std::int64_t, kWords>>(call_of(spec, op, wanted));
-  for (const std::int64_t word : words) put(word);
+  const Call call{op, wanted, spec};
+  for_each_field(call, [&](auto field) { put(number_of(field)); });
   std::int64_t count = 0;
   for (const normkit::OperandRow& row : kOperandTable) count += (args.*row.array).present;
   put(count);
