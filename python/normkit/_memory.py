@@ -115,11 +115,6 @@ def dtype_named(name: str) -> np.dtype[Any]:
     return bfloat16_dtype() if name == "bfloat16" else np.dtype(name)
 
 
-def dtype_name(dtype: Any) -> str:
-    """'float32' for np.float32, np.dtype('float32'), torch.float32 and the like."""
-    return "bfloat16" if dtype == BFLOAT16_BITS else str(getattr(dtype, "name", dtype)).rpartition(".")[2]
-
-
 def _computable(array: Any) -> Any:
     if getattr(array, "dtype", None) == BFLOAT16_BITS:
         return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
