@@ -78,34 +78,11 @@ class _Batch:
 
         return {name: back(name, array) for name, array in found.items()}
 
-    # ---- a style, which has images ----
-
-    def more_images(self) -> Arrays:
-        """Images are independent: those of all are the images of one call."""
-        size, (count, *rest) = self.size, self.frame.shape
-
-        def merged(array: Any) -> Any:
-            return array.reshape((-1, *array.shape[2:]))
-
-        def seen(name: str) -> Any:
-            if name == "style":
-                styles = self.each(name)
-                return merged(jnp.broadcast_to(styles, (size, count, *styles.shape[2:])))
-            if name in LIKE_X:
-                return merged(self.each(name))
-            if name == "where":
-                return merged(jnp.broadcast_to(self.mask(), (size, count, *rest)))
-            shape = self._aligned(name)
-            array = self.arrays[name].reshape((*self.lead(name, False), *shape))
-            return merged(jnp.broadcast_to(array, (size, count, *shape[1:])))
-
-        found = run(self.call, {name: seen(name) for name in self.arrays})
-        return {name: array.reshape((size, count, *array.shape[1:])) for name, array in found.items()}
-
-    # ---- running statistics, which belong to the channels ----
+    # ---- a style, which has images, and running statistics, which belong to the channels ----
 
     @property
-    def _axis(self) -> int:
+    def channels(self) -> int:
+        """The axis of x that they lie along."""
         return int(self.frame.kept[-1])
 
     def _aligned(self, name: str) -> list[int]:
@@ -118,20 +95,19 @@ class _Batch:
         return (
             self.call.spec.frozen
             and not any(self.batched[name] for name in others)
-            and all(math.prod(self._aligned(name)) == self._aligned(name)[self._axis] for name in params)
+            and all(math.prod(self._aligned(name)) == self._aligned(name)[self.channels] for name in params)
         )
 
     def fixed_channels(self) -> Arrays:
-        spec = self.call.spec._replace(kind="batch", axes=(self._axis - len(self.frame.shape),))
+        spec = self.call.spec._replace(kind="batch", axes=(self.channels - len(self.frame.shape),))
         arrays = {name: self.each(name) if name in LIKE_X else array for name, array in self.arrays.items()}
         found = run(self.call._replace(spec=spec), arrays)
         shape = (self.size, *self.frame.statistics_shape())
         return {name: jnp.broadcast_to(a, shape) if name in ("mean", "rstd") else a for name, a in found.items()}
 
-    def more_channels(self) -> Arrays:
-        """The channels of all are the channels of one call."""
-        size, axis = self.size, self._axis
-        count = self.frame.shape[axis]
+    def more_along(self, axis: int) -> Arrays:
+        """Images are independent, and so are channels: along this axis of x, those of all are those of one call."""
+        size, count = self.size, self.frame.shape[axis]
 
         def merged(array: Any, at: int) -> Any:
             array = jnp.moveaxis(array, 0, at)
@@ -143,6 +119,9 @@ class _Batch:
         def seen(name: str) -> Any:
             if name in RUNNING:
                 return merged(self.each(name), 0)
+            if name == "style":
+                styles = self.each(name)
+                return merged(jnp.broadcast_to(styles, (size, count, *styles.shape[2:])), 0)
             if name in LIKE_X:
                 return merged(self.each(name), axis)
             if name == "where":
@@ -154,7 +133,7 @@ class _Batch:
 
         found = run(self.call, {name: seen(name) for name in self.arrays})
         at = {"out": axis, "sum": axis, **dict.fromkeys(RUNNING, 0)}
-        of_statistics = len(self.frame.kept) - 1
+        of_statistics = self.frame.kept.index(axis)
         return {name: parted(array, at.get(name, of_statistics)) for name, array in found.items()}
 
 
@@ -168,11 +147,11 @@ def _mappable(call: Call) -> Any:
     def _(size: int, batched: Any, arrays: Arrays) -> Any:
         batch = _Batch(call, size, batched[0], arrays)
         if "style" in arrays:
-            found = batch.more_images()
+            found = batch.more_along(0)
         elif not arrays.keys() & set(RUNNING):
             found = batch.general()
         else:
-            found = batch.fixed_channels() if batch.has_fixed_channels() else batch.more_channels()
+            found = batch.fixed_channels() if batch.has_fixed_channels() else batch.more_along(batch.channels)
         return found, dict.fromkeys(found, True)
 
     return run
