@@ -49,13 +49,13 @@ class Spec(NamedTuple):
 
     kind: str  # a key of OPERATIONS
     axes: tuple[int, ...]  # the normalized ones, or the one of the channels
-    groups: int
-    frozen: bool  # the statistics are constants
-    eps: float | None  # None: that of the dtype, for rms
-    momentum: float
-    weight_offset: float
-    activation: str  # "" where there is none
-    slope: float | None  # the parameter of an activation that has a number
+    groups: int = 1
+    frozen: bool = False  # the statistics are constants
+    eps: float | None = None  # None: that of the dtype, for rms
+    momentum: float = 0.0
+    weight_offset: float = 0.0
+    activation: str = ""  # "" where there is none
+    slope: float | None = None  # the parameter of an activation that has a number
 
     @property
     def operation(self) -> Operation:

@@ -117,7 +117,7 @@ class Call:
         groups = operator.index(self.options.get("num_groups", 1))
         # Running statistics are those of channels, whatever the image.
         of_channels = self.frozen and is_forward
-        spec = Spec("batch" if of_channels else kind, axes, groups, False, self.eps, 0.0, 0.0, "", None)
+        spec = Spec("batch" if of_channels else kind, axes, groups, eps=self.eps)
         self.center, self.view = spec.is_centered, View(spec, x)
         self.axis = self.view.axis
         self.told: dict[str, Any] = {n: self.options[n] for n in ("activation", "weight_offset") if n in self.options}
@@ -263,7 +263,7 @@ class _Style:
         axis, eps = given["channel_axis"], given["eps"]
         with core._called("style"):
             judge(stand_in(style.shape, style.dtype), channel_axis=axis)
-        spec = Spec("instance", (operator.index(axis),), 1, False, eps, 0.0, 0.0, "", None)
+        spec = Spec("instance", (operator.index(axis),), eps=eps)
         self.view = View(spec, style)
         if -content.ndim <= axis < content.ndim:  # else content is refused by its own call
             core._check_style((style.shape[0], style.shape[axis]), (content.shape[0], content.shape[axis]))

@@ -318,7 +318,7 @@ def _deviation_gradient(axis: int, eps: float, dtype: str, style: Any, cotangent
     """dstyle = (dmean + style_hat * dstd) / members: an instance norm of style."""
     dstd, dmean = cotangents
     members = max(style.size // max(dstd.size, 1), 1)
-    spec = Spec("instance", (axis,), 1, False, eps, 0.0, 0.0, "", None)
+    spec = Spec("instance", (axis,), eps=eps)
     arrays = {"x": style, "weight": dstd / members, "bias": dmean / members}
     return (forward(Call("forward", spec, ("out",)), arrays)["out"],)
 

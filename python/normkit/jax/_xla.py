@@ -184,7 +184,7 @@ def _is_known() -> bool:
 
 def deviation(style: Any, axis: int, eps: float, dtype: Any) -> tuple[Any, Any]:
     """sqrt(var + eps) and the mean of each channel of each image, from moments in float64."""
-    spec = Spec("instance", (axis,), 1, False, eps, 0.0, 0.0, "", None)
+    spec = Spec("instance", (axis,), eps=eps)
     call = Call("moments", Frame(spec, style.shape).general(eps), ("moments",))
     if not _is_known():
         statistics = jax.ShapeDtypeStruct(_outputs(call, {"x": style})["moments"].shape[:-1], dtype)
