@@ -101,12 +101,6 @@ class Arrays {
     if (library_.kind == Library::Kind::numpy) return memory::of_numpy();
     return memory_.emplace<memory::Other>(first_, library_);
   }
-  /// The object of Python that stands for the memory; None for NumPy's.
-  nb::object python() const {
-    if (const auto* device = std::get_if<memory::Device>(&memory_)) return device->python();
-    const auto* other = std::get_if<memory::Other>(&memory_);
-    return other ? other->python() : nb::none();
-  }
   bool is_on_device() const { return device_ >= 0; }
 
   /// Throws for what is no array of this library and device.
@@ -527,7 +521,7 @@ class Function final : public function::Body {
     for (const OperandIndex k : arrays_) at[k] = (args.*kOperandTable[k].array).data;
     nb::object result = run(plan, at, values, memory, &views, is_alone());
     if (op_ != Op::moments) return result;
-    return nb::make_tuple(result, whose.python(), args.x.dtype == normkit::Dtype::float64);
+    return nb::make_tuple(result, memory.python(), args.x.dtype == normkit::Dtype::float64);
   }
 
   /// Keeps a plan for like calls, unless anything has to be copied first, or could change unseen.
@@ -612,7 +606,7 @@ nb::object views(nb::kwargs arrays) {
     whose->view(nb::str(name).c_str(), array, nb::str(name).equal(nb::str("out")), v);
     result[name] = memory.of_view(v);
   }
-  return nb::make_tuple(result, whose->python());
+  return nb::make_tuple(result, memory.python());
 }
 
 void forget_plans() { ++epoch; }

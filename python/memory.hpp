@@ -39,6 +39,8 @@ class Memory {
   virtual void run(Job& job) const;
   /// What the caller gets for an array that empty() made.
   virtual nb::object handed_over(nb::object array) const { return array; }
+  /// The object of Python that stands for the memory; None for NumPy's.
+  virtual nb::object python() const { return nb::none(); }
 
   /// into[...] = from, each element rounded once; the elements along `axes` are added up first.
   virtual void copy(nb::handle into, nb::handle from, nb::handle axes) const;
@@ -58,7 +60,7 @@ class Other final : public Memory {
   nb::object handed_over(nb::object array) const override {
     return exchange_ ? arrays::tensor_over(array, *exchange_) : arrays_.attr("hand_over")(array);
   }
-  nb::object python() const { return arrays_; }
+  nb::object python() const override { return arrays_; }
 
  private:
   const arrays::Exchange* exchange_;
@@ -81,7 +83,7 @@ class Device final : public Memory {
   void copy(nb::handle into, nb::handle from, nb::handle axes) const override;
   void run(Job& job) const override;
   nb::object handed_over(nb::object array) const override;
-  nb::object python() const { return arrays_; }
+  nb::object python() const override { return arrays_; }
   nb::object dlpack_stream() const;
 
  private:
