@@ -14,8 +14,6 @@ using normkit::value_error;
 
 namespace {
 
-nb::object python_module(const char* name) { return nb::module_::import_(name); }
-
 /// A string that lookups of attributes take as it is.
 class Name {
  public:
@@ -136,6 +134,12 @@ bool is_in_reach(const Array& a) {
 }
 
 }  // namespace
+
+nb::object tuple_of(const std::int64_t* numbers, int count, std::int64_t unit) {
+  const nb::object tuple = nb::steal(PyTuple_New(count));
+  for (int k = 0; k < count; ++k) PyTuple_SetItem(tuple.ptr(), k, PyLong_FromLongLong(numbers[k] * unit));
+  return tuple;
+}
 
 nb::object numpy_dtype(Dtype dtype) {
   if (dtype != Dtype::bfloat16)

@@ -27,6 +27,10 @@ using normkit::Dtype;
 inline PyArrayObject* as_array(nb::handle h) { return reinterpret_cast<PyArrayObject*>(h.ptr()); }
 inline std::byte* data_of(nb::handle array) { return static_cast<std::byte*>(PyArray_DATA(as_array(array))); }
 
+inline nb::object python_module(const char* name) { return nb::module_::import_(name); }
+/// A tuple of numbers, each times `unit`.
+nb::object tuple_of(const std::int64_t* numbers, int count, std::int64_t unit = 1);
+
 /// DLPack's table of functions, DLPackExchangeAPI, by which a library shows its arrays and takes memory without a call of
 /// Python.
 struct Exchange;

@@ -22,6 +22,7 @@ namespace calls {
 namespace {
 
 using arrays::Library;
+using arrays::python_module;
 using arrays::View;
 using memory::Memory;
 using normkit::Addresses;
@@ -38,8 +39,6 @@ using normkit::Plan;
 using normkit::Role;
 using normkit::Temporary;
 using normkit::type_error;
-
-nb::object python_module(const char* name) { return nb::module_::import_(name); }
 
 // ---- whose arrays they are ---------------------------------------------------------------------------------------
 

@@ -3,21 +3,17 @@
 #include "unlocked.hpp"
 
 namespace memory {
+
+using arrays::python_module;
+using arrays::tuple_of;
+
 namespace {
 
 /// Elements of x from which on other Python threads get to run during a call: letting go of the lock and taking it back
 /// costs as much as some thousands of elements.
 constexpr std::int64_t kReleaseElements = 16384;
 
-nb::object tuple_of(const std::int64_t* numbers, int count, std::int64_t unit = 1) {
-  const nb::object tuple = nb::steal(PyTuple_New(count));
-  for (int k = 0; k < count; ++k) PyTuple_SetItem(tuple.ptr(), k, PyLong_FromLongLong(numbers[k] * unit));
-  return tuple;
-}
-
 nb::handle threads_of_context;  // never let go of: calls may come until the process ends
-
-nb::object module(const char* name) { return nb::module_::import_(name); }
 
 }  // namespace
 
@@ -39,19 +35,19 @@ void Memory::run(Job& job) const {
 }
 
 void Memory::copy(nb::handle into, nb::handle from, nb::handle axes) const {
-  module("normkit._memory").attr("NUMPY").attr("copy")(into, from, axes);
+  python_module("normkit._memory").attr("NUMPY").attr("copy")(into, from, axes);
 }
 
 // ---- another library on the CPU ----------------------------------------------------------------------------------
 
 Other::Other(nb::handle first, const Library& library)
-    : exchange_(library.exchange), arrays_(module("normkit._memory").attr("memory_of")(first)) {}
+    : exchange_(library.exchange), arrays_(python_module("normkit._memory").attr("memory_of")(first)) {}
 
 // ---- a GPU -------------------------------------------------------------------------------------------------------
 
 Device::Device(nb::handle first, const Library& library, std::int64_t device)
     : device_(static_cast<int>(device)),
-      arrays_(module("normkit._cuda").attr("entered")(first, device)),
+      arrays_(python_module("normkit._cuda").attr("entered")(first, device)),
       stream_(nb::cast<std::uintptr_t>(arrays_.attr("stream"))),
       maker_(library.kind == Library::Kind::other ? arrays::library_of_type(arrays_.attr("maker")) : library) {}
 

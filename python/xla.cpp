@@ -3,11 +3,12 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <exception>
 #include <span>
+#include <type_traits>
 #include <vector>
 
+#include "arrays.hpp"
 #include "cuda.hpp"
 #include "xla_ffi.hpp"
 
@@ -15,6 +16,7 @@ namespace xla {
 namespace {
 
 using namespace xla_ffi;
+using arrays::tuple_of;
 using normkit::Addresses;
 using normkit::Args;
 using normkit::Array;
@@ -172,12 +174,6 @@ Error* handle(CallFrame* frame, bool on_device) {
   }
 }
 
-nb::object tuple_of(const normkit::Extents& numbers, int count) {
-  nb::list list;
-  for (int k = 0; k < count; ++k) list.append(numbers[k]);
-  return nb::tuple(list);
-}
-
 }  // namespace
 
 nb::object description(Args args, const Spec& spec, Op op, OperandMask wanted) {
@@ -196,8 +192,9 @@ nb::object description(Args args, const Spec& spec, Op op, OperandMask wanted) {
     for (const std::int64_t extent : a.shape) put(extent);
   }
   for (const normkit::Temporary& t : planned(args, spec, op, wanted).temporaries)
-    packed.append(nb::make_tuple(static_cast<int>(t.operand), normkit::name_of(t.dtype), tuple_of(t.shape, t.ndim),
-                                 tuple_of(t.strides, t.ndim), tuple_of(t.seen_strides, t.ndim)));
+    packed.append(nb::make_tuple(static_cast<int>(t.operand), normkit::name_of(t.dtype),
+                                 tuple_of(t.shape.data(), t.ndim), tuple_of(t.strides.data(), t.ndim),
+                                 tuple_of(t.seen_strides.data(), t.ndim)));
   return nb::make_tuple(numbers, packed);
 }
 
