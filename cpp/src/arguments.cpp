@@ -147,10 +147,6 @@ void check_on_elements(const std::string& name, const Array& a) {
               ": a GPU has " + dtype + " nowhere else");
 }
 
-void element_strides(const Array& a, Extents& out) {
-  for (int axis = 0; axis < a.ndim(); ++axis) out[axis] = a.stride(axis) / size_of(a.dtype);
-}
-
 bool has_strides(const Array& a, const Extents& strides) {
   for (int axis = 0; axis < a.ndim(); ++axis)
     if (a.shape[axis] > 1 && a.stride(axis) != strides[axis] * size_of(a.dtype)) return false;

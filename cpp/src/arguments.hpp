@@ -22,8 +22,6 @@ std::string tuple(std::span<const std::int64_t> values);
 
 /// True where `a` has no elements.
 bool is_empty(const Array& a);
-/// Writes the strides of `a`, in elements, to `out`.
-void element_strides(const Array& a, Extents& out);
 bool same_strides(const Array& a, const Array& b);
 /// True where `a` lies on its elements with these strides, which count elements; that of an axis with one index is not
 /// compared.

@@ -63,15 +63,16 @@ struct Blocks {
 /// order of all sums. It is the order of x in memory, or, where the geometry cannot hold that, its kept axes are the
 /// slowest and its reduced axes the fastest.
 struct Walked {
-  Extents strides;  // of a dense array, in elements
-  AxisOrder order;  // of the axes of x
-  Layout layout;    // of the axes of the blocks
+  AxisOrder memory;  // of the axes of x, as they lie in memory
+  Extents strides;   // of a dense array, in elements
+  AxisOrder order;   // of the axes of x
+  Layout layout;     // of the axes of the blocks
   bool is_memory_order = true;
 
   Walked(const Array& x, const Spec& spec, const Blocks& blocks) {
     Extents own;
-    element_strides(x, own);
-    order = memory_order(x.shape, std::span(own.data(), x.shape.size()));
+    for (int axis = 0; axis < x.ndim(); ++axis) own[axis] = x.stride(axis) / size_of(x.dtype);
+    order = memory = memory_order(x.shape, std::span(own.data(), x.shape.size()));
     if (holds(x, blocks)) return;
     is_memory_order = false;
     order.count = 0;
@@ -95,10 +96,7 @@ struct Walked {
 
 /// Fills in the shapes of outputs and statistics, and whether x has elements at all.
 void describe(const Array& x, const Blocks& blocks, const Walked& walked, Shapes& shapes) {
-  Extents strides;
-  element_strides(x, strides);
-  shapes.out_strides =
-      dense_strides(x.shape, ~AxisMask{0}, memory_order(x.shape, std::span(strides.data(), x.shape.size())));
+  shapes.out_strides = dense_strides(x.shape, ~AxisMask{0}, walked.memory);
   shapes.ndim = x.ndim(), shapes.empty = is_empty(x);
   for (int axis = 0; axis < x.ndim(); ++axis) {
     shapes.x_shape[axis] = x.shape[axis];
