@@ -49,7 +49,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Any, dtotal: Any = None) -> Any:
-        call = _backward if torch.is_grad_enabled() else phases.backward
+        call = _Backward.apply if torch.is_grad_enabled() else phases.backward
         return *gradients_of_forward(ctx, dy, dtotal, call), None, None, None
 
 
@@ -80,10 +80,6 @@ class _DoubleBackward(torch.autograd.Function):
         return tuple(phases.double_backward(*args))
 
     backward = staticmethod(refuse_third)
-
-
-def _backward(*args: Any) -> Any:
-    return _Backward.apply(*args)
 
 
 _PIECEWISE_LINEAR = frozenset(("relu", "leaky_relu", "relu6"))  # their second derivative is zero
