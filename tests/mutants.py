@@ -257,7 +257,7 @@ MUTANTS = [
     # ---- Python
     Mutant("python/normkit/phases.py", "return where(left > 0, «m2 / left»,", "m2 / count",
            "correction is forgotten", "phases"),
-    Mutant("python/normkit/_memory.py", "values = self.wide(values, «\"float64\"»).sum(", '"float32"',
+    Mutant("python/normkit/_memory.py", "values = «self.wide(values)».sum(", 'self.wide(values).astype("float32")',
            "dbias is added up in float32", "taken values"),
     # ---- kernels of a GPU
     Mutant("cuda/finish.cuh", "for (int k = 1; k < «kStrands»; ++k) all[0] +=", "kStrands - 1",

@@ -17,14 +17,6 @@ import numpy as np
 from ._memory import Memory, dtype_named, library_of, namespace_of
 
 
-def _dense_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """The strides in bytes of a dense array in C order."""
-    strides, step = [0] * len(shape), itemsize
-    for axis in reversed(range(len(shape))):
-        strides[axis], step = step, step * max(shape[axis], 1)
-    return tuple(strides)
-
-
 class Device(Memory):
     """The memory of a call on arrays of a GPU."""
 
@@ -32,8 +24,8 @@ class Device(Memory):
         super().__init__()
         self.xp, self.device, self.stream = xp, device, stream
 
-    def copy(self, into: Any, values: Any, axes: tuple[int, ...] | None = None) -> None:
-        into[...] = values if axes is None else self.wide(values, "float64").sum(axis=axes, keepdims=True)
+    def copy(self, into: Any, values: Any, axes: tuple[int, ...] | None) -> None:
+        into[...] = values if axes is None else self.wide(values).sum(axis=axes, keepdims=True)
 
     def merged(self, a: Any, b: Any, twofold: bool) -> Any:
         """The moments of two sets as one, by merge() of formula.hpp, but rounded once more where that fuses."""
@@ -70,10 +62,10 @@ class CuPy(Device):
     def __exit__(self, *error: Any) -> None:
         self._current.__exit__(*error)
 
-    def empty(self, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...] | None = None) -> Any:
+    def empty(self, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...]) -> Any:
         kind = dtype_named(dtype)
         memory = self.xp.cuda.alloc(max(math.prod(shape), 1) * kind.itemsize)
-        return self.xp.ndarray(shape, kind, memory, strides or _dense_strides(shape, kind.itemsize))
+        return self.xp.ndarray(shape, kind, memory, strides)
 
     def seen(self, array: Any, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...]) -> Any:
         return self.xp.ndarray(shape, dtype_named(dtype), array.data, strides)
@@ -114,17 +106,17 @@ class Torch(Device):
         super().__init__(torch, device, torch.cuda.current_stream(device).cuda_stream)
         self._place = first.device
 
-    def empty(self, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...] | None = None) -> Any:
+    def empty(self, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...]) -> Any:
         size = dtype_named(dtype).itemsize
-        steps = [stride // size for stride in strides or _dense_strides(shape, size)]
+        steps = [stride // size for stride in strides]
         return self.xp.empty_strided(shape, steps, dtype=getattr(self.xp, dtype), device=self._place)
 
     def seen(self, array: Any, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...]) -> Any:
         size = dtype_named(dtype).itemsize
         return array.as_strided(shape, [stride // size for stride in strides], array.storage_offset())
 
-    def wide(self, array: Any, dtype: str) -> Any:
-        return array.to(getattr(self.xp, dtype), copy=True, memory_format=self.xp.contiguous_format)
+    def wide(self, array: Any) -> Any:
+        return array.to(self.xp.float64, copy=True, memory_format=self.xp.contiguous_format)
 
     def workspace(self, size: int) -> int:
         """The address of a workspace. PyTorch's pool takes it back after the call, as CuPy's does."""

@@ -164,23 +164,18 @@ class Memory:
         """A result, as the caller's library has it."""
         return None if array is None else self.hand_over(array)
 
-    # New memory holds anything.
-
-    def empty(self, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...] | None = None) -> Any:
-        return np.empty(shape, dtype_named(dtype))
-
     @np.errstate(all="ignore")  # as kernels: what overflows is infinite, whatever np.seterr says
-    def copy(self, into: Any, values: Any, axes: tuple[int, ...] | None = None) -> None:
+    def copy(self, into: Any, values: Any, axes: tuple[int, ...] | None) -> None:
         """into[...] = values, each rounded once; values along `axes` are added up first."""
         if axes is not None:
-            values = self.wide(values, "float64").sum(axis=axes, keepdims=True)
+            values = self.wide(values).sum(axis=axes, keepdims=True)
         if getattr(values, "dtype", None) != into.dtype:
             values = _rounded(_computable(values), into.dtype)
         into[...] = values
 
-    def wide(self, array: Any, dtype: str) -> Any:
-        """A copy of the array in float32 or float64, in C order."""
-        return _computable(array).astype(dtype, order="C")
+    def wide(self, array: Any) -> Any:
+        """A copy of the array in float64, in C order."""
+        return _computable(array).astype("float64", order="C")
 
     # The arrays of these are moments: mean, m2, count and mean_low along the last axis.
 

@@ -73,7 +73,7 @@ class Moments:
                 if view.shape != views[first].shape:
                     shape, expected = tuple(view.shape), tuple(views[first].shape)
                     raise ValueError(f"{name} has shape {shape}, expected {expected}, that of {first}")
-                wide[name] = memory.wide(view, "float64")
+                wide[name] = memory.wide(view)
             zeros = memory.xp.zeros_like(next(iter(wide.values())))
             parts = [wide[name] if name in wide else zeros + numbers[name] for name in given]
             self._numbers = memory.xp.stack(parts, -1)
@@ -108,7 +108,7 @@ class Moments:
 
     def _part(self, k: int) -> Any:
         with self._memory as memory:
-            return memory.hand_over(memory.wide(self._numbers[..., k], "float64"))
+            return memory.hand_over(memory.wide(self._numbers[..., k]))
 
     @property
     def count(self) -> Any:

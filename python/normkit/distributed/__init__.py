@@ -95,7 +95,7 @@ def add(sums: Array, comm: Any) -> Any:
     """
     views, memory = views_of(sums=sums)
     with memory:
-        own = memory.wide(views["sums"], "float64")
+        own = memory.wide(views["sums"])
         return memory.give_back(_gathered(own, comm, f"sums of shape {tuple(own.shape)}").sum(0))
 
 
