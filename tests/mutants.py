@@ -210,7 +210,7 @@ MUTANTS = [
            "a mask is walked along an axis that it does not have", "where"),
     Mutant(PLAN, "if (varying & axis) axes |= «slower | axis»;", "axis",
            "parameters that have to be repeated are so along the elements", "promises"),
-    Mutant("cpp/src/cpu.cpp", "if («has_second_pass(t)») in_spans(mine", "t.phase != Phase::reduce",
+    Mutant("cpp/src/cpu.cpp", "if («has_second_pass(t)») spans(mine", "t.phase != Phase::reduce",
            "dx is written where nobody wants it", "promises"),
     Mutant(PLAN, "linear && g.steps == 1 && «g.params.count == g.run») t.kind", "true",
            "weights of another period than a row are summed along it", "values layouts"),
