@@ -10,6 +10,7 @@ does not have: threads, instruction sets, other libraries.
 """
 
 import ctypes
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -122,6 +123,7 @@ def refusal_of(arrays: list[np.ndarray]) -> Any:
 
 
 def mirrored(cupy: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
     def on_device(*arguments: Any, **options: Any) -> Any:
         arrays = _arrays_in([*arguments, *options.values()])
         if any(not a.dtype.isnative or a.dtype.kind not in "fiubV" for a in arrays):
