@@ -620,7 +620,7 @@ NORMKIT_DEVICE void incoming(const Work& work, const Factors<S, M>& factors, con
   Activations activations(work.task, p);
   in_turn(z, [&](S one) { return slope_at(activations.next(), one); });
   NORMKIT_UNROLL
-  for (int e = 0; e < N; ++e) dz[e] *= z[e];
+  for (int e = 0; e < N; ++e) dz[e] = dz[e] == 0 ? S(0) : dz[e] * z[e];  // z of what is no member may be NaN
 }
 
 /// True where there may be elements that no gradient reaches. They add nothing, even where x is NaN, as an element that

@@ -98,29 +98,24 @@ def test_two_phases_along_rows(weight_dtype, dtype, run, rows, isa, rng):
 
 @pytest.mark.parametrize("activation", [None, "relu", ("leaky_relu", 0.1), "silu", "gelu"], ids=str)
 @pytest.mark.parametrize("rows", [(1, 5, 3), (5, 7, 16), (3, 50, 49), (2, 33, 196), (4, 9, 400), (3, 5, 1023)], ids=str)
-@pytest.mark.parametrize("name", ["instance", "batch", "evaluation"])
+@pytest.mark.parametrize("name", ["instance", "batch", "evaluation", "evaluation, channels slowest"])
 def test_rows_in_batches_are_rows_one_by_one(name, rows, activation, dtype, isa, rng):
-    """Short rows go in batches, but for those with a residual or a gradient to add: zeros, as no number here is."""
+    """Short rows go in batches, but for those with a mask, here one that names everyone."""
     dy, x = (uniform(rng, rows, dtype) + dtype.type(2) for _ in range(2))
-    assert (x != 0).all()
-    weight, bias = rng.standard_normal((2, rows[1])).astype(np.float32)
+    weight, bias, mean, deviation = rng.standard_normal((4, rows[1])).astype(np.float32)
     options = {"activation": activation}
-    zeros = np.zeros(rows, dtype)
-    if name == "evaluation":
-        statistics = {"running_mean": rng.standard_normal(rows[1]), "running_var": rng.random(rows[1]) + 0.5}
-        options |= statistics | {"use_input_stats": False}
-        assert bits(nk.instance_norm(x, weight, bias, **options)) == bits(
-            nk.instance_norm(x, weight, bias, residual=zeros, **options)
-        )
+    one_by_one = options | {"where": np.ones(rows, bool)}
+    if name.startswith("evaluation"):  # whose statistics are given, one for several rows where channels are slowest
+        x = x if name == "evaluation" else np.ascontiguousarray(x.swapaxes(0, 1)).swapaxes(0, 1)
+        given = {"running_mean": mean, "running_var": deviation**2, "use_input_stats": False}
+        found, expected = (nk.instance_norm(x, weight, bias, **given, **o) for o in (options, one_by_one))
+        assert bits(found) == bits(expected)
         return
     op = OPERATIONS[name]
-    y, mean, rstd = op.statistics(x, weight=weight, bias=bias, **options)
-    same = op.statistics(x, weight=weight, bias=bias, residual=zeros, **options)
-    assert [bits(a) for a in same[:3]] == [bits(a) for a in (y, mean, rstd)]
-    dx, *others = op.backward(dy, x, mean, rstd, weight, bias=bias, **options)
-    found, *same = op.backward(dy, x, mean, rstd, weight, bias=bias, dresidual=zeros, **options)
-    assert np.array_equal(found, dx)
-    assert [bits(g) for g in same] == [bits(g) for g in others]
+    found, expected = (op.statistics(x, weight=weight, bias=bias, **o) for o in (options, one_by_one))
+    assert [bits(a) for a in found] == [bits(a) for a in expected]
+    found, expected = (op.backward(dy, x, *found[1:], weight, bias=bias, **o) for o in (options, one_by_one))
+    assert [bits(a) for a in found] == [bits(a) for a in expected]
 
 
 @pytest.mark.parametrize("seed", range(200))

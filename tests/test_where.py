@@ -4,6 +4,7 @@ import bounds
 import normkit
 import numpy as np
 import pytest
+from activations import ACTIVATIONS, name_of
 from cases import CHANNELS_LAST, DTYPES, INTEGERS, LAYOUTS, MASKS, SHAPES, SHARED_MEMORY, Guarded, bits, lay, uniform
 from checks import check_backward, check_forward
 from reference import OPERATIONS, REGISTRY, wide
@@ -107,22 +108,27 @@ def test_offsets_cost_no_digits(shape, layout, offset, isa, rng):
     check_backward(INSTANCE, dy, x, where=where)
 
 
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS, "prelu"], ids=name_of)
+@pytest.mark.parametrize("kind", ["channel", "pixel"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
-def test_what_is_no_member_may_hold_anything(op, layout, dtype, value, rng):
+def test_what_is_no_member_may_hold_anything(op, layout, dtype, value, kind, activation, rng):
     """NaN and Inf under the mask touch their own y alone: everything else keeps its bits, gradients too."""
     shape = (3, 5, 4, 37)
     where = MASKS["random"](rng, shape)
     x = lay(uniform(rng, shape, dtype), layout)
     dy = lay(np.where(where, uniform(rng, shape, dtype), np.zeros((), dtype)), layout)
-    weight = parameters(op, shape, rng)[0]
+    weight, bias = parameters(op, shape, rng, kind)
+    slopes = rng.random(weight.shape).astype(np.float32)
+    through = {"bias": bias, "activation": ("prelu", slopes) if activation == "prelu" else activation}
     clean = op.statistics(x, where=where)
-    gradients = op.backward(dy, x, *clean[1:], weight, where=where)
+    gradients = op.backward(dy, x, *clean[1:], weight, where=where, **through)
     x[~where] = value
     y, *stats = op.statistics(x, where=where)
-    assert [bits(g) for g in op.backward(dy, x, *stats, weight, where=where)] == [bits(g) for g in gradients]
+    found = op.backward(dy, x, *stats, weight, where=where, **through)
+    assert [bits(g) for g in found] == [bits(g) for g in gradients]
     assert bits(y[where]) == bits(clean[0][where])
     assert not np.isfinite(y[~where].astype(np.float32)).any()
     assert [bits(s) for s in stats if s is not None] == [bits(s) for s in clean[1:] if s is not None]

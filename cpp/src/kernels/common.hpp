@@ -393,16 +393,21 @@ template <class S>
         reg_store(z + i, activate(known(), One{{reg_load(z + i)}}).r[0]);
     });
 }
-/// g <- g times the slope of the activation at z, likewise.
+/// g <- g times the slope of the activation at z, likewise. Where g is 0 it stays so, even if z is NaN, as that of an element that is no
+/// member may be.
 template <class S>
 [[gnu::noinline]] void multiply_by_slopes(const Activation& a, const S* slopes, const S* z, S* g, std::int64_t n) {
   using One = RegisterOf<S>;
+  const auto multiply = [&](std::int64_t i, One slope) NORMKIT_INLINE_LAMBDA {
+    const auto before = reg_load(g + i);
+    reg_store(g + i, reg_where(before, reg_mul(before, slope.r[0])));
+  };
   for (std::int64_t i = 0; slopes && i < n; i += kRegLanes<VectorOf<S>>)
-    reg_store(g + i, reg_mul(reg_load(g + i), prelu_slope(One{{reg_load(z + i)}}, One{{reg_load(slopes + i)}}).r[0]));
+    multiply(i, prelu_slope(One{{reg_load(z + i)}}, One{{reg_load(slopes + i)}}));
   if (!slopes)
     with_kind(a, [&](auto known) NORMKIT_INLINE_LAMBDA {
       for (std::int64_t i = 0; i < n; i += kRegLanes<VectorOf<S>>)
-        reg_store(g + i, reg_mul(reg_load(g + i), activation_slope(known(), One{{reg_load(z + i)}}).r[0]));
+        multiply(i, activation_slope(known(), One{{reg_load(z + i)}}));
     });
 }
 

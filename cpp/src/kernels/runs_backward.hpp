@@ -90,7 +90,7 @@ template <class X> struct Kinked {
 template <class X, class P>
 NORMKIT_LOCAL VectorOf<X> incoming(const Task& t, const Preactivation<X>& z, P place, const X* dy, VectorOf<X> x) {
   const VectorOf<X> g = place.load(dy);
-  return has_kink(t.activation) ? g * kink_slope(z.at(place, x), slope_below(t.activation)) : g;
+  return has_kink(t.activation) ? where(g, g * kink_slope(z.at(place, x), slope_below(t.activation))) : g;
 }
 
 /// Adds `rows` segments of n elements of dy and x to s. kWeighted: what reaches z is multiplied by `weight`, which has one factor
