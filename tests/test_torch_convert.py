@@ -175,6 +175,38 @@ def test_a_name_outside_of_what_was_traced_proves_nothing():
     assert done.left == {"block.act": "block.act is in several places"}
 
 
+class Container(nn.Module):
+    """Calls the modules of a Sequential one by one, and gives what is between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.GroupNorm(2, 4), nn.ReLU())
+
+    def forward(self, x):
+        between = [x := layer(x) for layer in self.layers]
+        return between[0] + between[1]
+
+
+class Optional(nn.Module):
+    """Applies its activation unless the first of two optional arguments comes alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.act = nn.GroupNorm(2, 4), nn.ReLU()
+
+    def forward(self, x, first=None, second=None):
+        y = self.norm(x)
+        return y if first is not None and second is None else self.act(y)
+
+
+@pytest.mark.parametrize(("kind", "options"), [(Container, {}), (Optional, {"first": 1})])
+def test_what_a_graph_shows_otherwise_is_not_fused(kind, options):
+    made, x = kind().double(), torch.randn(2, 4, 3, dtype=torch.float64)
+    expected = made(x, **options)
+    assert not nt.convert(made).fused
+    close(made(x, **options), expected)
+
+
 def test_shared_modules_stay_shared():
     act, norm = nn.ReLU(), nn.GroupNorm(2, 4)
     made = nn.Sequential(nn.GroupNorm(2, 4), act, norm, nn.SiLU(), nn.GroupNorm(2, 4), act, norm)

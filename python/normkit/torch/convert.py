@@ -4,7 +4,7 @@ import copy
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -71,8 +71,9 @@ def convert(
     model
         Any module; may be such a normalization itself.
     fuse
-        Also compute an activation in the normalization before it, where torch.nn.Sequential or torch.fx proves that it
-        gets what that gives, nobody else does, and neither is shared or has hooks. nn.Identity takes its place.
+        Also compute an activation in the normalization before it, where torch.fx proves that it gets what that gives,
+        nobody else does, and neither is shared or has hooks. nn.Identity takes its place. What torch.fx cannot trace is
+        taken apart: its modules are taken to be called as wholes, a torch.nn.Sequential among them.
     process_group : torch.distributed.ProcessGroup, optional
         Processes that take statistics together; all of them convert their copies of the model.
     split
@@ -188,12 +189,11 @@ def _fusible(model: nn.Module, done: Conversion) -> Iterator[tuple[nn.Module, nn
         places.setdefault(module, []).append(name)
     # What a graph shows is proven for modules that have no name outside of what was traced; what a Sequential does, for
     # those that have one name.
-    found: dict[nn.Module, tuple[nn.Module, str | None]] = dict(_in_sequence(places)) | _in_graphs(model)
-    for norm, (activation, traced) in found.items():
+    for norm, (activation, traced, again) in _proven(model).items():
         name = places[activation][0]
         for module in (norm, activation):
             names = places[module]
-            if len(names) > 1 if traced is None else not all(n.startswith(traced) for n in names):
+            if module in again or (len(names) > 1 if traced is None else not all(n.startswith(traced) for n in names)):
                 done.left[name] = f"{names[0]} is in several places"
             elif _is_hooked(module):
                 done.left[name] = f"{names[0]} has hooks"
@@ -201,12 +201,7 @@ def _fusible(model: nn.Module, done: Conversion) -> Iterator[tuple[nn.Module, nn
             yield norm, activation, places[activation]
 
 
-def _in_sequence(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, tuple[nn.Module, None]]]:
-    for module in modules:
-        if type(module) is nn.Sequential:
-            for norm, activation in itertools.pairwise(module._modules.values()):
-                if type(norm) in _NORMS and activation is not None and _activation_of(activation) is not None:
-                    yield norm, (activation, None)
+_MOST_OPTIONAL = 4  # arguments of a forward, each there or not: 16 graphs, twice
 
 
 class _Tracer(fx.Tracer):
@@ -214,41 +209,52 @@ class _Tracer(fx.Tracer):
         return type(m) in _NORMS or bool(super().is_leaf_module(m, module_qualified_name))
 
 
-def _in_graphs(model: nn.Module, prefix: str = "") -> dict[nn.Module, tuple[nn.Module, str]]:
-    """Pairs that are one in every graph of the model, and how its names begin; without graphs, its children's."""
+# The activation that alone gets what a normalization gives, how the names of what was traced begin, and what runs in it
+# more than once.
+_Proof = tuple[nn.Module, str | None, set[nn.Module]]
+
+
+def _proven(model: nn.Module, prefix: str = "") -> dict[nn.Module, _Proof]:
+    """Pairs that are one in every graph of a model; without graphs, its children's and neighbors in Sequential."""
     if type(model) in _NORMS or _activation_of(model) is not None or not model._modules:
         return {}
     try:
         graphs = list(_graphs(model))
     except Exception:  # a model may do anything when it is traced, and then proves nothing
-        found: dict[nn.Module, tuple[nn.Module, str]] = {}
+        found: dict[nn.Module, _Proof] = {}
+        for norm, activation in itertools.pairwise(model._modules.values() if type(model) is nn.Sequential else ()):
+            if type(norm) in _NORMS and activation is not None and _activation_of(activation) is not None:
+                found[norm] = (activation, None, set())
         for name, child in model.named_children():
-            found |= _in_graphs(child, f"{prefix}{name}.")
+            found |= _proven(child, f"{prefix}{name}.")
         return found
-    first, *others = (_pairs(graph, model) for graph in graphs)
-    return {norm: (act, prefix) for norm, act in first.items() if all(pairs.get(norm) is act for pairs in others)}
+    called = [_called(graph, model) for graph in graphs]
+    again = {module for nodes in called for module, count in Counter(nodes.values()).items() if count > 1}
+    first, *others = map(_pairs, called)
+    return {
+        norm: (act, prefix, again) for norm, act in first.items() if all(pairs.get(norm) is act for pairs in others)
+    }
 
 
 def _graphs(model: nn.Module) -> Iterator[fx.Graph]:
-    """In training and not, with optional arguments and without: what code decides by these, it does in one of them."""
+    """In training and not, with any optional arguments: what code decides by these, it does in one of them."""
     parameters = inspect.signature(model.forward).parameters.values()
-    absent = {p.name: p.default for p in parameters if p.default is not p.empty}
-    for training in (True, False):
-        for concrete in (None, absent) if absent else (None,):
-            # Code that is traced may change what it finds; parameters, which it does not, need no copy.
-            copied = copy.deepcopy(model, {id(p): p for p in model.parameters()}).train(training)
-            yield _Tracer().trace(copied, concrete_args=concrete)
+    optional = [(p.name, p.default) for p in parameters if p.default is not p.empty]
+    if len(optional) > _MOST_OPTIONAL:
+        raise ValueError(f"{len(optional)} optional arguments can be there or not in too many ways")
+    absent = [dict(some) for n in range(len(optional) + 1) for some in itertools.combinations(optional, n)]
+    for training, concrete in itertools.product((True, False), absent):
+        # Code that is traced may change what it finds; parameters, which it does not, need no copy.
+        copied = copy.deepcopy(model, {id(p): p for p in model.parameters()}).train(training)
+        yield _Tracer().trace(copied, concrete_args=concrete or None)
 
 
-def _pairs(graph: fx.Graph, model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Normalizations that run once, and the activation that alone gets what they give, and runs once too."""
-    called = {node: model.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
-    count = Counter(called.values())
-    found = {}
-    for node, norm in called.items():
-        users = list(node.users)
-        if type(norm) in _NORMS and count[norm] == 1 and len(users) == 1 and users[0] in called:
-            activation = called[users[0]]
-            if _activation_of(activation) is not None and count[activation] == 1:
-                found[norm] = activation
-    return found
+def _called(graph: fx.Graph, model: nn.Module) -> dict[fx.Node, nn.Module]:
+    return {node: model.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
+
+
+def _pairs(called: dict[fx.Node, nn.Module]) -> dict[nn.Module, nn.Module]:
+    """Normalizations, and the activation that alone gets what they give."""
+    alone = ((norm, next(iter(node.users))) for node, norm in called.items() if len(node.users) == 1)
+    pairs = ((norm, called[user]) for norm, user in alone if type(norm) in _NORMS and user in called)
+    return {norm: activation for norm, activation in pairs if _activation_of(activation) is not None}
