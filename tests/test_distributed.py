@@ -302,6 +302,24 @@ def test_gradients_of_both_orders(processes, name, option, parts, rng):
         close(torch.from_numpy(np.asarray(total)), torch.from_numpy(np.asarray(truth)))
 
 
+def nan_in(group, rank):
+    x, where = torch.randn(4, 3, 5, dtype=torch.float64), torch.rand(4, 3, 5) < 0.7
+    dy = torch.randn(x.shape, dtype=x.dtype).where(where, 0)
+    for activation in (None, "relu", "silu"):
+        found = []
+        for data in (x, x.masked_fill(~where, torch.nan)):
+            leaves = [t.requires_grad_() for t in (data.clone(), torch.ones(3), torch.zeros(3))]
+            options = {"where": where, "activation": activation, "process_group": group}
+            y = nt.batch_norm(*leaves, training=True, **options)
+            found.append(torch.autograd.grad(y, leaves, dy))
+        for expected, gradient in zip(*found, strict=True):
+            assert torch.equal(gradient, expected)
+
+
+def test_what_is_no_member_may_be_nan(processes):
+    processes(2, "nan_in")
+
+
 def third_in(group, rank):
     x = torch.randn(3, 4, 5, dtype=torch.float64).requires_grad_()
     (dx,) = torch.autograd.grad(nt.instance_norm(x, process_group=group).sin().sum(), x, create_graph=True)

@@ -100,18 +100,23 @@ def test_two_phases_along_rows(weight_dtype, dtype, run, rows, isa, rng):
 @pytest.mark.parametrize("rows", [(1, 5, 3), (5, 7, 16), (3, 50, 49), (2, 33, 196), (4, 9, 400), (3, 5, 1023)], ids=str)
 @pytest.mark.parametrize("name", ["instance", "batch", "evaluation", "evaluation, channels slowest"])
 def test_rows_in_batches_are_rows_one_by_one(name, rows, activation, dtype, isa, rng):
-    """Short rows go in batches, but for those with a mask, here one that names everyone."""
+    """Short rows go in batches, but for one alone, and those with a mask, here one that names everyone."""
     dy, x = (uniform(rng, rows, dtype) + dtype.type(2) for _ in range(2))
     weight, bias, mean, deviation = rng.standard_normal((4, rows[1])).astype(np.float32)
     options = {"activation": activation}
-    one_by_one = options | {"where": np.ones(rows, bool)}
     if name.startswith("evaluation"):  # whose statistics are given, one for several rows where channels are slowest
         x = x if name == "evaluation" else np.ascontiguousarray(x.swapaxes(0, 1)).swapaxes(0, 1)
-        given = {"running_mean": mean, "running_var": deviation**2, "use_input_stats": False}
-        found, expected = (nk.instance_norm(x, weight, bias, **given, **o) for o in (options, one_by_one))
-        assert bits(found) == bits(expected)
+
+        def evaluated(images, channels):
+            running = {"running_mean": mean[channels], "running_var": deviation[channels] ** 2}
+            arguments = x[images, channels], weight[channels], bias[channels]
+            return nk.instance_norm(*arguments, **running, use_input_stats=False, **options)
+
+        y = evaluated(slice(None), slice(None))
+        for n, c in np.ndindex(rows[:2]):
+            assert bits(evaluated(slice(n, n + 1), slice(c, c + 1))) == bits(y[n : n + 1, c : c + 1])
         return
-    op = OPERATIONS[name]
+    op, one_by_one = OPERATIONS[name], options | {"where": np.ones(rows, bool)}
     found, expected = (op.statistics(x, weight=weight, bias=bias, **o) for o in (options, one_by_one))
     assert [bits(a) for a in found] == [bits(a) for a in expected]
     found, expected = (op.backward(dy, x, *found[1:], weight, bias=bias, **o) for o in (options, one_by_one))

@@ -91,6 +91,8 @@ class _Backward(torch.autograd.Function):
             sums = add(phases.backward_sums(dy, x, whole, rstd, weight, **options), group)
             dx = phases.apply_backward(dy, x, whole, rstd, sums, whole.count, weight, **options)
         mean = whole.mean
+        if where is not None:  # x may be NaN where no gradient reaches it, and has no say there
+            x = x.masked_fill(dy == 0, 0)
         if x.dtype == torch.float64 and mean is not None:  # a mean that is two numbers
             x, mean = x - aligned(mean, spec.axes, x.shape), whole.mean_low
         frozen = spec._replace(frozen=True)
