@@ -117,7 +117,7 @@ constexpr bool has_activation(const Task& t) { return t.activation.kind != Activ
 constexpr bool writes_element_gradients(const Task& t) {
   return t.kind == ParamKind::row || t.kind == ParamKind::element;
 }
-/// True where the elements are walked once more when statistics are known: nobody need want dx.
+/// True where the elements are walked once more when statistics are known: for y or dx, which nobody may want, or for such gradients.
 constexpr bool has_second_pass(const Task& t) {
   return t.phase != Phase::reduce && (t.y.data || t.dx.data || writes_element_gradients(t));
 }

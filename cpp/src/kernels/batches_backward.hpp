@@ -86,7 +86,7 @@ template <class X> [[gnu::noinline]] void solve_batch(const Task& t, BackwardBat
   };
   const auto& [mean, low, rstd] = batch.given;
   const double n = static_cast<double>(t.geometry.run);
-  // The compiler makes vectors of a loop if it knows what is done about means and denominators, and that n, which never is, is not 0.
+  // The compiler makes vectors of a loop if it knows what is done about means and denominators, and that n, which never is 0, is not.
   const auto find = [&](bool centered, Denominator denominator) NORMKIT_INLINE_LAMBDA {
     if (n == 0) return;
     for (int k = 0; k < kRows; ++k) {
