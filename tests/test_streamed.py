@@ -3,7 +3,7 @@
 import normkit
 import numpy as np
 import pytest
-from cases import uniform
+from cases import DTYPES, uniform
 
 # Above 4 MB of x and y for every dtype; rows begin and end anywhere in a line of memory.
 SHAPES = {"rows": (24, 9, 5003), "lines": (24, 8, 8192), "register-rows": (300, 64, 64), "volume": (2, 1, 1200007)}
@@ -40,6 +40,42 @@ def test_streamed_outputs(shape, dtype, offset, isa, rng):
             assert found.tobytes() == dx[one].tobytes()
     assert_written(y, y_buffer)
     assert_written(dx, dx_buffer)
+
+
+# Larger arrays of which a part of this shape is seen. Members of a statistic lie together, or, over images too, apart; 9400 elements
+# are no whole chunks.
+PART = (5, 30, 94, 100)
+PARTS = {
+    "crop": ((5, 30, 99, 103), lambda a: a[:, :, 2:-3, 1:-2]),
+    "rows-flipped": (PART, lambda a: a[:, :, ::-1]),
+    "columns-flipped": (PART, lambda a: a[..., ::-1]),
+    "every-second-column": ((5, 30, 94, 200), lambda a: a[..., ::2]),
+    "channels-cropped": ((5, 34, 94, 101), lambda a: a[:, 1:-3, :, 1:]),
+    "within-an-element": ((6, *PART[1:]), lambda a: a.reshape(-1).view("u1")[1 : -a[0].nbytes + 1].view(a.dtype).reshape(PART)),
+}
+
+
+@pytest.mark.parametrize("axis", [(2, 3), (0, 2, 3), (1, 2, 3)], ids=["instance", "batch", "layer"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "int32"])
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_streamed_outputs_of_parts(part, dtype, axis, isa, rng):
+    """Statistics are gathered while others are written, by as many threads as there are."""
+    shape, cut = part
+    dtype = np.dtype(DTYPES.get(dtype, dtype))
+    x, dy = (cut(uniform(rng, shape, dtype)) for _ in range(2))
+    dense_x, dense_dy = np.ascontiguousarray(x), np.ascontiguousarray(dy)
+    channel, pixel = (rng.standard_normal(s).astype(np.float32) for s in ((30, 1, 1), (94, 100)))
+    for weight in (None, channel, pixel):
+        for threads in (1, 3):
+            with normkit.num_threads(threads):
+                y, mean, rstd = normkit.normalize(x, weight, weight, axis=axis, return_stats=True)
+                same = normkit.normalize(dense_x, weight, weight, axis=axis, return_stats=True)
+                assert [a.tobytes() for a in (y, mean, rstd)] == [a.tobytes() for a in same]
+                if dtype.kind == "i":
+                    continue
+                gradients = normkit.normalize_backward(dy, x, mean, rstd, weight, axis=axis)
+                dense = normkit.normalize_backward(dense_dy, dense_x, mean, rstd, weight, axis=axis)
+                assert [a.tobytes() for a in gradients] == [a.tobytes() for a in dense]
 
 
 # Rows of one line, of many, and such as end within a line; slabs that are fetched ahead, and one of several spans.

@@ -80,6 +80,17 @@ struct Walk {
   std::int64_t next_x = 0, next_dy = 0;
 };
 
+/// Copies members [begin, end) of a statistic of x to its place, for kernels that write one statistic while they read the next: there
+/// are two places, in turn. Returns how far behind the copy lies what is copied soon, or 0, see Walk::next_x.
+struct Gather {
+  std::int64_t (*copy)(const Gather&, std::int64_t statistic, std::int64_t begin, std::int64_t end) = nullptr;
+  const void* job = nullptr;  // for copy()
+  std::byte* buffer = nullptr;
+  std::int64_t place_bytes = 0;
+
+  constexpr std::byte* place(std::int64_t statistic) const { return buffer + statistic % 2 * place_bytes; }
+};
+
 struct Task {
   Geometry geometry;
   Traversal traversal = Traversal::runs;
@@ -88,6 +99,7 @@ struct Task {
   bool centered = true;
   bool frozen = false;         // statistics are given and take no part in the gradient
   Walk walk;
+  Gather gather;  // null: arrays are read where they lie
   Denominator denominator;
   Activation activation;  // of y; in backward, dy is the gradient of what it gave
   Operand x, y, dy, dx;

@@ -256,6 +256,22 @@ template <class F> void on_block(const Job& job, const Block& block, Phase pass,
   }
 }
 
+/// Gather::copy. What is fetched is what is copied after the next chunk: lines that are still under way when the next one is copied
+/// would be waited for.
+std::int64_t copy_chunk(const Gather& gather, std::int64_t statistic, std::int64_t begin, std::int64_t end) {
+  const Job& job = *static_cast<const Job*>(gather.job);
+  const Task& t = job.task;
+  const View& view = job.views[static_cast<std::size_t>(t.x.view)];
+  const std::int64_t bytes = size_of(t.x.dtype);
+  std::byte* const copy = gather.place(statistic) + begin * bytes;
+  for_elements(t, {statistic, statistic + 1, begin, end},
+               [&](std::int64_t first, std::int64_t count, std::int64_t place) {
+    normkit::gather(view, t.x.data, first, count, copy + place * bytes);
+  });
+  if (interleaved(t)) return 0;
+  return distance_to_next(view, t.x.data, statistic * members_of(t) + begin + 2 * kChunk, end - begin, copy);
+}
+
 /// A job in its threads, by the loops of its direction. `slot` tells threads apart.
 struct Schedule {
   const Job& job;
@@ -270,6 +286,11 @@ struct Schedule {
   void units(std::int64_t begin, std::int64_t end, int slot) const {
     const Task& t = job.task;
     if (p.buffer == 0) return loops.fused(t, begin, end, scratch(slot));
+    if (p.gathers_chunks) {
+      Task mine = t;
+      mine.gather = {copy_chunk, &job, buffer(slot), p.buffer / 2};
+      return loops.fused(mine, begin, end, scratch(slot));
+    }
     for (std::int64_t unit = begin; unit < end; unit += p.block) {
       const std::int64_t last = std::min(end, unit + p.block);
       on_block(job, {first_of_unit(t, unit), first_of_unit(t, last), 0, members_of(t)}, t.phase, buffer(slot),

@@ -318,6 +318,7 @@ template <class Element, bool kLinear> struct ForwardOutputs {
   };
 
   const Task& t;
+  Operand x;
   std::int64_t o, lane;
   Statistic<S> s;
   Streamer<X>& streamer;
@@ -330,13 +331,20 @@ template <class Element, bool kLinear> struct ForwardOutputs {
   }
   X* out(std::int64_t step) const { return at<X>(t.y, o, step, lane); }
   Formula formula(std::int64_t step, Piece piece) {
-    return {at<X>(t.x, o, step, lane) + piece.begin, preactivation<X>(t, piece, s, params)};
+    return {at<X>(x, o, step, lane) + piece.begin, preactivation<X>(t, piece, s, params)};
   }
   void write(std::int64_t step, std::int64_t begin, std::int64_t end) {
-    forward_range(t, at<X>(t.x, o, step, lane), out(step), o, t.geometry.offset(o, step, lane, 0), begin, end, s,
+    forward_range(t, at<X>(x, o, step, lane), out(step), o, t.geometry.offset(o, step, lane, 0), begin, end, s,
                   &streamer, Fetch{});
   }
 };
+
+/// x as statistic r of it is read: where it lies, or where it is gathered.
+NORMKIT_LOCAL Operand input_of(const Task& t, std::int64_t r) {
+  Operand x = t.x;
+  if (t.gather.copy) x.data = t.gather.place(r), x.strides = {0, t.geometry.run, 0, 1};
+  return x;
+}
 
 /// Forward, for statistics [begin, end): each is written while the next one is read.
 template <class X, bool kLinear> void runs_forward_overlapped(const Task& t, std::int64_t begin, std::int64_t end) {
@@ -344,23 +352,31 @@ template <class X, bool kLinear> void runs_forward_overlapped(const Task& t, std
   const Chunks c = chunks_of(g, Traversal::runs);
   Streamer<X> streamer;
   ParamBuffers<ScalarOf<X>> params;
-  Statistic<ScalarOf<X>> s = forward_statistic<X>(t, begin, c);
+  const auto find = [&](std::int64_t r, auto& beside) {
+    const std::int64_t o = r / g.lanes, lane = r % g.lanes;
+    const Operand input = input_of(t, r);
+    return publish<ScalarOf<X>>(t, r, merged_spans(c, [&](std::int64_t span) {
+      Moments<ScalarOf<X>> m;
+      for_chunks(g, c, span * kSpanChunks, least(c.count, (span + 1) * kSpanChunks),
+                 [&](std::int64_t step, std::int64_t rows, std::int64_t first, std::int64_t last) {
+        const X* x = at<X>(input, o, step, lane) + first;
+        const char* const near = reinterpret_cast<const char*>(x) + near_ahead(g.run * sizeof(X));
+        Fetch fetch{near, near + far_or_next(t.walk.far_bytes, t.walk.next_x)};
+        if (t.gather.copy) {
+          const std::int64_t next = t.gather.copy(t.gather, r, step * g.run + first, (step + rows - 1) * g.run + last);
+          if (next) fetch.far = reinterpret_cast<const char*>(x) + next;
+        }
+        add_chunk(x, rows, input.strides.step, last - first, t.centered, Everyone{}, fetch, beside, m);
+      });
+      return m;
+    }));
+  };
+  Nothing alone;
+  Statistic<ScalarOf<X>> s = find(begin, alone);
   for (std::int64_t r = begin; r < end; ++r) {
-    ForwardOutputs<X, kLinear> outputs{t, r / g.lanes, r % g.lanes, s, streamer, params};
+    ForwardOutputs<X, kLinear> outputs{t, input_of(t, r), r / g.lanes, r % g.lanes, s, streamer, params};
     BesideWriter<ForwardOutputs<X, kLinear>> writer(outputs);
-    const std::int64_t next = r + 1, o = next / g.lanes, lane = next % g.lanes;
-    if (next < end)
-      s = publish<ScalarOf<X>>(t, next, merged_spans(c, [&](std::int64_t span) {
-        Moments<ScalarOf<X>> m;
-        for_chunks(g, c, span * kSpanChunks, least(c.count, (span + 1) * kSpanChunks),
-                   [&](std::int64_t step, std::int64_t rows, std::int64_t first, std::int64_t last) {
-          const X* x = at<X>(t.x, o, step, lane) + first;
-          const char* const near = reinterpret_cast<const char*>(x) + near_ahead(g.run * sizeof(X));
-          const Fetch fetch{near, near + far_or_next(t.walk.far_bytes, t.walk.next_x)};
-          add_chunk(x, rows, t.x.strides.step, last - first, t.centered, Everyone{}, fetch, writer, m);
-        });
-        return m;
-      }));
+    if (r + 1 < end) s = find(r + 1, writer);
     writer.finish();
   }
 }
