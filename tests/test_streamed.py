@@ -51,7 +51,21 @@ PARTS = {
     "columns-flipped": (PART, lambda a: a[..., ::-1]),
     "every-second-column": ((5, 30, 94, 200), lambda a: a[..., ::2]),
     "channels-cropped": ((5, 34, 94, 101), lambda a: a[:, 1:-3, :, 1:]),
-    "within-an-element": ((6, *PART[1:]), lambda a: a.reshape(-1).view("u1")[1 : -a[0].nbytes + 1].view(a.dtype).reshape(PART)),
+    "within-an-element": (
+        (6, *PART[1:]),
+        lambda a: a.reshape(-1).view("u1")[1 : -a[0].nbytes + 1].view(a.dtype).reshape(PART),
+    ),
+}
+
+
+# Pictures whose channels lie last, of more than fits into a buffer.
+PICTURES = (3, 310, 303, 3)
+PICTURE_PARTS = {
+    "crop": ((3, 313, 310, 3), lambda a: a[:, 1:-2, 2:-5]),
+    "columns-flipped": (PICTURES, lambda a: a[:, :, ::-1]),
+    "channels-flipped": (PICTURES, lambda a: a[..., ::-1]),
+    "flipped-channels-of-four": ((*PICTURES[:-1], 4), lambda a: a[:, :, ::-1, 2::-1]),
+    "every-second-column": ((3, 310, 606, 3), lambda a: a[:, :, ::2]),
 }
 
 
@@ -59,19 +73,29 @@ PARTS = {
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "int32"])
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
 def test_streamed_outputs_of_parts(part, dtype, axis, isa, rng):
-    """Statistics are gathered while others are written, by as many threads as there are."""
-    shape, cut = part
-    dtype = np.dtype(DTYPES.get(dtype, dtype))
+    """Statistics are gathered while others are written."""
+    check_part(*part, np.dtype(DTYPES.get(dtype, dtype)), axis, [(30, 1, 1), (94, 100)], rng)
+
+
+@pytest.mark.parametrize("axis", [(1, 2), (0, 1, 2), (1, 2, 3)], ids=["instance", "batch", "layer"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
+@pytest.mark.parametrize("part", PICTURE_PARTS.values(), ids=PICTURE_PARTS)
+def test_parts_of_pictures(part, dtype, axis, isa, rng):
+    """Statistics are gathered span by span."""
+    check_part(*part, np.dtype(dtype), axis, [(3,), (303, 1)], rng)
+
+
+def check_part(shape, cut, dtype, axis, weight_shapes, rng):
+    """A part of an array of this shape, and gradients that lie likewise, have the bits of their dense copies."""
     x, dy = (cut(uniform(rng, shape, dtype)) for _ in range(2))
     dense_x, dense_dy = np.ascontiguousarray(x), np.ascontiguousarray(dy)
-    channel, pixel = (rng.standard_normal(s).astype(np.float32) for s in ((30, 1, 1), (94, 100)))
-    for weight in (None, channel, pixel):
+    for weight in (None, *(rng.standard_normal(s).astype(np.float32) for s in weight_shapes)):
         for threads in (1, 3):
             with normkit.num_threads(threads):
                 y, mean, rstd = normkit.normalize(x, weight, weight, axis=axis, return_stats=True)
                 same = normkit.normalize(dense_x, weight, weight, axis=axis, return_stats=True)
                 assert [a.tobytes() for a in (y, mean, rstd)] == [a.tobytes() for a in same]
-                if dtype.kind == "i":
+                if dtype.kind in "iu":
                     continue
                 gradients = normkit.normalize_backward(dy, x, mean, rstd, weight, axis=axis)
                 dense = normkit.normalize_backward(dense_dy, dense_x, mean, rstd, weight, axis=axis)

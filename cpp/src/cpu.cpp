@@ -153,18 +153,18 @@ std::int64_t members_of(const Task& t) {
   return t.traversal == Traversal::lanes ? t.geometry.steps * t.geometry.columns() : t.geometry.members();
 }
 
-/// A span as a block.
-Block span_block(const Task& t, std::int64_t spans, std::int64_t unit) {
+/// Spans [begin, end) of a statistic or outer index as a block; those of all are counted together.
+Block span_block(const Task& t, std::int64_t spans, std::int64_t begin, std::int64_t end) {
   const Geometry& g = t.geometry;
   const Chunks c = chunks_of(g, t.traversal);
-  const std::int64_t first = unit / spans, members = members_of(t);
+  const std::int64_t first = begin / spans, members = members_of(t);
   const auto member = [&](std::int64_t span) {
     if (t.traversal == Traversal::lanes) return std::min(members, span * c.rows * g.columns());
     const std::int64_t chunk = span * kSpanChunks;
     return std::min(members,
                     c.per_run == 1 ? chunk * c.rows * g.run : chunk / c.per_run * g.run + chunk % c.per_run * kChunk);
   };
-  return {first, first + 1, member(unit % spans), member(unit % spans + 1)};
+  return {first, first + 1, member(begin - first * spans), member(end - first * spans)};
 }
 
 /// True where the members of a statistic are several runs with others between them.
@@ -304,9 +304,12 @@ struct Schedule {
       pass == Phase::reduce ? loops.sums(t, first, last, scratch(slot)) : loops.apply(t, first, last);
     };
     if (p.buffer == 0) return walk(of.task, begin, end);
-    for (std::int64_t span = begin; span < end; ++span)
-      on_block(of, span_block(of.task, p.spans, span), pass, buffer(slot),
-               [&](const Task& mine) { walk(mine, span, span + 1); });
+    for (std::int64_t span = begin; span < end;) {
+      const std::int64_t last = std::min({end, span + p.block, (span / p.spans + 1) * p.spans});
+      on_block(of, span_block(of.task, p.spans, span, last), pass, buffer(slot),
+               [&](const Task& mine) { walk(mine, span, last); });
+      span = last;
+    }
   }
   /// Does spans [begin, end) of the job in all threads.
   void spans(Phase pass, std::int64_t begin, std::int64_t end) const {

@@ -17,7 +17,7 @@ struct Policy {
   std::int64_t statistics = 1;  // entries of `solved`: statistics (runs) or outer indices (lanes)
   std::int64_t spans = 1;       // spans of each statistic or outer index
   bool gathers_chunks = false;  // chunks of a statistic are gathered as it is read, two statistics in turn
-  std::int64_t block = 1;       // else: units that are gathered together
+  std::int64_t block = 1;       // else: units, or spans, that are gathered together
   std::int64_t buffer = 0;      // bytes of the buffers of a thread into which blocks are gathered
 };
 

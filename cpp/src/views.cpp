@@ -35,6 +35,22 @@ void copy_bytes(std::byte* to, const std::byte* from, std::int64_t bytes, std::i
 /// call.
 constexpr std::int64_t kRowsAhead = 4096;
 
+/// Rows of up to so many columns are copied without a loop over these: the channels of a picture, turned around or a row of it.
+constexpr std::int64_t kShortRow = 4;
+
+template <int kBytes, int kColumns>
+void copy_short_rows(std::byte* to, Lattice to_step, const std::byte* from, Lattice from_step, std::int64_t rows) {
+  constexpr std::int64_t kTogether = 16;
+  const std::int64_t line = std::max<std::int64_t>(64, from_step.row);
+  for (std::int64_t row = 0; row < rows; row += kTogether) {
+    for (std::int64_t byte = 0; byte < kTogether * from_step.row; byte += line)
+      __builtin_prefetch(from + kRowsAhead + byte);
+    for (std::int64_t k = std::min(kTogether, rows - row); k > 0; --k, to += to_step.row, from += from_step.row)
+      for (int column = 0; column < kColumns; ++column)
+        std::memcpy(to + column * to_step.column, from + column * from_step.column, kBytes);
+  }
+}
+
 /// Copies rows x columns elements of kBytes bytes each; the columns of one side are dense.
 template <int kBytes>
 void copy_lattice(std::byte* to, Lattice to_step, const std::byte* from, Lattice from_step, std::int64_t rows,
@@ -43,6 +59,12 @@ void copy_lattice(std::byte* to, Lattice to_step, const std::byte* from, Lattice
   if (from_step.row < 0) {  // memory is read in its order
     to += (rows - 1) * to_step.row, from += (rows - 1) * from_step.row;
     to_step.row = -to_step.row, from_step.row = -from_step.row;
+  }
+  if (columns <= kShortRow && rows > 1) {
+    if (columns == 1) return copy_short_rows<kBytes, 1>(to, to_step, from, from_step, rows);
+    if (columns == 2) return copy_short_rows<kBytes, 2>(to, to_step, from, from_step, rows);
+    if (columns == 3) return copy_short_rows<kBytes, 3>(to, to_step, from, from_step, rows);
+    return copy_short_rows<kBytes, 4>(to, to_step, from, from_step, rows);
   }
   const std::int64_t reach = (columns - 1) * from_step.column, row_bytes = std::abs(reach) + kBytes;
   const std::int64_t ahead = row_bytes < kRowsAhead ? kRowsAhead / row_bytes * from_step.row : 0;
