@@ -142,6 +142,26 @@ Space carve(Carver& carver, Job& job, const Policy& p) {
   return space;
 }
 
+// ---- many columns ------------------------------------------------------------------------------------------------
+
+/// Columns that are walked together, at most: what is known of them and a few steps of them stay in the second-level cache.
+constexpr std::int64_t kMostColumns = 1024;
+
+/// Has slabs of lanes be `outer`, so that columns are no more than that, where there is no outer index yet and all parameters
+/// belong to columns. No bit depends on it, as no column depends on others but those of its statistic.
+void split_columns(Task& t) {
+  Geometry& g = t.geometry;
+  ParamMap& p = g.params;
+  if (t.traversal != Traversal::lanes || g.outer > 1 || g.columns() <= kMostColumns || gathers(t)) return;
+  if (p.count > 1 && p.stride * p.count != g.columns()) return;
+  std::int64_t lanes = kMostColumns / g.run;
+  while (lanes > 1 && (g.lanes % lanes != 0 || (p.count > 1 && p.count % (g.lanes / lanes) != 0))) --lanes;
+  if (lanes * g.run < kMostColumns / 8) return;
+  g.outer = g.lanes / lanes, g.lanes = lanes;
+  if (p.count > 1) p.count /= g.outer, p.outer = p.count;
+  for (const auto operand : kViewed) (t.*operand).strides.outer = lanes * (t.*operand).strides.lane;
+}
+
 // ---- arrays that have views ----------------------------------------------------------------------------------------
 
 /// A part of a call: statistics (runs) or outer indices (lanes) [first, last), of each the members [begin, end) as they are
@@ -480,6 +500,7 @@ void run_forward(Job& job) {
   const Isa& isa = current_isa();
   const std::int64_t statistics = t.geometry.statistics();
   unfold_steps(job);
+  split_columns(t);
   const Policy p = policy_for(t, job.threads, isa);
   Workspace workspace;
   const Space space = workspace.carved([&](Carver& carver) { return carve_forward(carver, job, p); });
@@ -509,6 +530,7 @@ void run_forward(Job& job) {
 void run_backward(Job& job) {
   Task& t = job.task;
   if (t.phase == Phase::both && !t.dx.data && !job.dweight.data && !job.dbias.data) return;
+  split_columns(t);
   const Isa& isa = current_isa();
   const Loops& loops = t.twice ? isa.double_backward : isa.backward;
   const Policy p = policy_for(t, job.threads, isa);
