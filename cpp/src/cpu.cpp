@@ -487,7 +487,12 @@ void total_dparams(const Task& t, double* totals) {
   const double* d = t.dparams;
   for (std::int64_t o = 0; o < g.outer; ++o) {
     CyclicIndex index(g.offset(o, 0, 0, 0), g.params.stride, g.params.count, each);
-    for (std::int64_t k = 0; k < units; ++k, d += 2, index.next()) add(o * g.params.outer + *index, d[0], d[1]);
+    for (std::int64_t k = 0, n; k < units; k += n, index.skip(n)) {
+      n = std::min(units - k, index.same());
+      double &dweight = totals[o * g.params.outer + *index], &dbias = (&dweight)[count], sums[2] = {dweight, dbias};
+      for (const double* const end = d + 2 * n; d != end; d += 2) sums[0] += d[0], sums[1] += d[1];
+      dweight = sums[0], dbias = sums[1];
+    }
   }
 }
 

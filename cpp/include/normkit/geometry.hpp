@@ -43,6 +43,12 @@ class CyclicIndex {
       : stride_(stride), count_(count), each_(each), index_(offset / stride % count), left_(stride - offset % stride) {}
 
   constexpr std::int64_t operator*() const { return index_; }
+  /// Offsets from here on, this one among them, that have this index.
+  constexpr std::int64_t same() const { return count_ == 1 ? INT64_MAX : (left_ + each_ - 1) / each_; }
+  [[gnu::always_inline]] constexpr void skip(std::int64_t offsets) {
+    left_ -= (offsets - 1) * each_;
+    next();
+  }
   [[gnu::always_inline]] constexpr void next() {
     left_ -= each_;
     if (left_ > 0) return;

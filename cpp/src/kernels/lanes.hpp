@@ -474,12 +474,67 @@ template <class X>
   span_columns_beside<X>(t, o, span, memory, out, alone);
 }
 
-/// Merges the moments of the columns of a statistic into the moments of the statistic.
+/// Statistics that are solved side by side, so that loops over them become vectors.
+constexpr int kSolved = 8;
+
+/// Their moments, one array a quantity. What lies past the last lane is 0.
+struct FoldedLanes {
+  alignas(64) double mean[kSolved], low[kSolved], m2[kSolved], n[kSolved];
+  template <class S> NORMKIT_LOCAL Moments<S> at(int j) const { return moments_of<S>(mean[j], low[j], m2[j], n[j]); }
+  template <class S> NORMKIT_LOCAL void set(int j, const Moments<S>& m) {
+    mean[j] = m.mean, low[j] = low_of(m), m2[j] = m.m2, n[j] = m.n;
+  }
+};
+
+/// Merges the moments of the columns of `count` statistics from `lane` on, each its own, of `run` columns.
 template <class S>
-NORMKIT_LOCAL Moments<S> fold_columns(const Geometry& g, std::int64_t lane, ColumnMoments<S> columns) {
-  Moments<S> m = columns.at(lane * g.run);
-  for (std::int64_t k = lane * g.run + 1; k < (lane + 1) * g.run; ++k) m = merge(m, columns.at(k));
-  return m;
+NORMKIT_LOCAL void fold_columns(std::int64_t lane, int count, std::int64_t run, ColumnMoments<S> columns,
+                                FoldedLanes& folded) {
+  const std::int64_t first = lane * run;
+  for (int j = 0; j < kSolved; ++j) folded.set(j, j < count ? columns.at(first + j * run) : moments_of<S>(0, 0, 0, 0));
+  for (std::int64_t i = 1; i < run; ++i)
+    for (int j = 0; j < count; ++j) folded.set(j, merge(folded.at<S>(j), columns.at(first + j * run + i)));
+}
+
+/// Means and 1/std of lanes that are solved side by side. What lies past the last one is 0.
+struct LaneStatistics {
+  alignas(64) double mean[kSolved], low[kSolved], rstd[kSolved];
+  template <class S> NORMKIT_LOCAL Statistic<S> at(int j) const {
+    return statistic_of<S>(mean[j], sizeof(S) == 8 ? low[j] : 0, rstd[j]);
+  }
+  NORMKIT_LOCAL void give(const Given& given, std::int64_t first, int count) {
+    CyclicIndex index(first, given.stride, given.count);
+    for (int j = 0; j < count; ++j, index.next()) {
+      const GivenValues values = given_at(given, *index);
+      mean[j] = values.mean, low[j] = values.low, rstd[j] = values.scale;
+    }
+    for (int j = count; j < kSolved; ++j) mean[j] = low[j] = rstd[j] = 0;
+  }
+};
+
+/// The statistics of `count` lanes from `lane` on.
+template <class S>
+[[gnu::noinline]] void lane_statistics(const Task& t, std::int64_t o, std::int64_t lane, int count,
+                                       ColumnMoments<S> columns, LaneStatistics& found) {
+  const Geometry& g = t.geometry;
+  const std::int64_t first = o * g.lanes + lane;
+  if (t.frozen) return found.give(t.given, first, count);
+  FoldedLanes folded;
+  // The compiler makes vectors of a loop if it knows how long it is and where its numbers lie, which denominator that is, and that n,
+  // where it is all members, is not 0.
+  if (count < kSolved) fold_columns(lane, count, g.run, columns, folded);
+  else g.run == 1 ? fold_columns(lane, kSolved, 1, columns, folded) : fold_columns(lane, kSolved, g.run, columns, folded);
+  const double n = static_cast<double>(g.members()), eps = t.denominator.eps;
+  const auto find = [&](Denominator d) NORMKIT_INLINE_LAMBDA {
+    if (n == 0) return;
+    for (int j = 0; j < kSolved; ++j) found.rstd[j] = rstd_of(moments_of<S>(0, 0, folded.m2[j], n), d);
+  };
+  if (t.where.data)
+    for (int j = 0; j < kSolved; ++j) found.rstd[j] = rstd_of(folded.at<S>(j), t.denominator);
+  else t.denominator.is_norm ? find({eps, true}) : find({eps, false});
+  for (int j = 0; j < kSolved; ++j) found.mean[j] = folded.mean[j], found.low[j] = folded.low[j];
+  if (t.mean || t.rstd || t.moments)
+    for (int j = 0; j < count; ++j) publish(t, first + j, folded.at<S>(j), found.rstd[j]);
 }
 
 /// The parameter of one column after the other, without a division for each. Where weights follow the elements there is none.
@@ -492,6 +547,23 @@ class ColumnParameter {
   std::int64_t index() const { return outer_ + *index_; }
   double of(const Param& p, double absent) const { return by_column_ ? element(p, index(), absent) : absent; }
   void next() { index_.next(); }
+  /// True where all columns of a lane share a parameter.
+  bool is_of_lanes(const Geometry& g) const { return !by_column_ || g.params.count == 1 || g.params.stride % g.run == 0; }
+  /// A parameter of `count` lanes from this one on, of which each has one.
+  void of_lanes(const Geometry& g, int count, const Param& p, double absent, double (&values)[kSolved]) const {
+    for (double& value : values) value = absent;
+    if (!p.data || !by_column_) return;
+    if (g.run == 1 && g.params.stride == 1 && *index_ + kSolved <= g.params.count && p.dtype == Dtype::float32) {
+      const float* from = at<float>(p.data, index());  // in vectors
+      for (int j = 0; j < kSolved; ++j) values[j] = p.offset + static_cast<double>(from[j]);
+      return;
+    }
+    ColumnParameter next = *this;
+    for (int j = 0; j < count; ++j, next.skip_lanes(g, 1)) values[j] = element(p, next.index(), absent);
+  }
+  void skip_lanes(const Geometry& g, int count) {
+    for (int j = 0; j < count; ++j) index_.skip(g.run);
+  }
 
  private:
   bool by_column_;
@@ -505,6 +577,18 @@ NORMKIT_LOCAL Affine<S> column_affine(const Task& t, const ColumnParameter& para
   return forward_affine(s, parameter.of(t.weight, 1), parameter.of(t.bias, 0));
 }
 
+/// Writes n times the same value.
+template <class S> NORMKIT_LOCAL void fill(S* to, std::int64_t n, S value) {
+  for (std::int64_t i = 0; i < n; ++i) to[i] = value;
+}
+
+/// Writes what is known of `count` lanes from `lane` on to each of their columns. There is room behind the last one.
+template <class S>
+NORMKIT_LOCAL void put_lanes(const Geometry& g, std::int64_t lane, int count, const S (&values)[kSolved], S* columns) {
+  for (int j = 0; g.run == 1 && j < kSolved; ++j) columns[lane + j] = values[j];
+  for (int j = 0; g.run > 1 && j < count; ++j) fill(columns + (lane + j) * g.run, g.run, values[j]);
+}
+
 /// Repeats the columns in arrays of a table up to the end of each array.
 template <class S, int kArrays> NORMKIT_LOCAL void repeat_columns(const Geometry& g, S* const (&arrays)[kArrays]) {
   for (S* array : arrays)
@@ -515,10 +599,28 @@ template <class S, int kArrays> NORMKIT_LOCAL void repeat_columns(const Geometry
 template <class S> void lanes_finish(const Task& t, std::int64_t o, ColumnMoments<S> columns, Table<S> table) {
   const Geometry& g = t.geometry;
   ColumnParameter parameter(t, o);
-  for (std::int64_t lane = 0; lane < g.lanes; ++lane) {
-    const std::int64_t r = o * g.lanes + lane;
-    const Statistic<S> s = t.frozen ? given_statistic<S>(t, r) : publish<S>(t, r, fold_columns(g, lane, columns));
-    for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k, parameter.next()) {
+  for (std::int64_t lane = 0; lane < g.lanes; lane += kSolved) {
+    const int count = static_cast<int>(least(kSolved, g.lanes - lane));
+    LaneStatistics found;
+    lane_statistics(t, o, lane, count, columns, found);
+    if (parameter.is_of_lanes(g)) {
+      alignas(64) double weight[kSolved], bias[kSolved], slope_value[kSolved];
+      alignas(64) S mean[kSolved], scale[kSolved], shift[kSolved], slope[kSolved];
+      parameter.of_lanes(g, count, t.weight, 1, weight), parameter.of_lanes(g, count, t.bias, 0, bias);
+      parameter.of_lanes(g, count, t.slopes, 1, slope_value), parameter.skip_lanes(g, count);
+      for (int j = 0; j < kSolved; ++j) {
+        const Statistic<S> s = found.at<S>(j);
+        const Affine<S> affine = forward_affine(s, weight[j], bias[j]);
+        mean[j] = s.mean, scale[j] = affine.scale, shift[j] = affine.shift;
+        slope[j] = static_cast<S>(slope_value[j]);
+      }
+      put_lanes(g, lane, count, mean, table.mean), put_lanes(g, lane, count, scale, table.a);
+      put_lanes(g, lane, count, shift, table.b);
+      put_lanes(g, lane, count, slope, table.slope);
+      continue;
+    }
+    for (std::int64_t k = lane * g.run; k < (lane + count) * g.run; ++k, parameter.next()) {
+      const Statistic<S> s = found.at<S>(static_cast<int>(k / g.run - lane));
       const Affine<S> affine = column_affine(t, parameter, s);
       table.mean[k] = s.mean, table.a[k] = affine.scale, table.b[k] = affine.shift;
       table.slope[k] = static_cast<S>(parameter.of(t.slopes, 1));

@@ -144,11 +144,12 @@ template <class S> void know_columns(const Task& t, std::int64_t o, S* mean, S* 
   ColumnParameter parameter(t, o);
   for (std::int64_t lane = 0; lane < g.lanes; ++lane) {
     const Statistic<S> s = given_statistic<S>(t, o * g.lanes + lane);
-    for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k, parameter.next()) {
+    for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k) {
       mean[k] = s.mean;
       if (!active) continue;
       const Affine<S> affine = column_affine(t, parameter, s);
       scale[k] = affine.scale, shift[k] = affine.shift, slope[k] = static_cast<S>(parameter.of(t.slopes, 1));
+      parameter.next();
     }
   }
   if (active) repeat_columns(g, {mean, scale, shift, slope});
@@ -161,12 +162,52 @@ NORMKIT_LOCAL Reduced fold_column_sums(const Task& t, std::int64_t o, std::int64
   const Geometry& g = t.geometry;
   if (t.phase == Phase::apply) return given_sums(t, o * g.lanes + lane);
   Reduced total;
-  for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k, parameter.next()) {
-    const double w = parameter.of(t.weight, 1);
+  const bool is_of_lane = parameter.is_of_lanes(g);
+  double w = parameter.of(t.weight, 1);
+  for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k) {
     const Reduced column = columns.at(k);
     total = total + Reduced{{w * column.sums.g, w * column.sums.gx, column.sums.d}, column.n};
+    if (!is_of_lane) parameter.next(), w = parameter.of(t.weight, 1);
   }
+  if (is_of_lane) parameter.skip_lanes(g, 1);
   return total;
+}
+
+/// Statistics that are solved side by side: as they are given, their sums, and what solved_of() finds.
+template <class S> struct SolvedLanes {
+  LaneStatistics given;
+  alignas(64) double g[kSolved], gx[kSolved], d[kSolved], n[kSolved], shift[kSolved];
+  alignas(64) S mean[kSolved], b[kSolved], c[kSolved], unit[kSolved], origin[kSolved];
+
+  NORMKIT_LOCAL void set(int j, double distance, const Solved<S>& known) {
+    const Affine<S> standard = forward_affine(known.statistic, 1, 0);
+    shift[j] = distance, mean[j] = known.statistic.mean, b[j] = known.gradient.b, c[j] = known.gradient.c;
+    unit[j] = standard.scale, origin[j] = standard.shift;
+  }
+};
+
+template <class S> [[gnu::noinline]] void solve_lanes(const Task& t, SolvedLanes<S>& lanes) {
+  const auto solve = [&](int j, double shift, double n, bool centered, Denominator d) NORMKIT_INLINE_LAMBDA {
+    const Reduced reduced{{lanes.g[j], lanes.gx[j], lanes.d[j]}, n};
+    lanes.set(j, shift, solved_of(lanes.given.template at<S>(j), reduced, shift, 1, centered, d));
+  };
+  if (t.frozen || t.where.data || t.phase == Phase::apply) {
+    for (int j = 0; j < kSolved; ++j) {
+      const Statistic<S> given = lanes.given.template at<S>(j);
+      const double shift = mean_shift(t, given, lanes.d[j], lanes.n[j]);
+      if (t.frozen) lanes.set(j, shift, {given, {}});
+      else solve(j, shift, lanes.n[j], t.centered, t.denominator);
+    }
+    return;
+  }
+  // The compiler makes vectors of a loop if it knows what is done about means and denominators, and that n is not 0.
+  const double n = static_cast<double>(t.geometry.members()), eps = t.denominator.eps;
+  const auto solve_all = [&](bool centered, Denominator d) NORMKIT_INLINE_LAMBDA {
+    if (n == 0) return;
+    for (int j = 0; j < kSolved; ++j) solve(j, centered ? lanes.d[j] / n : 0, n, centered, d);
+  };
+  if (t.denominator.is_norm) solve_all(t.centered, {eps, true});
+  else t.centered ? solve_all(true, {eps, false}) : solve_all(false, {eps, false});
 }
 
 /// Makes of the sums of columns the statistics, their gradients, the gradients of parameters, and the table that apply
@@ -174,28 +215,38 @@ NORMKIT_LOCAL Reduced fold_column_sums(const Task& t, std::int64_t o, std::int64
 template <class S> void lanes_solve(const Task& t, std::int64_t o, ColumnSums column_sums, Table<S> table) {
   const Geometry& g = t.geometry;
   ColumnParameter parameter(t, o), folded = parameter;
-  for (std::int64_t lane = 0; lane < g.lanes; ++lane) {
-    const std::int64_t r = o * g.lanes + lane;
-    const Reduced reduced = fold_column_sums(t, o, lane, column_sums, folded);
-    if (t.phase == Phase::reduce) {
-      put_sums(t, r, reduced.sums, 1);
-      continue;
+  for (std::int64_t lane = 0; lane < g.lanes; lane += kSolved) {
+    const int count = static_cast<int>(least(kSolved, g.lanes - lane));
+    const std::int64_t first = o * g.lanes + lane;
+    SolvedLanes<S> lanes;
+    lanes.given.give(t.given, first, count);
+    for (int j = count; j < kSolved; ++j) lanes.g[j] = lanes.gx[j] = lanes.d[j] = lanes.n[j] = 0;
+    for (int j = 0; j < count; ++j) {
+      const Reduced reduced = fold_column_sums(t, o, lane + j, column_sums, folded);
+      if (t.phase == Phase::reduce) put_sums(t, first + j, reduced.sums, 1);
+      lanes.g[j] = reduced.sums.g, lanes.gx[j] = reduced.sums.gx, lanes.d[j] = reduced.sums.d, lanes.n[j] = reduced.n;
     }
-    Statistic<S> s = given_statistic<S>(t, r);
-    const double shift = mean_shift(t, s, reduced.sums.d, reduced.n);
-    if (t.centered && !t.frozen) s = shifted(s, shift);
-    const Sums<double> sums = recenter(reduced.sums, shift);
-    const Gradient<S> gradient =
-        t.frozen ? Gradient<S>{0, 0, 0} : gradient_of(s, sums, reduced.n, t.centered, t.denominator);
-    const Affine<S> standard = forward_affine(s, 1, 0);
-    for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k, parameter.next()) {
-      table.mean[k] = s.mean, table.a[k] = static_cast<S>(s.rstd * parameter.of(t.weight, 1));
-      table.b[k] = gradient.b, table.c[k] = gradient.c;
-      table.unit[k] = standard.scale, table.origin[k] = standard.shift;
-      if (t.kind != ParamKind::column) continue;
-      double* d = t.dparams + 2 * (o * g.columns() + k);
-      d[0] = s.rstd * mul_add(-shift, column_sums.g[k], column_sums.gx[k]), d[1] = column_sums.g[k];
+    if (t.phase == Phase::reduce) continue;
+    solve_lanes(t, lanes);
+    put_lanes(g, lane, count, lanes.mean, table.mean), put_lanes(g, lane, count, lanes.b, table.b);
+    put_lanes(g, lane, count, lanes.c, table.c);
+    if (writes_element_gradients(t))
+      put_lanes(g, lane, count, lanes.unit, table.unit), put_lanes(g, lane, count, lanes.origin, table.origin);
+    if (parameter.is_of_lanes(g)) {
+      alignas(64) double weight[kSolved];
+      alignas(64) S a[kSolved];
+      parameter.of_lanes(g, count, t.weight, 1, weight), parameter.skip_lanes(g, count);
+      for (int j = 0; j < kSolved; ++j) a[j] = static_cast<S>(lanes.given.rstd[j] * weight[j]);
+      put_lanes(g, lane, count, a, table.a);
+    } else {
+      for (std::int64_t k = lane * g.run; k < (lane + count) * g.run; ++k, parameter.next())
+        table.a[k] = static_cast<S>(lanes.given.rstd[k / g.run - lane] * parameter.of(t.weight, 1));
     }
+    if (t.kind != ParamKind::column) continue;
+    double* d = t.dparams + 2 * (o * g.columns() + lane * g.run);
+    for (int j = 0; j < count; ++j)
+      for (std::int64_t k = (lane + j) * g.run; k < (lane + j + 1) * g.run; ++k, d += 2)
+        d[0] = lanes.given.rstd[j] * mul_add(-lanes.shift[j], column_sums.g[k], column_sums.gx[k]), d[1] = column_sums.g[k];
   }
   repeat_columns(g, {table.mean, table.a, table.b, table.c, table.unit, table.origin});
 }
