@@ -53,6 +53,7 @@ struct Temporary {
 /// arrays into the job. Everything else in a plan follows from what the arrays are, and is the same wherever they lie.
 struct Plan {
   Op op = Op::forward;
+  bool on_cpu = true;
   Job job;
   Shapes shapes;
   OperandMask wanted = 0;  // what the caller wants, of the operands that `op` can write
