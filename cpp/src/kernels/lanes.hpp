@@ -589,10 +589,18 @@ NORMKIT_LOCAL void put_lanes(const Geometry& g, std::int64_t lane, int count, co
   for (int j = 0; g.run > 1 && j < count; ++j) fill(columns + (lane + j) * g.run, g.run, values[j]);
 }
 
-/// Repeats the columns in arrays of a table up to the end of each array.
+/// Repeats the columns in arrays of a table up to the end of each array, or, where all steps are short together, a vector or two.
 template <class S, int kArrays> NORMKIT_LOCAL void repeat_columns(const Geometry& g, S* const (&arrays)[kArrays]) {
-  for (S* array : arrays)
-    for (std::int64_t k = g.columns(); k < array_of_columns(g); ++k) array[k] = array[k - g.columns()];
+  constexpr std::int64_t kWidth = kLanes<VectorOf<S>>;
+  const std::int64_t columns = g.columns(), first = ceil_div(kWidth, columns) * columns;
+  const std::int64_t end = g.steps * columns <= first ? first : array_of_columns(g);
+  for (S* array : arrays) {
+    for (std::int64_t k = columns; k < first; ++k) array[k] = array[k - columns];
+    for (std::int64_t k = first; k < end; k += kWidth) {
+      const std::int64_t at = least(k, end - kWidth);
+      store(array + at, load(array + at - first));
+    }
+  }
 }
 
 /// Makes statistics of the moments of columns, and the table that apply reads.
