@@ -595,6 +595,32 @@ def test_a_graph_of_operators():
 # ---- the manners of PyTorch --------------------------------------------------------------------------------------
 
 
+@EACH
+def test_shapes_alone_on_meta(case, options):
+    """A model that is built where there is no memory: shapes, dtypes and strides are those of tensors with values."""
+
+    def found():
+        tensors, _, call = made(CASES[case], OPTIONS[options])
+        ys, every = as_tuple(call(*tensors.values())), list(tensors.values())
+        first = torch.autograd.grad(sum((y * y).sum() for y in ys), every, create_graph=True)
+        second = torch.autograd.grad(sum((g * g).sum() for g in first), every, allow_unused=True)
+        return [t if t is None else (t.shape, t.dtype, t.stride()) for t in (*ys, *first, *second)]
+
+    with torch.device("meta"):
+        on_meta = found()
+    assert on_meta == found()
+
+
+def test_modules_on_meta_and_what_is_refused_there():
+    with torch.device("meta"):
+        x, style = torch.empty(2, 3, 7), torch.empty(2, 3, 5)
+        norm = nt.BatchNorm1d(3, activation="relu", process_group=0)  # nothing is sent
+        assert norm(x).device == norm.eval()(x).device == norm.running_var.device == x.device
+        assert nt.AdaptiveInstanceNorm()(x, style).shape == x.shape
+        with pytest.raises(ValueError, match=r"weight has shape \(4,\), expected \(3,\), \(2, 3\) or \(2, 3, 7\)"):
+            nt.instance_norm(x, torch.ones(4))
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing(reentrant):
     tensors, call = every_option("group", "all")
