@@ -558,13 +558,39 @@ def test_vmap_is_a_loop_without_a_loop(case, options):
         expected = torch.stack([gs[k] for gs in looped])
         torch.testing.assert_close(g, expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max() + 1))
 
-    if CASES[case].running or not rest:
+    if not rest:
         return
     each = [uniform(3, *t.shape) for t in rest]
     found = torch.func.vmap(call)(xs, *each)
     looped = [as_tuple(call(*values)) for values in zip(xs, *each, strict=True)]
     for k, y in enumerate(as_tuple(found)):
         torch.testing.assert_close(y, torch.stack([ys[k] for ys in looped]), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("axes", [(0, None), (0, 1), (None, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "weight", "channel_axis"),
+    [("instance_norm", (2, 4), 1), ("instance_norm", SHAPE, 1), ("batch_norm", (4,), 1), ("batch_norm", (2,), 0)],
+)
+def test_vmap_by_fixed_statistics(name, weight, channel_axis, axes):
+    """Parameters of each image too, shared by the samples or not, and with them a mask and a residual."""
+    option = "training" if name == "batch_norm" else "use_input_stats"
+    fixed = {"running_mean": uniform(SHAPE[channel_axis]), "running_var": torch.rand(SHAPE[channel_axis]) + 0.5}
+
+    def call(x, weight, bias, slopes, mask):
+        options = {"where": mask > 0, "residual": x, "activation": ("prelu", slopes), "channel_axis": channel_axis}
+        return getattr(nt, name)(x, weight, bias, **fixed, **options, **{option: False})
+
+    gradient = torch.func.grad(lambda *tensors: (call(*tensors) ** 2).sum(), argnums=(0, 1, 2, 3))
+    over = dict(enumerate((axes[0], *[axes[1]] * 4)))
+    shapes = (SHAPE, weight, weight, weight, (3, 5))
+    each = [uniform(*s) if over[k] is None else uniform(*s, 3).movedim(-1, over[k]) for k, s in enumerate(shapes)]
+    for function in (call, gradient):
+        found = as_tuple(torch.func.vmap(function, (*over.values(),))(*each))
+        samples = ((t if over[k] is None else t.select(over[k], n) for k, t in enumerate(each)) for n in range(3))
+        looped = [as_tuple(function(*sample)) for sample in samples]
+        for tensor, *expected in zip(found, *looped, strict=True):
+            torch.testing.assert_close(tensor, torch.stack(expected), rtol=1e-12, atol=1e-12)
 
 
 def test_vmap_refuses_running_statistics():
