@@ -320,6 +320,25 @@ def test_vmap_over_running_statistics(rng, name, over, learns):
     same_bits(found, stacked(call, axes, each))
 
 
+def test_gradients_of_one_array_and_another(rng):
+    """A call that was differentiated by x has its gradients by weight as before, and in a loop both."""
+    x, weight = uniform(rng, *SHAPE), uniform(rng, 4)
+
+    def loss(x, weight):
+        return (nj.instance_norm(x, weight) ** 3).sum()
+
+    by_weight = jax.grad(loss, 1)(x, weight)
+    assert bool((by_weight != 0).all())
+    jax.grad(loss)(x, weight)
+    same_bits([jax.grad(loss, 1)(x, weight)], [by_weight])
+
+    def steps(weight):  # what goes round depends on weight from the second time on
+        return jax.lax.scan(lambda y, _: (nj.instance_norm(y, weight), None), x, length=2)[0].sum()
+
+    expected = jax.grad(lambda w: nj.instance_norm(nj.instance_norm(x, w), w).sum())(weight)
+    close([jax.grad(steps)(weight)], [expected], 64 * x.size, lambda g: 1 + np.abs(g).max())
+
+
 @pytest.mark.parametrize("images", [2, 1])
 @pytest.mark.parametrize("axes", [(0, None), (None, 1), (1, 0)], ids=str)
 def test_vmap_over_content_and_style(rng, images, axes):
