@@ -9,6 +9,7 @@ import gc
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from shutil import which
 from types import SimpleNamespace
@@ -524,6 +525,72 @@ def run(code, *args, **environment):
     import os
 
     subprocess.run([sys.executable, "-c", code, *args], check=True, env=os.environ | environment)
+
+
+PARTS_MAPPED = """
+import jax, numpy as np
+from jax import numpy as jnp
+from jax.sharding import Mesh, PartitionSpec as P
+import normkit.jax as nj
+
+jax.config.update("jax_enable_x64", True)
+rng = np.random.default_rng(0)
+mesh = Mesh(np.array(jax.devices()), ("parts",))
+assert mesh.size == 2
+x, w, where = rng.uniform(-2, 2, (3, 2, 4, 6)), rng.uniform(0.5, 2, (3, 4)), rng.random((2, 1, 6)) < 0.7
+
+def part(x, w, where):
+    return nj.instance_norm(x, w, where=where, activation="silu", return_stats=True, axis_name="parts")[0]
+
+def whole(x, w):
+    return jax.vmap(lambda x, w: nj.instance_norm(x, w, where=where, activation="silu"))(x, w)
+
+def loss(of):
+    return lambda x, w: (of(x, w) ** 3).sum()
+
+def penalty(of):
+    return lambda x, w: sum((g * g).sum() for g in jax.grad(loss(of), (0, 1))(x, w))
+
+last = lambda ndim: P(*(None,) * (ndim - 1), "parts")
+for check in (True, False):
+    sharded = lambda f, ndim: jax.shard_map(
+        f, mesh=mesh, in_specs=(last(ndim), P(), last(3)), out_specs=last(ndim), check_vma=check
+    )
+    of_parts = jax.vmap(sharded(part, 3), (0, 0, None)), sharded(jax.vmap(part, (0, 0, None)), 4)
+    for of in (lambda x, w: of_parts[0](x, w, where), lambda x, w: of_parts[1](x, w, where)):
+        for order in (lambda f: lambda *a: (f(*a),), lambda f: jax.grad(loss(f), (0, 1)),
+                      lambda f: jax.grad(penalty(f), (0, 1))):
+            for found, expected in zip(jax.jit(order(of))(x, w), order(whole)(x, w), strict=True):
+                assert float(jnp.abs(found - expected).max()) <= 1e-10 * float(1 + jnp.abs(expected).max())
+"""
+
+
+def test_vmap_of_parts_on_two_devices():
+    run(PARTS_MAPPED, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_an_axis_of_vmap_has_parts(rng, jit):
+    """Samples that vmap names an axis of are parts of one batch, to gradients taken inside and outside."""
+    x, weight = uniform(rng, 3, 2, 4, 5), uniform(rng, 4)
+
+    def call(x, weight, **more):
+        return nj.batch_norm(x, weight, training=True, activation="silu", **more)
+
+    def whole(x, weight):
+        return call(x.reshape(6, 4, 5), weight).reshape(x.shape)
+
+    one = partial(call, axis_name="samples")
+    parts = jax.vmap(jax.jit(one) if jit else one, (0, None), axis_name="samples")
+
+    def penalty(of):
+        return lambda *a: sum((g * g).sum() for g in jax.grad(lambda *a: (of(*a) ** 3).sum(), (0, 1))(*a))
+
+    for order in (lambda f: lambda *a: (f(*a),), lambda f: jax.grad(lambda *a: (f(*a) ** 3).sum(), (0, 1)),
+                  lambda f: jax.grad(penalty(f), (0, 1))):  # fmt: skip
+        close(order(parts)(x, weight), order(whole)(x, weight), 64 * x.size, lambda g: 1 + np.abs(g).max())
+    inside = jax.vmap(jax.grad(lambda x: (one(x, weight) ** 3).sum()), axis_name="samples")(x)
+    close([inside], [jax.grad(lambda x: (whole(x, weight) ** 3).sum())(x)], 64 * x.size, lambda g: 1 + np.abs(g).max())
 
 
 def test_shard_map_over_two_devices():

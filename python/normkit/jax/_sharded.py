@@ -12,8 +12,8 @@ from jax import lax
 from jax import numpy as jnp
 
 from .._operations import Frame, Spec, aligned, composed, learnt, rstd_of
-from ._transforms import _WORDS, eps_of
-from ._xla import RUNNING, Arrays, Call, compute_dtype, execute, vary, varying_along
+from ._transforms import _WORDS, eps_of, run
+from ._xla import RUNNING, Arrays, Call, compute_dtype, vary, varying_along
 
 
 def normalized(call: Call, arrays: Arrays, axis_name: Any) -> Arrays:
@@ -37,12 +37,18 @@ def normalized(call: Call, arrays: Arrays, axis_name: Any) -> Arrays:
     return {name: (results | learnt)[name] for name in call.wants}
 
 
+def _unknown(axis_name: Any, array: Any) -> tuple[Any, ...]:
+    """The axes along which an array is not known to vary: all of vmap, and of a shard_map that keeps no account."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    return tuple(name for name in names if name not in varying_along(array))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _statistics(spec: Spec, axis_name: Any, parts: Arrays) -> Any:
     """The mean in two numbers, the variance and the count of each statistic, along a first axis."""
     dtype = compute_dtype(parts["x"])
     with jax.enable_x64(True):  # whatever JAX is told to have
-        own = execute(Call("moments", spec, ("moments",)), parts)["moments"]
+        own = run(Call("moments", spec, ("moments",)), parts)["moments"]
         place, size = lax.axis_index(axis_name), lax.psum(1, axis_name)
         slots = jnp.zeros((size, *own.shape), own.dtype).at[place].set(own)
         # Of zeros and one number each this is no sum, but what all devices have, the same on each of them.
@@ -53,7 +59,10 @@ def _statistics(spec: Spec, axis_name: Any, parts: Arrays) -> Any:
         var = (m2 + count * (away - shift) ** 2).sum(0) / jnp.maximum(members, 1)
         rest = low[0] + shift
         high = (mean[0] + rest).astype(dtype)
-        return jnp.stack([high, (mean[0] - high + rest).astype(dtype), var.astype(dtype), members.astype(dtype)])
+        found = jnp.stack([high, (mean[0] - high + rest).astype(dtype), var.astype(dtype), members.astype(dtype)])
+    if unknown := _unknown(axis_name, place):  # to vmap what all parts share is one array, whose gradient is added up
+        found += (0 * lax.axis_index(unknown)).astype(dtype)
+    return found
 
 
 def _kept(spec: Spec, axis_name: Any, parts: Arrays) -> Any:
@@ -64,9 +73,9 @@ def _kept(spec: Spec, axis_name: Any, parts: Arrays) -> Any:
 def _gradients(spec: Spec, axis_name: Any, kept: Any, cotangents: Any) -> Any:
     """d mean = sum(dx) / count, d var = 2 * sum((x - mean) * dx) / count."""
     parts, found = kept
-    x, names = parts["x"], axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    if not varying_along(x).issuperset(names):  # shard_map does not keep account, and has not added them up
-        cotangents = lax.psum(cotangents, axis_name)
+    x = parts["x"]
+    if unknown := _unknown(axis_name, x):  # nobody has added them up
+        cotangents = lax.psum(cotangents, unknown)
     by_mean, _, by_var, _ = vary(cotangents / jnp.maximum(found[3], 1), varying_along(x))
     centered = _centered(spec, x, vary(found, varying_along(x)))
     dx = aligned(by_mean, spec.axes, x.shape) + 2 * aligned(by_var, spec.axes, x.shape) * centered
