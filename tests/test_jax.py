@@ -321,6 +321,30 @@ def test_vmap_over_running_statistics(rng, name, over, learns):
     same_bits(found, stacked(call, axes, each))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("activation", [None, "silu", "gelu", "prelu"])
+def test_what_is_no_member_may_be_nan(rng, activation, value):
+    """Where no gradient reaches it: both orders have the bits that they have beside a number, but for its own d_dy."""
+    x, where = uniform(rng, *SHAPE), rng.random(SHAPE) < 0.7
+    others = [*uniform(rng, 3, 4), np.where(where, uniform(rng, *SHAPE), 0)]
+
+    def firsts(x, weight, bias, slopes, dy):
+        def call(x, weight, bias, slopes):
+            kind = ("prelu", slopes) if activation == "prelu" else activation
+            return nj.instance_norm(x, weight, bias, where=where, activation=kind)
+
+        return jax.vjp(call, x, weight, bias, slopes)[1](dy)
+
+    def both(*arrays):
+        *seconds, d_dy = jax.grad(lambda *a: sum((g * g).sum() for g in firsts(*a)), range(5))(*arrays)
+        return [*firsts(*arrays), *seconds, d_dy[where]], d_dy[~where]
+
+    (expected, numbers), (found, nans) = both(x, *others), both(np.where(where, x, value), *others)
+    same_bits(found, expected)
+    assert np.isfinite(numbers).all()
+    assert not np.isfinite(nans).any()
+
+
 def test_gradients_of_one_array_and_another(rng):
     """A call that was differentiated by x has its gradients by weight as before, and in a loop both."""
     x, weight = uniform(rng, *SHAPE), uniform(rng, 4)

@@ -290,6 +290,26 @@ def test_derivatives_with_weights_of_each_image_and_a_bias_of_none():
     assert torch.autograd.gradgradcheck(lambda x, bias: nt.instance_norm(x, None, bias), (x, weight))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("activation", [None, "relu", "silu", "gelu", "prelu"])
+@pytest.mark.parametrize("bias", [(4,), (2, 4)], ids=["by the core", "by PyTorch"])  # of the shape of weight or another
+def test_what_is_no_member_may_be_nan(bias, activation, value):
+    """Where no gradient reaches it: both orders have the bits that they have beside a number, but for its own d_dy."""
+    x, where = uniform(*SHAPE), torch.rand(SHAPE) < 0.7
+    others = [uniform(4), uniform(*bias), uniform(4), uniform(*SHAPE).where(where, 0)]
+    found = []
+    for data in (x, x.masked_fill(~where, value)):
+        *tensors, slopes, dy = leaves = [t.clone().requires_grad_() for t in (data, *others)]
+        kind = ("prelu", slopes) if activation == "prelu" else activation
+        y = nt.instance_norm(*tensors, where=where, activation=kind)
+        firsts = torch.autograd.grad(y, leaves[: 4 if kind != activation else 3], dy, create_graph=True)
+        *seconds, d_dy = torch.autograd.grad(sum((g * g).sum() for g in firsts), leaves, allow_unused=True)
+        assert bool(d_dy[~where].isfinite().any()) == (data is x)
+        found.append([*firsts, *seconds, d_dy[where]])
+    for expected, gradient in zip(*found, strict=True):
+        assert gradient is expected is None or torch.equal(gradient, expected)
+
+
 def test_a_mask_without_members_has_gradients_of_gradients_that_are_no_nan():
     x = uniform(2, 3, 5).requires_grad_()
     where = torch.ones(2, 3, 5, dtype=torch.bool)

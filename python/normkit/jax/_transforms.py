@@ -14,7 +14,7 @@ from jax import numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
-from .._operations import Frame, Spec, Words, composed
+from .._operations import Frame, Spec, Words, composed, heard
 from . import _xla
 from ._xla import RUNNING, Arrays, Call, compute_dtype, execute, of_images
 
@@ -241,7 +241,8 @@ def _backward_gradients(call: Call, arrays: Arrays, seconds: Arrays) -> Any:
     gradients: Arrays = dict.fromkeys(arrays)
     if not any(map(_is_there, seconds.values())):
         return (gradients,)
-    given, eps = {name: arrays[name] for name in GRADIENTS if name in arrays}, eps_of(arrays["x"])
+    x, own = heard(jnp, arrays["x"], arrays["dy"], arrays.get("where"))
+    given, eps = {name: arrays[name] for name in GRADIENTS if name in arrays} | {"x": x}, eps_of(x)
 
     def first(dy: Any, given: Arrays) -> Any:
         y, pull = jax.vjp(lambda given: composed(_WORDS, call.spec, given, arrays, eps), given)
@@ -255,7 +256,7 @@ def _backward_gradients(call: Call, arrays: Arrays, seconds: Arrays) -> Any:
         return cotangent.astype(like.dtype) if _is_there(cotangent) else jnp.zeros_like(like)
 
     d_dy, found = pull({name: second(name) for name in given})
-    gradients |= {"dy": d_dy, **found}
+    gradients |= {"dy": own(d_dy), **found}
     if "dresidual" in arrays and _is_there(seconds.get("out")):
         gradients["dresidual"] = seconds["out"]
     return (gradients,)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import functional as core
-from .._operations import OPERATIONS, Spec, axes_of
+from .._operations import OPERATIONS, Spec, axes_of, heard
 from .._types import Activation
 from . import _operations as phases
 from ._operations import Optional
@@ -97,6 +97,7 @@ def _second_gradients(
     """
     if spec.frozen or torch.is_grad_enabled():
         return phases.second_gradients(seconds, dy, x, mean, rstd, weight, bias, where, slopes, spec)
+    x, own = heard(torch, x, dy, where)
     plain = spec._replace(activation="", slope=None)
     given: Any = (dy, x, weight, bias, slopes, *seconds)  # what lies between the two is not rounded to half types
     dy, x, weight, bias, slopes, ddx, ddweight, ddbias, ddslopes = map(_float32, given)
@@ -121,7 +122,7 @@ def _second_gradients(
         d_z = others.pop(0)
         *through_z, d_bias, _ = phases.backward(d_z, x, mean, rstd, weight, bias, where, None, None, plain, need)
         found = [a if a is None or b is None else a + b for a, b in zip(found, through_z, strict=True)]
-    return [d_dy, *found, d_bias, others.pop() if others else None]
+    return [own(d_dy), *found, d_bias, others.pop() if others else None]
 
 
 class _Deviation(torch.autograd.Function):
