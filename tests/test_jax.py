@@ -532,6 +532,27 @@ of_fixed = jax.shard_map(lambda x: fixed(x, axis_name="parts"), mesh=mesh, in_sp
 assert (of_fixed(x) == fixed(x)).all()
 assert "all-reduce" not in jax.jit(of_fixed).lower(x).compile().as_text()
 
+name = "NaN"  # no member, and no gradient reaches it: it has no say
+dy = np.where(where, rng.standard_normal(SHAPE), 0)
+for check in (True, False):
+    def both(x):
+        def firsts(x, w, b, dy):
+            parts = jax.shard_map(
+                lambda x, where, w, b: nj.batch_norm(
+                    x, w, b, where=where, training=True, activation="silu", axis_name="parts"
+                ), mesh=mesh, in_specs=(P("parts"), P("parts"), P(), P()), out_specs=P("parts"), check_vma=check,
+            )
+            return jax.vjp(lambda x, w, b: parts(x, where, w, b), x, w, b)[1](dy)
+
+        def penalty(*arrays):
+            return sum((g * g).sum() for g in firsts(*arrays))
+
+        *seconds, d_dy = jax.jit(jax.grad(penalty, (0, 1, 2, 3)))(x, *of_channels, dy)
+        return [*jax.jit(firsts)(x, *of_channels, dy), *seconds, d_dy[where]]
+
+    for found, expected in zip(both(np.where(where, x, np.nan)), both(x), strict=True):
+        assert (found == expected).all()
+
 name = "far"  # float32 a million deviations from zero: as right as in one piece
 far = (rng.standard_normal((4, 4096)) + 1e6).astype(np.float32)
 exact = far.astype(np.float64)

@@ -11,7 +11,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from .._operations import Frame, Spec, aligned, composed, learnt, rstd_of
+from .._operations import Frame, Spec, aligned, composed, heard, learnt, rstd_of
 from ._transforms import _WORDS, eps_of, run
 from ._xla import RUNNING, Arrays, Call, compute_dtype, vary, varying_along
 
@@ -26,11 +26,10 @@ def normalized(call: Call, arrays: Arrays, axis_name: Any) -> Arrays:
     if "where" in arrays:
         parts["where"] = frame.data(jnp.broadcast_to(arrays["where"], x.shape))
     found = _statistics(general, axis_name, parts)
-    data = _centered(general, parts["x"], varied := vary(found, varying_along(total)))
     given: Arrays = {name: arrays[name] for name in ("weight", "bias", "slopes") if name in arrays}
     given = {name: array.reshape(frame.param_shape(array.shape)) for name, array in given.items()}
-    frozen = general._replace(kind="uncentered", frozen=True)
-    y = composed(_WORDS, frozen, {"x": data, **given}, {"rstd": _rstd(general, varied)}, 0.0)
+    given |= {"x": parts["x"], "found": vary(found, varying_along(total))}
+    y = _masked(general, given, parts["where"]) if "where" in parts else _applied(general, given)
     dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
     results = {"out": frame.back(y).astype(dtype), "sum": total, "mean": found[0], "rstd": _rstd(general, found)}
     learnt = _learnt(found, spec.momentum, {name: arrays[name] for name in RUNNING if name in arrays})
@@ -73,18 +72,43 @@ def _kept(spec: Spec, axis_name: Any, parts: Arrays) -> Any:
 def _gradients(spec: Spec, axis_name: Any, kept: Any, cotangents: Any) -> Any:
     """d mean = sum(dx) / count, d var = 2 * sum((x - mean) * dx) / count."""
     parts, found = kept
-    x = parts["x"]
+    x, where = parts["x"], parts.get("where")
+    if where is not None:  # what is no member may be NaN
+        x = jnp.where(where, x, 0)
     if unknown := _unknown(axis_name, x):  # nobody has added them up
         cotangents = lax.psum(cotangents, unknown)
     by_mean, _, by_var, _ = vary(cotangents / jnp.maximum(found[3], 1), varying_along(x))
     centered = _centered(spec, x, vary(found, varying_along(x)))
     dx = aligned(by_mean, spec.axes, x.shape) + 2 * aligned(by_var, spec.axes, x.shape) * centered
-    if "where" in parts:
-        dx = jnp.where(parts["where"], dx, 0)
+    if where is not None:
+        dx = jnp.where(where, dx, 0)
     return ({name: dx.astype(x.dtype) if name == "x" else None for name in parts},)
 
 
 _statistics.defvjp(_kept, _gradients)
+
+
+def _applied(spec: Spec, given: Arrays) -> Any:
+    """y of x, of the statistics that were found, and of parameters."""
+    given = dict(given)
+    x, found = given.pop("x"), given.pop("found")
+    frozen = spec._replace(kind="uncentered", frozen=True)
+    return composed(_WORDS, frozen, {"x": _centered(spec, x, found), **given}, {"rstd": _rstd(spec, found)}, 0.0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _masked(spec: Spec, given: Arrays, where: Any) -> Any:
+    """`_applied`, whose gradient is told what has a say."""
+    return _applied(spec, given)
+
+
+def _masked_gradients(spec: Spec, kept: Any, dy: Any) -> Any:
+    given, where = kept
+    x, _ = heard(jnp, given["x"], dy, where)
+    return *jax.vjp(partial(_applied, spec), given | {"x": x})[1](dy), None
+
+
+_masked.defvjp(lambda spec, *kept: (_masked(spec, *kept), kept), _masked_gradients)
 
 
 def _centered(spec: Spec, x: Any, statistics: Any) -> Any:
