@@ -305,15 +305,22 @@ def test_gradients_of_both_orders(processes, name, option, parts, rng):
 def nan_in(group, rank):
     x, where = torch.randn(4, 3, 5, dtype=torch.float64), torch.rand(4, 3, 5) < 0.7
     dy = torch.randn(x.shape, dtype=x.dtype).where(where, 0)
-    for activation in (None, "relu", "silu"):
+    for activation in (None, "relu", "silu", "prelu"):
         found = []
         for data in (x, x.masked_fill(~where, torch.nan)):
-            leaves = [t.requires_grad_() for t in (data.clone(), torch.ones(3), torch.zeros(3))]
-            options = {"where": where, "activation": activation, "process_group": group}
-            y = nt.batch_norm(*leaves, training=True, **options)
-            found.append(torch.autograd.grad(y, leaves, dy))
+            slopes = torch.full((3,), 0.5, dtype=x.dtype)
+            leaves = [t.requires_grad_() for t in (data.clone(), torch.ones(3), torch.zeros(3), slopes, dy.clone())]
+            kind = ("prelu", slopes) if activation == "prelu" else activation
+            y = nt.batch_norm(*leaves[:3], training=True, where=where, activation=kind, process_group=group)
+            wanted = leaves[: 4 if kind != activation else 3]
+            once = torch.autograd.grad(y, wanted, dy, retain_graph=True)
+            firsts = torch.autograd.grad(y, wanted, leaves[4], create_graph=True)
+            seconds = torch.autograd.grad(sum((g * g).sum() for g in firsts), [*wanted, leaves[4]], allow_unused=True)
+            d_dy = seconds[-1]
+            assert bool(d_dy[~where].isnan().all()) == bool(data.isnan().any())
+            found.append([*once, *firsts, *seconds[:-1], d_dy[where]])
         for expected, gradient in zip(*found, strict=True):
-            assert torch.equal(gradient, expected)
+            assert gradient is expected is None or torch.equal(gradient, expected)
 
 
 def test_what_is_no_member_may_be_nan(processes):

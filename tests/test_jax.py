@@ -9,6 +9,7 @@ import gc
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from shutil import which
 from types import SimpleNamespace
@@ -320,6 +321,49 @@ def test_vmap_over_running_statistics(rng, name, over, learns):
     same_bits(found, stacked(call, axes, each))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("activation", [None, "silu", "gelu", "prelu"])
+def test_what_is_no_member_may_be_nan(rng, activation, value):
+    """Where no gradient reaches it: both orders have the bits that they have beside a number, but for its own d_dy."""
+    x, where = uniform(rng, *SHAPE), rng.random(SHAPE) < 0.7
+    others = [*uniform(rng, 3, 4), np.where(where, uniform(rng, *SHAPE), 0)]
+
+    def firsts(x, weight, bias, slopes, dy):
+        def call(x, weight, bias, slopes):
+            kind = ("prelu", slopes) if activation == "prelu" else activation
+            return nj.instance_norm(x, weight, bias, where=where, activation=kind)
+
+        return jax.vjp(call, x, weight, bias, slopes)[1](dy)
+
+    def both(*arrays):
+        *seconds, d_dy = jax.grad(lambda *a: sum((g * g).sum() for g in firsts(*a)), range(5))(*arrays)
+        return [*firsts(*arrays), *seconds, d_dy[where]], d_dy[~where]
+
+    (expected, numbers), (found, nans) = both(x, *others), both(np.where(where, x, value), *others)
+    same_bits(found, expected)
+    assert np.isfinite(numbers).all()
+    assert not np.isfinite(nans).any()
+
+
+def test_gradients_of_one_array_and_another(rng):
+    """A call that was differentiated by x has its gradients by weight as before, and in a loop both."""
+    x, weight = uniform(rng, *SHAPE), uniform(rng, 4)
+
+    def loss(x, weight):
+        return (nj.instance_norm(x, weight) ** 3).sum()
+
+    by_weight = jax.grad(loss, 1)(x, weight)
+    assert bool((by_weight != 0).all())
+    jax.grad(loss)(x, weight)
+    same_bits([jax.grad(loss, 1)(x, weight)], [by_weight])
+
+    def steps(weight):  # what goes round depends on weight from the second time on
+        return jax.lax.scan(lambda y, _: (nj.instance_norm(y, weight), None), x, length=2)[0].sum()
+
+    expected = jax.grad(lambda w: nj.instance_norm(nj.instance_norm(x, w), w).sum())(weight)
+    close([jax.grad(steps)(weight)], [expected], 64 * x.size, lambda g: 1 + np.abs(g).max())
+
+
 @pytest.mark.parametrize("images", [2, 1])
 @pytest.mark.parametrize("axes", [(0, None), (None, 1), (1, 0)], ids=str)
 def test_vmap_over_content_and_style(rng, images, axes):
@@ -488,6 +532,27 @@ of_fixed = jax.shard_map(lambda x: fixed(x, axis_name="parts"), mesh=mesh, in_sp
 assert (of_fixed(x) == fixed(x)).all()
 assert "all-reduce" not in jax.jit(of_fixed).lower(x).compile().as_text()
 
+name = "NaN"  # no member, and no gradient reaches it: it has no say
+dy = np.where(where, rng.standard_normal(SHAPE), 0)
+for check in (True, False):
+    def both(x):
+        def firsts(x, w, b, dy):
+            parts = jax.shard_map(
+                lambda x, where, w, b: nj.batch_norm(
+                    x, w, b, where=where, training=True, activation="silu", axis_name="parts"
+                ), mesh=mesh, in_specs=(P("parts"), P("parts"), P(), P()), out_specs=P("parts"), check_vma=check,
+            )
+            return jax.vjp(lambda x, w, b: parts(x, where, w, b), x, w, b)[1](dy)
+
+        def penalty(*arrays):
+            return sum((g * g).sum() for g in firsts(*arrays))
+
+        *seconds, d_dy = jax.jit(jax.grad(penalty, (0, 1, 2, 3)))(x, *of_channels, dy)
+        return [*jax.jit(firsts)(x, *of_channels, dy), *seconds, d_dy[where]]
+
+    for found, expected in zip(both(np.where(where, x, np.nan)), both(x), strict=True):
+        assert (found == expected).all()
+
 name = "far"  # float32 a million deviations from zero: as right as in one piece
 far = (rng.standard_normal((4, 4096)) + 1e6).astype(np.float32)
 exact = far.astype(np.float64)
@@ -505,6 +570,72 @@ def run(code, *args, **environment):
     import os
 
     subprocess.run([sys.executable, "-c", code, *args], check=True, env=os.environ | environment)
+
+
+PARTS_MAPPED = """
+import jax, numpy as np
+from jax import numpy as jnp
+from jax.sharding import Mesh, PartitionSpec as P
+import normkit.jax as nj
+
+jax.config.update("jax_enable_x64", True)
+rng = np.random.default_rng(0)
+mesh = Mesh(np.array(jax.devices()), ("parts",))
+assert mesh.size == 2
+x, w, where = rng.uniform(-2, 2, (3, 2, 4, 6)), rng.uniform(0.5, 2, (3, 4)), rng.random((2, 1, 6)) < 0.7
+
+def part(x, w, where):
+    return nj.instance_norm(x, w, where=where, activation="silu", return_stats=True, axis_name="parts")[0]
+
+def whole(x, w):
+    return jax.vmap(lambda x, w: nj.instance_norm(x, w, where=where, activation="silu"))(x, w)
+
+def loss(of):
+    return lambda x, w: (of(x, w) ** 3).sum()
+
+def penalty(of):
+    return lambda x, w: sum((g * g).sum() for g in jax.grad(loss(of), (0, 1))(x, w))
+
+last = lambda ndim: P(*(None,) * (ndim - 1), "parts")
+for check in (True, False):
+    sharded = lambda f, ndim: jax.shard_map(
+        f, mesh=mesh, in_specs=(last(ndim), P(), last(3)), out_specs=last(ndim), check_vma=check
+    )
+    of_parts = jax.vmap(sharded(part, 3), (0, 0, None)), sharded(jax.vmap(part, (0, 0, None)), 4)
+    for of in (lambda x, w: of_parts[0](x, w, where), lambda x, w: of_parts[1](x, w, where)):
+        for order in (lambda f: lambda *a: (f(*a),), lambda f: jax.grad(loss(f), (0, 1)),
+                      lambda f: jax.grad(penalty(f), (0, 1))):
+            for found, expected in zip(jax.jit(order(of))(x, w), order(whole)(x, w), strict=True):
+                assert float(jnp.abs(found - expected).max()) <= 1e-10 * float(1 + jnp.abs(expected).max())
+"""
+
+
+def test_vmap_of_parts_on_two_devices():
+    run(PARTS_MAPPED, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_an_axis_of_vmap_has_parts(rng, jit):
+    """Samples that vmap names an axis of are parts of one batch, to gradients taken inside and outside."""
+    x, weight = uniform(rng, 3, 2, 4, 5), uniform(rng, 4)
+
+    def call(x, weight, **more):
+        return nj.batch_norm(x, weight, training=True, activation="silu", **more)
+
+    def whole(x, weight):
+        return call(x.reshape(6, 4, 5), weight).reshape(x.shape)
+
+    one = partial(call, axis_name="samples")
+    parts = jax.vmap(jax.jit(one) if jit else one, (0, None), axis_name="samples")
+
+    def penalty(of):
+        return lambda *a: sum((g * g).sum() for g in jax.grad(lambda *a: (of(*a) ** 3).sum(), (0, 1))(*a))
+
+    for order in (lambda f: lambda *a: (f(*a),), lambda f: jax.grad(lambda *a: (f(*a) ** 3).sum(), (0, 1)),
+                  lambda f: jax.grad(penalty(f), (0, 1))):  # fmt: skip
+        close(order(parts)(x, weight), order(whole)(x, weight), 64 * x.size, lambda g: 1 + np.abs(g).max())
+    inside = jax.vmap(jax.grad(lambda x: (one(x, weight) ** 3).sum()), axis_name="samples")(x)
+    close([inside], [jax.grad(lambda x: (whole(x, weight) ** 3).sum())(x)], 64 * x.size, lambda g: 1 + np.abs(g).max())
 
 
 def test_shard_map_over_two_devices():

@@ -290,6 +290,26 @@ def test_derivatives_with_weights_of_each_image_and_a_bias_of_none():
     assert torch.autograd.gradgradcheck(lambda x, bias: nt.instance_norm(x, None, bias), (x, weight))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("activation", [None, "relu", "silu", "gelu", "prelu"])
+@pytest.mark.parametrize("bias", [(4,), (2, 4)], ids=["by the core", "by PyTorch"])  # of the shape of weight or another
+def test_what_is_no_member_may_be_nan(bias, activation, value):
+    """Where no gradient reaches it: both orders have the bits that they have beside a number, but for its own d_dy."""
+    x, where = uniform(*SHAPE), torch.rand(SHAPE) < 0.7
+    others = [uniform(4), uniform(*bias), uniform(4), uniform(*SHAPE).where(where, 0)]
+    found = []
+    for data in (x, x.masked_fill(~where, value)):
+        *tensors, slopes, dy = leaves = [t.clone().requires_grad_() for t in (data, *others)]
+        kind = ("prelu", slopes) if activation == "prelu" else activation
+        y = nt.instance_norm(*tensors, where=where, activation=kind)
+        firsts = torch.autograd.grad(y, leaves[: 4 if kind != activation else 3], dy, create_graph=True)
+        *seconds, d_dy = torch.autograd.grad(sum((g * g).sum() for g in firsts), leaves, allow_unused=True)
+        assert bool(d_dy[~where].isfinite().any()) == (data is x)
+        found.append([*firsts, *seconds, d_dy[where]])
+    for expected, gradient in zip(*found, strict=True):
+        assert gradient is expected is None or torch.equal(gradient, expected)
+
+
 def test_a_mask_without_members_has_gradients_of_gradients_that_are_no_nan():
     x = uniform(2, 3, 5).requires_grad_()
     where = torch.ones(2, 3, 5, dtype=torch.bool)
@@ -558,13 +578,39 @@ def test_vmap_is_a_loop_without_a_loop(case, options):
         expected = torch.stack([gs[k] for gs in looped])
         torch.testing.assert_close(g, expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max() + 1))
 
-    if CASES[case].running or not rest:
+    if not rest:
         return
     each = [uniform(3, *t.shape) for t in rest]
     found = torch.func.vmap(call)(xs, *each)
     looped = [as_tuple(call(*values)) for values in zip(xs, *each, strict=True)]
     for k, y in enumerate(as_tuple(found)):
         torch.testing.assert_close(y, torch.stack([ys[k] for ys in looped]), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("axes", [(0, None), (0, 1), (None, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "weight", "channel_axis"),
+    [("instance_norm", (2, 4), 1), ("instance_norm", SHAPE, 1), ("batch_norm", (4,), 1), ("batch_norm", (2,), 0)],
+)
+def test_vmap_by_fixed_statistics(name, weight, channel_axis, axes):
+    """Parameters of each image too, shared by the samples or not, and with them a mask and a residual."""
+    option = "training" if name == "batch_norm" else "use_input_stats"
+    fixed = {"running_mean": uniform(SHAPE[channel_axis]), "running_var": torch.rand(SHAPE[channel_axis]) + 0.5}
+
+    def call(x, weight, bias, slopes, mask):
+        options = {"where": mask > 0, "residual": x, "activation": ("prelu", slopes), "channel_axis": channel_axis}
+        return getattr(nt, name)(x, weight, bias, **fixed, **options, **{option: False})
+
+    gradient = torch.func.grad(lambda *tensors: (call(*tensors) ** 2).sum(), argnums=(0, 1, 2, 3))
+    over = dict(enumerate((axes[0], *[axes[1]] * 4)))
+    shapes = (SHAPE, weight, weight, weight, (3, 5))
+    each = [uniform(*s) if over[k] is None else uniform(*s, 3).movedim(-1, over[k]) for k, s in enumerate(shapes)]
+    for function in (call, gradient):
+        found = as_tuple(torch.func.vmap(function, (*over.values(),))(*each))
+        samples = ((t if over[k] is None else t.select(over[k], n) for k, t in enumerate(each)) for n in range(3))
+        looped = [as_tuple(function(*sample)) for sample in samples]
+        for tensor, *expected in zip(found, *looped, strict=True):
+            torch.testing.assert_close(tensor, torch.stack(expected), rtol=1e-12, atol=1e-12)
 
 
 def test_vmap_refuses_running_statistics():
@@ -593,6 +639,32 @@ def test_a_graph_of_operators():
 
 
 # ---- the manners of PyTorch --------------------------------------------------------------------------------------
+
+
+@EACH
+def test_shapes_alone_on_meta(case, options):
+    """A model that is built where there is no memory: shapes, dtypes and strides are those of tensors with values."""
+
+    def found():
+        tensors, _, call = made(CASES[case], OPTIONS[options])
+        ys, every = as_tuple(call(*tensors.values())), list(tensors.values())
+        first = torch.autograd.grad(sum((y * y).sum() for y in ys), every, create_graph=True)
+        second = torch.autograd.grad(sum((g * g).sum() for g in first), every, allow_unused=True)
+        return [t if t is None else (t.shape, t.dtype, t.stride()) for t in (*ys, *first, *second)]
+
+    with torch.device("meta"):
+        on_meta = found()
+    assert on_meta == found()
+
+
+def test_modules_on_meta_and_what_is_refused_there():
+    with torch.device("meta"):
+        x, style = torch.empty(2, 3, 7), torch.empty(2, 3, 5)
+        norm = nt.BatchNorm1d(3, activation="relu", process_group=0)  # nothing is sent
+        assert norm(x).device == norm.eval()(x).device == norm.running_var.device == x.device
+        assert nt.AdaptiveInstanceNorm()(x, style).shape == x.shape
+        with pytest.raises(ValueError, match=r"weight has shape \(4,\), expected \(3,\), \(2, 3\) or \(2, 3, 7\)"):
+            nt.instance_norm(x, torch.ones(4))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -218,6 +218,18 @@ def learnt(xp: Any, old: Any, found: Any, count: Any, momentum: float) -> Any:
     return xp.where(images > 0, (1 - momentum) * old + momentum * average, old)
 
 
+# ---- what has no say, in any library's words ---------------------------------------------------------------------
+
+
+def heard(xp: Any, x: Any, dy: Any, where: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """x with 0 for what is not finite of elements that are no members and that no gradient reaches, and what puts NaN
+    there into d_dy, which alone depends on them."""
+    if where is None:
+        return x, lambda d_dy: d_dy
+    is_heard = where | (dy != 0) | xp.isfinite(x)
+    return xp.where(is_heard, x, 0), lambda d_dy: xp.where(is_heard, d_dy, math.nan)
+
+
 # ---- the forward in a library's own words ------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import phases
-from .._operations import Frame, Spec, aligned, call_of, learnt
+from .._operations import Frame, Spec, aligned, call_of, heard, learnt
 from ..torch._operations import Optional, activation_of, backward, eps_of
 from . import add, merge
 
@@ -68,8 +68,11 @@ class _Forward(torch.autograd.Function):
         if not spec.activation or not torch.is_grad_enabled():
             return *_Backward.apply(dy, *operands, where, *ctx.others, need), None, None, None, None
         # PyTorch differentiates the activation once more. Views, as one operand may be a function of another.
-        *leaves, slopes = (None if t is None else t.view_as(t) for t in operands)
-        z = _Forward.apply(*leaves, None, where, spec._replace(activation="", slope=None), group, whole)
+        dy, *leaves, slopes = (None if t is None else t.view_as(t) for t in (dy, *operands))
+        x, own = heard(torch, leaves[0], dy, where)
+        if dy.requires_grad:
+            dy.register_hook(own)
+        z = _Forward.apply(x, *leaves[1:], None, where, spec._replace(activation="", slope=None), group, whole)
         y = activation_of(spec, z, slopes)
         wanted = [t for t, is_needed in zip((*leaves, slopes), need, strict=True) if is_needed]
         found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
@@ -91,8 +94,7 @@ class _Backward(torch.autograd.Function):
             sums = add(phases.backward_sums(dy, x, whole, rstd, weight, **options), group)
             dx = phases.apply_backward(dy, x, whole, rstd, sums, whole.count, weight, **options)
         mean = whole.mean
-        if where is not None:  # x may be NaN where no gradient reaches it, and has no say there
-            x = x.masked_fill(dy == 0, 0)
+        x, _ = heard(torch, x, dy, where)
         if x.dtype == torch.float64 and mean is not None:  # a mean that is two numbers
             x, mean = x - aligned(mean, spec.axes, x.shape), whole.mean_low
         frozen = spec._replace(frozen=True)
@@ -113,6 +115,7 @@ class _Backward(torch.autograd.Function):
         """
         dy, x, weight, where = ctx.saved_tensors
         spec, group, whole = ctx.others
+        x, own = heard(torch, x, dy, where)
         count, rstd = (aligned(s, spec.axes, x.shape) for s in (whole.count.clip(1), whole.rstd(spec.eps)))
         x_hat = x.double() * rstd
         if spec.is_centered:
@@ -139,4 +142,4 @@ class _Backward(torch.autograd.Function):
         if ddbias is not None:
             d_dy = d_dy + ddbias
         d_weight = None if weight is None else (dy * by_g).sum_to_size(weight.shape)
-        return d_dy, d_x, d_weight, *(None,) * 7
+        return own(d_dy), d_x, d_weight, *(None,) * 7

@@ -11,9 +11,9 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from .._operations import Frame, Spec, aligned, composed, learnt, rstd_of
-from ._transforms import _WORDS, eps_of
-from ._xla import RUNNING, Arrays, Call, compute_dtype, execute, vary, varying_along
+from .._operations import Frame, Spec, aligned, composed, heard, learnt, rstd_of
+from ._transforms import _WORDS, eps_of, run
+from ._xla import RUNNING, Arrays, Call, compute_dtype, vary, varying_along
 
 
 def normalized(call: Call, arrays: Arrays, axis_name: Any) -> Arrays:
@@ -26,15 +26,20 @@ def normalized(call: Call, arrays: Arrays, axis_name: Any) -> Arrays:
     if "where" in arrays:
         parts["where"] = frame.data(jnp.broadcast_to(arrays["where"], x.shape))
     found = _statistics(general, axis_name, parts)
-    data = _centered(general, parts["x"], varied := vary(found, varying_along(total)))
     given: Arrays = {name: arrays[name] for name in ("weight", "bias", "slopes") if name in arrays}
     given = {name: array.reshape(frame.param_shape(array.shape)) for name, array in given.items()}
-    frozen = general._replace(kind="uncentered", frozen=True)
-    y = composed(_WORDS, frozen, {"x": data, **given}, {"rstd": _rstd(general, varied)}, 0.0)
+    given |= {"x": parts["x"], "found": vary(found, varying_along(total))}
+    y = _masked(general, given, parts["where"]) if "where" in parts else _applied(general, given)
     dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
     results = {"out": frame.back(y).astype(dtype), "sum": total, "mean": found[0], "rstd": _rstd(general, found)}
     learnt = _learnt(found, spec.momentum, {name: arrays[name] for name in RUNNING if name in arrays})
     return {name: (results | learnt)[name] for name in call.wants}
+
+
+def _unknown(axis_name: Any, array: Any) -> tuple[Any, ...]:
+    """The axes along which an array is not known to vary: all of vmap, and of a shard_map that keeps no account."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    return tuple(name for name in names if name not in varying_along(array))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -42,7 +47,7 @@ def _statistics(spec: Spec, axis_name: Any, parts: Arrays) -> Any:
     """The mean in two numbers, the variance and the count of each statistic, along a first axis."""
     dtype = compute_dtype(parts["x"])
     with jax.enable_x64(True):  # whatever JAX is told to have
-        own = execute(Call("moments", spec, ("moments",)), parts)["moments"]
+        own = run(Call("moments", spec, ("moments",)), parts)["moments"]
         place, size = lax.axis_index(axis_name), lax.psum(1, axis_name)
         slots = jnp.zeros((size, *own.shape), own.dtype).at[place].set(own)
         # Of zeros and one number each this is no sum, but what all devices have, the same on each of them.
@@ -53,7 +58,10 @@ def _statistics(spec: Spec, axis_name: Any, parts: Arrays) -> Any:
         var = (m2 + count * (away - shift) ** 2).sum(0) / jnp.maximum(members, 1)
         rest = low[0] + shift
         high = (mean[0] + rest).astype(dtype)
-        return jnp.stack([high, (mean[0] - high + rest).astype(dtype), var.astype(dtype), members.astype(dtype)])
+        found = jnp.stack([high, (mean[0] - high + rest).astype(dtype), var.astype(dtype), members.astype(dtype)])
+    if unknown := _unknown(axis_name, place):  # to vmap what all parts share is one array, whose gradient is added up
+        found += (0 * lax.axis_index(unknown)).astype(dtype)
+    return found
 
 
 def _kept(spec: Spec, axis_name: Any, parts: Arrays) -> Any:
@@ -64,18 +72,43 @@ def _kept(spec: Spec, axis_name: Any, parts: Arrays) -> Any:
 def _gradients(spec: Spec, axis_name: Any, kept: Any, cotangents: Any) -> Any:
     """d mean = sum(dx) / count, d var = 2 * sum((x - mean) * dx) / count."""
     parts, found = kept
-    x, names = parts["x"], axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    if not varying_along(x).issuperset(names):  # shard_map does not keep account, and has not added them up
-        cotangents = lax.psum(cotangents, axis_name)
+    x, where = parts["x"], parts.get("where")
+    if where is not None:  # what is no member may be NaN
+        x = jnp.where(where, x, 0)
+    if unknown := _unknown(axis_name, x):  # nobody has added them up
+        cotangents = lax.psum(cotangents, unknown)
     by_mean, _, by_var, _ = vary(cotangents / jnp.maximum(found[3], 1), varying_along(x))
     centered = _centered(spec, x, vary(found, varying_along(x)))
     dx = aligned(by_mean, spec.axes, x.shape) + 2 * aligned(by_var, spec.axes, x.shape) * centered
-    if "where" in parts:
-        dx = jnp.where(parts["where"], dx, 0)
+    if where is not None:
+        dx = jnp.where(where, dx, 0)
     return ({name: dx.astype(x.dtype) if name == "x" else None for name in parts},)
 
 
 _statistics.defvjp(_kept, _gradients)
+
+
+def _applied(spec: Spec, given: Arrays) -> Any:
+    """y of x, of the statistics that were found, and of parameters."""
+    given = dict(given)
+    x, found = given.pop("x"), given.pop("found")
+    frozen = spec._replace(kind="uncentered", frozen=True)
+    return composed(_WORDS, frozen, {"x": _centered(spec, x, found), **given}, {"rstd": _rstd(spec, found)}, 0.0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _masked(spec: Spec, given: Arrays, where: Any) -> Any:
+    """`_applied`, whose gradient is told what has a say."""
+    return _applied(spec, given)
+
+
+def _masked_gradients(spec: Spec, kept: Any, dy: Any) -> Any:
+    given, where = kept
+    x, _ = heard(jnp, given["x"], dy, where)
+    return *jax.vjp(partial(_applied, spec), given | {"x": x})[1](dy), None
+
+
+_masked.defvjp(lambda spec, *kept: (_masked(spec, *kept), kept), _masked_gradients)
 
 
 def _centered(spec: Spec, x: Any, statistics: Any) -> Any:

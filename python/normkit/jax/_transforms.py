@@ -9,11 +9,12 @@ from functools import lru_cache, partial
 from typing import Any
 
 import jax
+import numpy as np
 from jax import numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
-from .._operations import Frame, Spec, Words, composed
+from .._operations import Frame, Spec, Words, composed, heard
 from . import _xla
 from ._xla import RUNNING, Arrays, Call, compute_dtype, execute, of_images
 
@@ -187,7 +188,8 @@ def _forward_kept(call: Call, primals: Any) -> Any:
     found = forward(call._replace(wants=wants), arrays)  # which is to have gradients of its own
     kept: Arrays = {name: arrays[name] for name in ("weight", "bias", "where", "slopes", "style") if name in arrays}
     kept |= {"x": found.get("sum", arrays["x"]), **{name: found[name] for name in statistics}}
-    needed = {name: () if primal.perturbed else None for name, primal in primals.items()}  # no arrays, but a structure
+    # Arrays of no elements, whose shape says it: JAX keeps one structure for all uses of a jitted call.
+    needed = {name: np.empty((int(primal.perturbed), 0)) for name, primal in primals.items()}
     return {name: found[name] for name in call.wants}, (kept, needed)
 
 
@@ -195,7 +197,7 @@ def _forward_gradients(call: Call, saved: Any, cotangents: Arrays) -> Any:
     kept, needed = saved
     dy, dtotal = cotangents["out"], cotangents.get("sum")
     gradients: Arrays = dict.fromkeys(needed)
-    wanted = {name for name, is_needed in needed.items() if is_needed is not None}
+    wanted = {name for name, is_needed in needed.items() if is_needed.shape[0]}
     if "style" in kept and _is_there(dy):
         kept = dict(kept)
         params, pull = jax.vjp(partial(_of_style, call.spec, kept["x"]), kept.pop("style"))
@@ -239,7 +241,8 @@ def _backward_gradients(call: Call, arrays: Arrays, seconds: Arrays) -> Any:
     gradients: Arrays = dict.fromkeys(arrays)
     if not any(map(_is_there, seconds.values())):
         return (gradients,)
-    given, eps = {name: arrays[name] for name in GRADIENTS if name in arrays}, eps_of(arrays["x"])
+    x, own = heard(jnp, arrays["x"], arrays["dy"], arrays.get("where"))
+    given, eps = {name: arrays[name] for name in GRADIENTS if name in arrays} | {"x": x}, eps_of(x)
 
     def first(dy: Any, given: Arrays) -> Any:
         y, pull = jax.vjp(lambda given: composed(_WORDS, call.spec, given, arrays, eps), given)
@@ -253,7 +256,7 @@ def _backward_gradients(call: Call, arrays: Arrays, seconds: Arrays) -> Any:
         return cotangent.astype(like.dtype) if _is_there(cotangent) else jnp.zeros_like(like)
 
     d_dy, found = pull({name: second(name) for name in given})
-    gradients |= {"dy": d_dy, **found}
+    gradients |= {"dy": own(d_dy), **found}
     if "dresidual" in arrays and _is_there(seconds.get("out")):
         gradients["dresidual"] = seconds["out"]
     return (gradients,)

@@ -25,6 +25,8 @@ from ._xla import RUNNING, Call, compute_dtype, describe, varying_alike
 __all__ = ["adaptive_instance_norm", "batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
 _run = partial(jax.jit, static_argnums=0, inline=True)(forward)
+# Not inlined: outside of the vmap that has an axis_name, JAX would not know that axis in the gradient.
+_run_in_parts = partial(jax.jit, static_argnums=(0, 2))(normalized)
 
 
 def _array(name: str, value: Any) -> Any:
@@ -57,7 +59,7 @@ def _call(
     if axis_name is None or spec.frozen:
         found = _run(call, varying_alike(arrays))
     else:
-        found = normalized(call, arrays, axis_name)
+        found = _run_in_parts(call, arrays, axis_name)
     results = [found[name] if name in ("out", "sum") else jax.lax.stop_gradient(found[name]) for name in wants]
     return results[0] if len(results) == 1 else tuple(results)
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812 - everybody's name for it
 
 from .. import functional as core
 from .._memory import dtype_named
-from .._operations import Need, Spec, Words, activated, call_of, composed, named_gradients, stand_in
+from .._operations import Need, Spec, Words, activated, call_of, composed, heard, named_gradients, stand_in
 
 Optional: TypeAlias = Tensor | None
 
@@ -145,7 +145,8 @@ def second_gradients(
     respect to dx, dweight, dbias and dslopes."""
     if bias is None and seconds[2] is not None:  # one of the shape of weight, on which nothing depends
         bias = torch.zeros_like(weight)
-    given = [x, weight, bias, slopes]
+    heard_x, own = heard(torch, x, dy, where)
+    given = [heard_x, weight, bias, slopes]
     present = [k for k, tensor in enumerate(given) if tensor is not None]
     constants = {"where": where, "mean": mean, "rstd": rstd}
 
@@ -163,4 +164,4 @@ def second_gradients(
         cotangents.append(torch.zeros_like(gradient) if second is None else second.to(gradient.dtype))
     d_dy, *others = pull(tuple(cotangents))
     by_operand = dict(zip(present, others, strict=True))
-    return [d_dy, *(by_operand.get(k) for k in range(4))]
+    return [own(d_dy), *(by_operand.get(k) for k in range(4))]

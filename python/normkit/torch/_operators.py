@@ -296,19 +296,33 @@ def _forward_vmap(info: Any, in_dims: Any, x: Tensor, *args: Any) -> Any:
             batch.param(slopes, in_dims[5]), None, None, *frame.general(phases.eps_of(x)),
         )  # fmt: skip
         y, total = batch.back(y), total if residual is None else batch.back(total)
-    elif not spec.frozen or any(dim is not None for dim in in_dims[1:3] + in_dims[4:8]):
+    elif not spec.frozen or in_dims[6:8] != (None, None):
         raise NotImplementedError(
-            "running statistics are neither updated nor mapped over by vmap, nor are weights beside them: pass none, "
-            "or fixed ones and weights that all of x shares"
+            "running statistics are neither updated nor mapped over by vmap: pass none, or fixed ones"
         )
-    else:  # all axes but that of the channels are alike
-        fixed = spec._replace(kind="batch", axes=(spec.axes[0] % len(frame.shape) - len(frame.shape),))
+    else:  # constants to all, so that samples of batch norm are like images, and those of instance norm have some
+        has_images = spec.kind == "instance"
+
+        def images(each: Optional) -> Optional:
+            return each if each is None or not has_images else each.flatten(0, 1)
+
+        def param(tensor: Optional, dim: int | None) -> Optional:
+            if tensor is None or (dim is None and tensor.dim() < 2):
+                return tensor
+            each: Any = batch.param(tensor, dim, varies=True)
+            return images(each.expand(-1, frame.shape[0], *each.shape[2:]) if has_images else each)
+
         y, mean, rstd, total, *learnt = call(
             "forward",
-            batch.first(x, in_dims[0]), weight, bias, batch.first(residual, in_dims[3]), where, slopes,
-            running_mean, running_var, *fixed,
+            images(batch.first(x, in_dims[0])), param(weight, in_dims[1]), param(bias, in_dims[2]),
+            images(batch.first(residual, in_dims[3])), images(batch.mask(where, in_dims[4])), param(slopes, in_dims[5]),
+            running_mean, running_var,
+            *spec._replace(kind="instance", axes=(spec.axes[0] % len(frame.shape) - len(frame.shape),)),
         )  # fmt: skip
-        mean, rstd = (s.expand(info.batch_size, *frame.statistics_shape()) for s in (mean, rstd))
+        if has_images:
+            each = (info.batch_size, frame.shape[0])
+            y, mean, rstd = (t.unflatten(0, each) for t in (y, mean, rstd))
+            total = total if residual is None else total.unflatten(0, each)
     dims = (0, 0 if spec.is_centered else None, 0, None if residual is None else 0, None, None)
     return (y, mean, rstd, total, *learnt), dims
 

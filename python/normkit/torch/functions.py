@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import functional as core
-from .._operations import OPERATIONS, Spec, axes_of
+from .._operations import OPERATIONS, Spec, axes_of, heard
 from .._types import Activation
 from . import _operations as phases
 from ._operations import Optional
@@ -97,6 +97,7 @@ def _second_gradients(
     """
     if spec.frozen or torch.is_grad_enabled():
         return phases.second_gradients(seconds, dy, x, mean, rstd, weight, bias, where, slopes, spec)
+    x, own = heard(torch, x, dy, where)
     plain = spec._replace(activation="", slope=None)
     given: Any = (dy, x, weight, bias, slopes, *seconds)  # what lies between the two is not rounded to half types
     dy, x, weight, bias, slopes, ddx, ddweight, ddbias, ddslopes = map(_float32, given)
@@ -121,7 +122,7 @@ def _second_gradients(
         d_z = others.pop(0)
         *through_z, d_bias, _ = phases.backward(d_z, x, mean, rstd, weight, bias, where, None, None, plain, need)
         found = [a if a is None or b is None else a + b for a, b in zip(found, through_z, strict=True)]
-    return [d_dy, *found, d_bias, others.pop() if others else None]
+    return [own(d_dy), *found, d_bias, others.pop() if others else None]
 
 
 class _Deviation(torch.autograd.Function):
@@ -138,10 +139,15 @@ class _Deviation(torch.autograd.Function):
 # ---- calls -------------------------------------------------------------------------------------------------------
 
 
-def _hold_values(tensors: Iterable[Optional]) -> bool:
-    """True where a call may read memory; else somebody looks on who is told of operators."""
+def _is_meta(x: Any) -> bool:
+    """True for a tensor of a shape and a dtype alone."""
+    return getattr(x, "is_meta", False)
+
+
+def _hold_values(tensors: Sequence[Optional]) -> bool:
+    """True where a call may read memory; else there is none, or somebody looks on who is told of operators."""
     return _PLAIN.issuperset(map(type, tensors)) and not (
-        torch.compiler.is_compiling() or is_transforming() or _is_dispatching() or _is_traced()
+        torch.compiler.is_compiling() or is_transforming() or _is_dispatching() or _is_traced() or _is_meta(tensors[0])
     )
 
 
@@ -182,7 +188,7 @@ def _call(
         where = None if where else torch.zeros((), dtype=torch.bool, device=x.device)
     if return_residual and residual is None:
         raise ValueError("residual is None, expected a tensor like x: return_residual is True")
-    if process_group is not None and not spec.frozen:
+    if process_group is not None and not spec.frozen and not _is_meta(x):
         from ..distributed._torch import normalized
 
         _check((x, weight, bias, residual, where))
@@ -199,6 +205,8 @@ def _call(
     tensors = (x, weight, bias, residual, where, slopes, running_mean, running_var)
     if not _hold_values(tensors):
         _check(tensors)
+        if _is_meta(x) and not torch.compiler.is_compiling():  # the operator judges where there are values
+            phases.judge_forward(*tensors, spec)
         y, _, _, total, *learnt = call("forward", *tensors, *spec)
         if not spec.frozen:
             for running, new in zip((running_mean, running_var), learnt, strict=True):
