@@ -245,6 +245,12 @@ def test_frozen_statistics_have_no_members(op, layout, rng):
     plain = op.backward(dy, x, *stats, weight, use_input_stats=False)
     found = op.backward(dy, x, *stats, weight, use_input_stats=False, where=where)
     assert [bits(a) for a in found] == [bits(a) for a in plain]
+    dy[~where] = 0
+    plain = op.backward(dy, x, *stats, weight, use_input_stats=False)
+    x[~where] = np.nan  # no member, and no gradient reaches it
+    found = op.backward(dy, x, *stats, weight, use_input_stats=False, where=where)
+    assert [bits(a) for a in found] == [bits(a) for a in plain]
+    x[~where] = 0
     if op.function in ("instance_norm", "batch_norm"):
         channel = op.options(SMALL)["channel_axis"]
         running = {"running_mean": np.ones(SMALL[channel]), "running_var": np.full(SMALL[channel], 2.0)}

@@ -310,7 +310,7 @@ void place(Plan& p, const Seen& seen, const Blocks& blocks, const Layout& layout
       t.x = operand(p.writes(kSum) ? kSum : kOut, dtype);
     }
   }
-  if (args.where.present && !t.frozen) t.where = operand(kWhere, Dtype::boolean);
+  if (args.where.present && (!t.frozen || is_backward(p.op))) t.where = operand(kWhere, Dtype::boolean);
 }
 
 /// Has statistics and parameters lie in the order in which the kernels count them, which is dense.
@@ -579,7 +579,7 @@ void point(Job& job, Op op, const Addresses& at) {
   Task& t = job.task;
   t.x.data = at[kX];
   t.weight.data = at[kWeight], t.slopes.data = at[kSlopes];
-  t.where.data = t.frozen ? nullptr : at[kWhere];
+  t.where.data = t.frozen && !is_backward(op) ? nullptr : at[kWhere];
   if (is_backward(op)) {
     t.dy.data = at[kDy], t.dx.data = at[kOut], t.residual.data = at[kDresidual];
     t.bias.data = t.activation.kind == ActivationKind::none ? nullptr : at[kBias];
