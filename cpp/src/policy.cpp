@@ -216,8 +216,8 @@ Policy policy_for(const Task& t, int threads, const Isa& isa) {
   p.walk.forms_rows = p.walk.batched && (is_forward ? p.sum_row > 0 : has_activation(t));
   if (p.walk.batched) p.sum_row = 0;
   const std::int64_t place = gathered ? bytes_of_block(t, elements_of_unit(t)) : 0;
-  p.gathers_chunks = gathered && is_forward && t.traversal == Traversal::runs && p.walk.overlapped && !p.walk.batched && !p.by_spans &&
-                     elements_of_unit(t) >= 2 * kChunk && 2 * place <= kBufferBytes;
+  p.gathers_chunks = gathered && is_forward && t.traversal == Traversal::runs && p.walk.overlapped && !p.walk.batched &&
+                     !p.by_spans && elements_of_unit(t) >= 2 * kChunk && 2 * place <= kBufferBytes;
   if (p.gathers_chunks) p.buffer = 2 * place;
   p.walk.fetch_bytes = t.traversal == Traversal::lanes ? (moved >= streamed_bytes() ? streamed_bytes() : 0)
                                                        : fetch_bytes_of(g, x_bytes, one_run);

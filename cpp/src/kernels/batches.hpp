@@ -139,20 +139,6 @@ NORMKIT_LOCAL void row_parameters(const Task& t, const Param& p, std::int64_t fi
     values[k] = element(p, in_turn ? *index : g.parameter((first + k) / g.lanes, (first + k) * g.run), absent);
 }
 
-/// Of rows, one for each lane of a vector.
-template <int kRows> struct RowStatistics { alignas(64) double mean[kRows], low[kRows], rstd[kRows]; };
-
-/// The given statistics of the rows of a batch.
-template <int kRows>
-[[gnu::noinline]] void given_statistics(const Task& t, std::int64_t first, int rows, RowStatistics<kRows>& s) {
-  for (int k = 0; k < kRows; ++k) s.mean[k] = s.low[k] = s.rstd[k] = 0;
-  CyclicIndex index(first, t.given.stride, t.given.count);
-  for (int k = 0; k < rows; ++k, index.next()) {
-    const GivenValues values = given_at(t.given, *index);
-    s.mean[k] = values.mean, s.low[k] = values.low, s.rstd[k] = values.scale;
-  }
-}
-
 /// The statistics of the rows of a batch from their sums. A row whose sums do not hold its moments is summed once more by itself.
 template <class V>
 [[gnu::noinline]] void found_statistics(const Task& t, const Batch<V>& batch, RowStatistics<Batch<V>::kRows>& found) {
@@ -179,11 +165,7 @@ template <class V>
                           t.centered, n, masked(Everyone{}));
     mean[k] = m.mean, low[k] = m.mean_low, m2[k] = m.m2;
   }
-  // The compiler makes vectors of a loop if it knows which denominator that is.
-  const auto find = [&](Denominator d) NORMKIT_INLINE_LAMBDA {
-    for (int k = 0; k < kRows; ++k) rstd[k] = rstd_of(moments_of<S>(mean[k], 0, m2[k], n), d);
-  };
-  t.denominator.is_norm ? find({t.denominator.eps, true}) : find({t.denominator.eps, false});
+  find_rstd(t.denominator, n, m2, rstd);
   if (t.mean || t.rstd || t.moments)
     for (int k = 0; k < batch.rows; ++k) publish(t, batch.first + k, moments_of<S>(mean[k], low[k], m2[k], n), rstd[k]);
 }
@@ -202,7 +184,7 @@ template <class V> [[gnu::noinline]] void solve_batch(const Task& t, Batch<V>& b
     row_parameters(t, t.bias, batch.first, batch.rows, 0, bias);
   }
   for (int k = 0; k < kRows; ++k) {
-    const Statistic<S> s = statistic_of<S>(known.mean[k], sizeof(S) == 8 ? known.low[k] : 0, known.rstd[k]);
+    const Statistic<S> s = known.template at<S>(k);
     const Affine<S> affine = forward_affine(s, weight[k], bias[k]);
     batch.mean[k] = s.mean, batch.scale[k] = affine.scale, batch.shift[k] = affine.shift;
   }

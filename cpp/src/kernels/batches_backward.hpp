@@ -84,22 +84,15 @@ template <class X> [[gnu::noinline]] void solve_batch(const Task& t, BackwardBat
   const auto sums = [&](int k) NORMKIT_INLINE_LAMBDA {
     return Sums<double>{static_cast<double>(g[k]), static_cast<double>(gx[k]), static_cast<double>(d[k])};
   };
-  const auto& [mean, low, rstd] = batch.given;
-  const double n = static_cast<double>(t.geometry.run);
-  // The compiler makes vectors of a loop if it knows what is done about means and denominators, and that n, which never is 0, is not.
-  const auto find = [&](bool centered, Denominator denominator) NORMKIT_INLINE_LAMBDA {
-    if (n == 0) return;
-    for (int k = 0; k < kRows; ++k) {
-      shift[k] = centered ? sums(k).d / n : 0;
-      const Statistic<S> given = statistic_of<S>(mean[k], sizeof(S) == 8 ? low[k] : 0, rstd[k]);
-      const Solved<S> known = solved_of(given, {sums(k), n}, shift[k], weight[k], centered, denominator);
-      batch.mean[k] = known.statistic.mean, batch.mean_low[k] = known.statistic.mean_low, batch.rstd[k] = rstd[k];
-      batch.a[k] = static_cast<S>(rstd[k] * weight[k]), batch.b[k] = known.gradient.b, batch.c[k] = known.gradient.c;
-    }
-  };
-  const double eps = t.denominator.eps;
-  if (t.denominator.is_norm) find(t.centered, {eps, true});
-  else t.centered ? find(true, {eps, false}) : find(false, {eps, false});
+  const auto& rstd = batch.given.rstd;
+  solve_side_by_side(t, t.geometry.run,
+                     [&](int k, double n, bool centered, Denominator denominator) NORMKIT_INLINE_LAMBDA {
+    shift[k] = centered ? sums(k).d / n : 0;
+    const Statistic<S> given = batch.given.template at<S>(k);
+    const Solved<S> known = solved_of(given, {sums(k), n}, shift[k], weight[k], centered, denominator);
+    batch.mean[k] = known.statistic.mean, batch.mean_low[k] = known.statistic.mean_low, batch.rstd[k] = rstd[k];
+    batch.a[k] = static_cast<S>(rstd[k] * weight[k]), batch.b[k] = known.gradient.b, batch.c[k] = known.gradient.c;
+  }, kRows);
   if (t.kind == ParamKind::statistic)
     for (int k = 0; k < batch.rows; ++k) put_dparams(t, batch.first + k, rstd[k], recenter(sums(k), shift[k]));
 }

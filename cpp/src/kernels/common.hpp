@@ -96,6 +96,38 @@ template <class S> Statistic<S> given_statistic(const Task& t, std::int64_t stat
   return statistic_of<S>(values.mean, sizeof(S) == 8 ? values.low : 0, values.scale);
 }
 
+/// Statistics that are solved side by side, so that loops over them become vectors. What lies past the last one is 0.
+template <int kRows> struct RowStatistics {
+  alignas(64) double mean[kRows], low[kRows], rstd[kRows];
+  template <class S> NORMKIT_LOCAL Statistic<S> at(int k) const {
+    return statistic_of<S>(mean[k], sizeof(S) == 8 ? low[k] : 0, rstd[k]);
+  }
+};
+
+/// Given statistics, `rows` of them from `first` on.
+template <int kRows>
+[[gnu::noinline]] void given_statistics(const Task& t, std::int64_t first, int rows, RowStatistics<kRows>& s) {
+  for (int k = 0; k < kRows; ++k) s.mean[k] = s.low[k] = s.rstd[k] = 0;
+  CyclicIndex index(first, t.given.stride, t.given.count);
+  for (int k = 0; k < rows; ++k, index.next()) {
+    const GivenValues values = given_at(t.given, *index);
+    s.mean[k] = values.mean, s.low[k] = values.low, s.rstd[k] = values.scale;
+  }
+}
+
+/// Calls f with a denominator of which the compiler knows which one it is, as it has to for loops over statistics to become vectors.
+template <class F> NORMKIT_LOCAL void with_denominator(Denominator d, F f) {
+  d.is_norm ? f(Denominator{d.eps, true}) : f(Denominator{d.eps, false});
+}
+/// 1/std of statistics from their m2 and their members, n of them each. n, which never is 0, is asked about before the loop.
+template <int kRows>
+NORMKIT_LOCAL void find_rstd(Denominator denominator, double n, const double (&m2)[kRows], double (&rstd)[kRows]) {
+  if (n == 0) return;
+  with_denominator(denominator, [&](Denominator d) NORMKIT_INLINE_LAMBDA {
+    for (int k = 0; k < kRows; ++k) rstd[k] = rstd_of(moments_of<double>(0, 0, m2[k], n), d);
+  });
+}
+
 /// Hands the moments of a statistic out: to the arrays that were asked for, and to the caller.
 template <class S>
 NORMKIT_LOCAL Statistic<S> publish(const Task& t, std::int64_t statistic, const Moments<S>& m, double rstd) {

@@ -496,42 +496,20 @@ NORMKIT_LOCAL void fold_columns(std::int64_t lane, int count, std::int64_t run, 
     for (int j = 0; j < count; ++j) folded.set(j, merge(folded.at<S>(j), columns.at(first + j * run + i)));
 }
 
-/// Means and 1/std of lanes that are solved side by side. What lies past the last one is 0.
-struct LaneStatistics {
-  alignas(64) double mean[kSolved], low[kSolved], rstd[kSolved];
-  template <class S> NORMKIT_LOCAL Statistic<S> at(int j) const {
-    return statistic_of<S>(mean[j], sizeof(S) == 8 ? low[j] : 0, rstd[j]);
-  }
-  NORMKIT_LOCAL void give(const Given& given, std::int64_t first, int count) {
-    CyclicIndex index(first, given.stride, given.count);
-    for (int j = 0; j < count; ++j, index.next()) {
-      const GivenValues values = given_at(given, *index);
-      mean[j] = values.mean, low[j] = values.low, rstd[j] = values.scale;
-    }
-    for (int j = count; j < kSolved; ++j) mean[j] = low[j] = rstd[j] = 0;
-  }
-};
-
 /// The statistics of `count` lanes from `lane` on.
 template <class S>
 [[gnu::noinline]] void lane_statistics(const Task& t, std::int64_t o, std::int64_t lane, int count,
-                                       ColumnMoments<S> columns, LaneStatistics& found) {
+                                       ColumnMoments<S> columns, RowStatistics<kSolved>& found) {
   const Geometry& g = t.geometry;
   const std::int64_t first = o * g.lanes + lane;
-  if (t.frozen) return found.give(t.given, first, count);
+  if (t.frozen) return given_statistics(t, first, count, found);
   FoldedLanes folded;
-  // The compiler makes vectors of a loop if it knows how long it is and where its numbers lie, which denominator that is, and that n,
-  // where it is all members, is not 0.
+  // The compiler makes vectors of loops if it knows how long they are and where their numbers lie.
   if (count < kSolved) fold_columns(lane, count, g.run, columns, folded);
-  else g.run == 1 ? fold_columns(lane, kSolved, 1, columns, folded) : fold_columns(lane, kSolved, g.run, columns, folded);
-  const double n = static_cast<double>(g.members()), eps = t.denominator.eps;
-  const auto find = [&](Denominator d) NORMKIT_INLINE_LAMBDA {
-    if (n == 0) return;
-    for (int j = 0; j < kSolved; ++j) found.rstd[j] = rstd_of(moments_of<S>(0, 0, folded.m2[j], n), d);
-  };
-  if (t.where.data)
-    for (int j = 0; j < kSolved; ++j) found.rstd[j] = rstd_of(folded.at<S>(j), t.denominator);
-  else t.denominator.is_norm ? find({eps, true}) : find({eps, false});
+  else if (g.run == 1) fold_columns(lane, kSolved, 1, columns, folded);
+  else fold_columns(lane, kSolved, g.run, columns, folded);
+  if (!t.where.data) find_rstd(t.denominator, static_cast<double>(g.members()), folded.m2, found.rstd);
+  for (int j = 0; t.where.data && j < kSolved; ++j) found.rstd[j] = rstd_of(folded.at<S>(j), t.denominator);
   for (int j = 0; j < kSolved; ++j) found.mean[j] = folded.mean[j], found.low[j] = folded.low[j];
   if (t.mean || t.rstd || t.moments)
     for (int j = 0; j < count; ++j) publish(t, first + j, folded.at<S>(j), found.rstd[j]);
@@ -548,9 +526,12 @@ class ColumnParameter {
   double of(const Param& p, double absent) const { return by_column_ ? element(p, index(), absent) : absent; }
   void next() { index_.next(); }
   /// True where all columns of a lane share a parameter.
-  bool is_of_lanes(const Geometry& g) const { return !by_column_ || g.params.count == 1 || g.params.stride % g.run == 0; }
+  bool is_of_lanes(const Geometry& g) const {
+    return !by_column_ || g.params.count == 1 || g.params.stride % g.run == 0;
+  }
   /// A parameter of `count` lanes from this one on, of which each has one.
-  void of_lanes(const Geometry& g, int count, const Param& p, double absent, double (&values)[kSolved]) const {
+  [[gnu::noinline]] void of_lanes(const Geometry& g, int count, const Param& p, double absent,
+                                  double (&values)[kSolved]) const {
     for (double& value : values) value = absent;
     if (!p.data || !by_column_) return;
     if (g.run == 1 && g.params.stride == 1 && *index_ + kSolved <= g.params.count && p.dtype == Dtype::float32) {
@@ -584,7 +565,8 @@ template <class S> NORMKIT_LOCAL void fill(S* to, std::int64_t n, S value) {
 
 /// Writes what is known of `count` lanes from `lane` on to each of their columns. There is room behind the last one.
 template <class S>
-NORMKIT_LOCAL void put_lanes(const Geometry& g, std::int64_t lane, int count, const S (&values)[kSolved], S* columns) {
+[[gnu::noinline]] void put_lanes(const Geometry& g, std::int64_t lane, int count, const S (&values)[kSolved],
+                                 S* columns) {
   for (int j = 0; g.run == 1 && j < kSolved; ++j) columns[lane + j] = values[j];
   for (int j = 0; g.run > 1 && j < count; ++j) fill(columns + (lane + j) * g.run, g.run, values[j]);
 }
@@ -609,7 +591,7 @@ template <class S> void lanes_finish(const Task& t, std::int64_t o, ColumnMoment
   ColumnParameter parameter(t, o);
   for (std::int64_t lane = 0; lane < g.lanes; lane += kSolved) {
     const int count = static_cast<int>(least(kSolved, g.lanes - lane));
-    LaneStatistics found;
+    RowStatistics<kSolved> found;
     lane_statistics(t, o, lane, count, columns, found);
     if (parameter.is_of_lanes(g)) {
       alignas(64) double weight[kSolved], bias[kSolved], slope_value[kSolved];
@@ -617,7 +599,7 @@ template <class S> void lanes_finish(const Task& t, std::int64_t o, ColumnMoment
       parameter.of_lanes(g, count, t.weight, 1, weight), parameter.of_lanes(g, count, t.bias, 0, bias);
       parameter.of_lanes(g, count, t.slopes, 1, slope_value), parameter.skip_lanes(g, count);
       for (int j = 0; j < kSolved; ++j) {
-        const Statistic<S> s = found.at<S>(j);
+        const Statistic<S> s = found.template at<S>(j);
         const Affine<S> affine = forward_affine(s, weight[j], bias[j]);
         mean[j] = s.mean, scale[j] = affine.scale, shift[j] = affine.shift;
         slope[j] = static_cast<S>(slope_value[j]);
@@ -628,7 +610,7 @@ template <class S> void lanes_finish(const Task& t, std::int64_t o, ColumnMoment
       continue;
     }
     for (std::int64_t k = lane * g.run; k < (lane + count) * g.run; ++k, parameter.next()) {
-      const Statistic<S> s = found.at<S>(static_cast<int>(k / g.run - lane));
+      const Statistic<S> s = found.template at<S>(static_cast<int>(k / g.run - lane));
       const Affine<S> affine = column_affine(t, parameter, s);
       table.mean[k] = s.mean, table.a[k] = affine.scale, table.b[k] = affine.shift;
       table.slope[k] = static_cast<S>(parameter.of(t.slopes, 1));

@@ -175,7 +175,7 @@ NORMKIT_LOCAL Reduced fold_column_sums(const Task& t, std::int64_t o, std::int64
 
 /// Statistics that are solved side by side: as they are given, their sums, and what solved_of() finds.
 template <class S> struct SolvedLanes {
-  LaneStatistics given;
+  RowStatistics<kSolved> given;
   alignas(64) double g[kSolved], gx[kSolved], d[kSolved], n[kSolved], shift[kSolved];
   alignas(64) S mean[kSolved], b[kSolved], c[kSolved], unit[kSolved], origin[kSolved];
 
@@ -200,14 +200,9 @@ template <class S> [[gnu::noinline]] void solve_lanes(const Task& t, SolvedLanes
     }
     return;
   }
-  // The compiler makes vectors of a loop if it knows what is done about means and denominators, and that n is not 0.
-  const double n = static_cast<double>(t.geometry.members()), eps = t.denominator.eps;
-  const auto solve_all = [&](bool centered, Denominator d) NORMKIT_INLINE_LAMBDA {
-    if (n == 0) return;
-    for (int j = 0; j < kSolved; ++j) solve(j, centered ? lanes.d[j] / n : 0, n, centered, d);
-  };
-  if (t.denominator.is_norm) solve_all(t.centered, {eps, true});
-  else t.centered ? solve_all(true, {eps, false}) : solve_all(false, {eps, false});
+  solve_side_by_side(t, t.geometry.members(), [&](int j, double n, bool centered, Denominator d) NORMKIT_INLINE_LAMBDA {
+    solve(j, centered ? lanes.d[j] / n : 0, n, centered, d);
+  }, kSolved);
 }
 
 /// Makes of the sums of columns the statistics, their gradients, the gradients of parameters, and the table that apply
@@ -219,7 +214,7 @@ template <class S> void lanes_solve(const Task& t, std::int64_t o, ColumnSums co
     const int count = static_cast<int>(least(kSolved, g.lanes - lane));
     const std::int64_t first = o * g.lanes + lane;
     SolvedLanes<S> lanes;
-    lanes.given.give(t.given, first, count);
+    given_statistics(t, first, count, lanes.given);
     for (int j = count; j < kSolved; ++j) lanes.g[j] = lanes.gx[j] = lanes.d[j] = lanes.n[j] = 0;
     for (int j = 0; j < count; ++j) {
       const Reduced reduced = fold_column_sums(t, o, lane + j, column_sums, folded);
@@ -246,7 +241,8 @@ template <class S> void lanes_solve(const Task& t, std::int64_t o, ColumnSums co
     double* d = t.dparams + 2 * (o * g.columns() + lane * g.run);
     for (int j = 0; j < count; ++j)
       for (std::int64_t k = (lane + j) * g.run; k < (lane + j + 1) * g.run; ++k, d += 2)
-        d[0] = lanes.given.rstd[j] * mul_add(-lanes.shift[j], column_sums.g[k], column_sums.gx[k]), d[1] = column_sums.g[k];
+        d[0] = lanes.given.rstd[j] * mul_add(-lanes.shift[j], column_sums.g[k], column_sums.gx[k]),
+        d[1] = column_sums.g[k];
   }
   repeat_columns(g, {table.mean, table.a, table.b, table.c, table.unit, table.origin});
 }

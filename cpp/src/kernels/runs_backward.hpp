@@ -342,6 +342,19 @@ NORMKIT_LOCAL Solved<S> solved_of(Statistic<S> s, Reduced reduced, double shift,
   return {s, gradient_of(s, recenter(weighted, shift), reduced.n, centered, d)};
 }
 
+/// Calls solve(k, members, centered, denominator) for statistics of so many members that are solved side by side. The compiler makes
+/// vectors of the loop, as it knows what is done about means and denominators, and that the members are some.
+template <class F>
+NORMKIT_LOCAL void solve_side_by_side(const Task& t, std::int64_t members, F solve, int rows) {
+  const double n = static_cast<double>(members), eps = t.denominator.eps;
+  const auto solve_all = [&](bool centered, Denominator d) NORMKIT_INLINE_LAMBDA {
+    if (n == 0) return;
+    for (int k = 0; k < rows; ++k) solve(k, n, centered, d);
+  };
+  if (t.denominator.is_norm) return solve_all(t.centered, {eps, true});
+  t.centered ? solve_all(true, {eps, false}) : solve_all(false, {eps, false});
+}
+
 /// Likewise of a statistic of any task, and leaves its share of dweight and dbias.
 template <class S> Solved<S> solve(const Task& t, std::int64_t r, std::int64_t o, std::int64_t lane, Reduced reduced) {
   const Statistic<S> s = given_statistic<S>(t, r);
