@@ -102,15 +102,18 @@ class Arrays {
   }
   bool is_on_device() const { return device_ >= 0; }
 
-  /// Throws for what is no array of this library and device.
-  void judge(const char* name, nb::handle array) const {
+  /// Throws for what is no array of this library and device. `may_be_wide`: an array of the library that makes outputs
+  /// will do beside JAX, whose arrays may not hold float64.
+  void judge(const char* name, nb::handle array, bool may_be_wide = false) const {
     const Library& library = arrays::library_of(array);
+    const bool is_maker = library.kind == (device_ < 0 ? Library::Kind::numpy : Library::Kind::cupy);
+    const bool is_beside = may_be_wide && is_maker && library_.name == "jax";
     const bool is_numpy = PyArray_Check(array.ptr());
     if (is_numpy && device_ < 0) refuse_masked(name, array);
     if (is_numpy && library_.kind == Library::Kind::numpy) return;
     if (!is_numpy && library.kind != Library::Kind::cupy) require_dlpack(name, array);
     if (device_ < 0) judge_on_cpu(name, array, library);
-    if (library.name != library_.name)
+    if (library.name != library_.name && !is_beside)
       type_error(std::string(name) + " is a " + library.name + " array, expected " + library_.name +
                  (device_ >= 0 ? std::string(", as ") + name_ + " is" : "") + ": all arrays of a call share a library");
     if (device_ < 0) return;
@@ -490,8 +493,14 @@ class Function final : public function::Body {
       return may_be && contains(row.reads, op_) && arrays::is_number(values[k]);
     };
     const auto is_there = [&](OperandIndex k) { return values[k] != Py_None || k == normkit::kX || k == normkit::kDy; };
+    const auto is_of_phases = [&](OperandIndex k) {
+      const Role role = kOperandTable[k].role;
+      return normkit::phase_of(op_) != normkit::Phase::both &&
+             (role == Role::statistic || role == Role::count || role == Role::sums);
+    };
     for (const OperandIndex k : arrays_)
-      if (is_there(k) && !views[k].array.present && !is_number(k)) whose.judge(names_[k].c_str(), values[k]);
+      if (is_there(k) && !views[k].array.present && !is_number(k))
+        whose.judge(names_[k].c_str(), values[k], is_of_phases(k));
     const Memory& memory = whose.open();
     Args args;
     std::vector<nb::object> numbers;  // as arrays of the call

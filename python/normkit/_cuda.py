@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ._memory import Memory, dtype_named, library_of, namespace_of
+from ._memory import Memory, dtype_named, handed_over, library_of, namespace_of
 
 
 class Device(Memory):
@@ -89,7 +89,7 @@ class ThroughCuPy(CuPy):
         super().__init__(device)
         namespace = namespace_of(first)
         if hasattr(namespace, "from_dlpack"):
-            self.hand_over = namespace.from_dlpack
+            self.hand_over = lambda array: handed_over(namespace, array, array)
 
     def over(self, owner: Any, pointer: int, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...]) -> Any:
         """An array of CuPy over memory that `owner` keeps alive."""

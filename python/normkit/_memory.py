@@ -196,7 +196,13 @@ def memory_of(first: Any) -> Memory:
     namespace = namespace_of(first)
     if not hasattr(namespace, "from_dlpack"):  # a producer that takes nothing back
         return NUMPY
-    return Memory(lambda array: namespace.from_dlpack(_core.to_dlpack(array)))
+    return Memory(lambda array: handed_over(namespace, array, _core.to_dlpack(array)))
+
+
+def handed_over(namespace: Any, array: Any, exported: Any) -> Any:
+    """The array in a library's hands; the array itself where float64 is more than these hold, as in JAX by default."""
+    given = namespace.from_dlpack(exported)
+    return array if array.dtype == np.float64 and "float32" in str(getattr(given, "dtype", "")) else given
 
 
 def namespace_of(array: Any) -> Any:

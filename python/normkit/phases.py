@@ -3,7 +3,8 @@
     whole = nk.merge([nk.moments(part, axis=0) for part in parts])
     ys = [nk.apply(part, whole, whole.rstd(1e-5), axis=0) for part in parts]
 
-Moments of parts merge, sums of the backward add. Both are held in float64, so that parts lose nothing by being parts.
+Moments of parts merge, sums of the backward add. Both are held in float64, so that parts lose nothing by being parts:
+beside arrays of JAX, which holds float64 with jax_enable_x64 alone, they are arrays of NumPy where it does not.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from ._types import Activation, Array, Axes, Float, Mask, Statistics
 class Moments:
     """Number, mean and sum of squared deviations of the members of each statistic, in float64.
 
-    A value: it can be made of stored numbers, pickled, copied and compared, and its arrays are the caller's own.
+    A value: it can be made of stored numbers, pickled, copied and compared, and its arrays are the caller's own. Where JAX
+    holds no float64 (without jax_enable_x64), they are NumPy's, and the phases take them beside JAX's.
 
     Parameters
     ----------
@@ -337,7 +339,8 @@ def backward_sums(
     Returns
     -------
     the shape of x without `axis`, and 3
-        Sums of float64. Those of parts add, whatever the library: ``sums + others``.
+        Sums of float64. Those of parts add, whatever the library: ``sums + others``. Beside an x of JAX, where that holds
+        no float64, an array of NumPy.
 
     Raises
     ------
