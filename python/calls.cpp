@@ -13,6 +13,7 @@
 
 #include "arrays.hpp"
 #include "memory.hpp"
+#include "normkit/formula.hpp"
 #include "options.hpp"
 #include "plan.hpp"
 #include "recent.hpp"
@@ -200,7 +201,9 @@ nb::object made(OperandIndex k, const Plan& plan, const Memory& memory) {
     default:
       return memory.empty(k == normkit::kOut ? s.out_dtype : s.x_dtype, s.ndim, s.x_shape.data(), s.out_strides.data());
   }
-  if (s.empty) array[nb::ellipsis()] = 0;  // no kernel writes it
+  // No kernel writes it: it is what it is of an empty set.
+  if (s.empty)
+    array[nb::ellipsis()] = k == normkit::kRstd ? rstd_of(normkit::Moments<double>{}, plan.job.task.denominator) : 0.0;
   return array;
 }
 
@@ -260,6 +263,16 @@ class Results {
     if (plan.writes(plan.temporaries[k].operand)) copy_out(plan.temporaries[k], temporaries[k]);
 }
 
+/// Has the statistics of an evaluation on no elements, which no kernel writes, be those that run.
+[[gnu::noinline, gnu::cold]] void put_running(Results& results, const Memory& memory, const Views& views, double eps) {
+  const auto given = [&](OperandIndex k) { return memory.of_view(views[k]); };
+  const auto made = [&](OperandIndex k) { return results[k].is_valid() ? results[k] : nb::object(nb::none()); };
+  const nb::object python = memory.python();
+  (python.is_none() ? python_module("normkit._memory").attr("NUMPY") : python)
+      .attr("put_running")(made(normkit::kMean), made(normkit::kRstd), given(normkit::kRunningMean),
+                           given(normkit::kRunningVar), eps);
+}
+
 /// The outputs that a call returns, in this order.
 constexpr OperandIndex kForwardResults[] = {normkit::kOut, normkit::kMean, normkit::kRstd, normkit::kSum};
 constexpr OperandIndex kBackwardResults[] = {normkit::kOut, normkit::kDweight, normkit::kDbias, normkit::kDslopes};
@@ -311,6 +324,8 @@ nb::object run(const Plan& plan, Addresses& at, PyObject* const* values, const M
     normkit::Job job = plan.job;  // its own: the plan serves other calls meanwhile
     normkit::point(job, plan.op, at);
     memory.run(job);
+  } else if (plan.op == Op::forward && plan.job.task.frozen) {
+    put_running(results, memory, *views, plan.job.task.denominator.eps);
   }
   if (&memory != &memory::of_numpy() && plan.op != Op::moments)
     for (OperandMask left = plan.wanted; left; left &= left - 1) {

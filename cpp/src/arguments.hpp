@@ -20,6 +20,8 @@ using Extents = std::array<std::int64_t, kMaxAxes>;
 /// "(2, 3)", as Python writes a shape.
 std::string tuple(std::span<const std::int64_t> values);
 
+constexpr AxisMask all_axes(int ndim) { return ndim >= kMaxAxes ? ~AxisMask{0} : axis_bit(ndim) - 1; }
+
 /// True where `a` has no elements.
 bool is_empty(const Array& a);
 bool same_strides(const Array& a, const Array& b);

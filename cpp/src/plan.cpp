@@ -379,15 +379,15 @@ bool schedule(Plan& p, Seen& seen, const Blocks& blocks, const Walked& walked) {
   describe_param(args.x, args.bias.present ? args.bias : args.weight, seen.params.bias_axes, order, shapes.of(kDbias));
   if (has_slopes) describe_param(args.x, args.slopes, seen.params.slope_axes, order, shapes.of(kDslopes));
   shapes.of(kDbias).dtype = shapes.of(kDweight).dtype;
+  p.job = Job{};
+  Task& t = p.job.task;
+  t.denominator = {spec.eps, spec.divides_by_norm};
+  t.frozen = !spec.use_input_stats || p.op == Op::apply;
   if (shapes.empty) return true;
   if ((seen.params.differ && bias_counts(seen, p.op)) || (has_slopes && seen.params.slopes_stray)) return false;
 
-  p.job = Job{};
-  Task& t = p.job.task;
   p.job.is_backward = backward, t.twice = p.op == Op::double_backward;
   t.phase = phase_of(p.op), t.centered = spec.centered, t.activation = spec.activation;
-  t.denominator = {spec.eps, spec.divides_by_norm};
-  t.frozen = !spec.use_input_stats || p.op == Op::apply;
   // Whether there are parameters, and whether their gradients are wanted, changes neither the traversal nor the order of
   // sums: bits depend neither on `need` nor on whether the phases are one call.
   Layout layout = walked.layout;

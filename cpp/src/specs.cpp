@@ -15,8 +15,6 @@ int checked_axis(const char* name, std::int64_t axis, int ndim) {
   return static_cast<int>(axis < 0 ? axis + ndim : axis);
 }
 
-AxisMask all_axes(int ndim) { return ndim >= kMaxAxes ? ~AxisMask{0} : axis_bit(ndim) - 1; }
-
 int judged_channel_axis(int ndim, std::int64_t axis, bool may_be_first) {
   if (ndim < 2)
     value_error("x has " + std::to_string(ndim) + (ndim == 1 ? " axis" : " axes") +

@@ -177,6 +177,15 @@ class Memory:
         """A copy of the array in float64, in C order."""
         return _computable(array).astype("float64", order="C")
 
+    def put_running(self, mean: Any, rstd: Any, running_mean: Any, running_var: Any, eps: float) -> None:
+        """Fills in the statistics that are wanted, where the running ones stand for them."""
+        with np.errstate(all="ignore"):
+            var = self.wide(running_var) + eps
+            found = self.xp.where(var == 0, 0.0, 1 / self.xp.sqrt(var))
+        for into, values in ((mean, running_mean), (rstd, found)):
+            if into is not None:
+                self.copy(into, values, None)
+
     # The arrays of these are moments: mean, m2, count and mean_low along the last axis.
 
     def merged(self, a: Any, b: Any, twofold: bool) -> Any:

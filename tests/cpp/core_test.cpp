@@ -576,6 +576,43 @@ void run_bytes(std::int64_t channels, std::int64_t positions, const std::string&
   expect(y.guards_whole(), label + "bytes of few channels are written past the end");
 }
 
+/// Of no images at all, gradients are 0 wherever they lie, and the statistics of an evaluation are those that run.
+void run_no_images() {
+  float memory[] = {7, 7, 7, 7, 7};
+  const Shape none{0, 3, 5}, statistics{0, 3}, channels{3}, backwards{-4}, steps{8};
+  normkit::Args args;
+  args.x = args.dy = Array::dense(nullptr, Dtype::float32, none);
+  args.mean = args.rstd = Array::dense(nullptr, Dtype::float32, statistics);
+  args.dweight = Array::dense(memory + 2, Dtype::float32, channels), args.dweight.strides = backwards;
+  normkit::backward(args, normkit::instance_spec(3));
+  const float expected[] = {0, 0, 0, 7, 7};
+  expect(std::memcmp(memory, expected, sizeof memory) == 0, "gradients of nothing that lie backwards");
+  double mean[] = {1, 2, 3}, var[] = {3, 0, -1};
+  float means[] = {7, 7, 7, 7, 7}, rstds[] = {7, 7, 7};
+  normkit::Args evaluation;
+  evaluation.x = evaluation.out = args.x;
+  evaluation.running_mean = Array::dense(mean, Dtype::float64, channels);
+  evaluation.running_var = Array::dense(var, Dtype::float64, channels);
+  evaluation.mean = Array::dense(means, Dtype::float32, channels), evaluation.mean.strides = steps;
+  evaluation.rstd = Array::dense(rstds, Dtype::float32, channels);
+  normkit::Spec spec = normkit::batch_spec(3);
+  spec.use_input_stats = false, spec.eps = 1;
+  normkit::forward(evaluation, spec);
+  expect(means[0] == 1 && means[1] == 7 && means[2] == 2 && means[4] == 3, "running means of nothing");
+  expect(rstds[0] == 0.5f && rstds[1] == 1 && rstds[2] == 0, "running deviations of nothing");
+  const std::uint16_t ones[] = {0x3c00, 0x4000, 0x4200};  // 1, 2 and 3
+  evaluation.running_mean = Array::dense(ones, Dtype::float16, channels);
+  normkit::forward(evaluation, spec);
+  expect(means[0] == 1 && means[2] == 2 && means[4] == 3, "running means of float16 of nothing");
+  normkit::Args norm;
+  const Shape empty_rows{3, 0};
+  norm.x = norm.out = Array::dense(nullptr, Dtype::float32, empty_rows), norm.rstd = evaluation.rstd;
+  normkit::Spec l2 = normkit::l2_spec(2, std::vector<std::int64_t>{1});
+  l2.eps = 0.25;
+  normkit::forward(norm, l2);
+  expect(rstds[0] == 4 && rstds[1] == 4 && rstds[2] == 4, "the norm of nothing");
+}
+
 /// Over no positions at all: statistics are 0, whatever was in memory.
 void run_empty() {
   Buffer x({2, 3, 0}, {0, 1, 2}), mean({2, 3}, {0, 1}), rstd(mean);
@@ -715,6 +752,7 @@ int main() {
   run_errors();
   run_phase_errors();
   run_empty();
+  run_no_images();
   std::printf("%s\n", failures ? "core test failed" : "core test passed");
   return failures;
 }

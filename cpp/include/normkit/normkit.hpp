@@ -178,7 +178,7 @@ struct Args {
 ///
 /// Shapes, dtypes and aliasing are those of Args. A constant statistic gives exactly bias. NaN and Inf stay in their
 /// own statistic. A mask says which elements are members; all are normalized. A statistic without members has mean 0 and
-/// rstd 0, so that y is bias. The bits of y do not depend on the number of threads, on what else is in the batch, or on
+/// rstd 0, so that y is bias; with spec.divides_by_norm rstd is 1 / eps then. The bits of y do not depend on the number of threads, on what else is in the batch, or on
 /// alignment, and are the same on every instruction set that has a fused multiply-add.
 /// forward() allocates only scratch, on the heap. It throws Error, naming the argument, before any memory is written.
 /// Arrays that are not dense are taken in parts that fit a buffer, with the bits of their dense copies, unless what has
