@@ -158,8 +158,9 @@ Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 /// d_dy                2     like x, written; `out` is the gradient with respect to x
 /// ```
 ///
-/// An array that is written must overlap no other, except where the table says so. Statistics, parameters and their
-/// gradients are dense, their axes in the order in which they lie in x.
+/// An array that is written must overlap no other, except where the table says so, and its elements must not overlap:
+/// each axis steps over all that faster ones reach. Statistics, parameters and their gradients are dense, their axes in the
+/// order in which they lie in x.
 struct Args {
   /// @{
   /// One array of the call, as the table says.
@@ -177,9 +178,10 @@ struct Args {
 ///     y = activation((x - mean) / sqrt(var + eps) * weight + bias)        var divides by the number of members
 ///
 /// Shapes, dtypes and aliasing are those of Args. A constant statistic gives exactly bias. NaN and Inf stay in their
-/// own statistic. A mask says which elements are members; all are normalized. A statistic without members has mean 0 and
-/// rstd 0, so that y is bias; with spec.divides_by_norm rstd is 1 / eps then. The bits of y do not depend on the number of threads, on what else is in the batch, or on
-/// alignment, and are the same on every instruction set that has a fused multiply-add.
+/// own statistic. A mask says which elements are members; all are normalized. A statistic without members has mean 0
+/// and rstd 0, so that y is bias; with spec.divides_by_norm rstd is 1 / eps then. The bits of y do not depend on the
+/// number of threads, on what else is in the batch, or on alignment, and are the same on every instruction set that has
+/// a fused multiply-add.
 /// forward() allocates only scratch, on the heap. It throws Error, naming the argument, before any memory is written.
 /// Arrays that are not dense are taken in parts that fit a buffer, with the bits of their dense copies, unless what has
 /// to be in the buffer together is larger than that (many columns that have gaps between them): pack such arrays first.
