@@ -201,6 +201,12 @@ ERRORS = {f"{name}-{what}": row for name, rows in PARAMETER.items() for what, ro
         "channel_axis is 0, expected another: axis 0 of x counts images",
     ),
     "axis": (normalize, {"axis": 4}, np.exceptions.AxisError, "axis is 4, expected -4 to 3: x has 4 axes"),
+    "axis-of-no-axes": (
+        normalize,
+        {"x": f32()},
+        np.exceptions.AxisError,
+        "axis is -1, expected no axis: x has 0 axes",
+    ),
     "axis-in-a-tuple": (
         normalize_backward,
         {"axis": (1, -5)},

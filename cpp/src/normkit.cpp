@@ -91,10 +91,6 @@ void call(const Args& args, const Spec& spec, Op op) {
     const bool is_dparam = row.role == Role::param && contains(row.writes, Op::backward);
     if (is_dparam && (args.*row.array).present && is_backward(op) && !contains(row.writes, op))
       value_error(std::string(row.name) + " is given, expected None: phases have no such gradient");
-    const bool needed = numbers_of(row.role) || (row.array == &Args::out && op != Op::backward);
-    if (contains(row.writes, op) && needed && !(args.*row.array).present)
-      value_error(std::string(row.name) + " is None, expected an array" +
-                  (row.array == &Args::out ? " like x" : std::string(": ") + per_statistic(row.role)));
   }
   if (args.sum.present && !args.residual.present)
     value_error("residual is None, expected an array like x: sum is x + residual");

@@ -521,7 +521,7 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted, bool on
   p.op = op, p.wanted = p.makes = wanted;
   Shapes& shapes = p.shapes;
   const Array& x = args.x;
-  judge_x(x, spec, op);
+  judge_x(args, spec, op);
   const Dtype like_x = is_floating(x.dtype) ? x.dtype : Dtype::float32;
   shapes.x_dtype = x.dtype;
   const Dtype said =
@@ -531,7 +531,7 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted, bool on
   const Blocks blocks(x, spec);
   const Walked walked(x, spec, blocks);
   describe(x, blocks, walked, shapes);
-  Params params = judge(args, spec, op, shapes.out_dtype, shapes.statistics());
+  Params params = judge(args, spec, op, wanted, shapes.out_dtype, shapes.statistics());
   Seen seen = Seen{args, spec, params};
   if (is_backward(op) && !args.weight.present) {  // whatever is wanted, lest the bits of dx depend on it
     const AxisMask absent = axes_of_absent(spec);
