@@ -526,6 +526,9 @@ class Function final : public function::Body {
       if (is_number(k)) {
         const normkit::Dtype dtype =
             k == normkit::kSlopes ? normkit::compute_dtype(args.x.dtype) : normkit::Dtype::float64;
+        if (row.role == Role::count && !(options::number("count", given, "a number") >= 0))
+          normkit::value_error(std::string("count is ") + nb::repr(given).c_str() +
+                               ", expected the number of members of each statistic");
         numbers.push_back(given = memory.empty(dtype, 0, nullptr, nullptr));
         memory.copy(given, values[k], nb::none());
       }

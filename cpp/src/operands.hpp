@@ -30,8 +30,8 @@ inline constexpr Ops kOutputs = ops(Op::forward, Op::apply, Op::apply_backward) 
 
 enum OperandIndex : std::uint8_t {
   // clang-format off
-  kX, kDy, kWeight, kBias, kSlopes, kRunningMean, kRunningVar, kResidual, kDresidual, kWhere, kDdx, kDdweight, kDdbias, kMeanLow,
-  kMean, kRstd, kSums, kCount, kOut, kSum, kMoments, kDweight, kDbias, kDslopes, kDdy, kOperands
+  kX, kDy, kWeight, kBias, kSlopes, kRunningMean, kRunningVar, kResidual, kDresidual, kWhere, kDdx, kDdweight, kDdbias, kMean,
+  kRstd, kMeanLow, kSums, kCount, kOut, kSum, kMoments, kDweight, kDbias, kDslopes, kDdy, kOperands
   // clang-format on
 };
 
@@ -78,9 +78,9 @@ inline constexpr OperandRow kOperandTable[] = {
     {"ddx", &Args::ddx, Role::like_x, kDouble, 0},
     {"ddweight", &Args::ddweight, Role::param, kDouble, 0},
     {"ddbias", &Args::ddbias, Role::param, kDouble, 0},
-    {"mean_low", &Args::mean_low, Role::statistic, ops(Op::apply), 0},
     {"mean", &Args::mean, Role::statistic, kGiven, ops(Op::forward, Op::moments), kGiven},  // needed where it is read
     {"rstd", &Args::rstd, Role::statistic, kGiven, ops(Op::forward, Op::moments), kGiven},
+    {"mean_low", &Args::mean_low, Role::statistic, ops(Op::apply), 0},
     {"sums", &Args::sums, Role::sums, ops(Op::apply_backward), ops(Op::backward_sums),
      ops(Op::apply_backward, Op::backward_sums)},
     {"count", &Args::count, Role::count, ops(Op::apply_backward), 0, ops(Op::apply_backward)},
