@@ -637,6 +637,11 @@ ERRORS = {
         )
         for count in (-4, math.nan)
     },
+    "moments-too-large": (
+        lambda: normkit.Moments(10**400, 0, 0),
+        ValueError,
+        "^count is 10+, expected a number that float64 has$",
+    ),
     "merge-other-shapes": (
         lambda: normkit.moments(X, axis=2).merge(normkit.moments(X, axis=1)),
         ValueError,

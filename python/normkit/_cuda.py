@@ -41,7 +41,7 @@ class Device(Memory):
         rest = where(whole - whole == 0, rest, 0.0) if twofold else low
         return self.xp.stack((where(own == 0, other, whole), m2, n, where(own == 0, other_low, rest)), -1)
 
-    def deviation(self, moments: Any, eps: float, *, inverse: bool) -> Any:
+    def deviation(self, moments: Any, eps: Any, *, inverse: bool) -> Any:
         super().deviation(np.empty((0, 4)), eps, inverse=inverse)  # it judges eps
         n, xp = moments[..., 2], self.xp
         sums = moments[..., 1] / (n + (n == 0)) + eps

@@ -192,7 +192,7 @@ class Memory:
         """The moments of two sets as one. `twofold`: their means are two numbers."""
         return _core.merge_moments(np.ascontiguousarray(a), np.ascontiguousarray(b), twofold)
 
-    def deviation(self, moments: Any, eps: float, *, inverse: bool) -> Any:
+    def deviation(self, moments: Any, eps: Any, *, inverse: bool) -> Any:
         """sqrt(var + eps) of each statistic, or, where `inverse` is true, 1 / sqrt(var + eps)."""
         return _core.deviation_of_moments(np.ascontiguousarray(moments), eps, inverse)
 
