@@ -252,6 +252,13 @@ def test_l2_normalize(size, axis, chunks, rng):
     assert np.abs(dx - expected).max() <= 80 * unit * np.abs(dy).max() * np.abs(of_core).max()
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_what_has_no_norm(chunk):
+    x = np.array([[1, np.nan, 3, 4], [1, np.inf, 3, 4], [0, 0, 0, 0], [3, 0, 4, 0]])
+    (y,) = computed(nd.l2_normalize(da.from_array(x, chunks=(4, chunk))))
+    np.testing.assert_array_equal(y, normkit.l2_normalize(x))
+
+
 def test_far_from_zero(chunks, rng):
     """mean 1e6 and deviation 1 in float32: y is as exact as that of the core. Two lines of dask are 1e-2 off."""
     x = (rng.standard_normal(SHAPE) + 1e6).astype(np.float32)
