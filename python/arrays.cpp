@@ -8,6 +8,7 @@
 
 namespace arrays {
 
+using normkit::check_axes;
 using normkit::Error;
 using normkit::type_error;
 using normkit::value_error;
@@ -100,12 +101,6 @@ class CachedMemory {
  private:
   PyObject* before_ = nullptr;
 };
-
-void check_axes(const char* name, std::int64_t ndim) {
-  if (ndim < 0 || ndim > normkit::kMaxAxes)
-    value_error(std::string(name) + " has " + std::to_string(ndim) + " axes, expected at most " +
-                std::to_string(normkit::kMaxAxes));
-}
 
 /// Fills in the array of a view, whose strides count `unit` bytes: one that is too long for a number is INT64_MIN.
 void fill(View& v, void* data, Dtype dtype, bool read_only, std::int64_t ndim, std::int64_t unit,

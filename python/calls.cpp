@@ -13,6 +13,7 @@
 
 #include "arrays.hpp"
 #include "memory.hpp"
+#include "normkit/formula.hpp"
 #include "options.hpp"
 #include "plan.hpp"
 #include "recent.hpp"
@@ -102,15 +103,18 @@ class Arrays {
   }
   bool is_on_device() const { return device_ >= 0; }
 
-  /// Throws for what is no array of this library and device.
-  void judge(const char* name, nb::handle array) const {
+  /// Throws for what is no array of this library and device. `may_be_wide`: an array of the library that makes outputs
+  /// will do beside JAX, whose arrays may not hold float64.
+  void judge(const char* name, nb::handle array, bool may_be_wide = false) const {
     const Library& library = arrays::library_of(array);
+    const bool is_maker = library.kind == (device_ < 0 ? Library::Kind::numpy : Library::Kind::cupy);
+    const bool is_beside = may_be_wide && is_maker && library_.name == "jax";
     const bool is_numpy = PyArray_Check(array.ptr());
     if (is_numpy && device_ < 0) refuse_masked(name, array);
     if (is_numpy && library_.kind == Library::Kind::numpy) return;
     if (!is_numpy && library.kind != Library::Kind::cupy) require_dlpack(name, array);
     if (device_ < 0) judge_on_cpu(name, array, library);
-    if (library.name != library_.name)
+    if (library.name != library_.name && !is_beside)
       type_error(std::string(name) + " is a " + library.name + " array, expected " + library_.name +
                  (device_ >= 0 ? std::string(", as ") + name_ + " is" : "") + ": all arrays of a call share a library");
     if (device_ < 0) return;
@@ -197,7 +201,9 @@ nb::object made(OperandIndex k, const Plan& plan, const Memory& memory) {
     default:
       return memory.empty(k == normkit::kOut ? s.out_dtype : s.x_dtype, s.ndim, s.x_shape.data(), s.out_strides.data());
   }
-  if (s.empty) array[nb::ellipsis()] = 0;  // no kernel writes it
+  // No kernel writes it: it is what it is of an empty set.
+  if (s.empty)
+    array[nb::ellipsis()] = k == normkit::kRstd ? rstd_of(normkit::Moments<double>{}, plan.job.task.denominator) : 0.0;
   return array;
 }
 
@@ -257,6 +263,16 @@ class Results {
     if (plan.writes(plan.temporaries[k].operand)) copy_out(plan.temporaries[k], temporaries[k]);
 }
 
+/// Has the statistics of an evaluation on no elements, which no kernel writes, be those that run.
+[[gnu::noinline, gnu::cold]] void put_running(Results& results, const Memory& memory, const Views& views, double eps) {
+  const auto given = [&](OperandIndex k) { return memory.of_view(views[k]); };
+  const auto made = [&](OperandIndex k) { return results[k].is_valid() ? results[k] : nb::object(nb::none()); };
+  const nb::object python = memory.python();
+  (python.is_none() ? python_module("normkit._memory").attr("NUMPY") : python)
+      .attr("put_running")(made(normkit::kMean), made(normkit::kRstd), given(normkit::kRunningMean),
+                           given(normkit::kRunningVar), eps);
+}
+
 /// The outputs that a call returns, in this order.
 constexpr OperandIndex kForwardResults[] = {normkit::kOut, normkit::kMean, normkit::kRstd, normkit::kSum};
 constexpr OperandIndex kBackwardResults[] = {normkit::kOut, normkit::kDweight, normkit::kDbias, normkit::kDslopes};
@@ -308,6 +324,8 @@ nb::object run(const Plan& plan, Addresses& at, PyObject* const* values, const M
     normkit::Job job = plan.job;  // its own: the plan serves other calls meanwhile
     normkit::point(job, plan.op, at);
     memory.run(job);
+  } else if (plan.op == Op::forward && plan.job.task.frozen) {
+    put_running(results, memory, *views, plan.job.task.denominator.eps);
   }
   if (&memory != &memory::of_numpy() && plan.op != Op::moments)
     for (OperandMask left = plan.wanted; left; left &= left - 1) {
@@ -490,8 +508,14 @@ class Function final : public function::Body {
       return may_be && contains(row.reads, op_) && arrays::is_number(values[k]);
     };
     const auto is_there = [&](OperandIndex k) { return values[k] != Py_None || k == normkit::kX || k == normkit::kDy; };
+    const auto is_of_phases = [&](OperandIndex k) {
+      const Role role = kOperandTable[k].role;
+      return normkit::phase_of(op_) != normkit::Phase::both &&
+             (role == Role::statistic || role == Role::count || role == Role::sums);
+    };
     for (const OperandIndex k : arrays_)
-      if (is_there(k) && !views[k].array.present && !is_number(k)) whose.judge(names_[k].c_str(), values[k]);
+      if (is_there(k) && !views[k].array.present && !is_number(k))
+        whose.judge(names_[k].c_str(), values[k], is_of_phases(k));
     const Memory& memory = whose.open();
     Args args;
     std::vector<nb::object> numbers;  // as arrays of the call
@@ -502,6 +526,9 @@ class Function final : public function::Body {
       if (is_number(k)) {
         const normkit::Dtype dtype =
             k == normkit::kSlopes ? normkit::compute_dtype(args.x.dtype) : normkit::Dtype::float64;
+        if (row.role == Role::count && !(options::number("count", given, "a number") >= 0))
+          normkit::value_error(std::string("count is ") + nb::repr(given).c_str() +
+                               ", expected the number of members of each statistic");
         numbers.push_back(given = memory.empty(dtype, 0, nullptr, nullptr));
         memory.copy(given, values[k], nb::none());
       }

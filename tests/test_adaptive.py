@@ -244,6 +244,8 @@ def test_need_is_a_tuple_of_names(need, op, rng):
     expected = r"a tuple of names from \('dcontent', 'dstyle'\)"
     with pytest.raises(TypeError, match=rf"^need is {need!r}, expected {expected}$"):
         normkit.adaptive_instance_norm_backward(content, content, style, *stats, need=need)
+    with pytest.raises(ValueError, match=r"^need has array\(\[1\., 1\.\]\), expected names from "):
+        normkit.adaptive_instance_norm_backward(content, content, style, *stats, need=np.ones((2, 2)))
 
 
 def test_gradients_are_differences(op, rng):

@@ -119,6 +119,13 @@ def test_show_config_and_the_command_line_say_the_same(capsys):
     assert capsys.readouterr().out
 
 
+def test_the_command_line_says_what_it_does():
+    assert "show_config()" in python("-m", "normkit", "--help")
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        python("-m", "normkit", "--versoin")
+    assert "unrecognized arguments: --versoin" in failure.value.stderr
+
+
 def test_the_report_names_everything():
     report = python("-m", "normkit", NORMKIT_NUM_THREADS="3")
     assert normkit.__version__ in report

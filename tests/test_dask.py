@@ -252,6 +252,42 @@ def test_l2_normalize(size, axis, chunks, rng):
     assert np.abs(dx - expected).max() <= 80 * unit * np.abs(dy).max() * np.abs(of_core).max()
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_what_has_no_norm(chunk):
+    x = np.array([[1, np.nan, 3, 4], [1, np.inf, 3, 4], [0, 0, 0, 0], [3, 0, 4, 0]])
+    (y,) = computed(nd.l2_normalize(da.from_array(x, chunks=(4, chunk))))
+    np.testing.assert_array_equal(y, normkit.l2_normalize(x))
+
+
+@pytest.mark.parametrize("empty", ["before", "behind"])
+@pytest.mark.parametrize("at", range(3))
+@pytest.mark.parametrize("name", ["instance", "group", "layer", "batch", "frozen-instance", "frozen-batch"])
+def test_an_extent_of_one_beside_an_empty_chunk(name, at, empty, rng):
+    shape = tuple(1 if axis == at else (4, 2, 6)[axis] for axis in range(3))
+    x, dy = uniform(rng, shape), uniform(rng, shape)
+    one = (0, 1) if empty == "before" else (1, 0)
+    blocks = tuple(one if axis == at else extent // 2 for axis, extent in enumerate(shape))
+    lazy_x, lazy_dy = (da.from_array(a, chunks=blocks) for a in (x, dy))
+    kind, args, options = name.rpartition("-")[2], (1,) if name == "group" else (), {}
+    weight = uniform(rng, shape[-1:] if kind == "layer" else shape[1:2])
+    if kind == "batch":
+        options["training"] = name == "batch"
+    if name.startswith("frozen"):
+        options |= {"running_mean": weight, "running_var": weight**2}
+        options |= {} if kind == "batch" else {"use_input_stats": False}
+    forward, lazy_forward = (getattr(library, f"{kind}_norm") for library in (normkit, nd))
+    y, *statistics = forward(x, *args, weight, **options, return_stats=True)
+    found = computed(*lazy_forward(lazy_x, *args, weight, **options, return_stats=True))
+    for a, b in zip(found, (y, *statistics), strict=True):
+        np.testing.assert_allclose(a, b, 1e-4, 1e-5)
+    options = {key: value for key, value in options.items() if not key.startswith("running")}
+    backward, lazy_backward = (getattr(library, f"{kind}_norm_backward") for library in (normkit, nd))
+    for given in (weight, None):
+        found = computed(*lazy_backward(lazy_dy, lazy_x, *args, *statistics, given, **options))
+        for a, b in zip(found, backward(dy, x, *args, *statistics, given, **options), strict=True):
+            np.testing.assert_allclose(a, b, 1e-4, 1e-5)
+
+
 def test_far_from_zero(chunks, rng):
     """mean 1e6 and deviation 1 in float32: y is as exact as that of the core. Two lines of dask are 1e-2 off."""
     x = (rng.standard_normal(SHAPE) + 1e6).astype(np.float32)

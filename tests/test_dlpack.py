@@ -1,6 +1,8 @@
 """Arrays of other libraries: the same library, dtype and layout back, the same bits as on NumPy."""
 
+import copy
 import gc
+import pickle
 import warnings
 import weakref
 from functools import partial
@@ -214,6 +216,42 @@ def test_jax(rng):
     assert np.asarray(y).tobytes() == normkit.instance_norm(values).tobytes()
     with pytest.raises(ValueError, match="out is read-only"):
         normkit.instance_norm(x, out=x)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_phases_of_jax(x64, rng):
+    """Far from zero they have the bits that they have of NumPy's arrays, whether JAX has float64 or not."""
+    jax = pytest.importorskip("jax", reason="jax is not installed")
+    dy, values = uniform(rng, (3, 400)), uniform(rng, (3, 400), offset=1e6)
+    expected = normkit.moments(values, axis=1)
+    sums = normkit.backward_sums(dy, values, expected, expected.rstd(), axis=1)
+    with jax.enable_x64(x64):
+        x, dx = jax.numpy.asarray(values), jax.numpy.asarray(dy)
+        m = normkit.moments(x[:, :150], axis=1).merge(normkit.moments(x[:, 150:], axis=1))
+        assert (np.abs(np.asarray(m.mean) - expected.mean) <= 1e-6).all()
+        m = normkit.moments(x, axis=1)
+        kind = type(x) if x64 else np.ndarray
+        held = {name: getattr(m, name) for name in ("count", "mean", "m2", "mean_low")}
+        for name, numbers in held.items():
+            assert isinstance(numbers, kind)
+            assert np.asarray(numbers).tobytes() == getattr(expected, name).tobytes()
+        for other in (normkit.Moments(**held), pickle.loads(pickle.dumps(m)), copy.copy(m), copy.deepcopy(m)):
+            assert other == m
+            y = normkit.apply(x, other, other.rstd(), axis=1)
+            assert isinstance(y, type(x))
+            assert np.asarray(y).tobytes() == normkit.normalize(values, axis=1).tobytes()
+        found = normkit.backward_sums(dx, x, m, m.rstd(), axis=1)
+        assert np.asarray(found).tobytes() == sums.tobytes()
+        dx = normkit.apply_backward(dx, x, m, m.rstd(), found, m.count, axis=1)
+        assert isinstance(dx, type(x))
+        many = normkit.Moments(2**24 + 1, x[:, 0], x[:, 0])
+        assert (np.asarray(many.count) == 2**24 + 1).all()
+        with pytest.raises(TypeError, match=r"^weight is a numpy array, expected jax: all arrays"):
+            normkit.apply(x, m, m.rstd(), np.ones(400, np.float32), axis=1)
+        with pytest.raises(TypeError, match=r"^mean is a numpy array, expected jax: all arrays"):
+            normkit.normalize_backward(x, x, expected.mean, expected.rstd(), axis=1)
+    whole = normkit.apply_backward(dy, values, expected, expected.rstd(), sums, expected.count, axis=1)
+    assert np.asarray(dx).tobytes() == whole.tobytes()
 
 
 def test_a_library_with_a_namespace_gets_its_own_arrays(rng):

@@ -87,6 +87,36 @@ def test_empty_leaves_running_statistics_untouched(shape):
     assert (var == 3).all()
 
 
+@pytest.mark.parametrize("running", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
+@pytest.mark.parametrize("name", ["instance", "batch"])
+def test_empty_evaluation_returns_the_running_statistics(name, shape, dtype, running):
+    """As an evaluation of anything else does."""
+    kept = [2.0, -3.0, 0.5][: shape[1]], [3.0, 0.0, 8.0][: shape[1]]
+    statistics = dict(zip(("running_mean", "running_var"), (np.array(a).astype(running) for a in kept), strict=True))
+    function, frozen = {
+        "instance": (normkit.instance_norm, {"use_input_stats": False}),
+        "batch": (normkit.batch_norm, {"training": False}),
+    }[name]
+    found, wanted = (
+        function(np.zeros(extents, dtype), **statistics, **frozen, eps=0.0, return_stats=True)[1:]
+        for extents in (shape, (max(shape[0], 1), shape[1], 2))
+    )
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == b.dtype
+        assert bits(a) == bits(b if shape[0] or name == "batch" else b[:0])
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-12, 0.25])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_the_norm_of_no_elements(dtype, eps):
+    """It is that of zeros."""
+    _, rnorm = normkit.l2_normalize(np.zeros((3, 0), dtype), eps=eps, return_stats=True)
+    _, wanted = normkit.l2_normalize(np.zeros((3, 2), dtype), eps=eps, return_stats=True)
+    assert bits(rnorm) == bits(wanted)
+
+
 def poison(x, value):
     x = x.copy(order="K")
     x[1, 2, ..., -1] = value

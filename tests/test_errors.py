@@ -201,6 +201,12 @@ ERRORS = {f"{name}-{what}": row for name, rows in PARAMETER.items() for what, ro
         "channel_axis is 0, expected another: axis 0 of x counts images",
     ),
     "axis": (normalize, {"axis": 4}, np.exceptions.AxisError, "axis is 4, expected -4 to 3: x has 4 axes"),
+    "axis-of-no-axes": (
+        normalize,
+        {"x": f32()},
+        np.exceptions.AxisError,
+        "axis is -1, expected no axis: x has 0 axes",
+    ),
     "axis-in-a-tuple": (
         normalize_backward,
         {"axis": (1, -5)},
@@ -233,6 +239,24 @@ ERRORS = {f"{name}-{what}": row for name, rows in PARAMETER.items() for what, ro
         {"out": np.lib.stride_tricks.as_strided(f32(1), X, (0, 0, 0, 0))},
         ValueError,
         "out has elements that share memory, expected distinct ones",
+    ),
+    "out-windows": (
+        normalize,
+        {"x": f32(3, 4), "out": np.lib.stride_tricks.sliding_window_view(f32(6), 4, writeable=True)},
+        ValueError,
+        "out has elements that share memory, expected distinct ones",
+    ),
+    "out-interlaced": (
+        instance,
+        {"out": np.lib.stride_tricks.as_strided(f32(600), X, (768, 256, 28, 4))},
+        ValueError,
+        "out has elements that share memory, expected distinct ones",
+    ),
+    "running-var-shares-memory": (
+        instance,
+        {"running_mean": f32(3), "running_var": np.lib.stride_tricks.as_strided(f32(1), (3,), (0,))},
+        ValueError,
+        "running_var has elements that share memory, expected distinct ones",
     ),
     "out-overlaps-weight": (instance, overlapping("weight"), ValueError, "out overlaps weight, expected memory apart"),
     "out-overlaps-bias": (instance, overlapping("bias"), ValueError, "out overlaps bias, expected memory apart"),

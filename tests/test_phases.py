@@ -1,6 +1,7 @@
 """The two phases: whole arrays, tiles, streams. Moments merge, sums add, and both give what one call gives."""
 
 import copy
+import math
 import os
 import pickle
 import subprocess
@@ -619,6 +620,27 @@ ERRORS = {
         ),
         ValueError,
         "^count has shape",
+    ),
+    **{
+        f"moments-of-other-axes-{name}": (call, ValueError, r"^mean has shape \(2, 8\), expected \(2, 3\)")
+        for name, call in (
+            ("apply", lambda: normkit.apply(X, normkit.moments(X, axis=1), STATS, axis=2)),
+            ("apply-float64", lambda: normkit.apply(X * 1.0, normkit.moments(X * 1.0, axis=1), STATS, axis=2)),
+            ("backward", lambda: normkit.backward_sums(X, X, normkit.moments(X, axis=1), STATS, axis=2)),
+        )
+    },
+    **{
+        f"count-{count}": (
+            lambda count=count: normkit.apply_backward(X, X, STATS, STATS, np.ones((2, 3, 3)), count, axis=2),
+            ValueError,
+            f"^count is {count}, expected the number of members of each statistic$",
+        )
+        for count in (-4, math.nan)
+    },
+    "moments-too-large": (
+        lambda: normkit.Moments(10**400, 0, 0),
+        ValueError,
+        "^count is 10+, expected a number that float64 has$",
     ),
     "merge-other-shapes": (
         lambda: normkit.moments(X, axis=2).merge(normkit.moments(X, axis=1)),

@@ -89,15 +89,58 @@ void check_shape(const std::string& name, const Array& a, std::span<const std::i
     value_error(name + " has shape " + tuple(a.shape) + ", expected " + tuple(expected) + because);
 }
 
+/// True where each axis, from the fastest on, steps over all that the faster ones reach, so that no two elements share
+/// memory. Slices, transposes and diagonals of a dense array lie so. Windows over it do not; of what else as_strided()
+/// makes, some is refused that has distinct elements: to find out is to solve an integer program.
+bool are_distinct(const Array& a) {
+  Extents strides;
+  for (int axis = 0; axis < a.ndim(); ++axis) strides[axis] = a.stride(axis);
+  const AxisOrder order = memory_order(a.shape, std::span(strides.data(), a.shape.size()));
+  std::int64_t reach = element_bytes(a);
+  for (int at = order.count - 1; at >= 0; --at) {
+    const std::int64_t step = std::abs(strides[order.axis[at]]);
+    if (step < reach) return false;
+    reach += step * (a.shape[order.axis[at]] - 1);
+  }
+  return true;
+}
+
 void check_writable(const std::string& name, const Array& a) {
   if (a.read_only) value_error(name + " is read-only, expected a writable array");
-  if (is_empty(a)) return;
-  for (int axis = 0; axis < a.ndim(); ++axis)
-    if (a.shape[axis] > 1 && a.stride(axis) == 0)
-      value_error(name + " has elements that share memory, expected distinct ones");
+  if (!is_empty(a) && !are_distinct(a)) value_error(name + " has elements that share memory, expected distinct ones");
+}
+
+/// Throws for what no array can be, whatever the call. Callers of C++ make views of anything.
+void check_array(const std::string& name, const Array& a) {
+  check_axes(name, a.ndim());
+  if (!a.strides.empty() && a.strides.size() != a.shape.size())
+    value_error(name + " has strides " + tuple(a.strides) + ", expected " + std::to_string(a.ndim()) +
+                ": one for each axis");
+  for (const std::int64_t extent : a.shape)
+    if (extent < 0) value_error(name + " has shape " + tuple(a.shape) + ", expected extents that are at least 0");
+  if (!a.data && !is_empty(a)) value_error(name + " has no memory, expected an array that holds its elements");
 }
 
 }  // namespace
+
+void check_axes(const std::string& name, std::int64_t ndim) {
+  if (ndim < 0 || ndim > kMaxAxes)
+    value_error(name + " has " + std::to_string(ndim) + " axes, expected at most " + std::to_string(kMaxAxes));
+}
+
+void bad_axis(const std::string& name, std::int64_t axis, int least, int ndim) {
+  const std::string given = name + " is " + std::to_string(axis) + ", expected ";
+  const std::string range = std::to_string(least) + " to " + std::to_string(ndim - 1);
+  throw Error(Error::Kind::axis, given + (ndim == 0 ? "no axis" : range) + ": x has " + std::to_string(ndim) +
+                                     (ndim == 1 ? " axis" : " axes"));
+}
+
+void check_groups(std::int64_t num_groups, std::int64_t channels, int ndim) {
+  if (ndim == kMaxAxes) value_error("x has 64 axes, expected at most 63: groups are an axis more");
+  if (num_groups < 1 || channels % num_groups != 0)
+    value_error("num_groups is " + std::to_string(num_groups) + ", expected a divisor of " + std::to_string(channels) +
+                ", the channels of x");
+}
 
 bool is_empty(const Array& a) { return std::find(a.shape.begin(), a.shape.end(), 0) != a.shape.end(); }
 
@@ -327,7 +370,30 @@ int param_axis(AxisMask axes, int x_ndim, int ndim, int axis) {
 namespace {
 
 [[noreturn]] void is_missing(const OperandRow& row) {
-  value_error(std::string(row.name) + " is None, expected an array: " + per_statistic(row.role));
+  const bool is_like_x = row.role == Role::like_x;
+  value_error(std::string(row.name) + " is None, expected an array" +
+              (is_like_x ? std::string(" like x") : std::string(": ") + per_statistic(row.role)));
+}
+
+/// Throws where the axes of the spec are none of x, or not what they should be of it.
+void check_axes_of(const Args& args, const Spec& spec, Op op) {
+  const Array& x = args.x;
+  if (spec.param_forms < 0 || spec.param_forms > static_cast<int>(spec.param_axes.size()))
+    value_error("param_forms is " + std::to_string(spec.param_forms) + ", expected 0 to 3");
+  for (int form = -1; form < spec.param_forms; ++form) {
+    const AxisMask beyond = (form < 0 ? spec.reduce_axes : spec.param_axes[form]) & ~all_axes(x.ndim());
+    if (beyond)
+      bad_axis(form < 0 ? "an axis of reduce_axes" : "an axis of param_axes", std::countr_zero(beyond), 0, x.ndim());
+  }
+  const bool has_running = op == Op::forward && args.running_mean.present;
+  if (spec.num_groups <= 0 && !has_running) return;
+  if (spec.channel_axis < 0 || spec.channel_axis >= x.ndim()) bad_axis("channel_axis", spec.channel_axis, 0, x.ndim());
+  if (spec.reduce_axes & axis_bit(spec.channel_axis))
+    value_error("channel_axis is " + std::to_string(spec.channel_axis) +
+                ", expected an axis that is not in reduce_axes");
+  if (spec.num_groups <= 0) return;
+  check_groups(spec.num_groups, x.shape[spec.channel_axis], x.ndim());
+  if (has_running) value_error("running_mean is given, expected None: groups of channels have no running statistics");
 }
 
 void check_running(const Args& args, const Spec& spec) {
@@ -405,11 +471,20 @@ void check(const OperandRow& row, const Args& args, const Spec& spec, Op op, Dty
 
 }  // namespace
 
-void judge_x(const Array& x, const Spec& spec, Op op) {
+void judge_x(const Args& args, const Spec& spec, Op op) {
+  const Array& x = args.x;
+  if (!x.present) value_error("x is None, expected an array");
+  for (const OperandRow& row : kOperandTable)
+    if ((args.*row.array).present && (contains(row.reads, op) || contains(row.writes, op)))
+      check_array(row.name, args.*row.array);
   if (x.dtype == Dtype::other || (is_backward(op) && !is_floating(x.dtype)))
     bad_dtype("x", x,
               is_backward(op) ? "float32, float64, float16 or bfloat16"
                               : "float32, float64, float16, bfloat16, bool or an integer of 8 to 64 bits");
+  if (args.out_dtype != Dtype::other && !is_floating(args.out_dtype))
+    type_error(std::string("out_dtype is ") + name_of(args.out_dtype) +
+               ", expected float32, float64, float16 or bfloat16");
+  check_axes_of(args, spec, op);
   if (spec.reduce_axes == 0 && spec.num_groups == 0)
     value_error("x has shape " + tuple(x.shape) + ", expected at least 3 axes: images, channels and space");
   if (!(spec.eps >= 0) || std::isinf(spec.eps))
@@ -429,7 +504,8 @@ void judge_x(const Array& x, const Spec& spec, Op op) {
     value_error("activation has parameter " + number(spec.activation.parameter) + ", expected a finite number");
 }
 
-Params judge(const Args& args, const Spec& spec, Op op, Dtype out_dtype, std::span<const std::int64_t> statistics) {
+Params judge(const Args& args, const Spec& spec, Op op, OperandMask wanted, Dtype out_dtype,
+             std::span<const std::int64_t> statistics) {
   const bool has_slopes = spec.activation.kind == ActivationKind::prelu;
   if (has_slopes && !args.slopes.present)
     value_error("slopes is None, expected an array: the slope of prelu below zero for each parameter, or one for all");
@@ -445,9 +521,8 @@ Params judge(const Args& args, const Spec& spec, Op op, Dtype out_dtype, std::sp
   for (int k = 0; k < kOperands; ++k) {
     const OperandRow row = row_of(k, spec);
     const bool read = contains(row.reads, op), is_mean = k == kMean || k == kMeanLow;
-    const bool needed =
-        (row.role == Role::statistic && k != kMeanLow) || numbers_of(row.role) || row.role == Role::count;
-    if (!(args.*row.array).present && read && needed && (spec.centered || !is_mean)) is_missing(row);
+    const bool is_there = (args.*row.array).present || wanted & operand_bit(k);
+    if (!is_there && contains(row.needs, op) && (spec.centered || !is_mean)) is_missing(row);
     if (!(args.*row.array).present || !(read || contains(row.writes, op))) continue;
     if (!is_mean || spec.centered || !read) check(row, args, spec, op, out_dtype, statistics);
   }

@@ -20,6 +20,14 @@ using Extents = std::array<std::int64_t, kMaxAxes>;
 /// "(2, 3)", as Python writes a shape.
 std::string tuple(std::span<const std::int64_t> values);
 
+/// Throws where an array has more axes than the library takes.
+void check_axes(const std::string& name, std::int64_t ndim);
+/// An axis that x does not have, of which those from `least` on may be named.
+[[noreturn]] void bad_axis(const std::string& name, std::int64_t axis, int least, int ndim);
+/// Throws where so many channels do not form so many groups.
+void check_groups(std::int64_t num_groups, std::int64_t channels, int ndim);
+constexpr AxisMask all_axes(int ndim) { return ndim >= kMaxAxes ? ~AxisMask{0} : axis_bit(ndim) - 1; }
+
 /// True where `a` has no elements.
 bool is_empty(const Array& a);
 bool same_strides(const Array& a, const Array& b);
@@ -86,10 +94,13 @@ AxisMask axes_of_absent(const Spec& spec);
 /// What an operand of this role has for each statistic, in words.
 const char* per_statistic(Role role);
 
-/// Judges all arrays and options, and throws for what is wrong. `statistics` are the extents of the statistics.
-Params judge(const Args& args, const Spec& spec, Op op, Dtype out_dtype, std::span<const std::int64_t> statistics);
+/// Judges all arrays and options, and throws for what is wrong. `wanted`: outputs that may be made, see plan(); `statistics`
+/// are the extents of the statistics.
+Params judge(const Args& args, const Spec& spec, Op op, OperandMask wanted, Dtype out_dtype,
+             std::span<const std::int64_t> statistics);
 
-/// Judges x and the numbers of the spec, which have to be right before the statistics have a shape.
-void judge_x(const Array& x, const Spec& spec, Op op);
+/// Judges x, the numbers of the spec and whether it goes with x, which have to be right before the statistics have a
+/// shape; and that every array is one.
+void judge_x(const Args& args, const Spec& spec, Op op);
 
 }  // namespace normkit

@@ -2,10 +2,14 @@
 #include "normkit/normkit.hpp"
 
 #include <algorithm>
+#include <bit>
+#include <cstring>
 #include <string>
 #include <vector>
 
+#include "normkit/formula.hpp"
 #include "plan.hpp"
+#include "views.hpp"
 
 namespace normkit {
 namespace {
@@ -40,11 +44,43 @@ namespace {
   value_error("x has strides that the geometry cannot hold, expected dense arrays: pack them first");
 }
 
-/// Writes zeros, which is what a sum over no elements is.
-void zero(const Array& a) {
-  std::int64_t bytes = size_of(a.dtype);
-  for (const std::int64_t extent : a.shape) bytes *= extent;
-  for (std::int64_t k = 0; k < bytes; ++k) a.data[k] = std::byte{0};
+/// Calls f with the address of each element of an array that has some, and its index along the axis `of`.
+template <class F>
+void for_each_element(const Array& a, int of, const F& f, int axis = 0, std::int64_t at = 0, std::int64_t index = 0) {
+  if (axis == a.ndim()) return f(a.data + at, index);
+  for (std::int64_t k = 0; k < a.shape[axis]; ++k)
+    for_each_element(a, of, f, axis + 1, at + k * a.stride(axis), axis == of ? k : index);
+}
+
+/// An element of running statistics.
+double running_at(const Array& a, std::int64_t k) {
+  const Dtype seen = compute_dtype(a.dtype);
+  double wide = 0;
+  float narrow = 0;
+  std::byte* const to = reinterpret_cast<std::byte*>(seen == Dtype::float64 ? static_cast<void*>(&wide) : &narrow);
+  gather({a.dtype, seen, {{a.shape[0], a.stride(0)}}}, a.data, k, 1, to);
+  return seen == Dtype::float64 ? wide : static_cast<double>(narrow);
+}
+
+/// Writes what a call gives of no elements: sums are 0, and statistics are those of an empty set, or those that run.
+void write_of_nothing(const Args& args, const Spec& spec, Op op) {
+  const bool runs = op == Op::forward && !spec.use_input_stats;
+  // The axis of the channels, among those that are kept.
+  const int channel = runs ? std::popcount(~spec.reduce_axes & all_axes(spec.channel_axis)) : -1;
+  const auto statistic = [&](bool is_mean, std::int64_t k) {
+    if (runs) return is_mean ? running_at(args.running_mean, k) : rstd_of(running_at(args.running_var, k), spec.eps);
+    return is_mean ? 0 : rstd_of(Moments<double>{}, {spec.eps, spec.divides_by_norm});
+  };
+  for (const OperandRow& row : kOperandTable) {
+    const Array& a = args.*row.array;
+    if (!contains(row.writes, op) || row.role == Role::running || !a.present || is_empty(a)) continue;
+    for_each_element(a, channel, [&](std::byte* to, std::int64_t k) {
+      const double wide = row.role == Role::statistic ? statistic(row.array == &Args::mean, k) : 0;
+      const float narrow = static_cast<float>(wide);
+      const bool is_wide = a.dtype == Dtype::float64;  // a half type is that of no statistic: 0
+      std::memcpy(to, is_wide ? static_cast<const void*>(&wide) : &narrow, static_cast<std::size_t>(size_of(a.dtype)));
+    });
+  }
 }
 
 void call(const Args& args, const Spec& spec, Op op) {
@@ -55,10 +91,6 @@ void call(const Args& args, const Spec& spec, Op op) {
     const bool is_dparam = row.role == Role::param && contains(row.writes, Op::backward);
     if (is_dparam && (args.*row.array).present && is_backward(op) && !contains(row.writes, op))
       value_error(std::string(row.name) + " is given, expected None: phases have no such gradient");
-    const bool needed = numbers_of(row.role) || (row.array == &Args::out && op != Op::backward);
-    if (contains(row.writes, op) && needed && !(args.*row.array).present)
-      value_error(std::string(row.name) + " is None, expected an array" +
-                  (row.array == &Args::out ? " like x" : std::string(": ") + per_statistic(row.role)));
   }
   if (args.sum.present && !args.residual.present)
     value_error("residual is None, expected an array like x: sum is x + residual");
@@ -71,8 +103,7 @@ void call(const Args& args, const Spec& spec, Op op) {
   }
   if (!p.temporaries.empty()) bad_order(args.*kOperandTable[p.temporaries[0].operand].array, p.temporaries[0]);
   if (!p.shapes.empty) return run(p.job);
-  for (const OperandRow& row : kOperandTable)
-    if (contains(row.writes, op) && row.role != Role::running && (args.*row.array).present) zero(args.*row.array);
+  write_of_nothing(args, spec, op);
 }
 
 }  // namespace

@@ -24,11 +24,14 @@ constexpr bool contains(Ops set, Op op) { return set >> static_cast<int>(op) & 1
 inline constexpr Ops kForward = ops(Op::forward, Op::moments, Op::apply);
 inline constexpr Ops kBackward = ops(Op::backward, Op::backward_sums, Op::apply_backward);
 inline constexpr Ops kDouble = ops(Op::double_backward);
+inline constexpr Ops kGiven = ops(Op::apply) | kBackward | kDouble;  // statistics are given
+/// What these calls are for is `out`.
+inline constexpr Ops kOutputs = ops(Op::forward, Op::apply, Op::apply_backward) | kDouble;
 
 enum OperandIndex : std::uint8_t {
   // clang-format off
-  kX, kDy, kWeight, kBias, kSlopes, kRunningMean, kRunningVar, kResidual, kDresidual, kWhere, kDdx, kDdweight, kDdbias, kMeanLow,
-  kMean, kRstd, kSums, kCount, kOut, kSum, kMoments, kDweight, kDbias, kDslopes, kDdy, kOperands
+  kX, kDy, kWeight, kBias, kSlopes, kRunningMean, kRunningVar, kResidual, kDresidual, kWhere, kDdx, kDdweight, kDdbias, kMean,
+  kRstd, kMeanLow, kSums, kCount, kOut, kSum, kMoments, kDweight, kDbias, kDslopes, kDdy, kOperands
   // clang-format on
 };
 
@@ -56,13 +59,14 @@ struct OperandRow {
   Array Args::* array;
   Role role;
   Ops reads, writes;
+  Ops needs = 0;  // calls in which it must be there
   OperandMask may_be = 0;  // written elementwise, it may be one of these itself; it lies apart from all others
 };
 
 inline constexpr OperandRow kOperandTable[] = {
     // clang-format off
-    {"x", &Args::x, Role::x, kForward | kBackward | kDouble, 0},
-    {"dy", &Args::dy, Role::like_x, kBackward | kDouble, 0},
+    {"x", &Args::x, Role::x, kForward | kBackward | kDouble, 0, kForward | kBackward | kDouble},
+    {"dy", &Args::dy, Role::like_x, kBackward | kDouble, 0, kBackward | kDouble},
     {"weight", &Args::weight, Role::param, ops(Op::forward, Op::apply) | kBackward | kDouble, 0},
     {"bias", &Args::bias, Role::param, ops(Op::forward, Op::apply) | kBackward, 0},
     {"slopes", &Args::slopes, Role::param, ops(Op::forward, Op::apply) | kBackward, 0},
@@ -74,19 +78,19 @@ inline constexpr OperandRow kOperandTable[] = {
     {"ddx", &Args::ddx, Role::like_x, kDouble, 0},
     {"ddweight", &Args::ddweight, Role::param, kDouble, 0},
     {"ddbias", &Args::ddbias, Role::param, kDouble, 0},
+    {"mean", &Args::mean, Role::statistic, kGiven, ops(Op::forward, Op::moments), kGiven},  // needed where it is read
+    {"rstd", &Args::rstd, Role::statistic, kGiven, ops(Op::forward, Op::moments), kGiven},
     {"mean_low", &Args::mean_low, Role::statistic, ops(Op::apply), 0},
-    {"mean", &Args::mean, Role::statistic, ops(Op::apply) | kBackward | kDouble, ops(Op::forward, Op::moments)},
-    {"rstd", &Args::rstd, Role::statistic, ops(Op::apply) | kBackward | kDouble, ops(Op::forward, Op::moments)},
-    {"sums", &Args::sums, Role::sums, ops(Op::apply_backward), ops(Op::backward_sums)},
-    {"count", &Args::count, Role::count, ops(Op::apply_backward), 0},
-    {"out", &Args::out, Role::like_x, 0, ops(Op::forward, Op::apply, Op::backward, Op::apply_backward) | kDouble,
-     operand_bit(kX) | operand_bit(kDy)},
-    {"sum", &Args::sum, Role::like_x, 0, ops(Op::forward, Op::moments), operand_bit(kX) | operand_bit(kResidual)},
-    {"moments", &Args::moments, Role::moments, 0, ops(Op::moments)},
+    {"sums", &Args::sums, Role::sums, ops(Op::apply_backward), ops(Op::backward_sums),
+     ops(Op::apply_backward, Op::backward_sums)},
+    {"count", &Args::count, Role::count, ops(Op::apply_backward), 0, ops(Op::apply_backward)},
+    {"out", &Args::out, Role::like_x, 0, kOutputs | ops(Op::backward), kOutputs, operand_bit(kX) | operand_bit(kDy)},
+    {"sum", &Args::sum, Role::like_x, 0, ops(Op::forward, Op::moments), 0, operand_bit(kX) | operand_bit(kResidual)},
+    {"moments", &Args::moments, Role::moments, 0, ops(Op::moments), ops(Op::moments)},
     {"dweight", &Args::dweight, Role::param, 0, ops(Op::backward) | kDouble},
     {"dbias", &Args::dbias, Role::param, 0, ops(Op::backward)},
     {"dslopes", &Args::dslopes, Role::param, 0, ops(Op::backward)},
-    {"d_dy", &Args::d_dy, Role::like_x, 0, kDouble},
+    {"d_dy", &Args::d_dy, Role::like_x, 0, kDouble, kDouble},
     // clang-format on
 };
 static_assert(std::size(kOperandTable) == kOperands);

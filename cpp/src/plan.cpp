@@ -388,15 +388,15 @@ bool schedule(Plan& p, Seen& seen, const Blocks& blocks, const Walked& walked) {
   describe_param(args.x, args.bias.present ? args.bias : args.weight, seen.params.bias_axes, order, shapes.of(kDbias));
   if (has_slopes) describe_param(args.x, args.slopes, seen.params.slope_axes, order, shapes.of(kDslopes));
   shapes.of(kDbias).dtype = shapes.of(kDweight).dtype;
+  p.job = Job{};
+  Task& t = p.job.task;
+  t.denominator = {spec.eps, spec.divides_by_norm};
+  t.frozen = !spec.use_input_stats || p.op == Op::apply;
   if (shapes.empty) return true;
   if ((seen.params.differ && bias_counts(seen, p.op)) || (has_slopes && seen.params.slopes_stray)) return false;
 
-  p.job = Job{};
-  Task& t = p.job.task;
   p.job.is_backward = backward, t.twice = p.op == Op::double_backward;
   t.phase = phase_of(p.op), t.centered = spec.centered, t.activation = spec.activation;
-  t.denominator = {spec.eps, spec.divides_by_norm};
-  t.frozen = !spec.use_input_stats || p.op == Op::apply;
   // Whether there are parameters, and whether their gradients are wanted, changes neither the traversal nor the order of
   // sums: bits depend neither on `need` nor on whether the phases are one call.
   Layout layout = walked.layout;
@@ -530,7 +530,7 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted, bool on
   p.op = op, p.on_cpu = on_cpu, p.wanted = p.makes = wanted;
   Shapes& shapes = p.shapes;
   const Array& x = args.x;
-  judge_x(x, spec, op);
+  judge_x(args, spec, op);
   const Dtype like_x = is_floating(x.dtype) ? x.dtype : Dtype::float32;
   shapes.x_dtype = x.dtype;
   const Dtype said =
@@ -540,7 +540,7 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted, bool on
   const Blocks blocks(x, spec);
   const Walked walked(x, spec, blocks);
   describe(x, blocks, walked, shapes);
-  Params params = judge(args, spec, op, shapes.out_dtype, shapes.statistics());
+  Params params = judge(args, spec, op, wanted, shapes.out_dtype, shapes.statistics());
   Seen seen = Seen{args, spec, params};
   if (is_backward(op) && !args.weight.present) {  // whatever is wanted, lest the bits of dx depend on it
     const AxisMask absent = axes_of_absent(spec);

@@ -8,14 +8,10 @@ namespace normkit {
 namespace {
 
 int checked_axis(const char* name, std::int64_t axis, int ndim) {
-  if (axis < -ndim || axis >= ndim)
-    throw Error(Error::Kind::axis, std::string(name) + " is " + std::to_string(axis) + ", expected " +
-                                       std::to_string(-ndim) + " to " + std::to_string(ndim - 1) + ": x has " +
-                                       std::to_string(ndim) + (ndim == 1 ? " axis" : " axes"));
+  check_axes("x", ndim);
+  if (axis < -ndim || axis >= ndim) bad_axis(name, axis, -ndim, ndim);
   return static_cast<int>(axis < 0 ? axis + ndim : axis);
 }
-
-AxisMask all_axes(int ndim) { return ndim >= kMaxAxes ? ~AxisMask{0} : axis_bit(ndim) - 1; }
 
 int judged_channel_axis(int ndim, std::int64_t axis, bool may_be_first) {
   if (ndim < 2)
@@ -54,10 +50,7 @@ Spec instance_spec(int ndim, std::int64_t channel_axis) {
 Spec group_spec(std::span<const std::int64_t> shape, std::int64_t num_groups, std::int64_t channel_axis) {
   Spec spec = instance_spec(static_cast<int>(shape.size()), channel_axis);
   const std::int64_t channels = shape[static_cast<std::size_t>(spec.channel_axis)];
-  if (shape.size() == kMaxAxes) value_error("x has 64 axes, expected at most 63: groups are an axis more");
-  if (num_groups < 1 || channels % num_groups != 0)
-    value_error("num_groups is " + std::to_string(num_groups) + ", expected a divisor of " + std::to_string(channels) +
-                ", the channels of x");
+  check_groups(num_groups, channels, static_cast<int>(shape.size()));
   spec.num_groups = num_groups;
   return spec;
 }

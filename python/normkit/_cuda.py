@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ._memory import Memory, dtype_named, library_of, namespace_of
+from ._memory import Memory, dtype_named, handed_over, library_of, namespace_of
 
 
 class Device(Memory):
@@ -41,7 +41,7 @@ class Device(Memory):
         rest = where(whole - whole == 0, rest, 0.0) if twofold else low
         return self.xp.stack((where(own == 0, other, whole), m2, n, where(own == 0, other_low, rest)), -1)
 
-    def deviation(self, moments: Any, eps: float, *, inverse: bool) -> Any:
+    def deviation(self, moments: Any, eps: Any, *, inverse: bool) -> Any:
         super().deviation(np.empty((0, 4)), eps, inverse=inverse)  # it judges eps
         n, xp = moments[..., 2], self.xp
         sums = moments[..., 1] / (n + (n == 0)) + eps
@@ -89,7 +89,7 @@ class ThroughCuPy(CuPy):
         super().__init__(device)
         namespace = namespace_of(first)
         if hasattr(namespace, "from_dlpack"):
-            self.hand_over = namespace.from_dlpack
+            self.hand_over = lambda array: handed_over(namespace, array, array)
 
     def over(self, owner: Any, pointer: int, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...]) -> Any:
         """An array of CuPy over memory that `owner` keeps alive."""

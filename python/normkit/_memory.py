@@ -177,13 +177,22 @@ class Memory:
         """A copy of the array in float64, in C order."""
         return _computable(array).astype("float64", order="C")
 
+    def put_running(self, mean: Any, rstd: Any, running_mean: Any, running_var: Any, eps: float) -> None:
+        """Fills in the statistics that are wanted, where the running ones stand for them."""
+        with np.errstate(all="ignore"):
+            var = self.wide(running_var) + eps
+            found = self.xp.where(var == 0, 0.0, 1 / self.xp.sqrt(var))
+        for into, values in ((mean, running_mean), (rstd, found)):
+            if into is not None:
+                self.copy(into, values, None)
+
     # The arrays of these are moments: mean, m2, count and mean_low along the last axis.
 
     def merged(self, a: Any, b: Any, twofold: bool) -> Any:
         """The moments of two sets as one. `twofold`: their means are two numbers."""
         return _core.merge_moments(np.ascontiguousarray(a), np.ascontiguousarray(b), twofold)
 
-    def deviation(self, moments: Any, eps: float, *, inverse: bool) -> Any:
+    def deviation(self, moments: Any, eps: Any, *, inverse: bool) -> Any:
         """sqrt(var + eps) of each statistic, or, where `inverse` is true, 1 / sqrt(var + eps)."""
         return _core.deviation_of_moments(np.ascontiguousarray(moments), eps, inverse)
 
@@ -196,7 +205,13 @@ def memory_of(first: Any) -> Memory:
     namespace = namespace_of(first)
     if not hasattr(namespace, "from_dlpack"):  # a producer that takes nothing back
         return NUMPY
-    return Memory(lambda array: namespace.from_dlpack(_core.to_dlpack(array)))
+    return Memory(lambda array: handed_over(namespace, array, _core.to_dlpack(array)))
+
+
+def handed_over(namespace: Any, array: Any, exported: Any) -> Any:
+    """The array in a library's hands; the array itself where float64 is more than these hold, as in JAX by default."""
+    given = namespace.from_dlpack(exported)
+    return array if array.dtype == np.float64 and "float32" in str(getattr(given, "dtype", "")) else given
 
 
 def namespace_of(array: Any) -> Any:

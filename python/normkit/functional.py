@@ -884,7 +884,7 @@ def _adaptive_gradients(need: AdaptiveGradients) -> AdaptiveGradients:
         raise TypeError(f"need is {need!r}, expected a tuple of names from ('dcontent', 'dstyle')")
     names = tuple(need)
     for name in names:
-        if name not in ("dcontent", "dstyle"):
+        if not isinstance(name, str) or name not in ("dcontent", "dstyle"):
             raise ValueError(f"need has {name!r}, expected names from ('dcontent', 'dstyle')")
     return names
 

@@ -3,7 +3,8 @@
     whole = nk.merge([nk.moments(part, axis=0) for part in parts])
     ys = [nk.apply(part, whole, whole.rstd(1e-5), axis=0) for part in parts]
 
-Moments of parts merge, sums of the backward add. Both are held in float64, so that parts lose nothing by being parts.
+Moments of parts merge, sums of the backward add. Both are held in float64, so that parts lose nothing by being parts:
+beside arrays of JAX, which holds float64 with jax_enable_x64 alone, they are arrays of NumPy where it does not.
 """
 
 from __future__ import annotations
@@ -17,13 +18,21 @@ import numpy as np
 from . import _core
 from ._compiled import body, compiled
 from ._memory import NUMPY, Memory, library_of, views_of
-from ._types import Activation, Array, Axes, Float, Mask, Statistics
+from ._types import Activation, Array, Axes, Flag, Float, Mask, Number, Statistics
+
+
+def _float(name: str, number: Any) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        raise ValueError(f"{name} is {number!r}, expected a number that float64 has") from None
 
 
 class Moments:
     """Number, mean and sum of squared deviations of the members of each statistic, in float64.
 
-    A value: it can be made of stored numbers, pickled, copied and compared, and its arrays are the caller's own.
+    A value: it can be made of stored numbers, pickled, copied and compared, and its arrays are the caller's own. Where
+    JAX holds no float64 (without jax_enable_x64), they are NumPy's, and the phases take them beside JAX's.
 
     Parameters
     ----------
@@ -59,7 +68,7 @@ class Moments:
     ) -> None:
         low = 0 if mean_low is None else mean_low
         given: dict[str, Any] = {"mean": 0 if mean is None else mean, "m2": m2, "count": count, "mean_low": low}
-        numbers = {name: float(v) for name, v in given.items() if _core.is_number(v)}
+        numbers = {name: _float(name, v) for name, v in given.items() if _core.is_number(v)}
         if len(numbers) == len(given):
             given["m2"] = np.asarray(numbers.pop("m2"))
         views, memory = views_of(**{name: v for name, v in given.items() if name not in numbers})
@@ -150,12 +159,12 @@ class Moments:
             merged = memory.merged(self._numbers, other._numbers, twofold)
         return Moments._of(merged, memory, self._centered, twofold)
 
-    def var(self, correction: float = 0) -> Any:
+    def var(self, correction: Number = 0) -> Any:
         """m2 / (count - correction); 0 where there are no members, NaN where `correction` leaves none."""
         with self._memory as memory:
             return memory.hand_over(self._var(memory, correction))
 
-    def _var(self, memory: Memory, correction: float) -> Any:
+    def _var(self, memory: Memory, correction: Number) -> Any:
         if not _core.is_number(correction):
             raise TypeError(f"correction is {correction!r}, expected a number")
         with np.errstate(all="ignore"):
@@ -163,17 +172,17 @@ class Moments:
             left = count - correction
             return where(left > 0, m2 / left, where(count == 0, 0.0, math.nan))
 
-    def std(self, correction: float = 0) -> Any:
+    def std(self, correction: Number = 0) -> Any:
         """The square root of `var(correction)`."""
         with self._memory as memory:
             return memory.hand_over(memory.xp.sqrt(self._var(memory, correction)))
 
-    def _deviation(self, eps: float) -> Any:
+    def _deviation(self, eps: Number) -> Any:
         """sqrt(var + eps)."""
         with self._memory as memory:
             return memory.hand_over(memory.deviation(self._numbers, eps, inverse=False))
 
-    def rstd(self, eps: float = 1e-5) -> Any:
+    def rstd(self, eps: Number = 1e-5) -> Any:
         """1 / sqrt(var + eps), as the normalizations have it: 0 where there are no members, or where var + eps is 0."""
         with self._memory as memory:
             return memory.hand_over(memory.deviation(self._numbers, eps, inverse=True))
@@ -220,13 +229,13 @@ def merge(moments: Iterable[Moments]) -> Moments:
 
 @compiled("moments", "normalize")
 def _moments(
-    x: Array, *, axis: Axes, center: bool = True, where: Mask | None = None
+    x: Array, *, axis: Axes, center: Flag = True, where: Mask | None = None
 ) -> tuple[Any, Memory | None, bool]:
     """Mean, m2, count and mean_low of each statistic, their memory, and whether x is float64."""
     body()
 
 
-def moments(x: Array, *, axis: Axes, center: bool = True, where: Mask | None = None) -> Moments:
+def moments(x: Array, *, axis: Axes, center: Flag = True, where: Mask | None = None) -> Moments:
     """The moments of x over `axis`: the first phase of `normalize`, and of every named normalization.
 
     They are merged in float64, whatever the dtype of x. Chunks of float64 x are summed in float64, so that mean +
@@ -276,7 +285,7 @@ def apply(
     out: Array | None = None,
     out_dtype: Float = None,
     activation: Activation = None,
-    weight_offset: float = 0.0,
+    weight_offset: Number = 0.0,
 ) -> Any:
     """Normalize x by statistics that are given: the second phase of `normalize`.
 
@@ -320,7 +329,7 @@ def backward_sums(
     where: Mask | None = None,
     bias: Array | None = None,
     activation: Activation = None,
-    weight_offset: float = 0.0,
+    weight_offset: Number = 0.0,
 ) -> Any:
     """What the gradient of each statistic needs to know of a part: the first phase of `normalize_backward`.
 
@@ -337,7 +346,8 @@ def backward_sums(
     Returns
     -------
     the shape of x without `axis`, and 3
-        Sums of float64. Those of parts add, whatever the library: ``sums + others``.
+        Sums of float64. Those of parts add, whatever the library: ``sums + others``. Beside an x of JAX, where that
+        holds no float64, an array of NumPy.
 
     Raises
     ------
@@ -369,7 +379,7 @@ def apply_backward(
     where: Mask | None = None,
     bias: Array | None = None,
     activation: Activation = None,
-    weight_offset: float = 0.0,
+    weight_offset: Number = 0.0,
     dresidual: Array | None = None,
 ) -> Any:
     """The gradient of a part, once the sums of all parts are known: the second phase of `normalize_backward`.

@@ -576,6 +576,159 @@ void run_bytes(std::int64_t channels, std::int64_t positions, const std::string&
   expect(y.guards_whole(), label + "bytes of few channels are written past the end");
 }
 
+using Call = void (*)(const normkit::Args&, const normkit::Spec&);
+
+/// A call with all that it can have, and what it is of.
+struct Whole {
+  Buffer x{{2, 3, 4}, {0, 1, 2}}, dy{x}, ddx{x}, y{x}, d_dy{x}, rstd{{2, 3}, {0, 1}}, mean{rstd};
+  Buffer running_mean{{3}, {0}}, running_var{running_mean};
+  Doubles count{{2, 3}, {0, 1}}, sums{{2, 3, 3}, {0, 1, 2}}, moments{{2, 3, 4}, {0, 1, 2}};
+  normkit::Args args;
+  normkit::Spec spec = normkit::instance_spec(3);
+
+  Whole() {
+    args.x = x.view(), args.dy = dy.view(), args.ddx = ddx.view(), args.out = y.view(), args.d_dy = d_dy.view();
+    args.mean = mean.view(), args.rstd = rstd.view(), args.count = count.view(), args.sums = sums.view();
+    args.moments = moments.view();
+  }
+  void refuses(Call call, const std::string& wanted) {
+    const std::string message = message_of([&] { call(args, spec); });
+    expect(message == wanted, "message: " + message + ", wanted: " + wanted);
+    for (Buffer* b : {&y, &d_dy})
+      for (std::size_t k = 0; k < b->size(); ++k) expect(std::isnan(b->data()[k]), wanted + ": came after a write");
+  }
+};
+
+/// What the table of Args says is never absent.
+void run_absences() {
+  using normkit::Args;
+  const std::vector<std::pair<Call, std::vector<Array Args::*>>> needs = {
+      {&normkit::forward, {&Args::x, &Args::out}},
+      {&normkit::moments, {&Args::x, &Args::moments}},
+      {&normkit::apply, {&Args::x, &Args::mean, &Args::rstd, &Args::out}},
+      {&normkit::backward, {&Args::x, &Args::dy, &Args::mean, &Args::rstd}},
+      {&normkit::backward_sums, {&Args::x, &Args::dy, &Args::mean, &Args::rstd, &Args::sums}},
+      {&normkit::apply_backward,
+       {&Args::x, &Args::dy, &Args::mean, &Args::rstd, &Args::sums, &Args::count, &Args::out}},
+      {&normkit::double_backward, {&Args::x, &Args::dy, &Args::mean, &Args::rstd, &Args::out, &Args::d_dy}},
+  };
+  const std::vector<std::pair<Array Args::*, std::string>> messages = {
+      {&Args::x, "x is None, expected an array"},
+      {&Args::dy, "dy is None, expected an array like x"},
+      {&Args::out, "out is None, expected an array like x"},
+      {&Args::d_dy, "d_dy is None, expected an array like x"},
+      {&Args::mean, "mean is None, expected an array: one element per statistic"},
+      {&Args::rstd, "rstd is None, expected an array: one element per statistic"},
+      {&Args::count, "count is None, expected an array: one element per statistic"},
+      {&Args::sums, "sums is None, expected an array: three numbers per statistic"},
+      {&Args::moments, "moments is None, expected an array: four numbers per statistic"},
+  };
+  for (const auto& [call, arrays] : needs)
+    for (const auto array : arrays)
+      for (const auto& [absent, message] : messages) {
+        if (absent != array) continue;
+        Whole whole;
+        whole.args.*array = {};
+        whole.refuses(call, message);
+      }
+}
+
+/// Arrays that are none, and specs that do not go with x.
+void run_misfits() {
+  const auto refused = [](auto change, const std::string& wanted, Call call = & normkit::forward) {
+    Whole whole;
+    change(whole, whole.args, whole.spec);
+    whole.refuses(call, wanted);
+  };
+  static const Shape many(65, 1), negative{2, 3, -4}, two{16, 4}, four{4};
+  static const Shape interlaced{20, 20, 4}, windows{48, 16, 4}, reversed{-48, 16, -4};
+  refused([](auto&, auto& a, auto&) { a.x.shape = many, a.x.strides = {}; }, "x has 65 axes, expected at most 64");
+  refused([](auto&, auto& a, auto&) { a.x.shape = negative; },
+          "x has shape (2, 3, -4), expected extents that are at least 0");
+  refused([](auto&, auto& a, auto&) { a.x.strides = two; }, "x has strides (16, 4), expected 3: one for each axis");
+  refused([](auto&, auto& a, auto&) { a.out.strides = four; }, "out has strides (4,), expected 3: one for each axis");
+  refused([](auto&, auto& a, auto&) { a.x.data = nullptr; },
+          "x has no memory, expected an array that holds its elements");
+  refused([](auto&, auto& a, auto&) { a.dy.data = nullptr; },
+          "dy has no memory, expected an array that holds its elements", &normkit::backward);
+  const std::string shared = " has elements that share memory, expected distinct ones";
+  refused([](auto&, auto& a, auto&) { a.out.strides = interlaced; }, "out" + shared);
+  refused([](auto& w, auto& a, auto&) {
+    a.running_mean = w.running_mean.view(), a.running_var = w.running_var.view();
+    static const Shape overlapping{2};
+    a.running_var.strides = overlapping;
+  }, "running_var" + shared);
+  refused([](auto&, auto& a, auto&) { a.out_dtype = Dtype::uint8; },
+          "out_dtype is uint8, expected float32, float64, float16 or bfloat16");
+  refused([](auto&, auto&, auto& s) { s.reduce_axes = 1 << 5; },
+          "an axis of reduce_axes is 5, expected 0 to 2: x has 3 axes");
+  refused([](auto&, auto&, auto& s) { s.param_axes[1] = 1 << 3; },
+          "an axis of param_axes is 3, expected 0 to 2: x has 3 axes");
+  refused([](auto&, auto&, auto& s) { s.param_forms = 4; }, "param_forms is 4, expected 0 to 3");
+  for (const int axis : {-1, 3})
+    refused([axis](auto&, auto&, auto& s) { s.num_groups = 1, s.channel_axis = axis; },
+            "channel_axis is " + std::to_string(axis) + ", expected 0 to 2: x has 3 axes");
+  refused([](auto&, auto&, auto& s) { s.num_groups = 2; },
+          "num_groups is 2, expected a divisor of 3, the channels of x");
+  const auto runs = [](Whole& w) {
+    w.args.running_mean = w.running_mean.view(), w.args.running_var = w.running_var.view();
+  };
+  refused([&](auto& w, auto&, auto& s) { runs(w), s.channel_axis = 7; },
+          "channel_axis is 7, expected 0 to 2: x has 3 axes");
+  refused([&](auto& w, auto&, auto& s) { runs(w), s.channel_axis = 2; },
+          "channel_axis is 2, expected an axis that is not in reduce_axes");
+  refused([&](auto& w, auto&, auto& s) { runs(w), s.num_groups = 3; },
+          "running_mean is given, expected None: groups of channels have no running statistics");
+  const std::string none = message_of([] { normkit::layer_spec(65, std::vector<std::int64_t>{-1}); });
+  expect(none == "x has 65 axes, expected at most 64", "message: " + none);
+  const std::string channels = message_of([] { normkit::batch_spec(65); });
+  expect(channels == "x has 65 axes, expected at most 64", "message: " + channels);
+  for (const Shape* strides : {&windows, &reversed}) {  // any order and direction of distinct elements will do
+    Whole whole;
+    for (std::size_t k = 0; k < whole.x.size(); ++k) whole.x.data()[k] = static_cast<float>(k % 5);
+    if (strides == &reversed) whole.args.out.data += 48 + 12;
+    whole.args.out.strides = *strides;
+    normkit::forward(whole.args, whole.spec);
+  }
+}
+
+/// Of no images at all, gradients are 0 wherever they lie, and the statistics of an evaluation are those that run.
+void run_no_images() {
+  float memory[] = {7, 7, 7, 7, 7};
+  const Shape none{0, 3, 5}, statistics{0, 3}, channels{3}, backwards{-4}, steps{8};
+  normkit::Args args;
+  args.x = args.dy = Array::dense(nullptr, Dtype::float32, none);
+  args.mean = args.rstd = Array::dense(nullptr, Dtype::float32, statistics);
+  args.dweight = Array::dense(memory + 2, Dtype::float32, channels), args.dweight.strides = backwards;
+  normkit::backward(args, normkit::instance_spec(3));
+  const float expected[] = {0, 0, 0, 7, 7};
+  expect(std::memcmp(memory, expected, sizeof memory) == 0, "gradients of nothing that lie backwards");
+  double mean[] = {1, 2, 3}, var[] = {3, 0, -1};
+  float means[] = {7, 7, 7, 7, 7}, rstds[] = {7, 7, 7};
+  normkit::Args evaluation;
+  evaluation.x = evaluation.out = args.x;
+  evaluation.running_mean = Array::dense(mean, Dtype::float64, channels);
+  evaluation.running_var = Array::dense(var, Dtype::float64, channels);
+  evaluation.mean = Array::dense(means, Dtype::float32, channels), evaluation.mean.strides = steps;
+  evaluation.rstd = Array::dense(rstds, Dtype::float32, channels);
+  normkit::Spec spec = normkit::batch_spec(3);
+  spec.use_input_stats = false, spec.eps = 1;
+  normkit::forward(evaluation, spec);
+  expect(means[0] == 1 && means[1] == 7 && means[2] == 2 && means[4] == 3, "running means of nothing");
+  expect(rstds[0] == 0.5f && rstds[1] == 1 && rstds[2] == 0, "running deviations of nothing");
+  const std::uint16_t ones[] = {0x3c00, 0x4000, 0x4200};  // 1, 2 and 3
+  evaluation.running_mean = Array::dense(ones, Dtype::float16, channels);
+  normkit::forward(evaluation, spec);
+  expect(means[0] == 1 && means[2] == 2 && means[4] == 3, "running means of float16 of nothing");
+  normkit::Args norm;
+  const Shape empty_rows{3, 0};
+  norm.x = norm.out = Array::dense(nullptr, Dtype::float32, empty_rows), norm.rstd = evaluation.rstd;
+  normkit::Spec l2 = normkit::l2_spec(2, std::vector<std::int64_t>{1});
+  l2.eps = 0.25;
+  normkit::forward(norm, l2);
+  expect(rstds[0] == 4 && rstds[1] == 4 && rstds[2] == 4, "the norm of nothing");
+}
+
 /// Over no positions at all: statistics are 0, whatever was in memory.
 void run_empty() {
   Buffer x({2, 3, 0}, {0, 1, 2}), mean({2, 3}, {0, 1}), rstd(mean);
@@ -714,7 +867,10 @@ int main() {
   run_together();
   run_errors();
   run_phase_errors();
+  run_absences();
+  run_misfits();
   run_empty();
+  run_no_images();
   std::printf("%s\n", failures ? "core test failed" : "core test passed");
   return failures;
 }

@@ -24,6 +24,7 @@ nk.instance_norm(x, momentum=None)  # found
 nk.instance_norm(x, out_dtype=np.int8)  # found
 nk.instance_norm(x, out=[0.0])  # found
 nk.instance_norm(x, where=mask)  # found
+nk.instance_norm(x, where=False)  # found
 nk.instance_norm(x, running_mean=0.0, running_var=1.0)  # found
 nk.instance_norm(x, return_residual=True)  # found
 nk.instance_norm_backward(y, x, mean, rstd, need=("dX",))  # found

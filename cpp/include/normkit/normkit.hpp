@@ -128,38 +128,40 @@ Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 /// be absent, unless the table says otherwise.
 ///
 /// ```
-/// x                   all   any dtype (backward: floating), any strides; see forward() for what is refused
-/// dy                  bsd2  like x
+/// x                   all   any dtype (backward: floating), any strides; see forward() for what is refused; never absent
+/// dy                  bsd2  like x; never absent
 /// weight, bias        fabsd float32, float64 or the dtype of x; absent means 1 and 0. In backward bias says what shape dbias
 ///                           has, and counts where there is an activation
 /// slopes              fabsd like weight, of prelu alone; one element may stand for all
 /// ddx                 2     like x
 /// ddweight, ddbias    2     like weight, or, without one, of the shape that dweight has then
-/// mean, rstd          absd2 float32 or float64, one element per statistic; shape: the kept axes of x. mean is absent where
-///                           spec.centered is false
+/// mean, rstd          absd2 float32 or float64, one element per statistic; shape: the kept axes of x; never absent, but
+///                           for mean where spec.centered is false
 ///                     fm    of compute_dtype(x), written
 /// mean_low            a     like mean, what it has left over: moments() finds it, and apply() has the bits of forward() then
 /// running_mean, running_var  f  (C,) of any floating dtype, read and updated (spec.use_input_stats), or only read
 /// residual            fm    like a floating x: x + residual is normalized
 /// dresidual           bd    like x, added to dx
 /// where               all   bool that broadcasts against x: the members of the statistics
-/// sums                d     what backward_sums() has written: float64, the kept axes of x and 3
-///                     s     written
-/// count               d     float64, one element per statistic: how many members `sums` were taken over
+/// sums                d     what backward_sums() has written: float64, the kept axes of x and 3; never absent
+///                     s     written; never absent
+/// count               d     float64, one element per statistic: how many members `sums` were taken over; never absent
 /// out                 fa    y: like x in shape, of any floating dtype; never absent. May be x itself
-///                     bd    dx: like x. May be x or dy itself
+///                     bd    dx: like x; in d never absent. May be x or dy itself
 /// sum                 fm    like x, written: x + residual; may be x or residual itself. moments() needs it, and so does an out of
 ///                           another dtype
-/// moments             m     float64, the kept axes of x and 4, written: mean, sum of squared deviations, count, mean_low
+/// moments             m     float64, the kept axes of x and 4, written: mean, sum of squared deviations, count, mean_low;
+///                           never absent
 /// dweight, dbias      b     the shapes of weight and bias, any floating dtype, written. Without bias dbias is like dweight; without
 ///                           weight dweight has the extents of the first form, or of the normalized axes
 ///                     2     dweight: the gradient with respect to weight
 /// dslopes             b     the shape of slopes, any floating dtype, written
-/// d_dy                2     like x, written; `out` is the gradient with respect to x
+/// d_dy                2     like x, written; `out` is the gradient with respect to x. Neither may be absent
 /// ```
 ///
-/// An array that is written must overlap no other, except where the table says so. Statistics, parameters and their
-/// gradients are dense, their axes in the order in which they lie in x.
+/// An array that is written must overlap no other, except where the table says so, and its elements must not overlap:
+/// each axis steps over all that faster ones reach. Statistics, parameters and their gradients are dense, their axes in the
+/// order in which they lie in x.
 struct Args {
   /// @{
   /// One array of the call, as the table says.
@@ -177,9 +179,10 @@ struct Args {
 ///     y = activation((x - mean) / sqrt(var + eps) * weight + bias)        var divides by the number of members
 ///
 /// Shapes, dtypes and aliasing are those of Args. A constant statistic gives exactly bias. NaN and Inf stay in their
-/// own statistic. A mask says which elements are members; all are normalized. A statistic without members has mean 0 and
-/// rstd 0, so that y is bias. The bits of y do not depend on the number of threads, on what else is in the batch, or on
-/// alignment, and are the same on every instruction set that has a fused multiply-add.
+/// own statistic. A mask says which elements are members; all are normalized. A statistic without members has mean 0
+/// and rstd 0, so that y is bias; with spec.divides_by_norm rstd is 1 / eps then. The bits of y do not depend on the
+/// number of threads, on what else is in the batch, or on alignment, and are the same on every instruction set that has
+/// a fused multiply-add.
 /// forward() allocates only scratch, on the heap. It throws Error, naming the argument, before any memory is written.
 /// Arrays that are not dense are taken in parts that fit a buffer, with the bits of their dense copies, unless what has
 /// to be in the buffer together is larger than that (many columns that have gaps between them): pack such arrays first.

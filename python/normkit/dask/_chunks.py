@@ -54,8 +54,8 @@ def rstd(moments: Moments, eps: float, of_norm: bool = False) -> Any:
     """What a chunk is multiplied by."""
     if not of_norm:
         return moments.rstd(eps)
-    norm = np.maximum(np.sqrt(moments.m2), eps)
-    return np.where(norm > 0, 1 / np.where(norm > 0, norm, 1), 0)
+    norm = np.maximum(np.sqrt(moments.m2), eps)  # NaN stays
+    return np.where(norm == 0, 0, 1 / np.where(norm == 0, 1, norm))
 
 
 def statistic(moments: Any, *, name: str, dtype: Any, eps: float, of_norm: bool = False) -> Any:

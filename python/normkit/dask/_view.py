@@ -24,7 +24,9 @@ class View:
     def __init__(self, spec: Spec, x: Any) -> None:
         has_groups = spec.kind == "group"
         self.frame = Frame(spec._replace(kind="instance") if has_groups else spec, x.shape)
-        self.shape, self.chunks, self.pieces = x.shape, x.chunks, x.chunks
+        # An extent of 1 in one chunk: in more, which are empty, it could not be told from one that broadcasts.
+        chunks = tuple(c if extent != 1 else (1,) for c, extent in zip(x.chunks, x.shape, strict=True))
+        self.shape, self.own, self.chunks, self.pieces = x.shape, x.chunks, chunks, chunks
         self.takes_any = spec.kind in ("centered", "uncentered")  # weights that broadcast
         self.split, self.cut = -1, -1  # the axis of channels where it is seen as two, and where it is cut
         lacking = [a for a in range(x.ndim) if a not in self.frame.kept]
@@ -33,7 +35,7 @@ class View:
             at = spec.axes[0] % x.ndim
             self.groups, self.size = spec.groups, x.shape[at] // spec.groups
             self.is_stacked = self.groups == 1 or not self.size  # dask splits no axis without elements
-            edges, of_groups = {*map(int, np.cumsum(x.chunks[at]))}, [k * self.size for k in range(self.groups + 1)]
+            edges, of_groups = {*map(int, np.cumsum(chunks[at]))}, [k * self.size for k in range(self.groups + 1)]
             if self.groups == 1 or edges.issubset(of_groups):
                 self.split = at
                 lacking = sorted([at + 1, *(a + (a > at) for a in lacking)])
@@ -41,7 +43,7 @@ class View:
             else:
                 self.cut, self.axis = at, tuple(sorted([at, *lacking]))
                 cuts = sorted(edges.union(of_groups))
-                self.pieces = (*x.chunks[:at], tuple(b - a for a, b in pairwise(cuts)), *x.chunks[at + 1 :])
+                self.pieces = (*chunks[:at], tuple(b - a for a, b in pairwise(cuts)), *chunks[at + 1 :])
                 self.firsts = [cuts.index(edge) for edge in of_groups]  # of the pieces of each group
         self.x = self.of(x)
         self.is_whole = all(self.x.numblocks[a] == 1 for a in self.axis)
@@ -74,7 +76,7 @@ class View:
             array = array[(slice(None),) * at + (0,)]
         elif at >= 0:
             array = array.reshape((*array.shape[:at], self.shape[at], *array.shape[at + 2 :]))
-        array = self._beside(array, self.shape, self.chunks)
+        array = self._beside(array, self.shape, self.own if shape is None else self.chunks)
         return array if shape is None or array.shape == tuple(shape) else array.reshape(shape)
 
     def param(self, array: Any) -> Any:
