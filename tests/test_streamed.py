@@ -42,8 +42,8 @@ def test_streamed_outputs(shape, dtype, offset, isa, rng):
     assert_written(dx, dx_buffer)
 
 
-# Larger arrays of which a part of this shape is seen. Members of a statistic lie together, or, over images too, apart; 9400 elements
-# are no whole chunks.
+# Larger arrays of which a part of this shape is seen. Members of a statistic lie together, or, over images too, apart;
+# 9400 elements are no whole chunks.
 PART = (5, 30, 94, 100)
 PARTS = {
     "crop": ((5, 30, 99, 103), lambda a: a[:, :, 2:-3, 1:-2]),
