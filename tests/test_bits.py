@@ -173,3 +173,37 @@ def test_gaps_are_not_read(op, layout, rng):
     again.buffer[...] = 0xFF  # NaN
     again.array[...] = values
     assert bits(op.forward(again.array)) == expected
+
+
+# Of short rows over images: channels that have common divisors, and a prime number of them; rows of one element.
+MANY_CHANNELS = {"pixels": (5, 2000, 7, 7), "prime": (3, 4099, 5), "samples": (70, 4096), "long": (2, 640, 33)}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "mask"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", MANY_CHANNELS.values(), ids=MANY_CHANNELS)
+def test_a_channel_has_the_same_bits_among_many(shape, dtype, masked, threads, isa, rng):
+    axis, ones = (0, *range(2, len(shape))), (1,) * (len(shape) - 2)
+    x, dy, ddx = (uniform(rng, shape, dtype) for _ in range(3))
+    weight, bias, slopes = (rng.standard_normal((shape[1], *ones)).astype(np.float32) for _ in range(3))
+    where = rng.random(shape) < 0.7 if masked else None
+
+    def found(channels):
+        x_, dy_, ddx_ = (a[:, channels].copy() for a in (x, dy, ddx))
+        w, b, s = (a[channels] for a in (weight, bias, slopes))
+        mask = None if where is None else where[:, channels].copy()
+        options = {"axis": axis, "where": mask, "activation": ("prelu", s)}
+        y, mean, rstd = normkit.normalize(x_, w, b, return_stats=True, **options)
+        dx, *others = normkit.normalize_backward(dy_, x_, mean, rstd, w, bias=b, **options)
+        constants = normkit.normalize_backward(dy_, x_, mean, rstd, w, axis=axis, where=mask, use_input_stats=False)
+        second = normkit.normalize_double_backward(ddx_, None, None, dy_, x_, mean, rstd, w, axis=axis, where=mask)
+        by_element = [y, dx, constants[0], *second[:2]]
+        return by_element, [mean, rstd, *others, *constants[1:], second[2]]
+
+    with normkit.num_threads(threads):
+        by_element, by_channel = found(np.s_[:])
+        few = np.s_[32:48]
+        some_by_element, some_by_channel = found(few)
+    assert [bits(a[:, few]) for a in by_element] == [bits(a) for a in some_by_element]
+    assert [bits(a[few]) for a in by_channel] == [bits(a) for a in some_by_channel]

@@ -489,9 +489,10 @@ void total_dparams(const Task& t, double* totals) {
     CyclicIndex index(g.offset(o, 0, 0, 0), g.params.stride, g.params.count, each);
     for (std::int64_t k = 0, n; k < units; k += n, index.skip(n)) {
       n = std::min(units - k, index.same());
-      double &dweight = totals[o * g.params.outer + *index], &dbias = (&dweight)[count], sums[2] = {dweight, dbias};
-      for (const double* const end = d + 2 * n; d != end; d += 2) sums[0] += d[0], sums[1] += d[1];
-      dweight = sums[0], dbias = sums[1];
+      double* const at = totals + o * g.params.outer + *index;
+      double dweight = at[0], dbias = at[count];
+      for (const double* const end = d + 2 * n; d != end; d += 2) dweight += d[0], dbias += d[1];
+      at[0] = dweight, at[count] = dbias;
     }
   }
 }
