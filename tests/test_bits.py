@@ -205,7 +205,7 @@ def test_a_channel_has_the_same_bits_among_many(shape, dtype, mask_of, threads, 
 
     with normkit.num_threads(threads):
         by_element, by_channel = found(np.s_[:])
-        few = np.s_[32:48]
+        few = np.s_[-20:-4]
         some_by_element, some_by_channel = found(few)
     assert [bits(a[:, few]) for a in by_element] == [bits(a) for a in some_by_element]
     assert [bits(a[few]) for a in by_channel] == [bits(a) for a in some_by_channel]
