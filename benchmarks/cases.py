@@ -17,6 +17,8 @@ VIEWS: dict[str, tuple[Callable[[Shape], Shape], Callable[[Any], Any]]] = {
     "crop": (lambda s: (*s[:-2], s[-2] + 16, s[-1] + 16), lambda a: a[..., 8:-8, 8:-8]),
     "step": (lambda s: (*s[:-1], 2 * s[-1]), lambda a: a[..., ::2]),
     "flip": (lambda s: s, lambda a: a[..., ::-1]),
+    "mirrored": (lambda s: s, lambda a: a[..., ::-1, :]),
+    "opaque": (lambda s: (*s[:-1], s[-1] + 1), lambda a: a[..., :-1]),  # channels last, without that of transparency
     "swap": (lambda s: (s[0], s[2], s[1], *s[3:]), lambda a: a.swapaxes(1, 2)),
     "misaligned": (
         lambda s: (s[0] + 1, *s[1:]),
@@ -113,6 +115,7 @@ class Case:
         return read + masks + self.elements * ITEM_BYTES[self.result_dtype]
 
 
+OF_PICTURES = ("mirrored", "opaque")  # of VIEWS
 VOLUME = (1, 1, 256, 256, 256)
 PICTURES = (8, 3, 512, 512)
 
@@ -141,6 +144,7 @@ FORWARD = [
         for operation in ("batch", "eval")
         for last in (False, True)
     ),
+    Case("batch", (32, 512, 7, 7)),
     Case("eval", (32, 256, 14, 14)),
     Case("eval", (8, 512, 7, 7)),
     Case("instance", (8, 64, 128, 128), "float64"),
@@ -155,7 +159,12 @@ FORWARD = [
     Case("instance", (32, 512, 7, 7), option="relu"),
     *(Case(*case, option="residual") for case in (("instance", (16, 256, 32, 32)), ("layer", (4096, 768)))),
     Case("instance", (8, 128, 16000), option="where"),
-    *(Case("instance", (8, 64, 128, 128), option=view, smoke=view == "misaligned") for view in VIEWS),
+    *(
+        Case("instance", (8, 64, 128, 128), option=view, smoke=view == "misaligned")
+        for view in VIEWS
+        if view not in OF_PICTURES
+    ),
+    *(Case("instance", PICTURES, "uint8", channels_last=True, option=view) for view in OF_PICTURES),
     *(
         Case("instance", PICTURES, dtype, channels_last=last, smoke=dtype == "uint8")
         for dtype in ("float32", "uint8")
@@ -173,7 +182,7 @@ BACKWARD = [
     ),
     *(Case("instance", (8, 64, 128, 128), dtype, direction="backward") for dtype in HALVES),
     Case("group", (8, 320, 64, 64), groups=32, direction="backward"),
-    Case("batch", (32, 64, 112, 112), direction="backward"),
+    *(Case("batch", shape, direction="backward") for shape in ((32, 64, 112, 112), (32, 512, 7, 7))),
     *(Case("layer", shape, direction="backward") for shape in ((4096, 768), (4096, 4096), (65536, 128))),
     *(Case("rms", shape, direction="backward") for shape in ((4096, 768), (4096, 4096))),
 ]

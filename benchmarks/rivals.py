@@ -319,7 +319,8 @@ class Torch(Rival):
     copy, so outputs are new."""
 
     name, package = "torch", "torch"
-    options = (*ACTIVATIONS, *(view for view in VIEWS if view != "flip"), "residual")  # no stride is negative there
+    # No stride is negative there.
+    options = (*ACTIVATIONS, *(view for view in VIEWS if view not in ("flip", "mirrored")), "residual")
     lingers = 0.01
 
     def __init__(self) -> None:
@@ -361,7 +362,7 @@ class Torch(Rival):
         arrays, option = [self._seen(w, w.x)], w.case.option
         constants = map(self.torch.from_numpy, (w.weight, w.bias))
         if option in VIEWS:  # which the native calls refuse, and `F.group_norm` copies
-            return self._run(lambda x, *p: function(x.contiguous(), *p), arrays, *constants)
+            return self._run(lambda x, *p: function(x.contiguous().float(), *p), arrays, *constants)
         if w.case.dtype == "uint8":
             return self._run(lambda x, *p: function(x.float(), *p), arrays, *constants)
         if option == "residual":

@@ -40,15 +40,28 @@ constexpr std::int64_t kShortRow = 4;
 
 template <int kBytes, int kColumns>
 void copy_short_rows(std::byte* to, Lattice to_step, const std::byte* from, Lattice from_step, std::int64_t rows) {
-  constexpr std::int64_t kTogether = 16;
+  constexpr std::int64_t kTogether = 16, kRow = kColumns * kBytes;
   const std::int64_t line = std::max<std::int64_t>(64, from_step.row);
-  for (std::int64_t row = 0; row < rows; row += kTogether) {
-    for (std::int64_t byte = 0; byte < kTogether * from_step.row; byte += line)
-      __builtin_prefetch(from + kRowsAhead + byte);
-    for (std::int64_t k = std::min(kTogether, rows - row); k > 0; --k, to += to_step.row, from += from_step.row)
-      for (int column = 0; column < kColumns; ++column)
-        std::memcpy(to + column * to_step.column, from + column * from_step.column, kBytes);
-  }
+  const auto copy = [&](std::int64_t begin, std::int64_t end, auto copy_row) {
+    for (std::int64_t row = begin; row < end; row += kTogether) {
+      for (std::int64_t byte = 0; byte < kTogether * from_step.row; byte += line)
+        __builtin_prefetch(from + kRowsAhead + byte);
+      for (std::int64_t k = std::min(kTogether, end - row); k > 0; --k, to += to_step.row, from += from_step.row)
+        copy_row();
+    }
+  };
+  const auto each = [&] {
+    for (int column = 0; column < kColumns; ++column)
+      std::memcpy(to + column * to_step.column, from + column * from_step.column, kBytes);
+  };
+  const bool is_dense = to_step.column == kBytes && from_step.column == kBytes && std::abs(to_step.row) == kRow &&
+                        from_step.row >= kRow;
+  if (kColumns != 3 || !is_dense) return copy(0, rows, each);
+  // With every row but the first and the last a fourth element is copied, in whose place the next row comes.
+  const std::int64_t fourth = to_step.row < 0 ? -kBytes : 0;
+  copy(0, 1, each);
+  copy(1, rows - 1, [&] { std::memcpy(to + fourth, from + fourth, kRow + kBytes); });
+  copy(rows - 1, rows, each);
 }
 
 /// Copies rows x columns elements of kBytes bytes each; the columns of one side are dense.
