@@ -5,9 +5,10 @@ import itertools
 import mmap
 import sys
 
+import normkit
 import numpy as np
 import pytest
-from cases import DTYPES, INTEGERS, LAYOUTS, MASKS, lay, uniform
+from cases import DTYPES, INTEGERS, LAYOUTS, MASKS, bits, lay, uniform
 from reference import REGISTRY
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="has no mprotect")
@@ -48,3 +49,29 @@ def test_nothing_beside_an_array_is_read(op, layout, dtype, mask, rng):
             op.backward(*backward, bias=bias, dresidual=residual, **options)
             op.backward(*backward, bias=bias, need=("dweight", "dbias"), **options)
         op.double_backward((ddx, weight, bias), *backward, where=where)
+
+
+# Pixels of three channels, seen in arrays of this shape: rows of up to four elements are copied by more than one.
+PIXELS = {
+    "mirrored": ((2, 40, 37, 3), lambda a: a[:, :, ::-1]),
+    "upside-down": ((2, 40, 37, 3), lambda a: a[:, ::-1, ::-1]),
+    "first-three-of-four": ((2, 40, 37, 4), lambda a: a[..., :3]),
+    "last-three-of-four": ((2, 40, 37, 4), lambda a: a[..., 1:]),
+    "channels-turned-around": ((2, 40, 37, 3), lambda a: a[..., ::-1]),
+    "same-columns": ((2, 40, 1, 3), lambda a: np.broadcast_to(a, (2, 40, 37, 3))),
+}
+
+
+@pytest.mark.parametrize("end", [True, False], ids=["end", "beginning"])
+@pytest.mark.parametrize("dtype", [*DTYPES.values(), *INTEGERS.values()], ids=[*DTYPES, *INTEGERS])
+@pytest.mark.parametrize("pixels", PIXELS.values(), ids=PIXELS)
+def test_nothing_beside_pixels_is_read_or_written(pixels, dtype, end, isa, rng):
+    shape, seen = pixels
+    x = seen(fenced(uniform(rng, shape, dtype), end))
+    dense = normkit.instance_norm(np.copy(x, order="K"), channel_axis=-1)
+    assert bits(normkit.instance_norm(x, channel_axis=-1)) == bits(dense)
+    if dense.dtype == dtype and shape[2] > 1:
+        whole = fenced(np.full(shape, np.nan, dtype), end)
+        normkit.instance_norm(x, out=seen(whole), channel_axis=-1)
+        assert bits(seen(whole)) == bits(dense)
+        assert np.isnan(whole).sum() == whole.size - dense.size
