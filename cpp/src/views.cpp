@@ -54,8 +54,8 @@ void copy_short_rows(std::byte* to, Lattice to_step, const std::byte* from, Latt
     for (int column = 0; column < kColumns; ++column)
       std::memcpy(to + column * to_step.column, from + column * from_step.column, kBytes);
   };
-  const bool is_dense = to_step.column == kBytes && from_step.column == kBytes && std::abs(to_step.row) == kRow &&
-                        from_step.row >= kRow;
+  const bool is_dense =
+      to_step.column == kBytes && from_step.column == kBytes && std::abs(to_step.row) == kRow && from_step.row >= kRow;
   if (kColumns != 3 || !is_dense) return copy(0, rows, each);
   // With every row but the first and the last a fourth element is copied, in whose place the next row comes.
   const std::int64_t fourth = to_step.row < 0 ? -kBytes : 0;
