@@ -34,6 +34,7 @@ HEADLINES = [
     "instance (8, 64, 128, 128) bfloat16",
     "instance (8, 64, 128, 128) crop",
     "instance (8, 3, 512, 512) channels-last uint8",
+    "instance (8, 3, 512, 512) channels-last uint8 mirrored",
     "instance (1, 1, 256, 256, 256)",
     "instance (1, 1, 256, 256, 256) mask",
     "group (8, 320, 64, 64) G=32",
@@ -43,6 +44,7 @@ HEADLINES = [
     "eval (32, 64, 112, 112)",
     "instance (8, 64, 128, 128) backward",
     "batch (32, 64, 112, 112) backward",
+    "batch (32, 512, 7, 7) backward",
     "layer (4096, 768) backward",
 ]
 
