@@ -324,7 +324,8 @@ def bars(whole: dict[str, Any], results: Results, path: Path, unit: Unit, order:
         panel.spines[["top", "right"]].set_visible(False)
     figure.supylabel(unit.label)
     handles = [plt.Rectangle((0, 0), 1, 1, color=color(name, order)) for name in names]
-    figure.legend(handles, names, ncols=len(names), loc="outside upper center", frameon=False)
+    columns = -(-len(names) // (1 + len(names) // 8))  # one row of nine is wider than the picture
+    figure.legend(handles, names, ncols=columns, loc="outside upper center", frameon=False)
     figure.supxlabel(caption(whole, results), fontsize=8, color="#555555")
     figure.savefig(path, dpi=120)
     plt.close(figure)
