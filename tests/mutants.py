@@ -193,6 +193,8 @@ MUTANTS = [
            "view.axes[axis - 1].stride", "a walk goes on where an axis has ended", "views layouts"),
     Mutant("cpp/src/cpu.cpp", "{t.geometry.lanes * each, t.geometry.run, «each», 1};", "t.geometry.members()",
            "parts of statistics lie as far apart as whole ones", "views"),
+    Mutant("cpp/src/kernels/lanes.hpp", "found.low[j] = «folded.low[j]»;", "0",
+           "the mean of columns loses what float64 has left over", "extremes"),
     Mutant("cpp/src/cpu.cpp", "p.count /= g.outer, p.outer = «p.count»;", "0",
            "each slab of columns has the parameters of the first", "bits"),
     Mutant("cpp/src/cpu.cpp", "strides.outer = lanes * «(t.*operand).strides.lane»;", "g.run",

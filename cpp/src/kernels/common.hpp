@@ -115,17 +115,15 @@ template <int kRows>
   }
 }
 
-/// Calls f with a denominator of which the compiler knows which one it is, as it has to for loops over statistics to become vectors.
-template <class F> NORMKIT_LOCAL void with_denominator(Denominator d, F f) {
-  d.is_norm ? f(Denominator{d.eps, true}) : f(Denominator{d.eps, false});
-}
-/// 1/std of statistics from their m2 and their members, n of them each. n, which never is 0, is asked about before the loop.
+/// 1/std of statistics from their m2 and their members, n of them each. The compiler makes vectors of the loop, as it knows which
+/// denominator that is, and that n is not 0.
 template <int kRows>
 NORMKIT_LOCAL void find_rstd(Denominator denominator, double n, const double (&m2)[kRows], double (&rstd)[kRows]) {
-  if (n == 0) return;
-  with_denominator(denominator, [&](Denominator d) NORMKIT_INLINE_LAMBDA {
+  const auto find = [&](Denominator d) NORMKIT_INLINE_LAMBDA {
+    if (n == 0) return;
     for (int k = 0; k < kRows; ++k) rstd[k] = rstd_of(moments_of<double>(0, 0, m2[k], n), d);
-  });
+  };
+  denominator.is_norm ? find({denominator.eps, true}) : find({denominator.eps, false});
 }
 
 /// Hands the moments of a statistic out: to the arrays that were asked for, and to the caller.
