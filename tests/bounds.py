@@ -277,17 +277,24 @@ def dslopes(b: SimpleNamespace, dtype: Any, count: int) -> Any:
     return n * unit(dtype) * np.abs(b.dslopes) + np.abs(b.dy) * _off_z(b, dtype) + np.zeros_like(b.x)
 
 
-def double_backward(d: SimpleNamespace) -> tuple[Any, Any, Any]:
-    """The errors of d_dy, d_x and the terms of d_weight before they are rounded to their dtypes. All is in double.
+def double_backward_roundings(elements: int, dtype: Any) -> float:
+    """See double_backward()."""
+    return (5 * depth(elements, longest=BACKWARD) + 40) * DOUBLE + 8 * unit(dtype)
 
-    Every operation, on numbers that are taken for positive, makes a relative error of one unit: so the error is the
-    formula of absolute values, with + for every -, times the most roundings that stand behind any of its terms. Sums
-    meet h roundings, of all elements where there is a mask. There are h + 5 behind x_hat, which is recentered; 2 h + 12
-    behind a mean of u * x_hat, whose sum is recentered too; 3 h + 20 behind a projection; h + 2 more behind a mean of
-    that, 5 in the rest: 5 h + 40, with 8 to spare.
+
+def double_backward(d: SimpleNamespace, dtype: Any) -> tuple[Any, Any, Any]:
+    """The errors of d_dy, d_x and the terms of d_weight before they are rounded to their dtypes. `dtype` is that of x.
+
+    Sums are in double, where every operation, on numbers that are taken for positive, makes a relative error of one
+    unit: so the error is the formula of absolute values, with + for every -, times the most roundings that stand behind
+    any of its terms. Sums meet h roundings, of all elements where there is a mask. There are h + 5 behind x_hat, which
+    is recentered; 2 h + 12 behind a mean of u * x_hat, whose sum is recentered too; 3 h + 20 behind a projection;
+    h + 2 more behind a mean of that, 5 in the rest: 5 h + 40, with 8 to spare. Results are in the compute type: there
+    are 1 behind x - mean, 4 behind what is multiplied by it, of which 2 are those of a parameter and of what that is
+    multiplied by, and 2 in adding up: 8, with 1 to spare.
     """
     elements = math.prod(d.x.shape[a] for a in d.axis)
-    n = (5 * depth(elements, longest=BACKWARD) + 40) * DOUBLE
+    n = double_backward_roundings(elements, dtype)
     (v, ddw, ddb), dy, w, rstd = map(np.abs, d.dds), np.abs(d.dy), np.abs(d.w), d.rstd
     x_hat = rstd * np.abs(d.x - d.mean)
     if not d.frozen and d.center:

@@ -30,7 +30,7 @@ def check(op, dds, dy, x, weight=None, *, eps=1e-5, stats=None, directions=0, **
         found = op.double_backward(dds, dy, x, mean, rstd, weight, **options)
     truth = op.reference_double_backward(dds, dy, x, mean, rstd, weight, **options)
     assert [(f.shape, f.dtype) for f in found[:2]] == [(x.shape, x.dtype)] * 2
-    *errors, terms = bounds.double_backward(truth)
+    *errors, terms = bounds.double_backward(truth, x.dtype)
     errors = [e.reshape(x.shape) for e in errors]
     if weight is None:
         assert found[2] is None
@@ -184,13 +184,14 @@ def test_what_is_no_member_may_be_nan(op, layout, rng):
     assert (d_x.tobytes(), d_weight.tobytes()) == (expected[1].tobytes(), expected[2].tobytes())
 
 
+@pytest.mark.parametrize("offset", [0.25, 3000.0])
 @pytest.mark.parametrize("stats_dtype", ["float32", "float64"])
 @pytest.mark.parametrize("weight", [False, True], ids=["plain", "weight"])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
-def test_frozen_statistics(op, weight, stats_dtype, rng):
-    dds, dy, x, weight = inputs(op, SMALL, rng, weight=weight)
+def test_frozen_statistics(op, weight, stats_dtype, offset, rng):
+    dds, dy, x, weight = inputs(op, SMALL, rng, weight=weight, offset=offset)
     kept = op.statistics_shape(SMALL)
-    stats = rng.standard_normal(kept) if op.center else None, rng.uniform(0.5, 2, kept)
+    stats = rng.standard_normal(kept) + offset if op.center else None, rng.uniform(0.5, 2, kept)
     stats = tuple(None if s is None else s.astype(stats_dtype) for s in stats)
     check(op, dds, dy, x, weight, stats=stats, use_input_stats=False)
 
@@ -343,9 +344,9 @@ def test_values_are_those_of_torch(torch, name, rng):
     first = torch.autograd.grad(y, tensors[1:], tensors[0], create_graph=True)
     expected = torch.autograd.grad(first, tensors[:3], [torch.from_numpy(d) for d in dds])
     truth = op.reference_double_backward(dds, dy, x, mean, rstd, weight)
-    roundings = (5 * bounds.depth(truth.members, longest=bounds.BACKWARD) + 40) * bounds.DOUBLE
+    roundings = bounds.double_backward_roundings(truth.members, x.dtype)
     apart = 5 * bounds.rstd_error(op.reference(x), x.dtype).max() / roundings
-    *errors, terms = bounds.double_backward(truth)
+    *errors, terms = bounds.double_backward(truth, x.dtype)
     errors.append(op.to_weight(terms * (1 + bounds.count_of(SMALL, weight.shape)), SMALL, weight))
     for ours, theirs, error in zip(found, expected, errors, strict=True):
         bound = (2 + float(apart)) * error.reshape(ours.shape) + 4 * bounds.stored(ours, x.dtype)

@@ -111,13 +111,26 @@ void backward_apply(const Task& t, std::int64_t begin, std::int64_t end) {
   if (t.walk.stream_stores) stream_fence();
 }
 
+/// Calls f with the type that values of x are computed in.
+template <class F> void visit_compute(const Task& t, F f) {
+  t.x.dtype == Dtype::float64 ? f(Type<double>{}) : f(Type<float>{});
+}
+
 void double_backward(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
-  second_fused(t, begin, end, scratch);
+  visit_compute(t, [&](auto x) { second_fused<typename decltype(x)::type>(t, begin, end, scratch); });
   if (t.walk.stream_stores) stream_fence();
 }
 
+void double_backward_sums(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
+  visit_compute(t, [&](auto x) { second_sums<typename decltype(x)::type>(t, begin, end, scratch); });
+}
+
+void double_backward_finish(const Task& t, std::int64_t begin, std::int64_t end) {
+  visit_compute(t, [&](auto x) { second_finish<typename decltype(x)::type>(t, begin, end); });
+}
+
 void double_backward_apply(const Task& t, std::int64_t begin, std::int64_t end) {
-  second_apply(t, begin, end);
+  visit_compute(t, [&](auto x) { second_apply<typename decltype(x)::type>(t, begin, end); });
   if (t.walk.stream_stores) stream_fence();
 }
 
@@ -133,11 +146,12 @@ void merge_moments(double* into, const double* from, std::int64_t n, Dtype compu
 #define NORMKIT_SYMBOL(name) NORMKIT_JOIN(isa_, name)
 
 extern const Isa NORMKIT_SYMBOL(NORMKIT_ISA_NAME);
-const Isa NORMKIT_SYMBOL(NORMKIT_ISA_NAME){NORMKIT_NAME_OF(NORMKIT_ISA_NAME),
-                                           {forward, forward_sums, forward_finish, forward_apply},
-                                           {backward, backward_sums, backward_finish, backward_apply},
-                                           {double_backward, second_sums, second_finish, double_backward_apply},
-                                           merge_moments,
-                                           kHeldVectors};
+const Isa NORMKIT_SYMBOL(NORMKIT_ISA_NAME){
+    NORMKIT_NAME_OF(NORMKIT_ISA_NAME),
+    {forward, forward_sums, forward_finish, forward_apply},
+    {backward, backward_sums, backward_finish, backward_apply},
+    {double_backward, double_backward_sums, double_backward_finish, double_backward_apply},
+    merge_moments,
+    kHeldVectors};
 
 }  // namespace normkit

@@ -1,59 +1,56 @@
-// The gradient of a backward, in both traversals. All is computed in double. What is asked for most, float32 and half types
-// without a mask, is read as floats; all else is read as doubles, and has one loop for all.
+// The gradient of a backward, in both traversals. Sums are doubles; results are computed in the compute type X, float or double,
+// as those of a backward are. All types with one X have one loop: half types are read and written through buffers.
 // What is not a loop over elements is marked as cold, which makes it small.
 #pragma once
 
 namespace normkit {
 namespace {
 
-// ---- elements as doubles -----------------------------------------------------------------------------------------
+// ---- elements ----------------------------------------------------------------------------------------------------
 
-/// Positions that load and store doubles, from and to float as well: a whole register, or less. Loops take one register at a
-/// time, since sums and coefficients of more would not stay in registers.
-struct Doubles {
-  static constexpr int kWidth = kLanes64;
+/// Positions of one register, and of less: sums and coefficients of more would not stay in registers. Doubles are loaded from
+/// floats, too.
+template <class R> struct WholeRegister {
+  static constexpr int kWidth = kRegLanes<R>;
   std::int64_t i;
 
-  NORMKIT_LOCAL R64 load(const double* p) const { return {{reg_load(p + i)}}; }
-  NORMKIT_LOCAL R64 load(const float* p) const { return {{reg_load_wide(p + i)}}; }
-  NORMKIT_LOCAL void store(double* p, R64 v) const { reg_store(p + i, v.r[0]); }
-  NORMKIT_LOCAL void store(float* p, R64 v) const { reg_store_narrow(p + i, v.r[0]); }
-  NORMKIT_LOCAL R64 where(const std::uint8_t* p, R64 v) const { return ::normkit::where(p + i, kWidth, v); }
-  NORMKIT_LOCAL R64 keep(R64 v) const { return v; }
+  template <class X> NORMKIT_LOCAL R load(const X* p) const {
+    if constexpr (sizeof(X) == sizeof(typename R::Lane)) return {{reg_load(p + i)}};
+    else return {{reg_load_wide(p + i)}};
+  }
+  NORMKIT_LOCAL void store(typename R::Lane* p, R v) const { reg_store(p + i, v.r[0]); }
+  NORMKIT_LOCAL R where(const std::uint8_t* p, R v) const { return ::normkit::where(p + i, kWidth, v); }
+  NORMKIT_LOCAL R keep(R v) const { return v; }
 };
 template <class X> [[gnu::noinline, gnu::cold]] void copy_few(const X* from, int n, X* to) {
   for (int k = 0; k < n; ++k) to[k] = from[k];
 }
-struct PartOfDoubles {
+template <class R> struct PartOfRegister {
   std::int64_t i;
   int n;
 
-  template <class X> NORMKIT_LOCAL R64 load(const X* p) const {
-    X part[kLanes64] = {};
+  template <class X> NORMKIT_LOCAL R load(const X* p) const {
+    X part[kRegLanes<R>] = {};
     copy_few(p + i, n, part);
-    return Doubles{0}.load(part);
+    return WholeRegister<R>{0}.load(part);
   }
-  template <class X> NORMKIT_LOCAL void store(X* p, R64 v) const {
-    X part[kLanes64];
-    Doubles{0}.store(part, v);
+  template <class X> NORMKIT_LOCAL void store(X* p, R v) const {
+    X part[kRegLanes<R>];
+    WholeRegister<R>{0}.store(part, v);
     copy_few(part, n, p + i);
   }
-  NORMKIT_LOCAL R64 where(const std::uint8_t* p, R64 v) const { return ::normkit::where(p + i, n, v); }
-  NORMKIT_LOCAL R64 keep(R64 v) const { return ::normkit::keep(v, n); }
+  NORMKIT_LOCAL R where(const std::uint8_t* p, R v) const { return ::normkit::where(p + i, n, v); }
+  NORMKIT_LOCAL R keep(R v) const { return ::normkit::keep(v, n); }
 };
-/// Calls f for every `stride`-th element and those that fill a register with it.
-template <class F> NORMKIT_LOCAL void for_doubles(std::int64_t begin, std::int64_t end, int stride, F f) {
+/// Calls f for every `stride`-th element and those that fill a register R with it.
+template <class R, class F>
+NORMKIT_LOCAL void for_registers(std::int64_t begin, std::int64_t end, std::int64_t stride, F f) {
   std::int64_t i = begin;
-  for (; i + kLanes64 <= end; i += stride) f(Doubles{i});
-  if (i < end) f(PartOfDoubles{i, static_cast<int>(end - i)});
+  for (; i + kRegLanes<R> <= end; i += stride) f(WholeRegister<R>{i});
+  if (i < end) f(PartOfRegister<R>{i, static_cast<int>(end - i)});
 }
 
-/// True where the loops for floats do all that is asked for.
-NORMKIT_LOCAL bool second_is_plain(const Task& t) {
-  return kWide && t.x.dtype != Dtype::float64 && t.ddx.data && !t.where.data && !t.frozen;
-}
-
-/// Elements of a step, one after another, and of other steps, which are so far apart. X is float or double.
+/// Elements of a step, one after another, and of other steps, which are so far apart.
 template <class X> struct SecondRow {
   const X *x, *dy, *v;
   X *d_dy, *d_x;
@@ -73,17 +70,10 @@ template <class X> NORMKIT_LOCAL SecondRow<X> second_in_place(const Task& t, con
           t.x.strides.step, t.dy.strides.step, t.ddx.strides.step, t.d_dy.strides.step, t.dx.strides.step};
 }
 
-/// Numbers as floats, where they lie or in `room`.
-NORMKIT_LOCAL const float* rounded(const float* from, std::int64_t, float*) { return from; }
-NORMKIT_LOCAL const float* rounded(const double* from, std::int64_t n, float* room) {
-  for (std::int64_t i = 0; i < n; ++i) room[i] = static_cast<float>(from[i]);
-  return room;
-}
+/// Results that go past the caches.
+template <class X> struct SecondStreamers { Streamer<X> d_dy, d_x; };
 
-/// Results of float32 that go past the caches.
-struct SecondStreamers { Streamer<float> d_dy, d_x; };
-
-/// Elements as X, float or double: where they lie, or in buffers; zeros in the place of a ddx that is not there.
+/// Elements: where they lie, or in buffers; zeros in the place of a ddx that is not there.
 template <class X> class SecondElements {
  public:
   SecondRow<X> row;
@@ -105,20 +95,21 @@ template <class X> class SecondElements {
     return results_lie(t) ? 16 : least(16, kBuffer / whole_vectors(columns));
   }
   /// Writes results that are in buffers.
-  [[gnu::noinline, gnu::hot]] void write(const Task& t, const SecondPlace& p, SecondStreamers* streamers) const {
+  [[gnu::noinline, gnu::hot]] void write(const Task& t, const SecondPlace& p, SecondStreamers<X>& streamers) const {
     if (results_lie(t)) return;
     for (const bool of_dy : {true, false}) {
       const Operand& out = of_dy ? t.d_dy : t.dx;
-      Streamer<float>* const streamer = t.walk.stream_stores ? &(of_dy ? streamers->d_dy : streamers->d_x) : nullptr;
+      Streamer<X>* const streamer = t.walk.stream_stores ? &(of_dy ? streamers.d_dy : streamers.d_x) : nullptr;
       const bool dense = out.strides.step == p.n;
       const std::int64_t rows = dense ? 1 : p.steps, n = dense ? p.steps * p.n : p.n;
       for (std::int64_t row = 0; row < rows; ++row) {
         std::byte* const to = second_address(out, p) + row * out.strides.step * size_of(out.dtype);
-        alignas(64) float room[kBuffer];
-        const float* const from = rounded(room_[of_dy ? 3 : 4] + row * n, n, room);
-        if (out.dtype == Dtype::float16) put_all(from, at<Half>(to, 0), n, kPlain<Half>, Fetch{});
-        else if (out.dtype == Dtype::bfloat16) put_all(from, at<Bfloat>(to, 0), n, kPlain<Bfloat>, Fetch{});
-        else put_all(from, at<float>(to, 0), n, streamer, Fetch{});
+        const X* const from = room_[of_dy ? 3 : 4] + row * n;
+        if (lie(t)) put_all(from, at<X>(to, 0), n, streamer, Fetch{});
+        if constexpr (sizeof(X) == 4) {
+          if (out.dtype == Dtype::float16) put_all(from, at<Half>(to, 0), n, kPlain<Half>, Fetch{});
+          if (out.dtype == Dtype::bfloat16) put_all(from, at<Bfloat>(to, 0), n, kPlain<Bfloat>, Fetch{});
+        }
       }
     }
   }
@@ -133,40 +124,16 @@ template <class X> class SecondElements {
   alignas(64) X room_[5][kBuffer];
 };
 
-/// Weight, ddweight and ddbias: W is float or double.
-template <class W> struct SecondParams { const W *weight, *ddweight, *ddbias; };
+/// Weight, ddweight and ddbias along the elements.
+template <class X> struct SecondParams { const X *weight, *ddweight, *ddbias; };
+template <class X> struct SecondParamBuffers {
+  ParamBuffer<X> weights, ddweights, ddbiases;
 
-/// Parameters of n <= kBuffer elements as doubles: one for each, or, where `each` is false, the same for all.
-struct SecondParamDoubles {
-  SecondParams<double> params{room_[0], room_[1], room_[2]};
-
-  [[gnu::noinline, gnu::hot]] SecondParamDoubles(const Task& t, bool each, std::int64_t parameter, std::int64_t n) {
-    for (int k = 0; k < 3; ++k) {
-      const Param& p = k == 0 ? t.weight : k == 1 ? t.ddweight : t.ddbias;
-      const double absent = k == 0 ? 1 : 0;
-      double* const to = room_[k];
-      const bool reads = p.data && each;
-      if (reads) read_all(p.data + parameter * size_of(p.dtype), p.dtype, n, to);
-      const double all = reads ? p.offset : element(p, parameter, absent);
-      for (std::int64_t i = 0; i < n; ++i) to[i] = reads ? to[i] + all : all;
-    }
+  SecondParams<X> read(const Task& t, std::int64_t parameter, std::int64_t n) {
+    return {weights.read(t.weight, parameter, n, 1), ddweights.read(t.ddweight, parameter, n, 0),
+            ddbiases.read(t.ddbias, parameter, n, 0)};
   }
-
- private:
-  alignas(64) double room_[3][kBuffer];
 };
-
-/// True where parameters can be read as floats where they lie, or are not there.
-NORMKIT_LOCAL bool second_params_lie(const Task& t) {
-  const auto lies = [](const Param& p) { return !p.data || (p.dtype == Dtype::float32 && p.offset == 0); };
-  return lies(t.weight) && lies(t.ddweight) && lies(t.ddbias);
-}
-NORMKIT_LOCAL SecondParams<float> second_params_at(const Task& t, std::int64_t parameter) {
-  const auto from = [&](const Param& p, const Filled<float>& absent) {
-    return p.data ? at<float>(p.data, parameter) : absent.value;
-  };
-  return {from(t.weight, kOnes<float>), from(t.ddweight, kZeros<float>), from(t.ddbias, kZeros<float>)};
-}
 
 // ---- sums --------------------------------------------------------------------------------------------------------
 
@@ -186,8 +153,8 @@ NORMKIT_LOCAL SecondSums<double> second_weighted(const Task& t, std::int64_t par
 
 /// Adds a register of elements. kWeighted: weight and ddweight follow the elements; else dy stands for g and for q, whose
 /// sums are left alone.
-template <bool kWeighted, class Members, class P, class X, class W>
-NORMKIT_LOCAL void add_second(SecondSums<R64>& s, P place, SecondRow<X> a, R64 mean, SecondParams<W> p,
+template <bool kWeighted, class Members, class P, class X>
+NORMKIT_LOCAL void add_second(SecondSums<R64>& s, P place, SecondRow<X> a, R64 mean, SecondParams<X> p,
                               const Members& members) {
   const R64 dy = place.load(a.dy), v = place.load(a.v), d = place.load(a.x) - mean, of_v = members.only(place, v);
   // What is no member may be NaN, where no gradient reaches it.
@@ -208,14 +175,14 @@ template <class X> NORMKIT_LOCAL void fetch_second(const SecondRow<X>& row, std:
   for (const X* from : {row.x, row.dy, row.v}) prefetch_second(reinterpret_cast<const char*>(from + i) + kFarAhead);
 }
 /// Sums as vectors of all registers give them, whatever the width of one.
-template <bool kWeighted, class Members, class X, class W>
+template <bool kWeighted, class Members, class X>
 [[gnu::noinline, gnu::hot]] SecondSums<double> second_row_sums(SecondRow<X> a, std::int64_t n, double mean,
-                                                               SecondParams<W> p, Members members, bool fetches) {
+                                                               SecondParams<X> p, Members members, bool fetches) {
   const R64 m = broadcast<R64>(mean), zero = broadcast<R64>(0.0);
   SecondSums<F64> s;
   for (int k = 0; k < kRegsOf<F64>; ++k) {
     SecondSums<R64> part{zero, zero, zero, zero, zero, zero, zero, zero};
-    for_doubles(k * kLanes64, n, kLanes<F64>, [&](auto place) NORMKIT_INLINE_LAMBDA {
+    for_registers<R64>(k * kLanes64, n, kLanes<F64>, [&](auto place) NORMKIT_INLINE_LAMBDA {
       if (k == 0 && fetches) fetch_second(a, place.i);
       add_second<kWeighted>(part, place, a, m, p, members);
     });
@@ -237,39 +204,24 @@ NORMKIT_LOCAL void for_second_pieces(const Task& t, std::int64_t o, std::int64_t
 }
 
 /// The sums over a span of a statistic. Where the statistic has one parameter, they are to be weighted yet.
+template <class X>
 [[gnu::cold]] SecondReduced second_span_sums(const Task& t, std::int64_t r, Chunks c, std::int64_t span) {
   const std::int64_t o = r / t.geometry.lanes, lane = r % t.geometry.lanes;
-  const bool shares = constant_in_statistic(t.geometry), plain = second_is_plain(t);
-  const double mean = given_statistic<double>(t, r).mean;
-  const bool fetches = t.walk.far_bytes > 0;
+  const bool shares = constant_in_statistic(t.geometry), fetches = t.walk.far_bytes > 0;
+  const double mean = given_statistic<X>(t, r).mean;
+  SecondParamBuffers<X> params;
   SecondReduced total;
   if (t.frozen && t.kind != ParamKind::statistic) return total;
   for_second_pieces(t, o, lane, c, span, [&](std::int64_t step, Piece piece) {
-    const SecondPlace place{o, step, lane, piece.begin, piece.n};
+    const SecondElements<X> a(t, {o, step, lane, piece.begin, piece.n});
     const bool each = piece.linear && !shares;
-    const Masked members = members_at(t, o, step, lane, piece.begin);
     SecondReduced part;
-    part.n = t.where.data ? members.count(1, piece.n) : static_cast<double>(piece.n);
-    bool done = false;
-    if constexpr (kWide) {
-      if (done = plain && (!each || second_params_lie(t)); done) {
-        const SecondElements<float> a(t, place);
-        if (each)
-          part.sums =
-              second_row_sums<true>(a.row, piece.n, mean, second_params_at(t, piece.parameter), Everyone{}, fetches);
-        else part.sums = second_row_sums<false>(a.row, piece.n, mean, SecondParams<float>{}, Everyone{}, fetches);
-      }
-    }
-    if (!done) {
-      const SecondElements<double> a(t, place);
-      if (each)
-        part.sums = second_row_sums<true>(a.row, piece.n, mean,
-                                          SecondParamDoubles(t, true, piece.parameter, piece.n).params, members, false);
-      else
-        part.sums = second_row_sums<true>(a.row, piece.n, mean,
-                                          SecondParams<double>{kOnes<double>.value, kOnes<double>.value, nullptr},
-                                          members, false);
-    }
+    with_members(t, o, step, lane, piece.begin, [&](auto members) {
+      part.n = members.count(1, piece.n);
+      part.sums =
+          each ? second_row_sums<true>(a.row, piece.n, mean, params.read(t, piece.parameter, piece.n), members, fetches)
+               : second_row_sums<false>(a.row, piece.n, mean, {}, members, fetches);
+    });
     if (!each && !shares) part.sums = second_weighted(t, piece.parameter, part.sums);
     total = total + part;
   });
@@ -278,96 +230,121 @@ NORMKIT_LOCAL void for_second_pieces(const Task& t, std::int64_t o, std::int64_t
 
 // ---- results -----------------------------------------------------------------------------------------------------
 
-/// What is known of elements, of all of them or of each column: quantities that are `apart` doubles from each other. `line` is for
+/// What is known of elements, of all of them or of each column: quantities that are `apart` numbers from each other. `line` is for
 /// parameters that do not follow the elements, rp, origin and g for others; `rp` for the terms of d_weight as well.
-struct SecondKnown {
-  static constexpr int kMean = 0, kThrough = 1, kRp = 4, kOrigin = 7, kG = 8, kLine = 9, kParams = 9, kCount = 13;
-  const double* of;
+template <class X> struct SecondKnown {
+  static constexpr int kMean = 0, kThrough = 1, kRp = 4, kOrigin = 7, kG = 8, kLine = 9;
+  const X* of;
   std::int64_t apart;
 };
-static_assert(kSecondTable == SecondKnown::kCount);
 
-/// Calls put(place of the first, values...) with what is known of a statistic whose elements have parameters of their own.
-template <class F> NORMKIT_LOCAL void put_second(double mean, const SecondGradient<double>& known, F put) {
+/// Calls put(place of the first, values...) with what is known of a statistic.
+template <class X, class F> NORMKIT_LOCAL void put_second(X mean, const SecondGradient<double>& known, F put) {
   const auto& [origin, g, rp, through] = known;
-  put(SecondKnown::kMean, mean, through.of_v, through.of_d, through.constant, rp.of_v, rp.of_d, rp.constant, origin, g);
+  put(0, static_cast<double>(mean), through.of_v, through.of_d, through.constant, rp.of_v, rp.of_d, rp.constant, origin,
+      g);
 }
 /// With the parameters that the elements share.
 template <class F>
 NORMKIT_LOCAL void put_second_line(const SecondGradient<double>& k, double weight, double ddweight, double ddbias,
                                    F put) {
   const SecondLine<double> line = second_line(k.origin, k.g, k.rp, weight, ddweight, ddbias);
-  put(SecondKnown::kLine, line.d_dy.of_v, line.d_dy.of_d, line.d_dy.constant, line.dy);
+  put(SecondKnown<double>::kLine, line.d_dy.of_v, line.d_dy.of_d, line.d_dy.constant, line.dy);
 }
 
 /// Writes d_dy and d_x, and the terms of d_weight, dy * rp, where `terms` is not null. kColumns: what is known follows the
 /// elements; kEach: parameters do. kPlain: there is no mask, and statistics are functions of x. Only plain columns may have
 /// several steps.
-template <bool kColumns, bool kEach, bool kPlain, class X, class W>
+template <bool kColumns, bool kEach, bool kPlain, class X>
 [[gnu::noinline, gnu::hot]] void second_row(const Task& t, SecondRow<X> a, std::int64_t n, std::int64_t steps,
-                                            SecondKnown known, SecondParams<W> p, Masked members, double* terms) {
-  using Form = SecondForm<R64>;
+                                            SecondKnown<X> known, SecondParams<X> p, Masked members, X* terms) {
+  using R = RegisterOf<X>;
+  using Form = SecondForm<R>;
+  using Known = SecondKnown<X>;
   const bool moves = kPlain || !t.frozen, needs_x = moves || t.ddweight.data;
-  double all[SecondKnown::kCount];
-  for (int k = 0; k < SecondKnown::kCount; ++k) all[k] = kColumns ? 0 : known.of[k];
-  for_doubles(0, n, kLanes64, [&](auto place) NORMKIT_INLINE_LAMBDA {
+  X all[kSecondTable];
+  for (int k = 0; k < kSecondTable; ++k) all[k] = kColumns ? 0 : known.of[k];
+  for_registers<R>(0, n, kRegLanes<R>, [&](auto place) NORMKIT_INLINE_LAMBDA {
     const auto of = [&](int k) NORMKIT_INLINE_LAMBDA {
       if constexpr (kColumns) return place.load(known.of + k * known.apart);
-      else return broadcast<R64>(all[k]);
+      else return broadcast<R>(all[k]);
     };
     const auto form = [&](int k) NORMKIT_INLINE_LAMBDA { return Form{of(k), of(k + 1), of(k + 2)}; };
-    SecondLine<R64> line;
+    SecondLine<R> line;
     if constexpr (kEach)
-      line = second_line(of(SecondKnown::kOrigin), of(SecondKnown::kG), form(SecondKnown::kRp), place.load(p.weight),
+      line = second_line(of(Known::kOrigin), of(Known::kG), form(Known::kRp), place.load(p.weight),
                          place.load(p.ddweight), place.load(p.ddbias));
-    else line = {form(SecondKnown::kLine), of(SecondKnown::kLine + 3)};
-    const R64 mean = of(SecondKnown::kMean);
-    const Form f = form(SecondKnown::kThrough);
+    else line = {form(Known::kLine), of(Known::kLine + 3)};
+    const R mean = of(Known::kMean);
+    const Form f = form(Known::kThrough);
     SecondRow<X> row = a;
     for (std::int64_t step = 0; step < (kColumns && kPlain ? steps : 1); ++step, row.next()) {
       if constexpr (kColumns && kPlain) fetch_second(row, place.i);
-      const R64 dy = place.load(row.dy), v = place.load(row.v), d = place.load(row.x) - mean;
-      R64 d_dy = line.d_dy.constant, d_x = dy * line.dy;
+      const R dy = place.load(row.dy), v = place.load(row.v), d = place.load(row.x) - mean;
+      R d_dy = line.d_dy.constant, d_x = dy * line.dy;
       if (needs_x) d_dy = mul_add(d, line.d_dy.of_d, d_dy);
       if (moves) {
-        const R64 through = second_form(v, d, f.of_v, f.of_d, f.constant);
+        const R through = second_form(v, d, f.of_v, f.of_d, f.constant);
         d_x = mul_add(dy, line.dy, kPlain ? through : members.only(place, through));
       }
       place.store(row.d_dy, mul_add(v, line.d_dy.of_v, d_dy)), place.store(row.d_x, d_x);
       if (!terms) continue;
-      const Form rp = form(SecondKnown::kRp);
-      const R64 of_dy = moves ? second_form(v, d, rp.of_v, rp.of_d, rp.constant) : v * rp.of_v;
+      const Form rp = form(Known::kRp);
+      const R of_dy = moves ? second_form(v, d, rp.of_v, rp.of_d, rp.constant) : v * rp.of_v;
       // From a zero on: the sign of a term that is none does not depend on a mask.
-      R64 term = mul_add(dy, of_dy, broadcast<R64>(0.0));
+      R term = mul_add(dy, of_dy, broadcast<R>(X(0)));
       if constexpr (!kPlain) term = where(dy, term);
       place.store(terms, term);
     }
   });
 }
+/// True where nothing is masked and nothing is frozen.
+NORMKIT_LOCAL bool second_is_plain(const Task& t) { return !t.where.data && !t.frozen; }
 
-/// second_row() of anything, by way of doubles.
-template <bool kColumns>
-void second_any_row(const Task& t, const SecondPlace& place, SecondKnown known, SecondParams<double> p, double* terms,
-                    SecondStreamers* streamers) {
-  SecondElements<double> a(t, place);
-  second_row<kColumns, true, false>(t, a.row, place.n, 1, known, p,
-                                    members_at(t, place.o, place.step, place.lane, place.begin), terms);
-  a.write(t, place, streamers);
-}
+/// The results of one thread.
+template <class X> class SecondWriter {
+ public:
+  explicit SecondWriter(const Task& task) : t(task) {}
+
+  /// Writes rows of elements whose parameters follow them, where `each`, or are part of what is known.
+  template <bool kColumns>
+  void write(const SecondPlace& p, SecondKnown<X> known, bool each, std::int64_t parameter, X* terms) {
+    SecondElements<X> a(t, p);
+    const Masked members = members_at(t, p.o, p.step, p.lane, p.begin);
+    const auto rows = [&](auto follows, auto plain) {
+      const SecondParams<X> params = follows.value ? params_.read(t, parameter, p.n) : SecondParams<X>{};
+      second_row<kColumns, follows.value, plain.value>(t, a.row, p.n, p.steps, known, params, members, terms);
+    };
+    const auto any = [&](auto follows) {
+      second_is_plain(t) ? rows(follows, Count<true>{}) : rows(follows, Count<false>{});
+    };
+    each ? any(Count<true>{}) : any(Count<false>{});
+    a.write(t, p, streamers_);
+  }
+
+  const Task& t;
+
+ private:
+  SecondParamBuffers<X> params_;
+  SecondStreamers<X> streamers_;
+};
 
 /// Where terms of d_weight go: added up over a piece, or over rows, or one for each element of x.
+template <class X>
 [[gnu::noinline, gnu::hot]] void put_second_terms(const Task& t, std::int64_t o, std::int64_t lane, std::int64_t offset,
-                                                  Piece piece, const double* terms) {
+                                                  Piece piece, const X* terms) {
   const Geometry& g = t.geometry;
+  alignas(64) double wide[kBuffer];
+  for (std::int64_t i = 0; i < piece.n; ++i) wide[i] = terms[i];
   if (t.kind == ParamKind::piece) {
     F64 all = broadcast<F64>(0.0);
-    for_positions<F64>(piece.n, [&](auto place) NORMKIT_INLINE_LAMBDA { all = all + place.load(terms); });
+    for_positions<F64>(piece.n, [&](auto place) NORMKIT_INLINE_LAMBDA { all = all + place.load(wide); });
     t.dparams[2 * (offset / g.params.stride)] += sum(all);
   } else if (t.kind == ParamKind::row) {
     double* const sums = t.dparams + 2 * (o * row_groups(g) + lane / kRowGroup) * g.run + piece.begin;
-    for (std::int64_t i = 0; i < piece.n; ++i) sums[i] += terms[i];
+    for (std::int64_t i = 0; i < piece.n; ++i) sums[i] += wide[i];
   } else {
-    copy(terms, piece.n, at<double>(t.dweight_out, offset));
+    copy(wide, piece.n, at<double>(t.dweight_out, offset));
   }
 }
 
@@ -377,83 +354,69 @@ bool has_second_terms(const Task& t) {
 
 // ---- runs --------------------------------------------------------------------------------------------------------
 
+/// Sums of a whole statistic, weighted, as what is known of its elements.
+template <class X>
+NORMKIT_LOCAL SecondGradient<double> second_known(const Task& t, Statistic<X> s, const SecondReduced& weighted) {
+  const double shift = mean_shift(t, s, weighted.sums.d, t.frozen ? 1 : weighted.n);
+  return second_gradient_of(s.rstd, shift, recenter(weighted.sums, shift), t.frozen ? 0 : weighted.n, t.centered);
+}
+
 /// Makes of the sums of a whole statistic the coefficients of its elements, and its share of d_weight.
+template <class X>
 [[gnu::cold]] SecondGradient<double> second_solve(const Task& t, std::int64_t r, SecondReduced reduced) {
   const Geometry& g = t.geometry;
   const std::int64_t o = r / g.lanes, lane = r % g.lanes;
-  const Statistic<double> s = given_statistic<double>(t, r);
-  const double shift = mean_shift(t, s, reduced.sums.d, reduced.n);
-  const bool shares = constant_in_statistic(g);
-  const SecondSums<double> weighted =
-      shares ? second_weighted(t, g.parameter(o, g.offset(o, 0, lane, 0)), reduced.sums) : reduced.sums;
-  const SecondGradient<double> known =
-      second_gradient_of(s.rstd, shift, recenter(weighted, shift), t.frozen ? 0 : reduced.n, t.centered);
-  if (t.kind == ParamKind::statistic) t.dparams[2 * r] = second_dweight(known, reduced.sums);
+  const SecondSums<double> sums = reduced.sums;
+  if (constant_in_statistic(g)) reduced.sums = second_weighted(t, g.parameter(o, g.offset(o, 0, lane, 0)), sums);
+  const SecondGradient<double> known = second_known(t, given_statistic<X>(t, r), reduced);
+  if (t.kind == ParamKind::statistic) t.dparams[2 * r] = second_dweight(known, sums);
   return known;
 }
 
-[[gnu::cold]] void second_span(const Task& t, std::int64_t r, Chunks c, std::int64_t span,
-                               const SecondGradient<double>& k, SecondStreamers* streamers) {
+template <class X>
+[[gnu::cold]] void second_span(SecondWriter<X>& writer, std::int64_t r, Chunks c, std::int64_t span,
+                               const SecondGradient<double>& k) {
+  const Task& t = writer.t;
   const std::int64_t o = r / t.geometry.lanes, lane = r % t.geometry.lanes;
-  double of[SecondKnown::kCount] = {};
-  const SecondKnown known{of, 1};
+  X of[kSecondTable] = {};
   const auto put = [&](int first, auto... values) {
-    for (const double value : {values...}) of[first++] = value;
+    for (const double value : {values...}) of[first++] = static_cast<X>(value);
   };
-  put_second(given_statistic<double>(t, r).mean, k, put);
-  const bool plain = second_is_plain(t);
-  alignas(64) double terms[kBuffer];
-  double* const to = has_second_terms(t) ? terms : nullptr;
+  put_second(given_statistic<X>(t, r).mean, k, put);
+  alignas(64) X terms[kBuffer];
+  X* const to = has_second_terms(t) ? terms : nullptr;
   for_second_pieces(t, o, lane, c, span, [&](std::int64_t step, Piece piece) {
-    const SecondPlace place{o, step, lane, piece.begin, piece.n};
-    bool done = false;
-    if constexpr (kWide) {
-      if (done = plain && (!piece.linear || second_params_lie(t)); done) {
-        const SecondElements<float> a(t, place);
-        if (piece.linear) {
-          second_row<false, true, true>(t, a.row, piece.n, 1, known, second_params_at(t, piece.parameter), {}, to);
-        } else {
-          put_second_line(k, element(t.weight, piece.parameter, 1), element(t.ddweight, piece.parameter, 0),
-                          element(t.ddbias, piece.parameter, 0), put);
-          second_row<false, false, true>(t, a.row, piece.n, 1, known, SecondParams<float>{}, {}, to);
-        }
-        a.write(t, place, streamers);
-      }
-    }
-    if (!done)
-      second_any_row<false>(t, place, known, SecondParamDoubles(t, piece.linear, piece.parameter, piece.n).params, to,
-                            streamers);
+    if (!piece.linear)
+      put_second_line(k, element(t.weight, piece.parameter, 1), element(t.ddweight, piece.parameter, 0),
+                      element(t.ddbias, piece.parameter, 0), put);
+    writer.template write<false>({o, step, lane, piece.begin, piece.n}, {of, 1}, piece.linear, piece.parameter, to);
     if (to) put_second_terms(t, o, lane, t.geometry.offset(o, step, lane, piece.begin), piece, terms);
   });
 }
 
 // ---- columns -----------------------------------------------------------------------------------------------------
 
-/// Sums of columns, or what is known of them: arrays of doubles, one a quantity.
-template <int kArrays> struct SecondColumns {
-  double* array[kArrays];
+/// Sums of columns, or what is known of them: arrays of numbers, one a quantity.
+template <class S, int kArrays> struct SecondColumns {
+  S* array[kArrays];
   SecondColumns(double* memory, std::int64_t columns) {
-    for (double*& a : array) a = memory, memory += columns;
+    for (int k = 0; k < kArrays; ++k) array[k] = reinterpret_cast<S*>(memory) + k * columns;
   }
 };
-using SecondColumnSums = SecondColumns<kSecondDoubles>;
-using SecondTable = SecondColumns<kSecondTable>;
+using SecondColumnSums = SecondColumns<double, kSecondDoubles>;
+template <class X> using SecondTable = SecondColumns<X, kSecondTable>;
 
 NORMKIT_LOCAL SecondReduced second_column(const SecondColumnSums& s, std::int64_t k) {
   const auto& a = s.array;
   return {{a[0][k], a[1][k], a[2][k], a[3][k], a[4][k], a[5][k], a[6][k], a[7][k]}, a[8][k]};
 }
 
-/// True where what is known of columns is what has their parameters in it.
-NORMKIT_LOCAL bool second_has_lines(const Task& t) { return second_is_plain(t) && constant_in_column(t.geometry); }
-
 /// Adds steps of some columns, one after another.
 template <bool kWeighted, class Members, class X>
 [[gnu::noinline, gnu::hot]] void add_second_columns(SecondRow<X> a, const SecondPlace& columns, const double* mean,
-                                                    SecondParams<double> p, Members members,
-                                                    const SecondColumnSums& to) {
+                                                    SecondParams<X> p, Members members, const SecondColumnSums& to) {
   const std::int64_t k = columns.begin, steps = columns.steps;
-  for_doubles(0, columns.n, kLanes64, [&](auto place) NORMKIT_INLINE_LAMBDA {
+  for_registers<R64>(0, columns.n, kLanes64, [&](auto place) NORMKIT_INLINE_LAMBDA {
     const auto sum = [&](int j)
                          NORMKIT_INLINE_LAMBDA { return place.load(static_cast<const double*>(to.array[j]) + k); };
     const R64 m = place.load(mean + k);
@@ -473,99 +436,82 @@ template <bool kWeighted, class Members, class X>
   });
 }
 
-/// Calls f(place) for the columns of a span, some at a time.
-template <class F> NORMKIT_LOCAL void for_second_columns(const Task& t, std::int64_t o, std::int64_t span, F f) {
+/// Calls f(place) for the columns of a span, some at a time, and several steps of them where there is nothing but to compute.
+template <class X, class F>
+NORMKIT_LOCAL void for_second_columns(const Task& t, std::int64_t o, std::int64_t span, F f) {
   const std::int64_t columns = t.geometry.columns(), end = span_end(t.geometry, span);
-  const std::int64_t most = second_has_lines(t) ? SecondElements<float>::most_steps(t, least(kBuffer, columns)) : 1;
+  const bool several = second_is_plain(t) && constant_in_column(t.geometry);
+  const std::int64_t most = several ? SecondElements<X>::most_steps(t, least(kBuffer, columns)) : 1;
   for (std::int64_t step = span_begin(span); step < end; step += most)
     for (std::int64_t k = 0; k < columns; k += kBuffer)
       f(SecondPlace{o, step, 0, k, least(kBuffer, columns - k), least(most, end - step)});
 }
-/// The parameters of columns, where each element has its own.
-NORMKIT_LOCAL SecondParamDoubles second_params_of(const Task& t, const SecondPlace& p) {
-  const Geometry& g = t.geometry;
-  return {t, true, g.parameter(p.o, g.offset(p.o, p.step, 0, 0)) + p.begin, p.n};
+/// The parameter of the first column of a place, where each element has its own.
+NORMKIT_LOCAL std::int64_t second_parameter(const Geometry& g, const SecondPlace& p) {
+  return g.parameter(p.o, g.offset(p.o, p.step, 0, 0)) + p.begin;
 }
 
 /// Adds a span to the sums of columns.
+template <class X>
 [[gnu::cold]] void second_column_sums(const Task& t, std::int64_t o, std::int64_t span, const double* mean,
                                       SecondColumnSums to) {
-  for_second_columns(t, o, span, [&](const SecondPlace& place) {
-    if constexpr (kWide) {
-      if (second_has_lines(t)) {
-        const SecondElements<float> a(t, place);
-        return add_second_columns<false>(a.row, place, mean, {}, Everyone{}, to);
-      }
-    }
-    const SecondElements<double> a(t, place);
-    const Masked members = members_at(t, o, place.step, 0, place.begin);
-    if (constant_in_column(t.geometry))
-      add_second_columns<true>(a.row, place, mean, {kOnes<double>.value, kOnes<double>.value, nullptr}, members, to);
-    else add_second_columns<true>(a.row, place, mean, second_params_of(t, place).params, members, to);
+  SecondParamBuffers<X> params;
+  for_second_columns<X>(t, o, span, [&](const SecondPlace& p) {
+    const SecondElements<X> a(t, p);
+    with_members(t, o, p.step, 0, p.begin, [&](auto members) {
+      if (constant_in_column(t.geometry)) return add_second_columns<false>(a.row, p, mean, {}, members, to);
+      add_second_columns<true>(a.row, p, mean, params.read(t, second_parameter(t.geometry, p), p.n), members, to);
+    });
   });
 }
 
 /// The given means, for each column.
-[[gnu::cold]] void second_means(const Task& t, std::int64_t o, double* mean) {
+template <class X> [[gnu::cold]] void second_means(const Task& t, std::int64_t o, double* mean) {
   const Geometry& g = t.geometry;
   for (std::int64_t lane = 0; lane < g.lanes; ++lane)
     for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k)
-      mean[k] = given_statistic<double>(t, o * g.lanes + lane).mean;
+      mean[k] = given_statistic<X>(t, o * g.lanes + lane).mean;
 }
 
 /// Makes of the sums of columns the table that is known of them, and their shares of d_weight.
+template <class X>
 [[gnu::cold]] void second_solve_columns(const Task& t, std::int64_t o, const SecondColumnSums& sums,
-                                        const SecondTable& table) {
+                                        const SecondTable<X>& table) {
   const Geometry& g = t.geometry;
   ColumnParameter parameter(t, o), folded = parameter;
-  const bool has_lines = second_has_lines(t);
   for (std::int64_t lane = 0; lane < g.lanes; ++lane) {
-    const Statistic<double> s = given_statistic<double>(t, o * g.lanes + lane);
     SecondReduced all;
     for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k, folded.next()) {
       SecondReduced column = second_column(sums, k);
       if (constant_in_column(g)) column.sums = second_weighted(t, folded.index(), column.sums);
       all = all + column;
     }
-    const double shift = mean_shift(t, s, all.sums.d, all.n);
-    const SecondGradient<double> known =
-        second_gradient_of(s.rstd, shift, recenter(all.sums, shift), t.frozen ? 0 : all.n, t.centered);
+    const Statistic<X> s = given_statistic<X>(t, o * g.lanes + lane);
+    const SecondGradient<double> known = second_known(t, s, all);
     for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k, parameter.next()) {
-      const double weight = parameter.of(t.weight, 1), ddweight = parameter.of(t.ddweight, 0),
-                   ddbias = parameter.of(t.ddbias, 0);
       const auto put = [&](int first, auto... values) {
-        for (const double value : {values...}) table.array[first++][k] = value;
+        for (const double value : {values...}) table.array[first++][k] = static_cast<X>(value);
       };
       put_second(s.mean, known, put);
-      if (has_lines) put_second_line(known, weight, ddweight, ddbias, put);
-      else put(SecondKnown::kParams, weight, ddweight, ddbias);
+      put_second_line(known, parameter.of(t.weight, 1), parameter.of(t.ddweight, 0), parameter.of(t.ddbias, 0), put);
       if (t.kind == ParamKind::column)
         t.dparams[2 * (o * g.columns() + k)] = second_dweight(known, second_column(sums, k).sums);
     }
   }
 }
 
-[[gnu::cold]] void second_column_span(const Task& t, std::int64_t o, std::int64_t span, const SecondTable& table,
-                                      SecondStreamers* streamers) {
+template <class X>
+[[gnu::cold]] void second_column_span(SecondWriter<X>& writer, std::int64_t o, std::int64_t span,
+                                      const SecondTable<X>& table) {
+  const Task& t = writer.t;
   const Geometry& g = t.geometry;
-  alignas(64) double terms[kBuffer];
-  double* const to = has_second_terms(t) ? terms : nullptr;
-  for_second_columns(t, o, span, [&](const SecondPlace& place) {
-    const auto of = [&](int j) { return table.array[j] + place.begin; };
-    const SecondKnown known{of(0), table.array[1] - table.array[0]};
-    if constexpr (kWide) {
-      if (second_has_lines(t)) {
-        const SecondElements<float> a(t, place);
-        second_row<true, false, true>(t, a.row, place.n, place.steps, known, SecondParams<float>{}, {}, nullptr);
-        return a.write(t, place, streamers);
-      }
-    }
-    constexpr int kParams = SecondKnown::kParams;
-    if (constant_in_column(g))
-      second_any_row<true>(t, place, known, {of(kParams), of(kParams + 1), of(kParams + 2)}, to, streamers);
-    else second_any_row<true>(t, place, known, second_params_of(t, place).params, to, streamers);
-    if (to)
-      put_second_terms(t, o, 0, g.offset(o, place.step, 0, 0) + place.begin, {place.begin, place.n, 0, true}, terms);
+  const bool each = !constant_in_column(g);
+  alignas(64) X terms[kBuffer];
+  X* const to = has_second_terms(t) ? terms : nullptr;
+  for_second_columns<X>(t, o, span, [&](const SecondPlace& p) {
+    const SecondKnown<X> known{table.array[0] + p.begin, table.array[1] - table.array[0]};
+    writer.template write<true>(p, known, each, each ? second_parameter(g, p) : 0, to);
+    if (to) put_second_terms(t, o, 0, g.offset(o, p.step, 0, 0) + p.begin, {p.begin, p.n, 0, true}, terms);
   });
 }
 
@@ -581,21 +527,22 @@ NORMKIT_LOCAL void add_second_parts(const SecondColumnSums& to, const SecondColu
     for (std::int64_t k = 0; k < columns; ++k) to.array[j][k] += part.array[j][k];
 }
 
+template <class X>
 [[gnu::cold]] void second_sums(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
   const Chunks c = chunks_of(t.geometry, t.traversal);
   const std::int64_t columns = whole_vectors(t.geometry.columns());
   for (std::int64_t unit = begin; unit < end; ++unit) {
     double* const part = t.partials + partial_doubles(t, true) * unit;
     if (t.traversal == Traversal::runs) {
-      *reinterpret_cast<SecondReduced*>(part) = second_span_sums(t, unit / c.spans, c, unit % c.spans);
+      *reinterpret_cast<SecondReduced*>(part) = second_span_sums<X>(t, unit / c.spans, c, unit % c.spans);
       continue;
     }
-    second_means(t, unit / c.spans, scratch);
-    second_column_sums(t, unit / c.spans, unit % c.spans, scratch, second_cleared(part, columns));
+    second_means<X>(t, unit / c.spans, scratch);
+    second_column_sums<X>(t, unit / c.spans, unit % c.spans, scratch, second_cleared(part, columns));
   }
 }
 
-[[gnu::cold]] void second_finish(const Task& t, std::int64_t begin, std::int64_t end) {
+template <class X> [[gnu::cold]] void second_finish(const Task& t, std::int64_t begin, std::int64_t end) {
   const std::int64_t spans = chunks_of(t.geometry, t.traversal).spans, each = partial_doubles(t, true);
   const std::int64_t columns = whole_vectors(t.geometry.columns());
   for (std::int64_t unit = begin; unit < end; ++unit) {
@@ -604,56 +551,58 @@ NORMKIT_LOCAL void add_second_parts(const SecondColumnSums& to, const SecondColu
       SecondReduced reduced;
       for (std::int64_t span = 0; span < spans; ++span)
         reduced = reduced + *reinterpret_cast<SecondReduced*>(part + each * span);
-      *reinterpret_cast<SecondGradient<double>*>(solved) = second_solve(t, unit, reduced);
+      *reinterpret_cast<SecondGradient<double>*>(solved) = second_solve<X>(t, unit, reduced);
       continue;
     }
     for (std::int64_t span = 1; span < spans; ++span)
       add_second_parts({part, columns}, {part + each * span, columns}, t.geometry.columns());
-    second_solve_columns(t, unit, {part, columns}, {solved, columns});
+    second_solve_columns<X>(t, unit, {part, columns}, {solved, columns});
   }
 }
 
-[[gnu::cold]] void second_apply(const Task& t, std::int64_t begin, std::int64_t end) {
-  SecondStreamers streamers;
+template <class X> [[gnu::cold]] void second_apply(const Task& t, std::int64_t begin, std::int64_t end) {
+  SecondWriter<X> writer(t);
   const Chunks c = chunks_of(t.geometry, t.traversal);
   for_spans(t, begin, end, [&](std::int64_t unit) {
     double* const solved = t.solved;
     if (t.traversal == Traversal::lanes)
-      return second_column_span(t, unit / c.spans, unit % c.spans,
-                                {solved + solved_doubles(t) * (unit / c.spans), whole_vectors(t.geometry.columns())},
-                                &streamers);
+      return second_column_span<X>(
+          writer, unit / c.spans, unit % c.spans,
+          {solved + solved_doubles(t) * (unit / c.spans), whole_vectors(t.geometry.columns())});
     const Rows rows = rows_of(t, unit / c.spans);
     for (std::int64_t r = rows.first; r < rows.last; ++r)
-      second_span(t, r, c, unit % c.spans, *reinterpret_cast<SecondGradient<double>*>(solved + solved_doubles(t) * r),
-                  &streamers);
+      second_span(writer, r, c, unit % c.spans,
+                  *reinterpret_cast<SecondGradient<double>*>(solved + solved_doubles(t) * r));
   });
 }
 
+template <class X>
 [[gnu::cold]] void second_fused(const Task& t, std::int64_t begin, std::int64_t end, double* scratch) {
-  SecondStreamers streamers;
+  SecondWriter<X> writer(t);
   const Chunks c = chunks_of(t.geometry, t.traversal);
   const std::int64_t columns = whole_vectors(t.geometry.columns());
   for (std::int64_t unit = begin; unit < end; ++unit) {
     if (t.traversal == Traversal::lanes) {
-      const SecondTable table(scratch, columns);
+      // The means are where the table will be, which is made of sums alone.
+      const SecondTable<X> table(scratch, columns);
       const SecondColumnSums sums = second_cleared(scratch + kSecondTable * columns, columns);
-      second_means(t, unit, table.array[0]);
+      second_means<X>(t, unit, scratch);
       for (std::int64_t span = 0; span < c.spans; ++span) {
         double* const part = scratch + (kSecondTable + kSecondDoubles) * columns;
         const SecondColumnSums own = span == 0 ? sums : second_cleared(part, columns);
-        second_column_sums(t, unit, span, table.array[0], own);
+        second_column_sums<X>(t, unit, span, scratch, own);
         if (span > 0) add_second_parts(sums, own, t.geometry.columns());
       }
       second_solve_columns(t, unit, sums, table);
-      for_spans(t, 0, c.spans, [&](std::int64_t span) { second_column_span(t, unit, span, table, &streamers); });
+      for_spans(t, 0, c.spans, [&](std::int64_t span) { second_column_span(writer, unit, span, table); });
       continue;
     }
     const Rows rows = rows_of(t, unit);
     for (std::int64_t r = rows.first; r < rows.last; ++r) {
       SecondReduced reduced;
-      for (std::int64_t span = 0; span < c.spans; ++span) reduced = reduced + second_span_sums(t, r, c, span);
-      const SecondGradient<double> known = second_solve(t, r, reduced);
-      for_spans(t, 0, c.spans, [&](std::int64_t span) { second_span(t, r, c, span, known, &streamers); });
+      for (std::int64_t span = 0; span < c.spans; ++span) reduced = reduced + second_span_sums<X>(t, r, c, span);
+      const SecondGradient<double> known = second_solve<X>(t, r, reduced);
+      for_spans(t, 0, c.spans, [&](std::int64_t span) { second_span(writer, r, c, span, known); });
     }
   }
 }

@@ -96,7 +96,6 @@ template <class T> inline void reg_stream(T* p, Reg32 v) {
 inline void stream_fence() { _mm_sfence(); }
 
 inline Reg64 reg_load_wide(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
-inline void reg_store_narrow(float* p, Reg64 v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
 inline Reg64 widen_piece(const Reg32* r, int piece) {
   return _mm256_cvtps_pd(piece % 2 ? _mm256_extractf128_ps(r[piece / 2], 1) : _mm256_castps256_ps128(r[piece / 2]));
 }

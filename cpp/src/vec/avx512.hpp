@@ -114,7 +114,6 @@ inline void stream_fence() { _mm_sfence(); }
 
 // The n-th kLanes64 of 16 floats, as doubles.
 inline Reg64 reg_load_wide(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
-inline void reg_store_narrow(float* p, Reg64 v) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(v)); }
 inline Reg64 widen_piece(const Reg32* r, int piece) {
   return _mm512_cvtps_pd(piece ? _mm512_extractf32x8_ps(r[0], 1) : _mm512_castps512_ps256(r[0]));
 }

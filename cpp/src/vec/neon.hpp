@@ -76,7 +76,6 @@ template <class T, class Reg> inline void reg_stream(T* p, Reg v) { reg_store(p,
 inline void stream_fence() {}
 
 inline Reg64 reg_load_wide(const float* p) { return vcvt_f64_f32(vld1_f32(p)); }
-inline void reg_store_narrow(float* p, Reg64 v) { vst1_f32(p, vcvt_f32_f64(v)); }
 inline Reg64 widen_piece(const Reg32* r, int piece) {
   return piece % 2 ? vcvt_high_f64_f32(r[piece / 2]) : vcvt_f64_f32(vget_low_f32(r[piece / 2]));
 }

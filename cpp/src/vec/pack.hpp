@@ -175,9 +175,10 @@ template <class V> NORMKIT_LOCAL V where(const std::uint8_t* p, int n, V v) {
   } else {
     const F32 f = n == kLanes<F32> ? load(p) : load(p, n);
     V m;
-    if constexpr (std::is_same_v<V, F32>) m = f;
-    else
-      for (int k = 0; k < kRegsOf<V>; ++k) m.r[k] = widen_piece(f.r, k);
+    for (int k = 0; k < kRegsOf<V>; ++k) {
+      if constexpr (sizeof(typename V::Lane) == 4) m.r[k] = f.r[k];
+      else m.r[k] = widen_piece(f.r, k);
+    }
     return where(m, v);
   }
 }

@@ -66,9 +66,6 @@ inline void stream_fence() { _mm_sfence(); }
 inline Reg64 reg_load_wide(const float* p) {
   return _mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
-inline void reg_store_narrow(float* p, Reg64 v) {
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_castps_si128(_mm_cvtpd_ps(v)));
-}
 inline Reg64 widen_piece(const Reg32* r, int piece) {
   return _mm_cvtps_pd(piece % 2 ? _mm_movehl_ps(r[piece / 2], r[piece / 2]) : r[piece / 2]);
 }
