@@ -525,12 +525,12 @@ template <class Y> class Streamer {
     start_ = nullptr;
     if (whole_ == kLines) put_whole();
   }
-  void put_part() {
+  [[gnu::noinline]] void put_part() {
     if (start_)
       for (std::int64_t k = first_; k < last_; ++k) start_[k] = line_[whole_][k];
     start_ = nullptr;
   }
-  void put_whole() {
+  [[gnu::noinline]] void put_whole() {
     for (int line = 0; line < whole_; ++line)
       for (int k = 0; k < kLine; k += kLanes<VectorOf<Y>>) stream(to_[line] + k, load(line_[line] + k));
     whole_ = 0;

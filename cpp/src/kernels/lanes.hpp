@@ -460,11 +460,17 @@ NORMKIT_LOCAL void span_columns_beside(const Task& t, std::int64_t o, std::int64
   if (!t.centered)  // pivots are 0, and so are sums, as far as moments go: no loop need ask, and all become vectors
     for (std::int64_t k = 0; k < columns; ++k) sums.sum[k] = 0;
   std::int64_t doubts = 0;
-  for (std::int64_t k = 0; k < columns; ++k) {
-    const double s = sums.sum[k], q = sums.squares[k], n = sums.members[k];
-    out.set(k, from_pivot<S>(static_cast<double>(sums.pivot[k]), s, q, n));
-    doubts |= doubtful<S>(s, q, n);
-  }
+  const auto solve = [&](auto members) NORMKIT_INLINE_LAMBDA {
+    for (std::int64_t k = 0; k < columns; ++k) {
+      const double s = sums.sum[k], q = sums.squares[k], n = members(k);
+      out.set(k, from_pivot<S>(static_cast<double>(sums.pivot[k]), s, q, n));
+      doubts |= doubtful<S>(s, q, n);
+    }
+  };
+  // The compiler makes vectors of a loop whose n it knows not to be 0.
+  const double n = static_cast<double>(end - begin);
+  if (t.where.data) solve([&](std::int64_t k) { return sums.members[k]; });
+  else if (n > 0) solve([=](std::int64_t) { return n; });
   if (doubts) mend_columns<S>(t, o, begin, end, sums, out);
 }
 template <class X>
@@ -486,14 +492,21 @@ struct FoldedLanes {
   }
 };
 
-/// Merges the moments of the columns of `count` statistics from `lane` on, each its own, of `run` columns.
-template <class S>
-NORMKIT_LOCAL void fold_columns(std::int64_t lane, int count, std::int64_t run, ColumnMoments<S> columns,
+/// Merges the moments of the columns of `count` statistics from `lane` on, each its own, of `run` columns. kSteps: all columns have
+/// `steps` members, so that what a merge divides by is the same for all statistics.
+template <bool kSteps, class S>
+NORMKIT_LOCAL void fold_columns(std::int64_t lane, int count, std::int64_t run, double steps, ColumnMoments<S> columns,
                                 FoldedLanes& folded) {
   const std::int64_t first = lane * run;
   for (int j = 0; j < kSolved; ++j) folded.set(j, j < count ? columns.at(first + j * run) : moments_of<S>(0, 0, 0, 0));
-  for (std::int64_t i = 1; i < run; ++i)
-    for (int j = 0; j < count; ++j) folded.set(j, merge(folded.at<S>(j), columns.at(first + j * run + i)));
+  for (std::int64_t i = 1; i < run; ++i) {
+    const double before = static_cast<double>(i) * steps;
+    for (int j = 0; j < count; ++j) {
+      Moments<S> all = folded.at<S>(j), column = columns.at(first + j * run + i);
+      if (kSteps) all.n = before, column.n = steps;
+      folded.set(j, merge(all, column));
+    }
+  }
 }
 
 /// The statistics of `count` lanes from `lane` on.
@@ -504,10 +517,12 @@ template <class S>
   const std::int64_t first = o * g.lanes + lane;
   if (t.frozen) return given_statistics(t, first, count, found);
   FoldedLanes folded;
+  const double steps = static_cast<double>(g.steps);
   // The compiler makes vectors of loops if it knows how long they are and where their numbers lie.
-  if (count < kSolved) fold_columns(lane, count, g.run, columns, folded);
-  else if (g.run == 1) fold_columns(lane, kSolved, 1, columns, folded);
-  else fold_columns(lane, kSolved, g.run, columns, folded);
+  if (t.where.data) fold_columns<false>(lane, count, g.run, steps, columns, folded);
+  else if (count < kSolved) fold_columns<true>(lane, count, g.run, steps, columns, folded);
+  else if (g.run == 1) fold_columns<true>(lane, kSolved, 1, steps, columns, folded);
+  else fold_columns<true>(lane, kSolved, g.run, steps, columns, folded);
   if (!t.where.data) find_rstd(t.denominator, static_cast<double>(g.members()), folded.m2, found.rstd);
   for (int j = 0; t.where.data && j < kSolved; ++j) found.rstd[j] = rstd_of(folded.at<S>(j), t.denominator);
   for (int j = 0; j < kSolved; ++j) found.mean[j] = folded.mean[j], found.low[j] = folded.low[j];

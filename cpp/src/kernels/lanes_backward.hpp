@@ -111,10 +111,10 @@ template <class X>
 void span_column_sums(const Task& t, std::int64_t o, std::int64_t span, Known<ScalarOf<X>> known, ColumnSums sums) {
   const Geometry& g = t.geometry;
   const std::int64_t begin = span_begin(span), end = span_end(g, span);
-  for (std::int64_t k = 0; k < whole_vectors(g.columns()); ++k) {
-    sums.g[k] = sums.gx[k] = sums.d[k] = 0;
-    sums.n[k] = t.where.data ? 0 : static_cast<double>(end - begin);
-  }
+  const F64 zero = broadcast<F64>(0.0), steps = broadcast<F64>(static_cast<double>(end - begin));
+  for (std::int64_t k = 0; k < whole_vectors(g.columns()); k += kLanes<F64>)
+    store(sums.g + k, zero), store(sums.gx + k, zero), store(sums.d + k, zero),
+        store(sums.n + k, t.where.data ? zero : steps);
   const bool detailed = has_detailed_sums(t) || !constant_in_column(g);
   const bool kinked = has_kink_alone(t) && constant_in_column(g);
   std::int64_t first = begin;
@@ -144,33 +144,14 @@ template <class S> void know_columns(const Task& t, std::int64_t o, S* mean, S* 
   ColumnParameter parameter(t, o);
   for (std::int64_t lane = 0; lane < g.lanes; ++lane) {
     const Statistic<S> s = given_statistic<S>(t, o * g.lanes + lane);
-    for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k) {
-      mean[k] = s.mean;
-      if (!active) continue;
+    const std::int64_t begin = lane * g.run;
+    fill(mean + begin, g.run, s.mean);
+    for (std::int64_t k = begin; active && k < begin + g.run; ++k, parameter.next()) {
       const Affine<S> affine = column_affine(t, parameter, s);
       scale[k] = affine.scale, shift[k] = affine.shift, slope[k] = static_cast<S>(parameter.of(t.slopes, 1));
-      parameter.next();
     }
   }
   if (active) repeat_columns(g, {mean, scale, shift, slope});
-}
-
-/// The sums of a statistic from the sums of its columns, times their weights; where a column has several weights, its
-/// sums were taken with them.
-NORMKIT_LOCAL Reduced fold_column_sums(const Task& t, std::int64_t o, std::int64_t lane, ColumnSums columns,
-                                       ColumnParameter& parameter) {
-  const Geometry& g = t.geometry;
-  if (t.phase == Phase::apply) return given_sums(t, o * g.lanes + lane);
-  Reduced total;
-  const bool is_of_lane = parameter.is_of_lanes(g);
-  double w = parameter.of(t.weight, 1);
-  for (std::int64_t k = lane * g.run; k < (lane + 1) * g.run; ++k) {
-    const Reduced column = columns.at(k);
-    total = total + Reduced{{w * column.sums.g, w * column.sums.gx, column.sums.d}, column.n};
-    if (!is_of_lane) parameter.next(), w = parameter.of(t.weight, 1);
-  }
-  if (is_of_lane) parameter.skip_lanes(g, 1);
-  return total;
 }
 
 /// Statistics that are solved side by side: as they are given, their sums, and what solved_of() finds.
@@ -179,12 +160,37 @@ template <class S> struct SolvedLanes {
   alignas(64) double g[kSolved], gx[kSolved], d[kSolved], n[kSolved], shift[kSolved];
   alignas(64) S mean[kSolved], b[kSolved], c[kSolved], unit[kSolved], origin[kSolved];
 
+  NORMKIT_LOCAL void take(int j, const Reduced& sums) {
+    g[j] = sums.sums.g, gx[j] = sums.sums.gx, d[j] = sums.sums.d, n[j] = sums.n;
+  }
   NORMKIT_LOCAL void set(int j, double distance, const Solved<S>& known) {
     const Affine<S> standard = forward_affine(known.statistic, 1, 0);
     shift[j] = distance, mean[j] = known.statistic.mean, b[j] = known.gradient.b, c[j] = known.gradient.c;
     unit[j] = standard.scale, origin[j] = standard.shift;
   }
 };
+
+/// The sums of `count` statistics from `lane` on, each of `run` columns, from those of their columns, times their weights; where a
+/// column has several weights, its sums were taken with them. `parameter`: that of the first column, and then of the first
+/// one behind them.
+template <class S>
+NORMKIT_LOCAL void fold_column_sums(const Task& t, std::int64_t lane, int count, std::int64_t run, ColumnSums columns,
+                                    ColumnParameter& parameter, SolvedLanes<S>& lanes) {
+  alignas(64) double weight[kSolved], g[kSolved] = {}, gx[kSolved] = {}, d[kSolved] = {}, n[kSolved] = {};
+  const auto add = [&](int j, std::int64_t i, double w) NORMKIT_INLINE_LAMBDA {
+    const Reduced column = columns.at((lane + j) * run + i);
+    g[j] += w * column.sums.g, gx[j] += w * column.sums.gx, d[j] += column.sums.d, n[j] += column.n;
+  };
+  if (parameter.is_of_lanes(t.geometry)) {
+    parameter.of_lanes(t.geometry, count, t.weight, 1, weight), parameter.skip_lanes(t.geometry, count);
+    for (std::int64_t i = 0; i < run; ++i)
+      for (int j = 0; j < count; ++j) add(j, i, weight[j]);
+  } else {
+    for (int j = 0; j < count; ++j)
+      for (std::int64_t i = 0; i < run; ++i, parameter.next()) add(j, i, parameter.of(t.weight, 1));
+  }
+  for (int j = 0; j < kSolved; ++j) lanes.take(j, {{g[j], gx[j], d[j]}, n[j]});
+}
 
 template <class S> [[gnu::noinline]] void solve_lanes(const Task& t, SolvedLanes<S>& lanes) {
   const auto solve = [&](int j, double shift, double n, bool centered, Denominator d) NORMKIT_INLINE_LAMBDA {
@@ -215,11 +221,13 @@ template <class S> void lanes_solve(const Task& t, std::int64_t o, ColumnSums co
     const std::int64_t first = o * g.lanes + lane;
     SolvedLanes<S> lanes;
     given_statistics(t, first, count, lanes.given);
-    for (int j = count; j < kSolved; ++j) lanes.g[j] = lanes.gx[j] = lanes.d[j] = lanes.n[j] = 0;
+    // The compiler makes vectors of loops if it knows how long they are and where their numbers lie.
+    if (count < kSolved) fold_column_sums(t, lane, count, g.run, column_sums, folded, lanes);
+    else if (g.run == 1) fold_column_sums(t, lane, kSolved, 1, column_sums, folded, lanes);
+    else fold_column_sums(t, lane, kSolved, g.run, column_sums, folded, lanes);
     for (int j = 0; j < count; ++j) {
-      const Reduced reduced = fold_column_sums(t, o, lane + j, column_sums, folded);
-      if (t.phase == Phase::reduce) put_sums(t, first + j, reduced.sums, 1);
-      lanes.g[j] = reduced.sums.g, lanes.gx[j] = reduced.sums.gx, lanes.d[j] = reduced.sums.d, lanes.n[j] = reduced.n;
+      if (t.phase == Phase::apply) lanes.take(j, given_sums(t, first + j));
+      if (t.phase == Phase::reduce) put_sums(t, first + j, {lanes.g[j], lanes.gx[j], lanes.d[j]}, 1);
     }
     if (t.phase == Phase::reduce) continue;
     solve_lanes(t, lanes);
