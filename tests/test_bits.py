@@ -209,3 +209,29 @@ def test_a_channel_has_the_same_bits_among_many(shape, dtype, mask_of, threads, 
         some_by_element, some_by_channel = found(few)
     assert [bits(a[:, few]) for a in by_element] == [bits(a) for a in some_by_element]
     assert [bits(a[few]) for a in by_channel] == [bits(a) for a in some_by_channel]
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("mask_of", ["", "pixels", "elements", "channels"])
+@pytest.mark.parametrize("channels", [2, 3, 8, 15, 16])
+@pytest.mark.parametrize("dtype", [*DTYPES.values(), np.dtype(np.uint8)], ids=[*DTYPES, "uint8"])
+def test_few_channels_last_have_the_bits_that_they_have_among_many(dtype, channels, mask_of, activation, isa, rng):
+    """Several steps of few channels are summed together, and a mask goes with them."""
+    shape = (2, 37, 23, 64)  # pixels that are no whole blocks
+    has_gradients = dtype != np.uint8
+    x, dy = (uniform(rng, shape, dtype) if has_gradients else rng.integers(0, 256, shape, dtype) for _ in range(2))
+    weight, bias = uniform(rng, (2, 64))
+    masks = {"": None, "pixels": (2, 37, 23, 1), "elements": shape, "channels": (64,)}
+    where = None if not mask_of else rng.random(masks[mask_of]) < 0.7
+
+    def found(of):
+        x_, dy_ = x[..., of].copy(), dy[..., of].copy()
+        mask = where if mask_of in ("", "pixels") else where[..., of]
+        w, b = weight[of], bias[of]
+        options = {"axis": (1, 2), "where": mask, "activation": activation}
+        y, mean, rstd = normkit.normalize(x_, w, b, return_stats=True, **options)
+        gradients = normkit.normalize_backward(dy_, x_, mean, rstd, w, bias=b, **options) if has_gradients else ()
+        return [a.reshape(-1, a.shape[-1]) for a in (y, mean, rstd, *gradients)]
+
+    for few, many in zip(found(np.s_[:channels]), found(np.s_[:]), strict=True):
+        assert bits(few) == bits(many[:, :channels].copy())

@@ -216,10 +216,10 @@ constexpr std::int64_t table_period(const Geometry& g) { return ceil_div(64, g.c
 constexpr std::int64_t whole_vectors(std::int64_t columns) { return ceil_div(columns, 16) * 16; }
 constexpr std::int64_t array_of_columns(const Geometry& g) { return whole_vectors(table_period(g)) + 64; }
 
-/// True where columns do not fill a vector of 64 bytes, and no mask stands in the way: several steps of them are turned, and
-/// summed together.
+/// True where columns do not fill a vector of 64 bytes: several steps of them are turned, and summed together. Masks are turned
+/// into floats, which doubles do without.
 constexpr bool turns_columns(const Task& t) {
-  return t.geometry.columns() < (t.x.dtype == Dtype::float64 ? 8 : 16) && !t.where.data;
+  return t.x.dtype == Dtype::float64 ? t.geometry.columns() < 8 && !t.where.data : t.geometry.columns() < 16;
 }
 
 /// Arrays of columns in the table of the lanes traversal.

@@ -248,6 +248,31 @@ template <class X>
   }
 }
 
+/// Who is a member among turned steps, as Everyone and Masked say it of others.
+struct TurnedEveryone {
+  static constexpr bool kAll = true;
+  template <class V> NORMKIT_LOCAL V only(std::int64_t, std::int64_t, V v) const { return v; }
+};
+struct TurnedMasked {
+  static constexpr bool kAll = false;
+  const Turned<float>& byte;
+  std::int64_t columns;  // 1 where one stands for all
+
+  NORMKIT_LOCAL F32 only(std::int64_t step, std::int64_t k, F32 v) const {
+    return where(byte.at(step, columns == 1 ? 0 : k, columns), v);
+  }
+};
+/// Calls f with the members of as many steps of n columns as are turned together.
+template <class S, class F> NORMKIT_LOCAL void with_turned(Everyone, std::int64_t, F f) { f(TurnedEveryone{}); }
+template <class S, class F> NORMKIT_LOCAL void with_turned(const Masked& members, std::int64_t n, F f) {
+  if constexpr (sizeof(S) == 4) {
+    const std::int64_t columns = members.same ? 1 : n;
+    Turned<float> byte;
+    read_turned(members.byte, members.row_stride, columns, byte);
+    f(TurnedMasked{byte, columns});
+  }
+}
+
 /// The sums of blocks, one a lane, of each of a few columns.
 template <class S> struct TurnedSums {
   static constexpr int kWidth = kLanes<VectorOf<S>>;
@@ -268,26 +293,32 @@ template <class S> struct TurnedSums {
 constexpr int kTogether = 3;
 
 /// Adds blocks of n columns, few, to their sums.
-template <class S>
-[[gnu::noinline]] void add_turned(const Turned<S>& x, std::int64_t n, PivotSums<S> sums) {
+template <class S, class Members>
+[[gnu::noinline]] void add_turned(const Turned<S>& x, std::int64_t n, const Members& members, PivotSums<S> sums) {
   using V = VectorOf<S>;
-  TurnedSums<S> all_s, all_q;
+  const V zero = broadcast<V>(S(0)), one = broadcast<V>(S(1));
+  TurnedSums<S> all_s, all_q, all_n;
   for (std::int64_t k = 0; k < n; k += kTogether) {
     std::int64_t column[kTogether];
-    V p[kTogether], s[kTogether], q[kTogether];
+    V p[kTogether], s[kTogether], q[kTogether], count[kTogether];
     for (int j = 0; j < kTogether; ++j) {
       column[j] = least(k + j, n - 1);
-      p[j] = broadcast<V>(sums.pivot[column[j]]), s[j] = q[j] = broadcast<V>(S(0));
+      p[j] = broadcast<V>(sums.pivot[column[j]]), s[j] = q[j] = count[j] = zero;
     }
     for (std::int64_t step = 0; step < kBlockSteps; ++step)
       for (int j = 0; j < kTogether; ++j) {
-        const V d = x.at(step, column[j], n) - p[j];
+        const V d = members.only(step, column[j], x.at(step, column[j], n) - p[j]);
         s[j] = s[j] + d;
         q[j] = mul_add(d, d, q[j]);
+        if constexpr (!Members::kAll) count[j] = count[j] + members.only(step, column[j], one);
       }
-    for (int j = 0; j < kTogether; ++j) all_s.set(column[j], s[j]), all_q.set(column[j], q[j]);
+    for (int j = 0; j < kTogether; ++j) {
+      all_s.set(column[j], s[j]), all_q.set(column[j], q[j]);
+      if constexpr (!Members::kAll) all_n.set(column[j], count[j]);
+    }
   }
   all_s.add_to(sums.sum, n), all_q.add_to(sums.squares, n);
+  if constexpr (!Members::kAll) all_n.add_to(sums.members, n);
 }
 
 /// Adds blocks of steps of n columns of bytes, few, to their sums. Differences of bytes to a pivot, a mean of four bytes, are
@@ -428,19 +459,19 @@ NORMKIT_LOCAL void span_columns_beside(const Task& t, std::int64_t o, std::int64
   if (turns_columns(t)) {
     constexpr bool kBytes = __is_same(X, std::uint8_t);
     const std::int64_t whole_blocks = (end - begin) / kBlockSteps * kBlockSteps,
-                       each = kBytes ? whole_blocks : Turned<S>::kSteps;
+                       each = kBytes && !t.where.data ? whole_blocks : Turned<S>::kSteps;
     for (; each > 0 && end - first >= each; first += each) {
       const Tile<X> tile{at<X>(t.x, o, first, 0), t.x.strides.step, each, columns};
-      if (t.residual.data) form_sum<X>(t, o, first, 0, each, 0, columns);
-      if (first == begin && t.centered)
-        first_pivots(Tile<X>{tile.x, tile.stride, end - begin, columns}, Count<1>{}, sums.pivot, Everyone{});
-      if constexpr (kBytes) {
-        add_bytes(tile, sums);
-      } else {
+      if (t.residual.data && !scans) form_sum<X>(t, o, first, 0, each, 0, columns);
+      with_members(t, o, first, 0, 0, [&](const auto& members) {
+        if (first == begin && t.centered)
+          first_pivots(Tile<X>{tile.x, tile.stride, end - begin, columns}, Count<1>{}, sums.pivot, members);
+        if constexpr (kBytes)
+          if (!t.where.data) return add_bytes(tile, sums);
         Turned<S> turned;
         read_turned(tile.x, tile.stride, columns, turned);
-        add_turned(turned, columns, sums);
-      }
+        with_turned<S>(members, columns, [&](const auto& those) { add_turned(turned, columns, those, sums); });
+      });
     }
   }
   for_blocks(first, end, [&](std::int64_t step, std::int64_t rows) NORMKIT_INLINE_LAMBDA {

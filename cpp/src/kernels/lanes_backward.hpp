@@ -20,8 +20,8 @@ NORMKIT_LOCAL void add_columns(ColumnSums into, ColumnSums more, std::int64_t n)
 /// What is known of columns before the sums: their given mean, which sums are taken about, the factors of z, and slopes of prelu.
 template <class S> struct Known { const S *mean, *scale, *shift, *slope; };
 
-/// What more than dy and x the sums of columns look at: a kink alone, or a mask, any activation and weights that follow the elements.
-enum class Detail : std::uint8_t { none, kink, all };
+/// What more than dy and x the sums of columns look at: a kink alone, a mask alone, or anything, weights that follow the elements too.
+enum class Detail : std::uint8_t { none, kink, mask, all };
 
 /// Adds one block of one tile to the sums of columns k and on.
 template <Detail kDetail, class X, int kVectors>
@@ -32,7 +32,8 @@ NORMKIT_LOCAL void add_block(const Task& t, std::int64_t o, std::int64_t step, s
   constexpr bool kDetailed = kDetail == Detail::all;
   const double below = slope_below(t.activation);
   const Geometry& g = t.geometry;
-  const bool by_column = !kDetailed || constant_in_column(g), masked = kDetailed && t.where.data;
+  const bool by_column = !kDetailed || constant_in_column(g);
+  const bool masked = kDetail == Detail::mask || (kDetailed && t.where.data);
   const bool curved = kDetailed && has_curved_slope(t.activation), active = kDetailed && has_activation(t);
   ParamBuffer<S> weights, biases, slopes;
   alignas(64) S reaching[kVectors * kLanes<V>], z_value[kVectors * kLanes<V>];
@@ -87,23 +88,26 @@ NORMKIT_LOCAL void add_block(const Task& t, std::int64_t o, std::int64_t step, s
 }
 
 /// Adds blocks of n columns, few, to their sums.
-template <class S>
+template <class S, class Members>
 [[gnu::noinline]] void add_turned(const Turned<S>& x, const Turned<S>& dy, std::int64_t n, const S* mean,
-                                  ColumnSums out) {
+                                  const Members& members, ColumnSums out) {
   using V = VectorOf<S>;
-  TurnedSums<S> all_g, all_gx, all_d;
+  TurnedSums<S> all_g, all_gx, all_d, all_n;
   for (std::int64_t k = 0; k < n; ++k) {
-    const V m = broadcast<V>(mean[k]), zero = broadcast<V>(S(0));
+    const V m = broadcast<V>(mean[k]), zero = broadcast<V>(S(0)), one = broadcast<V>(S(1));
     Sums<V> s{zero, zero, zero};
+    V count = zero;
     for (std::int64_t step = 0; step < kBlockSteps; ++step) {
       const V dz = dy.at(step, k, n), d = x.at(step, k, n) - m;
       s.g = s.g + dz;
-      s.gx = mul_add(dz, d, s.gx);
-      s.d = s.d + d;
+      s.gx = mul_add(dz, Members::kAll ? d : where(dz, d), s.gx);
+      s.d = s.d + members.only(step, k, d);
+      if constexpr (!Members::kAll) count = count + members.only(step, k, one);
     }
-    all_g.set(k, s.g), all_gx.set(k, s.gx), all_d.set(k, s.d);
+    all_g.set(k, s.g), all_gx.set(k, s.gx), all_d.set(k, s.d), all_n.set(k, count);
   }
   all_g.add_to(out.g, n), all_gx.add_to(out.gx, n), all_d.add_to(out.d, n);
+  if constexpr (!Members::kAll) all_n.add_to(out.n, n);
 }
 
 /// Sums over one span.
@@ -117,20 +121,26 @@ void span_column_sums(const Task& t, std::int64_t o, std::int64_t span, Known<Sc
         store(sums.n + k, t.where.data ? zero : steps);
   const bool detailed = has_detailed_sums(t) || !constant_in_column(g);
   const bool kinked = has_kink_alone(t) && constant_in_column(g);
+  const bool masked = t.where.data && !has_activation(t) && constant_in_column(g);
   std::int64_t first = begin;
-  if (!detailed && turns_columns(t)) {
+  if ((!detailed || masked) && turns_columns(t)) {
     using T = Turned<ScalarOf<X>>;
     T x, dy;
     for (; end - first >= T::kSteps; first += T::kSteps) {
       read_turned(at<X>(t.x, o, first, 0), t.x.strides.step, g.columns(), x);
       read_turned(at<X>(t.dy, o, first, 0), t.dy.strides.step, g.columns(), dy);
-      add_turned(x, dy, g.columns(), known.mean, sums);
+      with_members(t, o, first, 0, 0, [&](const auto& members) {
+        with_turned<ScalarOf<X>>(members, g.columns(),
+                                 [&](const auto& those) { add_turned(x, dy, g.columns(), known.mean, those, sums); });
+      });
     }
   }
   for_blocks(first, end, [&](std::int64_t step, std::int64_t rows) {
     for_tiles<X>(g.columns(), [&](auto vectors, std::int64_t k, std::int64_t n) {
       if constexpr (kHasKinked<X>)
         if (kinked) return add_block<Detail::kink, X>(t, o, step, rows, k, n, known, vectors, sums);
+      if constexpr (kHasKinked<X>)
+        if (masked) return add_block<Detail::mask, X>(t, o, step, rows, k, n, known, vectors, sums);
       if (detailed) add_block<Detail::all, X>(t, o, step, rows, k, n, known, vectors, sums);
       else add_block<Detail::none, X>(t, o, step, rows, k, n, known, vectors, sums);
     });
@@ -264,6 +274,19 @@ template <class X, class F> NORMKIT_LOCAL void map_or_walk(X* dx, std::int64_t n
   if (i < n) f(Part{i, static_cast<int>(n - i)});
 }
 
+/// Columns of which the compiler knows how many bytes it writes.
+constexpr std::int64_t kFewColumns = 16;
+/// A mask that has one byte for each step of `columns` columns, as one that has a byte for each of n <= kBuffer elements. Of a few
+/// columns more are written than there are, and those of the next step over them.
+[[gnu::noinline]] Masked spread_mask(Masked members, std::int64_t columns, std::int64_t n, std::uint8_t* bytes) {
+  const std::uint8_t* from = members.byte;
+  for (std::int64_t i = 0; columns <= kFewColumns && i < n; i += columns, from += members.row_stride)
+    __builtin_memset(bytes + i, *from, kFewColumns);
+  for (std::int64_t i = 0; columns > kFewColumns && i < n; i += columns, from += members.row_stride)
+    __builtin_memset(bytes + i, *from, static_cast<std::size_t>(columns));
+  return {bytes, 0, false};
+}
+
 template <class X>
 void lanes_backward_span(const Task& t, std::int64_t o, std::int64_t span, Table<ScalarOf<X>> table,
                          Streamer<X>* streamer, bool last) {
@@ -273,11 +296,14 @@ void lanes_backward_span(const Task& t, std::int64_t o, std::int64_t span, Table
   const bool by_column = constant_in_column(g), active = has_activation(t);
   const bool simple = by_column && t.kind != ParamKind::element && t.dx.data && !t.residual.data;
   const bool plain = simple && !has_detailed_sums(t), kinked = simple && has_kink_alone(t);
+  const bool masked_alone = simple && !active;
   const double below = slope_below(t.activation);
   const NextSteps fetch = fetch_for<X>(t, o, span, last);
   ParamBuffer<S> weights, biases, slopes;
-  for_walks(g, span_begin(span), span_end(g, span), !t.where.data && one_walk(g, {&t.x, &t.dy, &t.dx, &t.residual}),
-            has_curved_slope(t.activation) || !by_column,
+  const bool masked = t.where.data, follows = masked && t.where.strides.run != 0;
+  for_walks(g, span_begin(span), span_end(g, span),
+            one_walk(g, {&t.x, &t.dy, &t.dx, &t.residual}) && (!follows || t.where.strides.step == g.columns()),
+            masked || has_curved_slope(t.activation) || !by_column,
             [&](std::int64_t step, std::int64_t k, std::int64_t n) NORMKIT_INLINE_LAMBDA {
     const X *x = at<X>(t.x, o, step, 0) + k, *dy = at<X>(t.dy, o, step, 0) + k;
     const X* x_ahead = at<X>(t.x, fetch.o, step + fetch.shift, 0) + k;
@@ -288,29 +314,36 @@ void lanes_backward_span(const Task& t, std::int64_t o, std::int64_t span, Table
       return through_statistics(x_v, column.load(table.mean + k), column.load(table.b + k), column.load(table.c + k));
     };
     // reaching_in: a column to the gradient that reaches z there.
-    const auto write = [&](auto reaching_in) NORMKIT_INLINE_LAMBDA {
+    alignas(64) std::uint8_t bytes[kBuffer + kFewColumns];
+    const bool spread = masked && !follows && n > g.columns();
+    const Masked own = members_at(t, o, step, 0, k), members = spread ? spread_mask(own, g.columns(), n, bytes) : own;
+    const auto write = [&](const auto& those, auto reaching_in) NORMKIT_INLINE_LAMBDA {
       map(dx, n, streamer, Fetch{}, [=] [[gnu::always_inline]] (auto place) mutable {
         prefetch_place(x_ahead, place), prefetch_place(dy_ahead, place);
         const auto column = round(place);
         const V x_v = place.load(x);
-        return backward(reaching_in(column)(place, dy, x_v), column.load(table.a + k), through(column, x_v));
+        return backward(reaching_in(column)(place, dy, x_v), column.load(table.a + k),
+                        those.only(place, through(column, x_v)));
       });
     };
-    if (plain) return write([](auto) NORMKIT_INLINE_LAMBDA { return Straight<X>{}; });
+    const auto straight = [](auto) NORMKIT_INLINE_LAMBDA { return Straight<X>{}; };
+    if (plain) return write(Everyone{}, straight);
+    if constexpr (kHasKinked<X>)
+      if (masked_alone) return write(members, straight);
     const auto z_of = [=](auto column) NORMKIT_INLINE_LAMBDA {
       return Preactivation<X>{column.load(table.z_mean + k), column.load(table.z_scale + k),
                               column.load(table.z_shift + k)};
     };
     if constexpr (kHasKinked<X>)
-      if (kinked) return write([=](auto column) NORMKIT_INLINE_LAMBDA { return Kinked<X>{below, z_of(column)}; });
+      if (kinked)
+        return write(Everyone{}, [=](auto column) NORMKIT_INLINE_LAMBDA { return Kinked<X>{below, z_of(column)}; });
     const X* residual = t.residual.data ? at<X>(t.residual, o, step, 0) + k : nullptr;
     const std::int64_t offset = g.offset(o, step, 0, 0) + k;
     S* const dweight = t.dweight_out ? at<S>(t.dweight_out, offset) : nullptr;
     S* const dbias = t.dbias_out ? at<S>(t.dbias_out, offset) : nullptr;
     const std::int64_t parameter = by_column ? 0 : g.parameter(o, offset - k) + k;
     const S* weight = by_column ? nullptr : weights.read(t.weight, parameter, n, 1);
-    const Masked members = members_at(t, o, step, 0, k);
-    const bool masked = t.where.data, curved = has_curved_slope(t.activation);
+    const bool curved = has_curved_slope(t.activation);
     const S* bias = by_column || !active ? nullptr : biases.read(t.bias, parameter, n, 0);
     const auto weighted_z_of = [=](auto column) NORMKIT_INLINE_LAMBDA {
       Preactivation<X> z = z_of(column);
