@@ -1,6 +1,10 @@
 #include "arrays.hpp"
 
+#include <algorithm>
+#include <functional>
 #include <memory>
+#include <new>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -359,19 +363,15 @@ void import_dlpack(const char* name, nb::handle array, nb::handle stream, View& 
 
 namespace {
 
-/// A NumPy array that a tensor is over, which has its extents.
-struct Lent {
+/// Memory of a tensor: extents and strides lie behind this, and then the elements, at a line of memory. Who frees it may
+/// not hold the interpreter lock.
+struct Owned {
   Versioned versioned;
-  PyObject* array;
-  normkit::Extents strides;  // in elements
+  bool is_cached;
 
-  static void give_back(Versioned* v) {
-    Lent* const lent = static_cast<Lent*>(v->manager);
-    if (Py_IsInitialized()) {
-      const nb::gil_scoped_acquire lock;
-      Py_DECREF(lent->array);
-    }
-    delete lent;
+  static void free(Versioned* v) {
+    const Owned* const owned = static_cast<Owned*>(v->manager);
+    output_cache::give_back(v->manager, owned->is_cached);
   }
 };
 
@@ -390,13 +390,18 @@ bool may_have_tangents(const Library& library) {
   return nb::cast<int>(level.of(forward_ad)) >= 0;
 }
 
-bool is_plain(nb::handle tensor) {
+bool records_gradients(const Library& library) {
+  if (library.kind != Library::Kind::torch) return false;
+  static const nb::handle is_grad_enabled =
+      nb::getattr(python_module("torch"), "is_grad_enabled", nb::none()).release();
+  return is_grad_enabled.is_none() ||
+         is_grad_enabled().is(nb::handle(Py_True));  // None of what only looks like PyTorch
+}
+
+bool is_plain(nb::handle tensor, bool records) {
   static const Name requires_grad("requires_grad"), is_neg("is_neg");
   const nb::handle no(Py_False);
-  if (!is_neg.call(tensor).is(no)) return false;
-  if (requires_grad.of(tensor).is(no)) return true;
-  static PyObject* const is_grad_enabled = nb::getattr(python_module("torch"), "is_grad_enabled").release().ptr();
-  return nb::handle(is_grad_enabled)().is(no);
+  return is_neg.call(tensor).is(no) && (!records || requires_grad.of(tensor).is(no));
 }
 
 bool view_tensor(nb::handle tensor, const Exchange* exchange, View& v) {
@@ -416,23 +421,33 @@ bool view_tensor(nb::handle tensor, const Exchange* exchange, View& v) {
   return true;
 }
 
-nb::object tensor_over(nb::handle array, const Exchange& exchange) {
-  View v;
-  view_numpy(array, v);
-  auto lent = std::make_unique<Lent>();
-  for (int axis = 0; axis < v.array.ndim(); ++axis)
-    lent->strides[axis] = v.array.stride(axis) / normkit::size_of(v.array.dtype);
-  lent->array = Py_NewRef(array.ptr());
-  lent->versioned.manager = lent.get(), lent->versioned.deleter = Lent::give_back;
-  lent->versioned.tensor = {v.array.data,
-                            {nb::device::cpu::value, 0},
-                            v.array.ndim(),
-                            dlpack_dtype(v.array.dtype),
-                            const_cast<std::int64_t*>(v.array.shape.data()),
-                            lent->strides.data(),
-                            0};
+std::byte* tensor_data(nb::handle tensor, const Exchange& exchange) {
+  nb::dlpack::dltensor t;
+  if (exchange.tensor_of(tensor.ptr(), &t) != 0) throw nb::python_error();
+  return static_cast<std::byte*>(t.data) + t.byte_offset;
+}
+
+nb::object new_tensor(Dtype dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides,
+                      const Exchange& exchange) {
+  constexpr std::size_t kLine = 64;
+  const std::size_t axes = static_cast<std::size_t>(ndim), head = sizeof(Owned) + 2 * axes * sizeof(std::int64_t);
+  const std::int64_t size =
+      std::accumulate(shape, shape + ndim, std::int64_t{normkit::size_of(dtype)}, std::multiplies<>());
+  const output_cache::Memory memory = output_cache::take(head + kLine + static_cast<std::size_t>(size));
+  Owned* const owned = new (memory.data) Owned{{}, memory.is_cached};
+  std::int64_t* const extents = reinterpret_cast<std::int64_t*>(owned + 1);
+  std::copy(strides, strides + ndim, std::copy(shape, shape + ndim, extents));
+  const std::uintptr_t elements = (reinterpret_cast<std::uintptr_t>(owned) + head + kLine - 1) / kLine * kLine;
+  owned->versioned.manager = owned, owned->versioned.deleter = Owned::free;
+  owned->versioned.tensor = {reinterpret_cast<void*>(elements),
+                             {nb::device::cpu::value, 0},
+                             ndim,
+                             dlpack_dtype(dtype),
+                             extents,
+                             extents + ndim,
+                             0};
   void* tensor = nullptr;
-  if (exchange.object_of(&lent.release()->versioned, &tensor) != 0) throw nb::python_error();
+  if (exchange.object_of(&owned->versioned, &tensor) != 0) throw nb::python_error();
   return nb::steal(static_cast<PyObject*>(tensor));
 }
 
@@ -464,10 +479,10 @@ void read_device(nb::handle array, const Library& library, OnDevice& into) {
   into.strides = cupy ? strides.of(array) : stride.call(array);
 }
 
-bool read_if_plain(nb::handle array, const Library& library, OnDevice& into) {
+bool read_if_plain(nb::handle array, const Library& library, bool records, OnDevice& into) {
   if (library.kind == Library::Kind::torch) {
     static const Name is_cuda("is_cuda");
-    if (!is_cuda.of(array).is(nb::handle(Py_True)) || !is_plain(array)) return false;
+    if (!is_cuda.of(array).is(nb::handle(Py_True)) || !is_plain(array, records)) return false;
   } else if (library.kind != Library::Kind::cupy) {
     return false;
   }

@@ -74,15 +74,20 @@ void import_dlpack(const char* name, nb::handle array, nb::handle stream, View& 
 /// True where tensors of PyTorch may have tangents of derivatives in forward mode.
 bool may_have_tangents(const Library& library);
 
-/// True of a tensor of PyTorch whose memory is its value, and which is to record no gradients.
-bool is_plain(nb::handle tensor);
+/// True where calls with tensors of PyTorch that require grad are recorded.
+bool records_gradients(const Library& library);
+
+/// True of a tensor of PyTorch whose memory is its value, and which does not require grad where calls are recorded.
+bool is_plain(nb::handle tensor, bool records);
 
 /// Fills in the view of a tensor on the CPU by its library's table, and returns true. False where there is no table, and
 /// where another way to read it is to say what is wrong with it.
 bool view_tensor(nb::handle tensor, const Exchange* exchange, View& v);
 
-/// A tensor over the memory of a NumPy array that the core made.
-nb::object tensor_over(nb::handle array, const Exchange& exchange);
+/// A new tensor on the CPU, dense with these strides in elements.
+nb::object new_tensor(Dtype dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides,
+                      const Exchange& exchange);
+std::byte* tensor_data(nb::handle tensor, const Exchange& exchange);
 
 /// What CuPy and PyTorch tell of an array on a GPU.
 struct OnDevice {
@@ -93,7 +98,7 @@ struct OnDevice {
 void read_device(nb::handle array, const Library& library, OnDevice& into);
 /// Reads an array of CuPy or PyTorch, and returns true. False for anything else, and for an array that its library does
 /// not hand out as it is: a tensor that requires grad, say.
-bool read_if_plain(nb::handle array, const Library& library, OnDevice& into);
+bool read_if_plain(nb::handle array, const Library& library, bool records, OnDevice& into);
 void view_device(const char* name, nb::handle array, const Library& library, View& v);
 std::byte* device_data(nb::handle array, const Library& library);
 

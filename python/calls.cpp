@@ -99,7 +99,7 @@ class Arrays {
   const Memory& open() {
     if (device_ >= 0) return memory_.emplace<memory::Device>(first_, library_, device_);
     if (library_.kind == Library::Kind::numpy) return memory::of_numpy();
-    return memory_.emplace<memory::Other>(first_, library_);
+    return memory_.emplace<memory::Other>(first_);
   }
   bool is_on_device() const { return device_ >= 0; }
 
@@ -441,10 +441,11 @@ class Function final : public function::Body {
     const Library& library = arrays::library_of(values[normkit::kX]);
     const arrays::Exchange* const exchange = library.exchange;
     if (arrays::may_have_tangents(library)) return plan_and_run(values, nullptr);
+    const bool records = arrays::records_gradients(library);
     for (const OperandIndex k : arrays_) {  // before any is read, since asking a tensor may run anything
       if (values[k] == Py_None) continue;
-      if (!exchange || arrays::library_of(values[k]).exchange != exchange || !arrays::is_plain(values[k]))
-        return call_on_device(values);
+      if (!exchange || arrays::library_of(values[k]).exchange != exchange || !arrays::is_plain(values[k], records))
+        return call_on_device(values, records);
     }
     recent::Key key;
     Addresses at{};
@@ -456,17 +457,17 @@ class Function final : public function::Body {
         continue;
       }
       if (!arrays::view_tensor(values[k], exchange, views[k]) || !key.add_view(views[k].array))
-        return call_on_device(values);
+        return call_on_device(values, records);
       at[k] = views[k].array.data;
     }
-    const auto memory = [&] { return memory::Other(*exchange); };
+    const auto memory = [&] { return memory::Tensors(*exchange); };
     if (nb::object result = run_known(key, at, values, memory); result.is_valid()) return result;
     return plan_and_run(values, &key, {}, false, std::move(views));
   }
 
   /// Calls by a plan that is known where arrays are on a GPU and their library tells enough of them, else as if it were
   /// the first call.
-  [[gnu::noinline, gnu::cold]] nb::object call_on_device(PyObject* const* values) {
+  [[gnu::noinline, gnu::cold]] nb::object call_on_device(PyObject* const* values, bool records) {
     const Library* library = nullptr;
     std::int64_t device = 0;
     recent::Key key;
@@ -480,7 +481,7 @@ class Function final : public function::Body {
       }
       const Library& its = arrays::library_of(array);
       arrays::OnDevice found;
-      if ((library && library != &its) || !arrays::read_if_plain(array, its, found))
+      if ((library && library != &its) || !arrays::read_if_plain(array, its, records, found))
         return plan_and_run(values, nullptr);
       if (library && found.device != device) return plan_and_run(values, nullptr);
       library = &its, device = found.device, at[k] = found.data;

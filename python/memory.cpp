@@ -40,8 +40,7 @@ void Memory::copy(nb::handle into, nb::handle from, nb::handle axes) const {
 
 // ---- another library on the CPU ----------------------------------------------------------------------------------
 
-Other::Other(nb::handle first, const Library& library)
-    : exchange_(library.exchange), arrays_(python_module("normkit._memory").attr("memory_of")(first)) {}
+Other::Other(nb::handle first) : arrays_(python_module("normkit._memory").attr("memory_of")(first)) {}
 
 // ---- a GPU -------------------------------------------------------------------------------------------------------
 

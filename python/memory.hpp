@@ -55,16 +55,25 @@ void follow_threads_of(nb::object variable);
 /// The memory of a call on arrays of another library on the CPU: of NumPy, and the library's when it is handed over.
 class Other final : public Memory {
  public:
-  explicit Other(const arrays::Exchange& exchange) : exchange_(&exchange) {}
-  Other(nb::handle first, const Library& library);
-  nb::object handed_over(nb::object array) const override {
-    return exchange_ ? arrays::tensor_over(array, *exchange_) : arrays_.attr("hand_over")(array);
-  }
+  explicit Other(nb::handle first);
+  nb::object handed_over(nb::object array) const override { return arrays_.attr("hand_over")(array); }
   nb::object python() const override { return arrays_; }
 
  private:
-  const arrays::Exchange* exchange_;
   nb::object arrays_;
+};
+
+/// The memory of a call on tensors whose plan is known: nothing is copied, so there are only outputs.
+class Tensors final : public Memory {
+ public:
+  explicit Tensors(const arrays::Exchange& exchange) : exchange_(exchange) {}
+  nb::object empty(Dtype dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides) const override {
+    return arrays::new_tensor(dtype, ndim, shape, strides, exchange_);
+  }
+  std::byte* data_of(nb::handle array) const override { return arrays::tensor_data(array, exchange_); }
+
+ private:
+  const arrays::Exchange& exchange_;
 };
 
 /// The memory of a call on arrays of a GPU, by an object of _cuda.py. The device is the current one as long as this

@@ -158,6 +158,19 @@ PyDataMem_Handler the_handler = {"normkit_output_cache", 1, {nullptr, allocate, 
 }  // namespace
 
 void* handler() { return &the_handler; }
+
+Memory take(std::size_t bytes) {
+  const bool is_cached = bytes >= kLeastBytes && limit() > 0;
+  const Memory memory{is_cached ? allocate(nullptr, bytes) : std::malloc(bytes), is_cached};
+  if (!memory.data) throw std::bad_alloc();
+  return memory;
+}
+
+void give_back(void* data, bool is_cached) {
+  if (is_cached) cache().give(data);
+  else std::free(data);
+}
+
 std::size_t limit() { return cache().limit(); }
 void set_limit(std::size_t bytes) { cache().set_limit(bytes); }
 std::size_t held() { return cache().held(); }

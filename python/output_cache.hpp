@@ -15,6 +15,14 @@ inline constexpr std::size_t kLeastBytes = std::size_t{1} << 20;
 /// A PyDataMem_Handler, for PyDataMem_SetHandler; called with or without the interpreter lock, from any thread.
 void* handler();
 
+/// Memory of an output that NumPy does not hold, from the cache or from malloc. Who gives it back needs no lock.
+struct Memory {
+  void* data;
+  bool is_cached;
+};
+Memory take(std::size_t bytes);
+void give_back(void* data, bool is_cached);
+
 /// The most bytes of freed memory that are kept; 0 switches the cache off. The limit starts at NORMKIT_CACHE_BYTES, or
 /// 256 MB.
 std::size_t limit();
