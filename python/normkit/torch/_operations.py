@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn import functional as F  # noqa: N812 - everybody's name for it
 
 from .. import functional as core
@@ -28,7 +29,10 @@ SPEC_SCHEMA = (  # a Spec, as operators take it
 
 def _with(options: dict[str, Any], operands: dict[str, Any], slopes: Any) -> dict[str, Any]:
     """The options, and of the operands those that are there."""
-    options = options | {name: operand for name, operand in operands.items() if operand is not None}
+    options = dict(options)
+    for name, operand in operands.items():
+        if operand is not None:
+            options[name] = operand
     if slopes is not None:
         options["activation"] = ("prelu", slopes)
     return options
@@ -38,7 +42,8 @@ def forward(
     x: Tensor, weight: Optional, bias: Optional, residual: Optional, where: Optional, slopes: Optional,
     running_mean: Optional, running_var: Optional, spec: Spec, *, with_stats: bool, with_total: bool,
 ) -> tuple[Tensor, Optional, Optional, Optional]:  # fmt: skip
-    """(y, mean, rstd, x + residual). Running statistics are updated in place."""
+    """(y, mean, rstd, x + residual). `with_total`: only where there is a residual. Running statistics are updated in
+    place."""
     function, options = call_of(spec, "forward")
     learns = running_mean is not None or running_var is not None
     if learns or residual is not None or where is not None or slopes is not None:
@@ -48,11 +53,14 @@ def forward(
             options["return_residual"] = with_total
     found = function(x, weight=weight, bias=bias, return_stats=with_stats, **options)
     if learns and not spec.frozen:
-        torch.autograd.graph.increment_version([r for r in (running_mean, running_var) if r is not None])
-    y, *others = found if isinstance(found, tuple) else (found,)
-    total = others.pop() if with_total and residual is not None else None
-    rstd = others.pop() if with_stats else None
-    return y, others.pop() if others else None, rstd, total
+        increment_version([r for r in (running_mean, running_var) if r is not None])
+    if not isinstance(found, tuple):
+        return found, None, None, None
+    total = found[-1] if with_total else None
+    if not with_stats:
+        return found[0], None, None, total
+    mean, rstd = found[1:3] if spec.is_centered else (None, found[1])
+    return found[0], mean, rstd, total
 
 
 def judge_forward(
@@ -77,11 +85,10 @@ def backward(
 ) -> list[Optional]:  # fmt: skip
     """[dx, dweight, dbias, dslopes], None for what is not needed."""
     function, options = call_of(spec, "backward")
-    if spec.kind != "rms":
-        options = {"mean": mean, **options}
+    statistics = {"rstd": rstd} if spec.kind == "rms" else {"mean": mean, "rstd": rstd}
     if bias is not None or where is not None or slopes is not None or dtotal is not None:
         options = _with(options, {"where": where, "bias": bias, "dresidual": dtotal}, slopes)
-    found = function(dy, x, rstd=rstd, weight=weight, need=named_gradients(need), **options)
+    found = function(dy, x, weight=weight, need=named_gradients(need), **statistics, **options)
     return [*found] if need[3] else [*found, None]
 
 

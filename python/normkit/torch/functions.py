@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from .. import functional as core
 from .._operations import OPERATIONS, Spec, axes_of, heard
@@ -41,9 +42,14 @@ class _Forward(torch.autograd.Function):
     """A forward whose tensors hold values."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        x, weight, bias, residual, where, slopes, _, _, spec = args
-        y, mean, rstd, total = phases.forward(*args, with_stats=True, with_total=True)
+    def forward(
+        ctx: Any, x: Tensor, weight: Optional, bias: Optional, residual: Optional, where: Optional, slopes: Optional,
+        running_mean: Optional, running_var: Optional, spec: Spec,
+    ) -> Any:  # fmt: skip
+        y, mean, rstd, total = phases.forward(
+            x, weight, bias, residual, where, slopes, running_mean, running_var, spec, with_stats=True,
+            with_total=residual is not None,
+        )  # fmt: skip
         save_forward(ctx, x if residual is None else total, weight, bias, where, slopes, mean, rstd, spec)
         return y if residual is None else (y, total)  # gradients of gradients go through what is saved
 
@@ -147,7 +153,7 @@ def _is_meta(x: Any) -> bool:
 def _hold_values(tensors: Sequence[Optional]) -> bool:
     """True where a call may read memory; else there is none, or somebody looks on who is told of operators."""
     return _PLAIN.issuperset(map(type, tensors)) and not (
-        torch.compiler.is_compiling() or is_transforming() or _is_dispatching() or _is_traced() or _is_meta(tensors[0])
+        is_compiling() or is_transforming() or _is_dispatching() or _is_traced() or _is_meta(tensors[0])
     )
 
 
@@ -205,7 +211,7 @@ def _call(
     tensors = (x, weight, bias, residual, where, slopes, running_mean, running_var)
     if not _hold_values(tensors):
         _check(tensors)
-        if _is_meta(x) and not torch.compiler.is_compiling():  # the operator judges where there are values
+        if _is_meta(x) and not is_compiling():  # the operator judges where there are values
             phases.judge_forward(*tensors, spec)
         y, _, _, total, *learnt = call("forward", *tensors, *spec)
         if not spec.frozen:

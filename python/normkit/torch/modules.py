@@ -51,9 +51,6 @@ class _Activated(nn.Module):
         """A copy has the group of processes by its name, which it may also have in another process."""
         return {**vars(self), "process_group": getattr(self.process_group, "group_name", self.process_group)}
 
-    def _options(self) -> dict[str, Any]:
-        return {"eps": self.eps, "activation": self.activation, "process_group": self.process_group}
-
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         theirs = next((base for base in cls.__mro__ if base.__module__.startswith("torch.nn.modules")), nn.Module)
@@ -74,7 +71,7 @@ class _InstanceNorm(_Activated):
         return functions.instance_norm(
             input, self.weight, self.bias, running_mean=self.running_mean, running_var=self.running_var,
             use_input_stats=self.training or not self.track_running_stats, momentum=self.momentum or 0.0,
-            **self._options(),
+            eps=self.eps, activation=self.activation, process_group=self.process_group,
         )  # fmt: skip
 
 
@@ -136,7 +133,7 @@ class _BatchNorm(_Activated):
             mean = var = None
         return functions.batch_norm(
             input, self.weight, self.bias, running_mean=mean, running_var=var, training=learns, momentum=momentum,
-            **self._options(),
+            eps=self.eps, activation=self.activation, process_group=self.process_group,
         )  # fmt: skip
 
 
@@ -196,13 +193,16 @@ class GroupNorm(_Activated, nn.GroupNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name for it
-        return functions.group_norm(input, self.num_groups, self.weight, self.bias, **self._options())
+        return functions.group_norm(
+            input, self.num_groups, self.weight, self.bias,
+            eps=self.eps, activation=self.activation, process_group=self.process_group,
+        )  # fmt: skip
 
 
-def _last_axes(input: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:  # noqa: A002
+def _last_axes(input: Tensor, shape: tuple[int, ...]) -> range:  # noqa: A002
     if input.shape[-len(shape) :] != shape:
         raise ValueError(f"input has shape {tuple(input.shape)}, expected one that ends with {shape}, normalized_shape")
-    return tuple(range(-len(shape), 0))
+    return range(-len(shape), 0)
 
 
 class LayerNorm(_Activated, nn.LayerNorm):
@@ -220,7 +220,10 @@ class LayerNorm(_Activated, nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name for it
         axes = _last_axes(input, self.normalized_shape)
-        return functions.layer_norm(input, self.weight, self.bias, axis=axes, **self._options())
+        return functions.layer_norm(
+            input, self.weight, self.bias, axis=axes,
+            eps=self.eps, activation=self.activation, process_group=self.process_group,
+        )  # fmt: skip
 
 
 class RMSNorm(_Activated, nn.RMSNorm):
@@ -238,7 +241,10 @@ class RMSNorm(_Activated, nn.RMSNorm):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name for it
         axes = _last_axes(input, self.normalized_shape)
-        return functions.rms_norm(input, self.weight, axis=axes, **self._options())
+        return functions.rms_norm(
+            input, self.weight, axis=axes,
+            eps=self.eps, activation=self.activation, process_group=self.process_group,
+        )  # fmt: skip
 
 
 class AdaptiveInstanceNorm(_Activated, nn.Module):
