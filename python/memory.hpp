@@ -1,5 +1,5 @@
-// Who makes and copies arrays for a call: NumPy, NumPy for another library of the CPU, or the library of arrays on a
-// GPU.
+// Who makes and copies arrays for a call: NumPy, NumPy for another library of the CPU, the core itself for tensors by a known
+// plan, or the library of arrays on a GPU.
 #pragma once
 
 #include <nanobind/nanobind.h>
