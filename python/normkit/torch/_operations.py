@@ -29,10 +29,7 @@ SPEC_SCHEMA = (  # a Spec, as operators take it
 
 def _with(options: dict[str, Any], operands: dict[str, Any], slopes: Any) -> dict[str, Any]:
     """The options, and of the operands those that are there."""
-    options = dict(options)
-    for name, operand in operands.items():
-        if operand is not None:
-            options[name] = operand
+    options = options | {name: operand for name, operand in operands.items() if operand is not None}
     if slopes is not None:
         options["activation"] = ("prelu", slopes)
     return options
@@ -46,9 +43,10 @@ def forward(
     place."""
     function, options = call_of(spec, "forward")
     learns = running_mean is not None or running_var is not None
-    if learns or residual is not None or where is not None or slopes is not None:
-        given = {"where": where, "residual": residual, "running_mean": running_mean, "running_var": running_var}
-        options = _with(options, given, slopes)
+    if learns:
+        options = {**options, "running_mean": running_mean, "running_var": running_var}
+    if residual is not None or where is not None or slopes is not None:
+        options = _with(options, {"where": where, "residual": residual}, slopes)
         if residual is not None:
             options["return_residual"] = with_total
     found = function(x, weight=weight, bias=bias, return_stats=with_stats, **options)
