@@ -274,8 +274,8 @@ def instance_norm_double_backward(
     Returns
     -------
     (d_dy, d_x, d_weight)
-        Like dy, x and weight; d_weight is None without one. All is computed in float64, and rounded to the dtype of
-        each.
+        Like dy, x and weight; d_weight is None without one. Sums over elements are taken in float64; what each element
+        then gets is computed in float32, or in float64 where x is of that, and rounded to the dtype of x.
 
     Examples
     --------
