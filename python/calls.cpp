@@ -542,18 +542,19 @@ class Function final : public function::Body {
     if (!spec.centered) args.mean = args.mean_low = {};
     if (describes) return xla::description(args, spec, op_, wanted);
     const Plan plan = normkit::plan(args, spec, op_, wanted, !whose.is_on_device());
-    if (key) keep(*key, values, plan, args, views, std::move(held));
     Addresses at{};
     for (const OperandIndex k : arrays_) at[k] = (args.*kOperandTable[k].array).data;
+    if (key) keep(*key, values, plan, {args, op_}, at, views, std::move(held));
     nb::object result = run(plan, at, values, memory, &views, is_alone());
     if (op_ != Op::moments) return result;
     return nb::make_tuple(result, memory.python(), args.x.dtype == normkit::Dtype::float64);
   }
 
-  /// Keeps a plan for like calls, unless anything has to be copied first, or could change unseen.
-  void keep(const recent::Key& key, PyObject* const* values, const Plan& plan, const Args& args, const Views& views,
-            std::vector<nb::object> held) {
-    if (plan.shapes.empty || !plan.temporaries.empty() || op_ == Op::moments) return;
+  /// Keeps a plan for like calls, unless anything has to be copied first, or could change unseen, or arrays lie so that a
+  /// call is judged in full each time.
+  void keep(const recent::Key& key, PyObject* const* values, const Plan& plan, const normkit::Placement& placement,
+            const Addresses& at, const Views& views, std::vector<nb::object> held) {
+    if (plan.shapes.empty || !plan.temporaries.empty() || op_ == Op::moments || !placement.allows(at)) return;
     for (const OperandIndex k : arrays_) {
       if (views[k].array.present && PyArray_Check(values[k]))
         held.push_back(nb::borrow(reinterpret_cast<PyObject*>(PyArray_DESCR(arrays::as_array(values[k])))));
@@ -565,7 +566,7 @@ class Function final : public function::Body {
       }
     recent_.keep(key, std::move(held), [&](Known& known) {
       known.plan = plan;
-      known.placement = normkit::Placement(args, op_);
+      known.placement = placement;
     });
   }
 

@@ -16,8 +16,8 @@ namespace recent {
 
 namespace nb = nanobind;
 
-/// All that a plan depends on, as words: two calls with the same words have the same plan. Of addresses that is whether they
-/// are multiples of the size of an element.
+/// All that a plan depends on but for addresses, as words: two calls with the same words have the same plan where a
+/// Placement allows theirs.
 class Key {
  public:
   static constexpr int kMostArrays = 12, kMostOptions = 24;  // an option that is a number counts as two
@@ -25,8 +25,8 @@ class Key {
 
   void put(std::int64_t word) { words_[count_++] = word; }
 
-  /// Adds None, or of a NumPy array its dtype, extents, strides, whether it lies on its elements, and whether it may be
-  /// written. False for anything else, and for an array of more axes than a key has room for.
+  /// Adds None, or of a NumPy array its dtype, extents, strides, and whether it may be written. False for anything else,
+  /// and for an array of more axes than a key has room for.
   bool add_array(nb::handle h) {
     if (h.is_none()) return put(0), true;
     if (!PyArray_CheckExact(h.ptr())) return false;
@@ -34,7 +34,7 @@ class Key {
     const int ndim = PyArray_NDIM(a);
     if (ndim > kMostAxes) return false;
     put(reinterpret_cast<std::intptr_t>(PyArray_DESCR(a)));
-    put(4 * ndim + 2 * lies_on(PyArray_DATA(a), PyArray_ITEMSIZE(a)) + (PyArray_ISWRITEABLE(a) ? 1 : 0));
+    put(2 * ndim + (PyArray_ISWRITEABLE(a) ? 1 : 0));
     const npy_intp *dims = PyArray_DIMS(a), *strides = PyArray_STRIDES(a);
     for (int axis = 0; axis < ndim; ++axis) put(dims[axis]), put(strides[axis]);
     return true;
@@ -42,7 +42,7 @@ class Key {
   /// The same of an array that may be written.
   bool add_view(const normkit::Array& a) {
     if (a.ndim() > kMostAxes) return false;
-    put(static_cast<std::int64_t>(a.dtype) + 1), put(2 * a.ndim() + lies_on(a.data, normkit::size_of(a.dtype)));
+    put(static_cast<std::int64_t>(a.dtype) + 1), put(a.ndim());
     for (int axis = 0; axis < a.ndim(); ++axis) {
       const std::size_t k = static_cast<std::size_t>(axis);
       put(a.shape[k]), put(a.strides[k]);
@@ -84,10 +84,6 @@ class Key {
   }
 
  private:
-  static bool lies_on(const void* data, std::int64_t size) {
-    return (reinterpret_cast<std::uintptr_t>(data) & static_cast<std::uintptr_t>(size - 1)) == 0;
-  }
-
   static constexpr int kHashed = 10;
   std::array<std::int64_t, kMostArrays * (2 + 2 * kMostAxes) + kMostOptions> words_;
   int count_ = 0;

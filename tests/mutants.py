@@ -254,7 +254,7 @@ MUTANTS = [
     # ---- bindings
     Mutant("python/recent.hpp", "+ «(PyArray_ISWRITEABLE(a) ? 1 : 0)»);", "0",
            "a known plan writes what is read-only", "calls"),
-    Mutant("python/recent.hpp", "«lies_on(PyArray_DATA(a), PyArray_ITEMSIZE(a))» +", "1",
+    Mutant("python/calls.cpp", "op_ == Op::moments || «!placement.allows(at)») return;", "false",
            "arrays on their elements are copied after others of the same layout", "views"),
     Mutant("python/calls.cpp", "if («op_ == Op::apply» && !mean.first.is_none())", "false",
            "apply forgets what a mean has left over", "phases"),
