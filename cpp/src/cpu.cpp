@@ -30,32 +30,31 @@ namespace {
 #define has(feature) __builtin_cpu_supports(feature)
 #endif
 
-struct Candidate {
-  const Isa* isa;
-  bool runs_here;
-};
-
-const std::vector<Candidate>& candidates() {
-  static const std::vector<Candidate> all = {
-#define NORMKIT_ISA(name, architecture, header, flags, test) {&isa_##name, static_cast<bool>(test)},
+/// The instruction sets that this processor has, the best first.
+const std::vector<const Isa*>& isas_here() {
+  static const std::vector<const Isa*> all = [] {
+    std::vector<const Isa*> found;
+#define NORMKIT_ISA(name, architecture, header, flags, test) \
+  if (test) found.push_back(&isa_##name);
 #include "isas_built.def"
 #undef NORMKIT_ISA
-  };
+    return found;
+  }();
   return all;
 }
 
-const Isa* find_isa(const char* name) {
-  for (const Candidate& c : candidates())
-    if (c.runs_here && (!name || std::strcmp(name, c.isa->name) == 0)) return c.isa;
+const Isa* find_isa(const std::string& name) {
+  for (const Isa* isa : isas_here())
+    if (name == isa->name) return isa;
   return nullptr;
 }
 
 const Isa* first_isa() {
+  if (isas_here().empty())
+    throw std::runtime_error("this processor has none of the instruction sets that normkit was built for");
   const char* wanted = std::getenv("NORMKIT_ISA");
-  const Isa* found = wanted && *wanted ? find_isa(wanted) : nullptr;
-  if (!found) found = find_isa(nullptr);
-  if (!found) throw std::runtime_error("this processor has none of the instruction sets that normkit was built for");
-  return found;
+  const Isa* found = wanted ? find_isa(wanted) : nullptr;
+  return found ? found : isas_here().front();
 }
 
 std::atomic<const Isa*>& chosen_isa() {
@@ -581,13 +580,12 @@ std::string isa() { return chosen_isa().load()->name; }
 
 std::vector<std::string> isas() {
   std::vector<std::string> names;
-  for (const Candidate& c : candidates())
-    if (c.runs_here) names.emplace_back(c.isa->name);
+  for (const Isa* isa : isas_here()) names.emplace_back(isa->name);
   return names;
 }
 
 bool use_isa(const std::string& name) {
-  const Isa* found = find_isa(name.c_str());
+  const Isa* found = find_isa(name);
   if (found) chosen_isa().store(found);
   return found != nullptr;
 }
@@ -605,25 +603,22 @@ int count_in(const char* text, char separator) {
 /// NORMKIT_NUM_THREADS says how many threads a call may use; OMP_NUM_THREADS, which may go on with a comma and the
 /// threads of inner levels, says how many at most. A value that is no such number is ignored; where it is that of
 /// NORMKIT_NUM_THREADS, _config.py warns.
-void configure_threads() {
+int first_num_threads() {
   const char *mine = std::getenv("NORMKIT_NUM_THREADS"), *general = std::getenv("OMP_NUM_THREADS");
   const int wanted = mine ? count_in(mine, 0) : 0, most = general ? count_in(general, ',') : 0;
-  if (wanted) set_max_threads(wanted);
-  else if (most) set_max_threads(std::min(most, max_threads()));
+  if (wanted) return wanted;
+  return most ? std::min(most, usable_cpus()) : usable_cpus();
+}
+
+std::atomic<int>& thread_limit() {
+  static std::atomic<int> limit{first_num_threads()};
+  return limit;
 }
 
 }  // namespace
 
-int num_threads() {
-  static const bool configured = (configure_threads(), true);
-  static_cast<void>(configured);
-  return max_threads();
-}
-
-void set_num_threads(int n) {
-  num_threads();
-  set_max_threads(n);
-}
+int num_threads() { return thread_limit().load(std::memory_order_relaxed); }
+void set_num_threads(int n) { thread_limit().store(std::max(n, 1), std::memory_order_relaxed); }
 
 void merge_moments(double* into, const double* from, std::int64_t n, Dtype x) {
   current_isa().merge(into, from, n, compute_dtype(x));
