@@ -267,10 +267,8 @@ class Results {
 [[gnu::noinline, gnu::cold]] void put_running(Results& results, const Memory& memory, const Views& views, double eps) {
   const auto given = [&](OperandIndex k) { return memory.of_view(views[k]); };
   const auto made = [&](OperandIndex k) { return results[k].is_valid() ? results[k] : nb::object(nb::none()); };
-  const nb::object python = memory.python();
-  (python.is_none() ? python_module("normkit._memory").attr("NUMPY") : python)
-      .attr("put_running")(made(normkit::kMean), made(normkit::kRstd), given(normkit::kRunningMean),
-                           given(normkit::kRunningVar), eps);
+  memory.python().attr("put_running")(made(normkit::kMean), made(normkit::kRstd), given(normkit::kRunningMean),
+                                      given(normkit::kRunningVar), eps);
 }
 
 /// The outputs that a call returns, in this order.

@@ -34,8 +34,9 @@ void Memory::run(Job& job) const {
   unlocked::run([&] { normkit::run(job); });
 }
 
-void Memory::copy(nb::handle into, nb::handle from, nb::handle axes) const {
-  python_module("normkit._memory").attr("NUMPY").attr("copy")(into, from, axes);
+nb::object Memory::python() const {
+  static PyObject* const numpy = nb::object(python_module("normkit._memory").attr("NUMPY")).release().ptr();
+  return nb::borrow(numpy);
 }
 
 // ---- another library on the CPU ----------------------------------------------------------------------------------
@@ -77,8 +78,6 @@ nb::object Device::of_view(const View& v) const {
                               tuple_of(v.array.shape.data(), ndim), dtype.c_str(),
                               tuple_of(v.array.strides.data(), ndim));
 }
-
-void Device::copy(nb::handle into, nb::handle from, nb::handle axes) const { arrays_.attr("copy")(into, from, axes); }
 
 nb::object Device::handed_over(nb::object array) const {
   return maker_.kind == Library::Kind::cupy ? arrays_.attr("hand_over")(array) : array;

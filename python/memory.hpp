@@ -39,11 +39,11 @@ class Memory {
   virtual void run(Job& job) const;
   /// What the caller gets for an array that empty() made.
   virtual nb::object handed_over(nb::object array) const { return array; }
-  /// The object of Python that stands for the memory; None for NumPy's.
-  virtual nb::object python() const { return nb::none(); }
+  /// The object of Python that stands for the memory.
+  virtual nb::object python() const;
 
   /// into[...] = from, each element rounded once; the elements along `axes` are added up first.
-  virtual void copy(nb::handle into, nb::handle from, nb::handle axes) const;
+  void copy(nb::handle into, nb::handle from, nb::handle axes) const { python().attr("copy")(into, from, axes); }
 };
 
 const Memory& of_numpy();
@@ -80,7 +80,6 @@ class Device final : public Memory {
   nb::object seen(nb::handle array, Dtype dtype, int ndim, const std::int64_t* shape,
                   const std::int64_t* strides) const override;
   nb::object of_view(const View& v) const override;
-  void copy(nb::handle into, nb::handle from, nb::handle axes) const override;
   void run(Job& job) const override;
   nb::object handed_over(nb::object array) const override;
   nb::object python() const override { return arrays_; }
