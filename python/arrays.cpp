@@ -226,22 +226,22 @@ bool is_number(nb::handle value) {
   return PyArray_IsScalar(v, Integer) && !PyArray_IsScalar(v, Timedelta);
 }
 
-nb::object new_numpy(Dtype dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides) {
-  PyArray_Descr* const descr = reinterpret_cast<PyArray_Descr*>(numpy_dtype(dtype).release().ptr());
+nb::object new_numpy(const normkit::Dense& lying) {
+  PyArray_Descr* const descr = reinterpret_cast<PyArray_Descr*>(numpy_dtype(lying.dtype).release().ptr());
   npy_intp dims[NPY_MAXDIMS], bytes[NPY_MAXDIMS];
   bool c_order = true;
-  npy_intp dense = normkit::size_of(dtype);
-  for (int axis = ndim - 1; axis >= 0; --axis) {
-    dims[axis] = static_cast<npy_intp>(shape[axis]);
-    bytes[axis] = static_cast<npy_intp>(strides[axis]) * normkit::size_of(dtype);
+  npy_intp dense = normkit::size_of(lying.dtype);
+  for (int axis = lying.ndim - 1; axis >= 0; --axis) {
+    dims[axis] = static_cast<npy_intp>(lying.shape[axis]);
+    bytes[axis] = static_cast<npy_intp>(lying.strides[axis]) * normkit::size_of(lying.dtype);
     if (dims[axis] != 1) c_order = c_order && bytes[axis] == dense;
     dense *= dims[axis];
   }
   PyObject* out = nullptr;
   {
     const CachedMemory cached(dense);
-    out = PyArray_NewFromDescr(&PyArray_Type, descr, ndim, dims, c_order || dense == 0 ? nullptr : bytes, nullptr, 0,
-                               nullptr);
+    out = PyArray_NewFromDescr(&PyArray_Type, descr, lying.ndim, dims, c_order || dense == 0 ? nullptr : bytes, nullptr,
+                               0, nullptr);
   }
   if (!out) throw nb::python_error();
   return nb::steal(out);

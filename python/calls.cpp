@@ -30,6 +30,7 @@ using normkit::Addresses;
 using normkit::Args;
 using normkit::Array;
 using normkit::contains;
+using normkit::Dense;
 using normkit::kOperandTable;
 using normkit::Op;
 using normkit::operand_bit;
@@ -178,31 +179,10 @@ bool share_elements(const Array& a, const Array& b) {
 using Views = std::array<View, normkit::kOperands>;
 
 /// Makes an output that the caller has not passed.
-nb::object made(OperandIndex k, const Plan& plan, const Memory& memory) {
-  const normkit::Shapes& s = plan.shapes;
-  const normkit::Dtype compute = normkit::compute_dtype(s.x_dtype);
-  nb::object array;
-  switch (kOperandTable[k].role) {
-    case Role::statistic: array = memory.empty(compute, s.stat_ndim, s.stat_shape.data(), s.stat_strides.data()); break;
-    case Role::param: {
-      const normkit::Shapes::Param& gradient = s.of(k);
-      array = memory.empty(gradient.dtype, gradient.ndim, gradient.shape.data(), gradient.strides.data());
-      break;
-    }
-    case Role::sums:
-    case Role::moments: {
-      const int numbers = normkit::numbers_of(kOperandTable[k].role);
-      normkit::Extents shape = s.stat_shape, strides;
-      for (int axis = 0; axis < s.stat_ndim; ++axis) strides[axis] = numbers * s.stat_strides[axis];
-      shape[s.stat_ndim] = numbers, strides[s.stat_ndim] = 1;
-      array = memory.empty(normkit::Dtype::float64, s.stat_ndim + 1, shape.data(), strides.data());
-      break;
-    }
-    default:
-      return memory.empty(k == normkit::kOut ? s.out_dtype : s.x_dtype, s.ndim, s.x_shape.data(), s.out_strides.data());
-  }
+nb::object made(OperandIndex k, const Dense& lying, const Plan& plan, const Memory& memory) {
+  nb::object array = memory.empty(lying);
   // No kernel writes it: it is what it is of an empty set.
-  if (s.empty)
+  if (plan.empty)
     array[nb::ellipsis()] = k == normkit::kRstd ? rstd_of(normkit::Moments<double>{}, plan.job.task.denominator) : 0.0;
   return array;
 }
@@ -233,8 +213,7 @@ class Results {
       if (repeats) axes.append(axis);
     }
     const bool is_param = kOperandTable[t.operand].role == Role::param;
-    if (is_param)
-      into = memory.seen(into, plan.shapes.of(t.operand).dtype, t.ndim, shape.data(), t.seen_strides.data());
+    if (is_param) into = memory.seen(into, shape, t.seen_strides, t.ndim);
     memory.copy(into, from, nb::len(axes) ? nb::object(nb::tuple(axes)) : nb::none());
   };
   for (const Temporary& t : plan.temporaries) {
@@ -243,7 +222,7 @@ class Results {
       at[t.operand] = nullptr;
       continue;
     }
-    const nb::object& array = temporaries.emplace_back(memory.empty(t.dtype, t.ndim, t.shape.data(), t.strides.data()));
+    const nb::object& array = temporaries.emplace_back(memory.empty(t));
     at[t.operand] = memory.data_of(array);
     if (!contains(kOperandTable[t.operand].reads, plan.op)) continue;
     const View& v = views[t.operand];
@@ -252,8 +231,7 @@ class Results {
     else from = memory.of_view(v);
     const bool alike =
         std::equal(v.array.shape.begin(), v.array.shape.end(), t.shape.begin(), t.shape.begin() + t.ndim);
-    if (v.object.is_valid() && v.array.ndim() > 0 && !alike)
-      from = memory.seen(from, v.array.dtype, t.ndim, t.shape.data(), t.seen_strides.data());
+    if (v.object.is_valid() && v.array.ndim() > 0 && !alike) from = memory.seen(from, t.shape, t.seen_strides, t.ndim);
     memory.copy(array, from, nb::none());
   }
   normkit::Job job = plan.job;
@@ -305,20 +283,17 @@ nb::object returned(const Plan& plan, Results& results, bool alone) {
 nb::object run(const Plan& plan, Addresses& at, PyObject* const* values, const Memory& memory, const Views* views,
                bool alone) {
   Results results;
-  OperandMask packed = 0;
-  for (const Temporary& t : plan.temporaries) packed |= operand_bit(t.operand);
-  for (OperandMask left = plan.wanted | (plan.makes & ~packed); left; left &= left - 1) {
-    const OperandIndex k = static_cast<OperandIndex>(std::countr_zero(left));
+  for (const auto& [k, lying] : plan.outputs) {
     if (values[k] != Py_None) {
       results[k] = nb::borrow(values[k]);
       continue;
     }
-    results[k] = made(k, plan, memory);
+    results[k] = made(k, lying, plan, memory);
     at[k] = memory.data_of(results[k]);
   }
-  if (!plan.shapes.empty && !plan.temporaries.empty()) {
+  if (!plan.empty && !plan.temporaries.empty()) {
     run_packed(plan, at, results, values, memory, *views);
-  } else if (!plan.shapes.empty) {
+  } else if (!plan.empty) {
     normkit::Job job = plan.job;  // its own: the plan serves other calls meanwhile
     normkit::point(job, plan.op, at);
     memory.run(job);
@@ -527,7 +502,7 @@ class Function final : public function::Body {
         if (row.role == Role::count && !(options::number("count", given, "a number") >= 0))
           normkit::value_error(std::string("count is ") + nb::repr(given).c_str() +
                                ", expected the number of members of each statistic");
-        numbers.push_back(given = memory.empty(dtype, 0, nullptr, nullptr));
+        numbers.push_back(given = memory.empty({dtype, 0, {}, {}}));
         memory.copy(given, values[k], nb::none());
       }
       if (!views[k].array.present) whose.view(names_[k].c_str(), given, contains(row.writes, op_), views[k]);
@@ -552,7 +527,7 @@ class Function final : public function::Body {
   /// call is judged in full each time.
   void keep(const recent::Key& key, PyObject* const* values, const Plan& plan, const normkit::Placement& placement,
             const Addresses& at, const Views& views, std::vector<nb::object> held) {
-    if (plan.shapes.empty || !plan.temporaries.empty() || op_ == Op::moments || !placement.allows(at)) return;
+    if (plan.empty || !plan.temporaries.empty() || op_ == Op::moments || !placement.allows(at)) return;
     for (const OperandIndex k : arrays_) {
       if (views[k].array.present && PyArray_Check(values[k]))
         held.push_back(nb::borrow(reinterpret_cast<PyObject*>(PyArray_DESCR(arrays::as_array(values[k])))));

@@ -60,14 +60,13 @@ Device::~Device() {
   }
 }
 
-nb::object Device::empty(Dtype dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides) const {
-  const nb::object steps = tuple_of(strides, ndim, normkit::size_of(dtype));
-  return arrays_.attr("empty")(tuple_of(shape, ndim), normkit::name_of(dtype), steps);
+nb::object Device::empty(const Dense& lying) const {
+  const nb::object steps = tuple_of(lying.strides.data(), lying.ndim, normkit::size_of(lying.dtype));
+  return arrays_.attr("empty")(tuple_of(lying.shape.data(), lying.ndim), normkit::name_of(lying.dtype), steps);
 }
 
-nb::object Device::seen(nb::handle array, Dtype dtype, int ndim, const std::int64_t* shape,
-                        const std::int64_t* strides) const {
-  return arrays_.attr("seen")(array, tuple_of(shape, ndim), normkit::name_of(dtype), tuple_of(strides, ndim));
+nb::object Device::seen(nb::handle array, const Extents& shape, const Extents& strides, int ndim) const {
+  return arrays_.attr("seen")(array, tuple_of(shape.data(), ndim), tuple_of(strides.data(), ndim));
 }
 
 nb::object Device::of_view(const View& v) const {

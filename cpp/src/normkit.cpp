@@ -102,7 +102,7 @@ void call(const Args& args, const Spec& spec, Op op) {
     if (role == Role::x || role == Role::like_x || role == Role::mask) bad_layout(args, spec, op, wanted);
   }
   if (!p.temporaries.empty()) bad_order(args.*kOperandTable[p.temporaries[0].operand].array, p.temporaries[0]);
-  if (!p.shapes.empty) return run(p.job);
+  if (!p.empty) return run(p.job);
   write_of_nothing(args, spec, op);
 }
 

@@ -53,6 +53,8 @@ enum class Role : std::uint8_t {
 
 /// Elements that an operand has for each statistic along an axis of its own, which is its last; 0: it has no such axis.
 constexpr int numbers_of(Role role) { return role == Role::sums ? 3 : role == Role::moments ? 4 : 0; }
+/// True where there is something for each statistic.
+constexpr bool is_of_statistics(Role role) { return role >= Role::statistic; }
 
 struct OperandRow {
   const char* name;
