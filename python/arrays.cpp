@@ -76,8 +76,8 @@ nb::dlpack::dtype dlpack_dtype(Dtype dtype) {
 }
 
 int type_number(Dtype dtype) {
-  constexpr int kNumbers[] = {NPY_FLOAT, NPY_DOUBLE, NPY_HALF,   -1,        NPY_UBYTE,  NPY_BYTE, NPY_USHORT,
-                              NPY_SHORT, NPY_INT32,  NPY_UINT32, NPY_INT64, NPY_UINT64, NPY_BOOL};
+  constexpr int kNumbers[] = {NPY_FLOAT, NPY_DOUBLE, NPY_HALF,   -1,        NPY_UINT8,  NPY_UINT16, NPY_INT16,
+                              NPY_INT8,  NPY_INT32,  NPY_UINT32, NPY_INT64, NPY_UINT64, NPY_BOOL};
   return kNumbers[static_cast<int>(dtype)];
 }
 
