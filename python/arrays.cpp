@@ -36,20 +36,17 @@ class Name {
 
 // ---- dtypes ------------------------------------------------------------------------------------------------------
 
+int type_number(Dtype dtype) {
+  constexpr int kNumbers[] = {NPY_FLOAT, NPY_DOUBLE, NPY_HALF,   -1,        NPY_UINT8,  NPY_UINT16, NPY_INT16,
+                              NPY_INT8,  NPY_INT32,  NPY_UINT32, NPY_INT64, NPY_UINT64, NPY_BOOL};
+  return kNumbers[static_cast<int>(dtype)];
+}
+
 constexpr const char* kBits = "[('bfloat16', '<u2')]";
 
 Dtype dtype_of(PyArray_Descr* descr, std::string& name) {
-  switch (descr->type_num) {
-    case NPY_FLOAT: return Dtype::float32;
-    case NPY_DOUBLE: return Dtype::float64;
-    case NPY_HALF: return Dtype::float16;
-    case NPY_UBYTE: return Dtype::uint8;
-    case NPY_BYTE: return Dtype::int8;
-    case NPY_USHORT: return Dtype::uint16;
-    case NPY_SHORT: return Dtype::int16;
-    case NPY_BOOL: return Dtype::boolean;
-    default: break;
-  }
+  for (int k = 0; k < static_cast<int>(Dtype::other); ++k)
+    if (type_number(static_cast<Dtype>(k)) == descr->type_num) return static_cast<Dtype>(k);
   if (PyTypeNum_ISINTEGER(descr->type_num)) {  // C has several of one width
     const bool wide = PyDataType_ELSIZE(descr) == 8, is_signed = PyTypeNum_ISSIGNED(descr->type_num);
     return is_signed ? (wide ? Dtype::int64 : Dtype::int32) : (wide ? Dtype::uint64 : Dtype::uint32);
@@ -73,12 +70,6 @@ Dtype dtype_named(std::string name, std::string& other) {
 nb::dlpack::dtype dlpack_dtype(Dtype dtype) {
   return {static_cast<std::uint8_t>(dtype == Dtype::bfloat16 ? 4 : 2),
           static_cast<std::uint8_t>(8 * normkit::size_of(dtype)), 1};
-}
-
-int type_number(Dtype dtype) {
-  constexpr int kNumbers[] = {NPY_FLOAT, NPY_DOUBLE, NPY_HALF,   -1,        NPY_UINT8,  NPY_UINT16, NPY_INT16,
-                              NPY_INT8,  NPY_INT32,  NPY_UINT32, NPY_INT64, NPY_UINT64, NPY_BOOL};
-  return kNumbers[static_cast<int>(dtype)];
 }
 
 const std::int64_t* extents(const npy_intp* p) { return reinterpret_cast<const std::int64_t*>(p); }

@@ -323,12 +323,12 @@ class Function final : public function::Body {
   Function(Op op, options::Kind kind) : op_(op), kind_(kind) {}
 
   /// Learns of a parameter of the signature.
-  void take(int slot, options::Type type, const char* name) {
+  void take(int slot, bool is_flag, const char* name) {
     if (slot < normkit::kOperands) arrays_.push_back(static_cast<OperandIndex>(slot)), names_[slot] = name;
-    else if (type == options::Type::flag) flags_.emplace_back(slot, name);
-    else (type == options::Type::number ? numbers_ : objects_).push_back(slot);
-    if (slot == options::kActivation) take(normkit::kSlopes, options::Type::object, "slopes");
-    if (slot == normkit::kMean && op_ == Op::apply) take(normkit::kMeanLow, options::Type::object, "mean_low");
+    else if (is_flag) flags_.emplace_back(slot, name);
+    else options_.push_back(slot);
+    if (slot == options::kActivation) take(normkit::kSlopes, false, "slopes");
+    if (slot == normkit::kMean && op_ == Op::apply) take(normkit::kMeanLow, false, "mean_low");
   }
 
   nb::object call(PyObject** values) override {
@@ -394,8 +394,7 @@ class Function final : public function::Body {
 
   void add_options(recent::Key& key, PyObject* const* values) const {
     key.put(epoch);
-    for (const int slot : numbers_) key.add_number(values[slot]);
-    for (const int slot : objects_) key.add(values[slot]);
+    for (const int slot : options_) key.add_value(values[slot]);
     for (const auto& [slot, name] : flags_) key.add(values[slot]);
     key.add(values[options::kCenter]);
   }
@@ -532,11 +531,10 @@ class Function final : public function::Body {
       if (views[k].array.present && PyArray_Check(values[k]))
         held.push_back(nb::borrow(reinterpret_cast<PyObject*>(PyArray_DESCR(arrays::as_array(values[k])))));
     }
-    for (const std::vector<int>* slots : {&numbers_, &objects_})
-      for (const int slot : *slots) {
-        if (!recent::immutable(values[slot])) return;
-        if (!recent::is_single(values[slot])) held.push_back(nb::borrow(values[slot]));
-      }
+    for (const int slot : options_) {
+      if (!recent::immutable(values[slot])) return;
+      if (!recent::is_single(values[slot])) held.push_back(nb::borrow(values[slot]));
+    }
     recent_.keep(key, std::move(held), [&](Known& known) {
       known.plan = plan;
       known.placement = placement;
@@ -547,7 +545,7 @@ class Function final : public function::Body {
   options::Kind kind_;
   std::vector<OperandIndex> arrays_;
   std::array<std::string, normkit::kOperands> names_;
-  std::vector<int> numbers_, objects_;
+  std::vector<int> options_;
   std::vector<std::pair<int, std::string>> flags_;
   recent::Recent<Known> recent_;
 };
@@ -571,17 +569,17 @@ nb::object function(nb::handle type, nb::handle python, const char* op, const ch
   for (const int slot : {options::kMomentum, options::kWeightOffset}) arguments.set(slot, zero);
   for (const int slot : {options::kReturnStats, options::kReturnResidual}) arguments.set(slot, no);
   for (const int slot : {options::kUseInputStats, options::kCenter}) arguments.set(slot, yes);
-  const auto place_of = [&](const std::string& name) -> std::pair<int, options::Type> {
+  const auto place_of = [&](const std::string& name) -> std::pair<int, bool> {
     for (int k = 0; k < normkit::kOperands; ++k)
-      if (name == kOperandTable[k].name) return {k, options::Type::object};
+      if (name == kOperandTable[k].name) return {k, false};
     for (const options::Row& row : options::kTable)
-      if (name == row.name) return {row.slot, row.type};
+      if (name == row.name) return {row.slot, row.is_flag};
     throw std::invalid_argument("no slot for the parameter " + name);
   };
   for (const auto& [name, value] : fixed) arguments.set(place_of(nb::str(name).c_str()).first, value);
   arguments.read_signature(python, [&](const char* name) {
-    const auto [slot, slot_type] = place_of(name);
-    body->take(slot, slot_type, name);
+    const auto [slot, is_flag] = place_of(name);
+    body->take(slot, is_flag, name);
     return slot;
   });
   return function::make(type, python, std::move(arguments), std::move(body));

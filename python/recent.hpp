@@ -20,7 +20,7 @@ namespace nb = nanobind;
 /// Placement allows theirs.
 class Key {
  public:
-  static constexpr int kMostArrays = 12, kMostOptions = 24;  // an option that is a number counts as two
+  static constexpr int kMostArrays = 12, kMostOptions = 24;  // one that is no flag counts as two
   static constexpr int kMostAxes = 8;
 
   void put(std::int64_t word) { words_[count_++] = word; }
@@ -60,7 +60,7 @@ class Key {
     return true;
   }
   /// Adds a number by its value, and anything else by its address.
-  void add_number(nb::handle h) {
+  void add_value(nb::handle h) {
     enum : std::int64_t { kObject, kFloat, kInteger };
     int overflows = 0;
     const long long integer = PyLong_CheckExact(h.ptr()) ? PyLong_AsLongLongAndOverflow(h.ptr(), &overflows) : 0;

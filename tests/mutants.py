@@ -258,7 +258,7 @@ MUTANTS = [
            "arrays on their elements are copied after others of the same layout", "views"),
     Mutant("python/calls.cpp", "if («op_ == Op::apply» && !mean.first.is_none())", "false",
            "apply forgets what a mean has left over", "phases"),
-    Mutant("python/calls.cpp", "for (const int slot : objects_) «key.add(values[slot])»;", "void()",
+    Mutant("python/calls.cpp", "for (const int slot : options_) «key.add_value(values[slot])»;", "void()",
            "a plan is found without its activation", "calls"),
     Mutant(PLAN, "each.strides[axis] *= «numbers»;", "1",
            "moments lie over each other", "phases"),
