@@ -387,11 +387,6 @@ class Function final : public function::Body {
     return PyObject_IsTrue(value.ptr()) ? Py_True : Py_False;
   }
 
-  struct Known {
-    Plan plan;
-    normkit::Placement placement;
-  };
-
   void add_options(recent::Key& key, PyObject* const* values) const {
     key.put(epoch);
     for (const int slot : options_) key.add_value(values[slot]);
@@ -402,7 +397,7 @@ class Function final : public function::Body {
   /// Runs by the plan of a like call, or returns nothing. `key` has the arrays, and gets the options.
   nb::object run_known(recent::Key& key, Addresses& at, PyObject* const* values, auto memory_of) {
     add_options(key, values);
-    const std::shared_ptr<const Known> known = recent_.find(key);
+    const std::shared_ptr<const recent::Known> known = recent_.find(key);
     if (!known || !known->placement.allows(at)) return {};
     const auto& memory = memory_of();
     return run(known->plan, at, values, memory, nullptr, is_alone());
@@ -535,10 +530,7 @@ class Function final : public function::Body {
       if (!recent::immutable(values[slot])) return;
       if (!recent::is_single(values[slot])) held.push_back(nb::borrow(values[slot]));
     }
-    recent_.keep(key, std::move(held), [&](Known& known) {
-      known.plan = plan;
-      known.placement = placement;
-    });
+    recent_.keep(key, plan, placement, std::move(held));
   }
 
   Op op_;
@@ -547,7 +539,7 @@ class Function final : public function::Body {
   std::array<std::string, normkit::kOperands> names_;
   std::vector<int> options_;
   std::vector<std::pair<int, std::string>> flags_;
-  recent::Recent<Known> recent_;
+  recent::Recent recent_;
 };
 
 int index_of(const char* word, std::span<const char* const> names) {

@@ -102,33 +102,35 @@ inline bool immutable(nb::handle h) {
   return true;
 }
 
+/// A call that was planned.
+struct Known {
+  normkit::Plan plan;
+  normkit::Placement placement;
+  std::vector<std::int64_t> words;  // of its key
+  std::vector<nb::object> held;     // which the key names: else another object could come to have the address of one
+};
+
 /// The last few calls: sets of places, of which the first array of a call chooses one. The interpreter lock guards it.
-template <class Plan> class Recent {
+class Recent {
  public:
-  /// The plan of a call with this key, or null. It is shared: while the caller works with it, another call may push it
-  /// out.
-  std::shared_ptr<const Plan> find(const Key& key) const {
-    for (const std::shared_ptr<Entry>& entry : sets_[key.hash() % kSets])
-      if (entry && key.same(entry->words)) return {entry, &entry->plan};
+  /// The call with this key, or null. It is shared: while the caller works with it, another call may push it out.
+  std::shared_ptr<const Known> find(const Key& key) const {
+    for (const std::shared_ptr<Known>& known : sets_[key.hash() % kSets])
+      if (known && key.same(known->words)) return known;
     return nullptr;
   }
-  /// Keeps a plan: fill(plan) makes it of whatever was in its place. `held` are the objects that the key names.
-  template <class Fill> void keep(const Key& key, std::vector<nb::object> held, Fill fill) {
-    std::shared_ptr<Entry>& entry = sets_[key.hash() % kSets][turn_++ % kPlaces];
-    if (!entry || entry.use_count() > 1) entry = std::make_shared<Entry>();
-    key.copy_to(entry->words);
-    fill(entry->plan);
-    entry->held.swap(held);  // what was there dies last, since that may run anything
+  void keep(const Key& key, const normkit::Plan& plan, const normkit::Placement& placement,
+            std::vector<nb::object> held) {
+    std::shared_ptr<Known>& known = sets_[key.hash() % kSets][turn_++ % kPlaces];
+    if (!known || known.use_count() > 1) known = std::make_shared<Known>();
+    key.copy_to(known->words);
+    known->plan = plan, known->placement = placement;
+    known->held.swap(held);  // what was there dies last, since that may run anything
   }
 
  private:
   static constexpr std::size_t kSets = 16, kPlaces = 4;
-  struct Entry {
-    std::vector<std::int64_t> words;
-    std::vector<nb::object> held;  // else another object could come to have the address of one
-    Plan plan;
-  };
-  std::array<std::array<std::shared_ptr<Entry>, kPlaces>, kSets> sets_;
+  std::array<std::array<std::shared_ptr<Known>, kPlaces>, kSets> sets_;
   std::size_t turn_ = 0;
 };
 
