@@ -172,6 +172,12 @@ void describe_param(const Array& x, const Array& a, AxisMask axes, const AxisOrd
   gradient.strides = param_strides(x, gradient.extents(), axes, order);
 }
 
+/// The dtype of an array like x, also of one that is yet to be made.
+Dtype dtype_of(const Args& args, OperandIndex k, const Shapes& shapes) {
+  const Array& a = args.*kOperandTable[k].array;
+  return a.present ? a.dtype : k == kOut ? shapes.out.dtype : shapes.x_dtype;
+}
+
 /// The dtype as which kernels see an operand, for an x of dtype `x`.
 Dtype seen_dtype(OperandIndex k, Dtype dtype, Dtype x) {
   if (k == kX) return read_dtype(x);
@@ -272,13 +278,14 @@ bool bias_counts(const Seen& s, Op op) {
 
 /// The strides of an array over the axes of x, in bytes: of one that is there, as it broadcasts against x, or of one that
 /// is to be made.
-Extents strides_over_x(const Args& args, OperandIndex k, Dtype dtype, const Shapes& shapes) {
+Extents strides_over_x(const Args& args, OperandIndex k, const Shapes& shapes) {
   const Array& a = args.*kOperandTable[k].array;
-  const int ndim = args.x.ndim(), shift = a.present ? ndim - a.ndim() : 0;
+  const int ndim = args.x.ndim(), shift = ndim - a.ndim();
+  if (!a.present) return in_bytes(shapes.out.strides, ndim, dtype_of(args, k, shapes));
   Extents bytes;
   for (int axis = 0; axis < ndim; ++axis) {
-    const bool varies = a.present && axis >= shift && a.shape[axis - shift] == args.x.shape[axis];
-    bytes[axis] = varies ? a.stride(axis - shift) : a.present ? 0 : shapes.out.strides[axis] * size_of(dtype);
+    const bool varies = axis >= shift && a.shape[axis - shift] == args.x.shape[axis];
+    bytes[axis] = varies ? a.stride(axis - shift) : 0;
   }
   return bytes;
 }
@@ -294,11 +301,11 @@ void place(Plan& p, const Seen& seen, const Shapes& shapes, const Blocks& blocks
   std::array<int, kOperands> view_of;
   view_of.fill(-1);
   t.geometry = layout.geometry, p.job.views.clear(), p.gathered = 0;
-  const auto operand = [&](OperandIndex k, Dtype dtype) -> Operand {
+  const auto operand = [&](OperandIndex k) -> Operand {
     const Array& a = args.*kOperandTable[k].array;
-    const Dtype seen_as = seen_dtype(k, dtype, args.x.dtype);
+    const Dtype dtype = dtype_of(args, k, shapes), seen_as = seen_dtype(k, dtype, args.x.dtype);
     Extents bytes, elements;
-    blocks.split(strides_over_x(args, k, dtype, shapes), bytes);
+    blocks.split(strides_over_x(args, k, shapes), bytes);
     for (int axis = 0; axis < blocks.ndim; ++axis) elements[axis] = bytes[axis] / size_of(dtype);
     std::optional<Strides> lying = strides_in(layout, blocks.extents(), elements);
     const bool lies = lying && (!a.present || on_elements(a)) && takes(t, *lying, k == kWhere) &&
@@ -312,21 +319,20 @@ void place(Plan& p, const Seen& seen, const Shapes& shapes, const Blocks& blocks
     }
     return {nullptr, seen_as, dense_strides(g), view_of[k]};
   };
-  const Dtype dtype = args.x.dtype;
-  t.x = operand(kX, dtype);
+  t.x = operand(kX);
   if (is_backward(p.op)) {
-    t.dy = operand(kDy, dtype), t.dx = operand(kOut, dtype);
-    if (args.dresidual.present) t.residual = operand(kDresidual, dtype);
-    if (args.ddx.present) t.ddx = operand(kDdx, dtype);
-    if (t.twice) t.d_dy = operand(kDdy, dtype);
+    t.dy = operand(kDy), t.dx = operand(kOut);
+    if (args.dresidual.present) t.residual = operand(kDresidual);
+    if (args.ddx.present) t.ddx = operand(kDdx);
+    if (t.twice) t.d_dy = operand(kDdy);
   } else {
-    t.y = operand(kOut, args.out.present ? args.out.dtype : shapes.out.dtype);
+    t.y = operand(kOut);
     if (args.residual.present) {  // t.x is then the sum, see point()
-      t.source = t.x, t.residual = operand(kResidual, dtype);
-      t.x = operand(p.writes(kSum) ? kSum : kOut, dtype);
+      t.source = t.x, t.residual = operand(kResidual);
+      t.x = operand(p.writes(kSum) ? kSum : kOut);
     }
   }
-  if (args.where.present && (!t.frozen || is_backward(p.op))) t.where = operand(kWhere, Dtype::boolean);
+  if (args.where.present && (!t.frozen || is_backward(p.op))) t.where = operand(kWhere);
 }
 
 /// Has statistics and parameters lie in the order in which the kernels count them, which is dense.
@@ -447,9 +453,8 @@ void pack(Seen& seen, OperandMask packed, const Shapes& own, const Extents& stri
   const Array x = seen.args.x;
   for (OperandMask left = packed; left; left &= left - 1) {
     const OperandIndex k = static_cast<OperandIndex>(std::countr_zero(left));
-    const Array& a = seen.args.*kOperandTable[k].array;
-    const Dtype dtype = k == kWhere ? Dtype::boolean : a.present ? a.dtype : own.of(k).dtype;
-    seen.put(k, seen_dtype(k, dtype, x.dtype), x.shape, strides, strides_over_x(seen.args, k, dtype, own));
+    const Dtype dtype = seen_dtype(k, dtype_of(seen.args, k, own), x.dtype);
+    seen.put(k, dtype, x.shape, strides, strides_over_x(seen.args, k, own));
   }
 }
 
@@ -505,20 +510,18 @@ void repeat_params(Seen& seen, const Plan& p, const Shapes& own, AxisMask axes, 
   }
   if (!given.weight.present) seen.spec.weight_offset = 0;
   for (const OperandIndex k : {kDweight, kDbias, kDslopes}) {
-    Dense mine = own.gradient(k);
-    mine.strides = c_strides(mine.extents());
+    const Dense& mine = own.gradient(k);
     if (p.writes(k)) put(k, k == kDslopes ? given.slopes : given.weight, mine.extents(), byte_strides(mine));
   }
   seen.params = {axes, axes, axes, given.x};
 }
 
-/// Has the gradients of parameters come out in C order.
+/// Has the gradients of parameters come out in C order, in which they are among `own`.
 void put_gradients_in_order(Seen& seen, const Plan& p, const Shapes& own, Shapes& shapes) {
   for (const OperandIndex k : {kDweight, kDbias, kDslopes}) {
     Dense& gradient = shapes.gradient(k);
     const Extents lying = gradient.strides;
     gradient = own.gradient(k);
-    gradient.strides = c_strides(gradient.extents());
     bool lies = true;
     for (int axis = 0; axis < gradient.ndim; ++axis)
       lies = lies && (gradient.shape[axis] == 1 || lying[axis] == gradient.strides[axis]);
@@ -572,6 +575,7 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted, bool on
   AxisMask repeats = 0;
   const bool suit = attempt(0, 0);
   own = shapes;
+  for (Dense& gradient : own.gradients) gradient.strides = c_strides(gradient.extents());
   if (!suit && !attempt(repeats = axes_varying(params, spec, walked.order), 0) &&
       !attempt(repeats = axes_to_repeat(params, blocks, walked), 0))
     attempt(repeats = ~AxisMask{0}, 0);
