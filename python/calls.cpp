@@ -1,6 +1,5 @@
 #include "calls.hpp"
 
-#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstring>
@@ -199,12 +198,12 @@ class Results {
 
 /// Runs a plan that has temporaries, in the place of the arrays that kernels do not take as they lie.
 [[gnu::noinline, gnu::cold]] void run_packed(const Plan& plan, Addresses at, const Results& results,
-                                             PyObject* const* values, const Memory& memory, const Views& views) {
+                                             const Memory& memory, const Views& views) {
   std::vector<nb::object> temporaries;
   const auto copy_out = [&](const Temporary& t, nb::handle from) {
     if (!results[t.operand].is_valid()) return;
     const bool is_given = views[t.operand].array.present;
-    nb::object into = is_given ? memory.of_view(views[t.operand]) : results[t.operand];
+    const nb::object into = is_given ? memory.of_view(views[t.operand]) : results[t.operand];
     normkit::Extents shape;
     nb::list axes;
     for (int axis = 0; axis < t.ndim; ++axis) {
@@ -212,9 +211,8 @@ class Results {
       shape[axis] = repeats ? 1 : t.shape[axis];
       if (repeats) axes.append(axis);
     }
-    const bool is_param = kOperandTable[t.operand].role == Role::param;
-    if (is_param) into = memory.seen(into, shape, t.seen_strides, t.ndim);
-    memory.copy(into, from, nb::len(axes) ? nb::object(nb::tuple(axes)) : nb::none());
+    const nb::object seen = memory.seen(into, shape, t.seen_strides, t.ndim);
+    memory.copy(seen, from, nb::len(axes) ? nb::object(nb::tuple(axes)) : nb::none());
   };
   for (const Temporary& t : plan.temporaries) {
     if (t.operand == normkit::kDbias && !plan.writes(t.operand)) {  // before dx may be written over dy
@@ -225,13 +223,9 @@ class Results {
     const nb::object& array = temporaries.emplace_back(memory.empty(t));
     at[t.operand] = memory.data_of(array);
     if (!contains(kOperandTable[t.operand].reads, plan.op)) continue;
-    const View& v = views[t.operand];
-    nb::object from = nb::borrow(values[t.operand]);
-    if (from.is_none()) from = nb::int_(1);  // a weight that is not there
-    else from = memory.of_view(v);
-    const bool alike =
-        std::equal(v.array.shape.begin(), v.array.shape.end(), t.shape.begin(), t.shape.begin() + t.ndim);
-    if (v.object.is_valid() && v.array.ndim() > 0 && !alike) from = memory.seen(from, t.shape, t.seen_strides, t.ndim);
+    nb::object from = nb::int_(1);  // a weight that is not there
+    if (const View& v = views[t.operand]; v.array.present)
+      from = memory.seen(memory.of_view(v), t.shape, t.seen_strides, t.ndim);
     memory.copy(array, from, nb::none());
   }
   normkit::Job job = plan.job;
@@ -292,7 +286,7 @@ nb::object run(const Plan& plan, Addresses& at, PyObject* const* values, const M
     at[k] = memory.data_of(results[k]);
   }
   if (!plan.empty && !plan.temporaries.empty()) {
-    run_packed(plan, at, results, values, memory, *views);
+    run_packed(plan, at, results, memory, *views);
   } else if (!plan.empty) {
     normkit::Job job = plan.job;  // its own: the plan serves other calls meanwhile
     normkit::point(job, plan.op, at);
