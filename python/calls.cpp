@@ -243,33 +243,25 @@ class Results {
                                       given(normkit::kRunningVar), eps);
 }
 
-/// The outputs that a call returns, in this order.
-constexpr OperandIndex kForwardResults[] = {normkit::kOut, normkit::kMean, normkit::kRstd, normkit::kSum};
-constexpr OperandIndex kBackwardResults[] = {normkit::kOut, normkit::kDweight, normkit::kDbias, normkit::kDslopes};
-constexpr OperandIndex kDoubleResults[] = {normkit::kDdy, normkit::kOut, normkit::kDweight};
+/// The order in which a call returns its outputs.
+constexpr OperandIndex kReturned[] = {normkit::kDdy,   normkit::kOut,     normkit::kMean, normkit::kRstd,
+                                      normkit::kSum,   normkit::kMoments, normkit::kSums, normkit::kDweight,
+                                      normkit::kDbias, normkit::kDslopes};
 
 /// What a call returns. `alone`: a backward returns dx and no tuple, as there are no parameters whose gradients could
 /// be wanted.
 nb::object returned(const Plan& plan, Results& results, bool alone) {
-  if (plan.op == Op::moments) return std::move(results[normkit::kMoments]);
-  if (plan.op == Op::backward_sums) return std::move(results[normkit::kSums]);
-  const bool twice = plan.op == Op::double_backward;
-  const bool all = twice || (plan.op == Op::backward && !alone);  // None for what is not wanted, but for dslopes
-  const std::span<const OperandIndex> order = twice ? std::span<const OperandIndex>(kDoubleResults)
-                                              : all ? std::span<const OperandIndex>(kBackwardResults)
-                                                    : std::span<const OperandIndex>(kForwardResults);
-  const auto is_returned = [&](OperandIndex k) {
-    return (all && k != normkit::kDslopes) || plan.wanted & operand_bit(k);
-  };
-  Py_ssize_t count = 0;
-  for (const OperandIndex k : order) count += is_returned(k);
-  if (count == 1) return std::move(results[normkit::kOut]);
-  const nb::object tuple = nb::steal(PyTuple_New(count));
+  OperandMask all = plan.wanted;  // and others, which are None
+  if (plan.op == Op::double_backward) all |= operand_bit(normkit::kDweight);
+  if (plan.op == Op::backward && !alone)
+    all |= operand_bit(normkit::kOut) | operand_bit(normkit::kDweight) | operand_bit(normkit::kDbias);
+  if ((all & (all - 1)) == 0) return std::move(results[std::countr_zero(all)]);  // one
+  const nb::object tuple = nb::steal(PyTuple_New(std::popcount(all)));
   if (!tuple.is_valid()) throw nb::python_error();
   Py_ssize_t next = 0;
-  for (const OperandIndex k : order) {
+  for (const OperandIndex k : kReturned) {
     if (plan.wanted & operand_bit(k)) PyTuple_SetItem(tuple.ptr(), next++, results[k].release().ptr());
-    else if (is_returned(k)) PyTuple_SetItem(tuple.ptr(), next++, Py_NewRef(Py_None));
+    else if (all & operand_bit(k)) PyTuple_SetItem(tuple.ptr(), next++, Py_NewRef(Py_None));
   }
   return tuple;
 }
@@ -449,7 +441,7 @@ class Function final : public function::Body {
       if (!key.add_layout(found.shape, found.strides)) return plan_and_run(values, nullptr);
       held.push_back(std::move(found.dtype));
     }
-    if (!library || values[normkit::kX] == Py_None) return plan_and_run(values, nullptr);
+    if (values[normkit::kX] == Py_None) return plan_and_run(values, nullptr);
     key.add(reinterpret_cast<PyObject*>(const_cast<Library*>(library))), key.put(device);
     const auto memory = [&] { return memory::Device(values[normkit::kX], *library, device); };
     if (nb::object result = run_known(key, at, values, memory); result.is_valid()) return result;
