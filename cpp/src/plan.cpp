@@ -404,10 +404,12 @@ bool schedule(Plan& p, Seen& seen, Shapes& shapes, const Blocks& blocks, const W
   const bool wants_params = p.writes(kDweight) || p.writes(kDbias) || p.writes(kDslopes);
   const AxisOrder& order = walked.order;
   Dense &dweight = shapes.gradient(kDweight), &dbias = shapes.gradient(kDbias), &dslopes = shapes.gradient(kDslopes);
-  describe_param(args.x, args.weight, seen.params.axes, order, dweight);
-  describe_param(args.x, args.bias.present ? args.bias : args.weight, seen.params.bias_axes, order, dbias);
-  if (has_slopes) describe_param(args.x, args.slopes, seen.params.slope_axes, order, dslopes);
-  dbias.dtype = dweight.dtype;
+  if (backward) {
+    describe_param(args.x, args.weight, seen.params.axes, order, dweight);
+    describe_param(args.x, args.bias.present ? args.bias : args.weight, seen.params.bias_axes, order, dbias);
+    if (has_slopes) describe_param(args.x, args.slopes, seen.params.slope_axes, order, dslopes);
+    dbias.dtype = dweight.dtype;
+  }
   p.job = Job{};
   Task& t = p.job.task;
   t.denominator = {spec.eps, spec.divides_by_norm};
@@ -565,7 +567,9 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted, bool on
   }
   const bool adds_up_dy = p.writes(kDbias) && params.differ && !bias_counts(seen, op);
   if (adds_up_dy) p.makes &= ~operand_bit(kDbias);
+  const bool suit = schedule(p, seen, shapes, blocks, walked);
   Shapes own = shapes;
+  for (Dense& gradient : own.gradients) gradient.strides = c_strides(gradient.extents());
   const auto attempt = [&](AxisMask repeated, OperandMask packed) {
     seen = Seen{args, spec, params};
     if (repeated) repeat_params(seen, p, own, repeated, walked.order);
@@ -573,9 +577,6 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted, bool on
     return schedule(p, seen, shapes, blocks, walked);
   };
   AxisMask repeats = 0;
-  const bool suit = attempt(0, 0);
-  own = shapes;
-  for (Dense& gradient : own.gradients) gradient.strides = c_strides(gradient.extents());
   if (!suit && !attempt(repeats = axes_varying(params, spec, walked.order), 0) &&
       !attempt(repeats = axes_to_repeat(params, blocks, walked), 0))
     attempt(repeats = ~AxisMask{0}, 0);
