@@ -486,7 +486,7 @@ class Function final : public function::Body {
         memory.copy(given, values[k], nb::none());
       }
       if (!views[k].array.present) whose.view(names_[k].c_str(), given, contains(row.writes, op_), views[k]);
-      args.*row.array = views[k].array;
+      row.of(args) = views[k].array;
     }
     const normkit::Spec spec = options::spec_of(kind_, op_, values, args.x);
     const OperandMask wanted = options::wanted_of(op_, values);
@@ -496,7 +496,7 @@ class Function final : public function::Body {
     if (describes) return xla::description(args, spec, op_, wanted);
     const Plan plan = normkit::plan(args, spec, op_, wanted, !whose.is_on_device());
     Addresses at{};
-    for (const OperandIndex k : arrays_) at[k] = (args.*kOperandTable[k].array).data;
+    for (const OperandIndex k : arrays_) at[k] = kOperandTable[k].of(args).data;
     if (key) keep(*key, values, plan, {args, op_}, at, views, std::move(held));
     nb::object result = run(plan, at, values, memory, &views, is_alone());
     if (op_ != Op::moments) return result;

@@ -72,7 +72,7 @@ nb::object Device::seen(nb::handle array, const Extents& shape, const Extents& s
 nb::object Device::of_view(const View& v) const {
   if (!v.imported.is_valid()) return nb::borrow(v.held.is_valid() ? nb::handle(v.held) : v.object);
   const int ndim = v.array.ndim();
-  const std::string dtype = v.array.dtype == Dtype::other ? v.other_dtype : normkit::name_of(v.array.dtype);
+  const std::string dtype(normkit::name_of(v.array));
   return arrays_.attr("over")(v.object, reinterpret_cast<std::uintptr_t>(v.array.data),
                               tuple_of(v.array.shape.data(), ndim), dtype.c_str(),
                               tuple_of(v.array.strides.data(), ndim));

@@ -252,7 +252,7 @@ template <class F> void on_block(const Job& job, const Block& block, Phase pass,
     if (!whole.data) continue;
     if (use_of(t, kViewed[k], pass).reads)
       for_elements(t, block, [&](std::int64_t first, std::int64_t count, std::int64_t place) {
-        gather(job.views[static_cast<std::size_t>(whole.view)], whole.data, first, count, part[k] + place * bytes);
+        gather(job.view_of(whole), whole.data, first, count, part[k] + place * bytes);
       });
     Operand& seen = mine.*kViewed[k];
     if (interleaved(t)) seen.strides = {t.geometry.lanes * each, t.geometry.run, each, 1};
@@ -261,16 +261,15 @@ template <class F> void on_block(const Job& job, const Block& block, Phase pass,
     if ((kViewed[k] != &Task::x && kViewed[k] != &Task::dy) || t.traversal == Traversal::lanes || interleaved(t))
       continue;
     (kViewed[k] == &Task::x ? mine.walk.next_x : mine.walk.next_dy) =
-        distance_to_next(job.views[static_cast<std::size_t>(whole.view)], whole.data,
-                         (block.last - 1) * members_of(t) + block.end, (block.last - block.first) * each, part[k]);
+        distance_to_next(job.view_of(whole), whole.data, (block.last - 1) * members_of(t) + block.end,
+                         (block.last - block.first) * each, part[k]);
   }
   f(mine);
   for (std::size_t k = 0; k < part.size(); ++k) {
     const Operand& whole = t.*kViewed[k];
     if (whole.view < 0 || !whole.data || !use_of(t, kViewed[k], pass).writes) continue;
     for_elements(t, block, [&](std::int64_t first, std::int64_t count, std::int64_t place) {
-      scatter(job.views[static_cast<std::size_t>(whole.view)], whole.data, first, count,
-              part[k] + place * size_of(whole.dtype));
+      scatter(job.view_of(whole), whole.data, first, count, part[k] + place * size_of(whole.dtype));
     });
   }
 }
@@ -280,7 +279,7 @@ template <class F> void on_block(const Job& job, const Block& block, Phase pass,
 std::int64_t copy_chunk(const Gather& gather, std::int64_t statistic, std::int64_t begin, std::int64_t end) {
   const Job& job = *static_cast<const Job*>(gather.job);
   const Task& t = job.task;
-  const View& view = job.views[static_cast<std::size_t>(t.x.view)];
+  const View& view = job.view_of(t.x);
   const std::int64_t bytes = size_of(t.x.dtype);
   std::byte* const copy = gather.place(statistic) + begin * bytes;
   for_elements(t, {statistic, statistic + 1, begin, end},

@@ -63,6 +63,10 @@ struct OperandRow {
   Ops reads, writes;
   Ops needs = 0;  // calls in which it must be there
   OperandMask may_be = 0;  // written elementwise, it may be one of these itself; it lies apart from all others
+
+  const Array& of(const Args& args) const { return args.*array; }
+  Array& of(Args& args) const { return args.*array; }
+  constexpr bool is_used(Op op) const { return contains(reads, op) || contains(writes, op); }
 };
 
 inline constexpr OperandRow kOperandTable[] = {

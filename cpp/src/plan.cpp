@@ -174,7 +174,7 @@ void describe_param(const Array& x, const Array& a, AxisMask axes, const AxisOrd
 
 /// The dtype of an array like x, also of one that is yet to be made.
 Dtype dtype_of(const Args& args, OperandIndex k, const Shapes& shapes) {
-  const Array& a = args.*kOperandTable[k].array;
+  const Array& a = kOperandTable[k].of(args);
   return a.present ? a.dtype : k == kOut ? shapes.out.dtype : shapes.x_dtype;
 }
 
@@ -259,7 +259,7 @@ struct Seen {
   /// `seen`, in bytes. An operand that lies so already stays.
   void put(OperandIndex k, Dtype dtype, std::span<const std::int64_t> shape, const Extents& strides,
            const Extents& seen) {
-    Array& a = args.*kOperandTable[k].array;
+    Array& a = kOperandTable[k].of(args);
     if (a.present && a.dtype == dtype && a.shape.size() == shape.size() && has_strides(a, strides) &&
         std::equal(shape.begin(), shape.end(), a.shape.begin()))
       return;
@@ -279,7 +279,7 @@ bool bias_counts(const Seen& s, Op op) {
 /// The strides of an array over the axes of x, in bytes: of one that is there, as it broadcasts against x, or of one that
 /// is to be made.
 Extents strides_over_x(const Args& args, OperandIndex k, const Shapes& shapes) {
-  const Array& a = args.*kOperandTable[k].array;
+  const Array& a = kOperandTable[k].of(args);
   const int ndim = args.x.ndim(), shift = ndim - a.ndim();
   if (!a.present) return in_bytes(shapes.out.strides, ndim, dtype_of(args, k, shapes));
   Extents bytes;
@@ -302,7 +302,7 @@ void place(Plan& p, const Seen& seen, const Shapes& shapes, const Blocks& blocks
   view_of.fill(-1);
   t.geometry = layout.geometry, p.job.views.clear(), p.gathered = 0;
   const auto operand = [&](OperandIndex k) -> Operand {
-    const Array& a = args.*kOperandTable[k].array;
+    const Array& a = kOperandTable[k].of(args);
     const Dtype dtype = dtype_of(args, k, shapes), seen_as = seen_dtype(k, dtype, args.x.dtype);
     Extents bytes, elements;
     blocks.split(strides_over_x(args, k, shapes), bytes);
@@ -341,8 +341,8 @@ void put_in_order(Seen& seen, Op op, const AxisOrder& order, const Shapes& shape
   for (int operand = 0; operand < kOperands; ++operand) {
     const OperandIndex k = static_cast<OperandIndex>(operand);
     const OperandRow& row = kOperandTable[k];
-    const Array& a = args.*row.array;
-    if (!a.present || !(contains(row.reads, op) || contains(row.writes, op))) continue;
+    const Array& a = row.of(args);
+    if (!a.present || !row.is_used(op)) continue;
     Extents strides;
     if (row.role == Role::param) {
       const bool is_of_slopes = k == kSlopes || k == kDslopes;
@@ -507,7 +507,7 @@ void repeat_params(Seen& seen, const Plan& p, const Shapes& own, AxisMask axes, 
   };
   const bool wants_params = p.writes(kDweight) || p.writes(kDbias) || p.writes(kDslopes);
   for (const OperandIndex k : {kWeight, kBias, kSlopes, kDdweight, kDdbias}) {
-    const Array& a = given.*kOperandTable[k].array;
+    const Array& a = kOperandTable[k].of(given);
     if (a.present || (k == kWeight && wants_params)) put(k, a, a.shape, byte_strides(a));
   }
   if (!given.weight.present) seen.spec.weight_offset = 0;
@@ -527,7 +527,7 @@ void put_gradients_in_order(Seen& seen, const Plan& p, const Shapes& own, Shapes
     bool lies = true;
     for (int axis = 0; axis < gradient.ndim; ++axis)
       lies = lies && (gradient.shape[axis] == 1 || lying[axis] == gradient.strides[axis]);
-    if (p.writes(k) && !lies && !(seen.args.*kOperandTable[k].array).present)
+    if (p.writes(k) && !lies && !kOperandTable[k].of(seen.args).present)
       seen.put(k, gradient.dtype, gradient.extents(), lying, byte_strides(gradient));
   }
 }
@@ -593,7 +593,7 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted, bool on
   if (p.temporaries.empty() && !p.empty) {
     Addresses at{};
     for (int k = 0; k < kOperands; ++k)
-      if ((args.*kOperandTable[k].array).present) at[k] = (args.*kOperandTable[k].array).data;
+      if (kOperandTable[k].of(args).present) at[k] = kOperandTable[k].of(args).data;
     point(p.job, op, at);
   }
   return p;

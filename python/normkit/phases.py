@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -221,10 +222,7 @@ def merge(moments: Iterable[Moments]) -> Moments:
     for part in parts:
         if not isinstance(part, Moments):
             raise TypeError(f"moments has {part!r}, expected Moments")
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = whole.merge(part)
-    return whole
+    return reduce(Moments.merge, parts)
 
 
 @compiled("moments", "normalize")
