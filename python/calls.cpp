@@ -462,9 +462,7 @@ class Function final : public function::Body {
     };
     const auto is_there = [&](OperandIndex k) { return values[k] != Py_None || k == normkit::kX || k == normkit::kDy; };
     const auto is_of_phases = [&](OperandIndex k) {
-      const Role role = kOperandTable[k].role;
-      return normkit::phase_of(op_) != normkit::Phase::both &&
-             (role == Role::statistic || role == Role::count || role == Role::sums);
+      return normkit::phase_of(op_) != normkit::Phase::both && normkit::is_of_statistics(kOperandTable[k].role);
     };
     for (const OperandIndex k : arrays_)
       if (is_there(k) && !views[k].array.present && !is_number(k))
