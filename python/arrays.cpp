@@ -40,20 +40,17 @@ class Name {
 
 // ---- dtypes ------------------------------------------------------------------------------------------------------
 
+int type_number(Dtype dtype) {
+  constexpr int kNumbers[] = {NPY_FLOAT, NPY_DOUBLE, NPY_HALF,   -1,        NPY_UINT8,  NPY_UINT16, NPY_INT16,
+                              NPY_INT8,  NPY_INT32,  NPY_UINT32, NPY_INT64, NPY_UINT64, NPY_BOOL};
+  return kNumbers[static_cast<int>(dtype)];
+}
+
 constexpr const char* kBits = "[('bfloat16', '<u2')]";
 
 Dtype dtype_of(PyArray_Descr* descr, std::string& name) {
-  switch (descr->type_num) {
-    case NPY_FLOAT: return Dtype::float32;
-    case NPY_DOUBLE: return Dtype::float64;
-    case NPY_HALF: return Dtype::float16;
-    case NPY_UBYTE: return Dtype::uint8;
-    case NPY_BYTE: return Dtype::int8;
-    case NPY_USHORT: return Dtype::uint16;
-    case NPY_SHORT: return Dtype::int16;
-    case NPY_BOOL: return Dtype::boolean;
-    default: break;
-  }
+  for (int k = 0; k < static_cast<int>(Dtype::other); ++k)
+    if (type_number(static_cast<Dtype>(k)) == descr->type_num) return static_cast<Dtype>(k);
   if (PyTypeNum_ISINTEGER(descr->type_num)) {  // C has several of one width
     const bool wide = PyDataType_ELSIZE(descr) == 8, is_signed = PyTypeNum_ISSIGNED(descr->type_num);
     return is_signed ? (wide ? Dtype::int64 : Dtype::int32) : (wide ? Dtype::uint64 : Dtype::uint32);
@@ -77,12 +74,6 @@ Dtype dtype_named(std::string name, std::string& other) {
 nb::dlpack::dtype dlpack_dtype(Dtype dtype) {
   return {static_cast<std::uint8_t>(dtype == Dtype::bfloat16 ? 4 : 2),
           static_cast<std::uint8_t>(8 * normkit::size_of(dtype)), 1};
-}
-
-int type_number(Dtype dtype) {
-  constexpr int kNumbers[] = {NPY_FLOAT, NPY_DOUBLE, NPY_HALF,   -1,        NPY_UBYTE,  NPY_BYTE, NPY_USHORT,
-                              NPY_SHORT, NPY_INT32,  NPY_UINT32, NPY_INT64, NPY_UINT64, NPY_BOOL};
-  return kNumbers[static_cast<int>(dtype)];
 }
 
 const std::int64_t* extents(const npy_intp* p) { return reinterpret_cast<const std::int64_t*>(p); }
@@ -230,22 +221,22 @@ bool is_number(nb::handle value) {
   return PyArray_IsScalar(v, Integer) && !PyArray_IsScalar(v, Timedelta);
 }
 
-nb::object new_numpy(Dtype dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides) {
-  PyArray_Descr* const descr = reinterpret_cast<PyArray_Descr*>(numpy_dtype(dtype).release().ptr());
+nb::object new_numpy(const normkit::Dense& lying) {
+  PyArray_Descr* const descr = reinterpret_cast<PyArray_Descr*>(numpy_dtype(lying.dtype).release().ptr());
   npy_intp dims[NPY_MAXDIMS], bytes[NPY_MAXDIMS];
   bool c_order = true;
-  npy_intp dense = normkit::size_of(dtype);
-  for (int axis = ndim - 1; axis >= 0; --axis) {
-    dims[axis] = static_cast<npy_intp>(shape[axis]);
-    bytes[axis] = static_cast<npy_intp>(strides[axis]) * normkit::size_of(dtype);
+  npy_intp dense = normkit::size_of(lying.dtype);
+  for (int axis = lying.ndim - 1; axis >= 0; --axis) {
+    dims[axis] = static_cast<npy_intp>(lying.shape[axis]);
+    bytes[axis] = static_cast<npy_intp>(lying.strides[axis]) * normkit::size_of(lying.dtype);
     if (dims[axis] != 1) c_order = c_order && bytes[axis] == dense;
     dense *= dims[axis];
   }
   PyObject* out = nullptr;
   {
     const CachedMemory cached(dense);
-    out = PyArray_NewFromDescr(&PyArray_Type, descr, ndim, dims, c_order || dense == 0 ? nullptr : bytes, nullptr, 0,
-                               nullptr);
+    out = PyArray_NewFromDescr(&PyArray_Type, descr, lying.ndim, dims, c_order || dense == 0 ? nullptr : bytes, nullptr,
+                               0, nullptr);
   }
   if (!out) throw nb::python_error();
   return nb::steal(out);

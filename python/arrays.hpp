@@ -105,8 +105,8 @@ std::byte* device_data(nb::handle array, const Library& library);
 /// True for a real number of Python or NumPy, which stands for all elements of an array.
 bool is_number(nb::handle value);
 
-/// A new array of NumPy, dense with these strides in elements.
-nb::object new_numpy(Dtype dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides);
+/// A new array of NumPy that lies so.
+nb::object new_numpy(const normkit::Dense& lying);
 
 /// A NumPy array over somebody's memory, which `base` keeps alive. Strides in bytes.
 nb::object numpy_over(void* data, nb::handle dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides,

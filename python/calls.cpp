@@ -1,6 +1,5 @@
 #include "calls.hpp"
 
-#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstring>
@@ -30,6 +29,7 @@ using normkit::Addresses;
 using normkit::Args;
 using normkit::Array;
 using normkit::contains;
+using normkit::Dense;
 using normkit::kOperandTable;
 using normkit::Op;
 using normkit::operand_bit;
@@ -178,31 +178,10 @@ bool share_elements(const Array& a, const Array& b) {
 using Views = std::array<View, normkit::kOperands>;
 
 /// Makes an output that the caller has not passed.
-nb::object made(OperandIndex k, const Plan& plan, const Memory& memory) {
-  const normkit::Shapes& s = plan.shapes;
-  const normkit::Dtype compute = normkit::compute_dtype(s.x_dtype);
-  nb::object array;
-  switch (kOperandTable[k].role) {
-    case Role::statistic: array = memory.empty(compute, s.stat_ndim, s.stat_shape.data(), s.stat_strides.data()); break;
-    case Role::param: {
-      const normkit::Shapes::Param& gradient = s.of(k);
-      array = memory.empty(gradient.dtype, gradient.ndim, gradient.shape.data(), gradient.strides.data());
-      break;
-    }
-    case Role::sums:
-    case Role::moments: {
-      const int numbers = normkit::numbers_of(kOperandTable[k].role);
-      normkit::Extents shape = s.stat_shape, strides;
-      for (int axis = 0; axis < s.stat_ndim; ++axis) strides[axis] = numbers * s.stat_strides[axis];
-      shape[s.stat_ndim] = numbers, strides[s.stat_ndim] = 1;
-      array = memory.empty(normkit::Dtype::float64, s.stat_ndim + 1, shape.data(), strides.data());
-      break;
-    }
-    default:
-      return memory.empty(k == normkit::kOut ? s.out_dtype : s.x_dtype, s.ndim, s.x_shape.data(), s.out_strides.data());
-  }
+nb::object made(OperandIndex k, const Dense& lying, const Plan& plan, const Memory& memory) {
+  nb::object array = memory.empty(lying);
   // No kernel writes it: it is what it is of an empty set.
-  if (s.empty)
+  if (plan.empty)
     array[nb::ellipsis()] = k == normkit::kRstd ? rstd_of(normkit::Moments<double>{}, plan.job.task.denominator) : 0.0;
   return array;
 }
@@ -219,12 +198,12 @@ class Results {
 
 /// Runs a plan that has temporaries, in the place of the arrays that kernels do not take as they lie.
 [[gnu::noinline, gnu::cold]] void run_packed(const Plan& plan, Addresses at, const Results& results,
-                                             PyObject* const* values, const Memory& memory, const Views& views) {
+                                             const Memory& memory, const Views& views) {
   std::vector<nb::object> temporaries;
   const auto copy_out = [&](const Temporary& t, nb::handle from) {
     if (!results[t.operand].is_valid()) return;
     const bool is_given = views[t.operand].array.present;
-    nb::object into = is_given ? memory.of_view(views[t.operand]) : results[t.operand];
+    const nb::object into = is_given ? memory.of_view(views[t.operand]) : results[t.operand];
     normkit::Extents shape;
     nb::list axes;
     for (int axis = 0; axis < t.ndim; ++axis) {
@@ -232,10 +211,8 @@ class Results {
       shape[axis] = repeats ? 1 : t.shape[axis];
       if (repeats) axes.append(axis);
     }
-    const bool is_param = kOperandTable[t.operand].role == Role::param;
-    if (is_param)
-      into = memory.seen(into, plan.shapes.of(t.operand).dtype, t.ndim, shape.data(), t.seen_strides.data());
-    memory.copy(into, from, nb::len(axes) ? nb::object(nb::tuple(axes)) : nb::none());
+    const nb::object seen = memory.seen(into, shape, t.seen_strides, t.ndim);
+    memory.copy(seen, from, nb::len(axes) ? nb::object(nb::tuple(axes)) : nb::none());
   };
   for (const Temporary& t : plan.temporaries) {
     if (t.operand == normkit::kDbias && !plan.writes(t.operand)) {  // before dx may be written over dy
@@ -243,17 +220,12 @@ class Results {
       at[t.operand] = nullptr;
       continue;
     }
-    const nb::object& array = temporaries.emplace_back(memory.empty(t.dtype, t.ndim, t.shape.data(), t.strides.data()));
+    const nb::object& array = temporaries.emplace_back(memory.empty(t));
     at[t.operand] = memory.data_of(array);
     if (!contains(kOperandTable[t.operand].reads, plan.op)) continue;
-    const View& v = views[t.operand];
-    nb::object from = nb::borrow(values[t.operand]);
-    if (from.is_none()) from = nb::int_(1);  // a weight that is not there
-    else from = memory.of_view(v);
-    const bool alike =
-        std::equal(v.array.shape.begin(), v.array.shape.end(), t.shape.begin(), t.shape.begin() + t.ndim);
-    if (v.object.is_valid() && v.array.ndim() > 0 && !alike)
-      from = memory.seen(from, v.array.dtype, t.ndim, t.shape.data(), t.seen_strides.data());
+    nb::object from = nb::int_(1);  // a weight that is not there
+    if (const View& v = views[t.operand]; v.array.present)
+      from = memory.seen(memory.of_view(v), t.shape, t.seen_strides, t.ndim);
     memory.copy(array, from, nb::none());
   }
   normkit::Job job = plan.job;
@@ -267,39 +239,29 @@ class Results {
 [[gnu::noinline, gnu::cold]] void put_running(Results& results, const Memory& memory, const Views& views, double eps) {
   const auto given = [&](OperandIndex k) { return memory.of_view(views[k]); };
   const auto made = [&](OperandIndex k) { return results[k].is_valid() ? results[k] : nb::object(nb::none()); };
-  const nb::object python = memory.python();
-  (python.is_none() ? python_module("normkit._memory").attr("NUMPY") : python)
-      .attr("put_running")(made(normkit::kMean), made(normkit::kRstd), given(normkit::kRunningMean),
-                           given(normkit::kRunningVar), eps);
+  memory.python().attr("put_running")(made(normkit::kMean), made(normkit::kRstd), given(normkit::kRunningMean),
+                                      given(normkit::kRunningVar), eps);
 }
 
-/// The outputs that a call returns, in this order.
-constexpr OperandIndex kForwardResults[] = {normkit::kOut, normkit::kMean, normkit::kRstd, normkit::kSum};
-constexpr OperandIndex kBackwardResults[] = {normkit::kOut, normkit::kDweight, normkit::kDbias, normkit::kDslopes};
-constexpr OperandIndex kDoubleResults[] = {normkit::kDdy, normkit::kOut, normkit::kDweight};
+/// The order in which a call returns its outputs.
+constexpr OperandIndex kReturned[] = {normkit::kDdy,   normkit::kOut,     normkit::kMean, normkit::kRstd,
+                                      normkit::kSum,   normkit::kMoments, normkit::kSums, normkit::kDweight,
+                                      normkit::kDbias, normkit::kDslopes};
 
 /// What a call returns. `alone`: a backward returns dx and no tuple, as there are no parameters whose gradients could
 /// be wanted.
 nb::object returned(const Plan& plan, Results& results, bool alone) {
-  if (plan.op == Op::moments) return std::move(results[normkit::kMoments]);
-  if (plan.op == Op::backward_sums) return std::move(results[normkit::kSums]);
-  const bool twice = plan.op == Op::double_backward;
-  const bool all = twice || (plan.op == Op::backward && !alone);  // None for what is not wanted, but for dslopes
-  const std::span<const OperandIndex> order = twice ? std::span<const OperandIndex>(kDoubleResults)
-                                              : all ? std::span<const OperandIndex>(kBackwardResults)
-                                                    : std::span<const OperandIndex>(kForwardResults);
-  const auto is_returned = [&](OperandIndex k) {
-    return (all && k != normkit::kDslopes) || plan.wanted & operand_bit(k);
-  };
-  Py_ssize_t count = 0;
-  for (const OperandIndex k : order) count += is_returned(k);
-  if (count == 1) return std::move(results[normkit::kOut]);
-  const nb::object tuple = nb::steal(PyTuple_New(count));
+  OperandMask all = plan.wanted;  // and others, which are None
+  if (plan.op == Op::double_backward) all |= operand_bit(normkit::kDweight);
+  if (plan.op == Op::backward && !alone)
+    all |= operand_bit(normkit::kOut) | operand_bit(normkit::kDweight) | operand_bit(normkit::kDbias);
+  if ((all & (all - 1)) == 0) return std::move(results[std::countr_zero(all)]);  // one
+  const nb::object tuple = nb::steal(PyTuple_New(std::popcount(all)));
   if (!tuple.is_valid()) throw nb::python_error();
   Py_ssize_t next = 0;
-  for (const OperandIndex k : order) {
+  for (const OperandIndex k : kReturned) {
     if (plan.wanted & operand_bit(k)) PyTuple_SetItem(tuple.ptr(), next++, results[k].release().ptr());
-    else if (is_returned(k)) PyTuple_SetItem(tuple.ptr(), next++, Py_NewRef(Py_None));
+    else if (all & operand_bit(k)) PyTuple_SetItem(tuple.ptr(), next++, Py_NewRef(Py_None));
   }
   return tuple;
 }
@@ -307,20 +269,17 @@ nb::object returned(const Plan& plan, Results& results, bool alone) {
 nb::object run(const Plan& plan, Addresses& at, PyObject* const* values, const Memory& memory, const Views* views,
                bool alone) {
   Results results;
-  OperandMask packed = 0;
-  for (const Temporary& t : plan.temporaries) packed |= operand_bit(t.operand);
-  for (OperandMask left = plan.wanted | (plan.makes & ~packed); left; left &= left - 1) {
-    const OperandIndex k = static_cast<OperandIndex>(std::countr_zero(left));
+  for (const auto& [k, lying] : plan.outputs) {
     if (values[k] != Py_None) {
       results[k] = nb::borrow(values[k]);
       continue;
     }
-    results[k] = made(k, plan, memory);
+    results[k] = made(k, lying, plan, memory);
     at[k] = memory.data_of(results[k]);
   }
-  if (!plan.shapes.empty && !plan.temporaries.empty()) {
-    run_packed(plan, at, results, values, memory, *views);
-  } else if (!plan.shapes.empty) {
+  if (!plan.empty && !plan.temporaries.empty()) {
+    run_packed(plan, at, results, memory, *views);
+  } else if (!plan.empty) {
     normkit::Job job = plan.job;  // its own: the plan serves other calls meanwhile
     normkit::point(job, plan.op, at);
     memory.run(job);
@@ -350,12 +309,12 @@ class Function final : public function::Body {
   Function(Op op, options::Kind kind) : op_(op), kind_(kind) {}
 
   /// Learns of a parameter of the signature.
-  void take(int slot, options::Type type, const char* name) {
+  void take(int slot, bool is_flag, const char* name) {
     if (slot < normkit::kOperands) arrays_.push_back(static_cast<OperandIndex>(slot)), names_[slot] = name;
-    else if (type == options::Type::flag) flags_.emplace_back(slot, name);
-    else (type == options::Type::number ? numbers_ : objects_).push_back(slot);
-    if (slot == options::kActivation) take(normkit::kSlopes, options::Type::object, "slopes");
-    if (slot == normkit::kMean && op_ == Op::apply) take(normkit::kMeanLow, options::Type::object, "mean_low");
+    else if (is_flag) flags_.emplace_back(slot, name);
+    else options_.push_back(slot);
+    if (slot == options::kActivation) take(normkit::kSlopes, false, "slopes");
+    if (slot == normkit::kMean && op_ == Op::apply) take(normkit::kMeanLow, false, "mean_low");
   }
 
   nb::object call(PyObject** values) override {
@@ -414,15 +373,9 @@ class Function final : public function::Body {
     return PyObject_IsTrue(value.ptr()) ? Py_True : Py_False;
   }
 
-  struct Known {
-    Plan plan;
-    normkit::Placement placement;
-  };
-
   void add_options(recent::Key& key, PyObject* const* values) const {
     key.put(epoch);
-    for (const int slot : numbers_) key.add_number(values[slot]);
-    for (const int slot : objects_) key.add(values[slot]);
+    for (const int slot : options_) key.add_value(values[slot]);
     for (const auto& [slot, name] : flags_) key.add(values[slot]);
     key.add(values[options::kCenter]);
   }
@@ -430,7 +383,7 @@ class Function final : public function::Body {
   /// Runs by the plan of a like call, or returns nothing. `key` has the arrays, and gets the options.
   nb::object run_known(recent::Key& key, Addresses& at, PyObject* const* values, auto memory_of) {
     add_options(key, values);
-    const std::shared_ptr<const Known> known = recent_.find(key);
+    const std::shared_ptr<const recent::Known> known = recent_.find(key);
     if (!known || !known->placement.allows(at)) return {};
     const auto& memory = memory_of();
     return run(known->plan, at, values, memory, nullptr, is_alone());
@@ -489,7 +442,7 @@ class Function final : public function::Body {
       if (!key.add_layout(found.shape, found.strides)) return plan_and_run(values, nullptr);
       held.push_back(std::move(found.dtype));
     }
-    if (!library || values[normkit::kX] == Py_None) return plan_and_run(values, nullptr);
+    if (values[normkit::kX] == Py_None) return plan_and_run(values, nullptr);
     key.add(reinterpret_cast<PyObject*>(const_cast<Library*>(library))), key.put(device);
     const auto memory = [&] { return memory::Device(values[normkit::kX], *library, device); };
     if (nb::object result = run_known(key, at, values, memory); result.is_valid()) return result;
@@ -510,9 +463,7 @@ class Function final : public function::Body {
     };
     const auto is_there = [&](OperandIndex k) { return values[k] != Py_None || k == normkit::kX || k == normkit::kDy; };
     const auto is_of_phases = [&](OperandIndex k) {
-      const Role role = kOperandTable[k].role;
-      return normkit::phase_of(op_) != normkit::Phase::both &&
-             (role == Role::statistic || role == Role::count || role == Role::sums);
+      return normkit::phase_of(op_) != normkit::Phase::both && normkit::is_of_statistics(kOperandTable[k].role);
     };
     for (const OperandIndex k : arrays_)
       if (is_there(k) && !views[k].array.present && !is_number(k))
@@ -530,11 +481,11 @@ class Function final : public function::Body {
         if (row.role == Role::count && !(options::number("count", given, "a number") >= 0))
           normkit::value_error(std::string("count is ") + nb::repr(given).c_str() +
                                ", expected the number of members of each statistic");
-        numbers.push_back(given = memory.empty(dtype, 0, nullptr, nullptr));
+        numbers.push_back(given = memory.empty({dtype, 0, {}, {}}));
         memory.copy(given, values[k], nb::none());
       }
       if (!views[k].array.present) whose.view(names_[k].c_str(), given, contains(row.writes, op_), views[k]);
-      args.*row.array = views[k].array;
+      row.of(args) = views[k].array;
     }
     const normkit::Spec spec = options::spec_of(kind_, op_, values, args.x);
     const OperandMask wanted = options::wanted_of(op_, values);
@@ -543,40 +494,37 @@ class Function final : public function::Body {
     if (!spec.centered) args.mean = args.mean_low = {};
     if (describes) return xla::description(args, spec, op_, wanted);
     const Plan plan = normkit::plan(args, spec, op_, wanted, !whose.is_on_device());
-    if (key) keep(*key, values, plan, args, views, std::move(held));
     Addresses at{};
-    for (const OperandIndex k : arrays_) at[k] = (args.*kOperandTable[k].array).data;
+    for (const OperandIndex k : arrays_) at[k] = kOperandTable[k].of(args).data;
+    if (key) keep(*key, values, plan, {args, op_}, at, views, std::move(held));
     nb::object result = run(plan, at, values, memory, &views, is_alone());
     if (op_ != Op::moments) return result;
     return nb::make_tuple(result, memory.python(), args.x.dtype == normkit::Dtype::float64);
   }
 
-  /// Keeps a plan for like calls, unless anything has to be copied first, or could change unseen.
-  void keep(const recent::Key& key, PyObject* const* values, const Plan& plan, const Args& args, const Views& views,
-            std::vector<nb::object> held) {
-    if (plan.shapes.empty || !plan.temporaries.empty() || op_ == Op::moments) return;
+  /// Keeps a plan for like calls, unless anything has to be copied first, or could change unseen, or arrays lie so that a
+  /// call is judged in full each time.
+  void keep(const recent::Key& key, PyObject* const* values, const Plan& plan, const normkit::Placement& placement,
+            const Addresses& at, const Views& views, std::vector<nb::object> held) {
+    if (plan.empty || !plan.temporaries.empty() || op_ == Op::moments || !placement.allows(at)) return;
     for (const OperandIndex k : arrays_) {
       if (views[k].array.present && PyArray_Check(values[k]))
         held.push_back(nb::borrow(reinterpret_cast<PyObject*>(PyArray_DESCR(arrays::as_array(values[k])))));
     }
-    for (const std::vector<int>* slots : {&numbers_, &objects_})
-      for (const int slot : *slots) {
-        if (!recent::immutable(values[slot])) return;
-        if (!recent::is_single(values[slot])) held.push_back(nb::borrow(values[slot]));
-      }
-    recent_.keep(key, std::move(held), [&](Known& known) {
-      known.plan = plan;
-      known.placement = normkit::Placement(args, op_);
-    });
+    for (const int slot : options_) {
+      if (!recent::immutable(values[slot])) return;
+      if (!recent::is_single(values[slot])) held.push_back(nb::borrow(values[slot]));
+    }
+    recent_.keep(key, plan, placement, std::move(held));
   }
 
   Op op_;
   options::Kind kind_;
   std::vector<OperandIndex> arrays_;
   std::array<std::string, normkit::kOperands> names_;
-  std::vector<int> numbers_, objects_;
+  std::vector<int> options_;
   std::vector<std::pair<int, std::string>> flags_;
-  recent::Recent<Known> recent_;
+  recent::Recent recent_;
 };
 
 int index_of(const char* word, std::span<const char* const> names) {
@@ -598,17 +546,17 @@ nb::object function(nb::handle type, nb::handle python, const char* op, const ch
   for (const int slot : {options::kMomentum, options::kWeightOffset}) arguments.set(slot, zero);
   for (const int slot : {options::kReturnStats, options::kReturnResidual}) arguments.set(slot, no);
   for (const int slot : {options::kUseInputStats, options::kCenter}) arguments.set(slot, yes);
-  const auto place_of = [&](const std::string& name) -> std::pair<int, options::Type> {
+  const auto place_of = [&](const std::string& name) -> std::pair<int, bool> {
     for (int k = 0; k < normkit::kOperands; ++k)
-      if (name == kOperandTable[k].name) return {k, options::Type::object};
+      if (name == kOperandTable[k].name) return {k, false};
     for (const options::Row& row : options::kTable)
-      if (name == row.name) return {row.slot, row.type};
+      if (name == row.name) return {row.slot, row.is_flag};
     throw std::invalid_argument("no slot for the parameter " + name);
   };
   for (const auto& [name, value] : fixed) arguments.set(place_of(nb::str(name).c_str()).first, value);
   arguments.read_signature(python, [&](const char* name) {
-    const auto [slot, slot_type] = place_of(name);
-    body->take(slot, slot_type, name);
+    const auto [slot, is_flag] = place_of(name);
+    body->take(slot, is_flag, name);
     return slot;
   });
   return function::make(type, python, std::move(arguments), std::move(body));

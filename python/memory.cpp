@@ -34,8 +34,9 @@ void Memory::run(Job& job) const {
   unlocked::run([&] { normkit::run(job); });
 }
 
-void Memory::copy(nb::handle into, nb::handle from, nb::handle axes) const {
-  python_module("normkit._memory").attr("NUMPY").attr("copy")(into, from, axes);
+nb::object Memory::python() const {
+  static PyObject* const numpy = nb::object(python_module("normkit._memory").attr("NUMPY")).release().ptr();
+  return nb::borrow(numpy);
 }
 
 // ---- another library on the CPU ----------------------------------------------------------------------------------
@@ -58,26 +59,23 @@ Device::~Device() {
   }
 }
 
-nb::object Device::empty(Dtype dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides) const {
-  const nb::object steps = tuple_of(strides, ndim, normkit::size_of(dtype));
-  return arrays_.attr("empty")(tuple_of(shape, ndim), normkit::name_of(dtype), steps);
+nb::object Device::empty(const Dense& lying) const {
+  const nb::object steps = tuple_of(lying.strides.data(), lying.ndim, normkit::size_of(lying.dtype));
+  return arrays_.attr("empty")(tuple_of(lying.shape.data(), lying.ndim), normkit::name_of(lying.dtype), steps);
 }
 
-nb::object Device::seen(nb::handle array, Dtype dtype, int ndim, const std::int64_t* shape,
-                        const std::int64_t* strides) const {
-  return arrays_.attr("seen")(array, tuple_of(shape, ndim), normkit::name_of(dtype), tuple_of(strides, ndim));
+nb::object Device::seen(nb::handle array, const Extents& shape, const Extents& strides, int ndim) const {
+  return arrays_.attr("seen")(array, tuple_of(shape.data(), ndim), tuple_of(strides.data(), ndim));
 }
 
 nb::object Device::of_view(const View& v) const {
   if (!v.imported.is_valid()) return nb::borrow(v.held.is_valid() ? nb::handle(v.held) : v.object);
   const int ndim = v.array.ndim();
-  const std::string dtype = v.array.dtype == Dtype::other ? v.other_dtype : normkit::name_of(v.array.dtype);
+  const std::string dtype(normkit::name_of(v.array));
   return arrays_.attr("over")(v.object, reinterpret_cast<std::uintptr_t>(v.array.data),
                               tuple_of(v.array.shape.data(), ndim), dtype.c_str(),
                               tuple_of(v.array.strides.data(), ndim));
 }
-
-void Device::copy(nb::handle into, nb::handle from, nb::handle axes) const { arrays_.attr("copy")(into, from, axes); }
 
 nb::object Device::handed_over(nb::object array) const {
   return maker_.kind == Library::Kind::cupy ? arrays_.attr("hand_over")(array) : array;

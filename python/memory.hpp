@@ -16,34 +16,34 @@ namespace memory {
 namespace nb = nanobind;
 using arrays::Library;
 using arrays::View;
+using normkit::Dense;
 using normkit::Dtype;
+using normkit::Extents;
 using normkit::Job;
 
 /// The memory of a call on arrays of NumPy.
 class Memory {
  public:
   virtual ~Memory() = default;
-  /// A new array, dense with these strides in elements.
-  virtual nb::object empty(Dtype dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides) const {
-    return arrays::new_numpy(dtype, ndim, shape, strides);
-  }
+  /// A new array that lies so.
+  virtual nb::object empty(const Dense& lying) const { return arrays::new_numpy(lying); }
   /// The address of an array that empty() made, or of an output that the caller passed.
   virtual std::byte* data_of(nb::handle array) const { return arrays::data_of(array); }
   /// The array in another shape and with other strides, in bytes.
-  virtual nb::object seen(nb::handle array, Dtype dtype, int ndim, const std::int64_t* shape,
-                          const std::int64_t* strides) const {
-    return arrays::numpy_over(arrays::data_of(array), arrays::numpy_dtype(dtype), ndim, shape, strides, true, array);
+  virtual nb::object seen(nb::handle array, const Extents& shape, const Extents& strides, int ndim) const {
+    const nb::handle dtype(reinterpret_cast<PyObject*>(PyArray_DESCR(arrays::as_array(array))));
+    return arrays::numpy_over(arrays::data_of(array), dtype, ndim, shape.data(), strides.data(), true, array);
   }
   /// The array of a view, as seen() and copy() take it.
   virtual nb::object of_view(const View& v) const { return arrays::as_numpy(v); }
   virtual void run(Job& job) const;
   /// What the caller gets for an array that empty() made.
   virtual nb::object handed_over(nb::object array) const { return array; }
-  /// The object of Python that stands for the memory; None for NumPy's.
-  virtual nb::object python() const { return nb::none(); }
+  /// The object of Python that stands for the memory.
+  virtual nb::object python() const;
 
   /// into[...] = from, each element rounded once; the elements along `axes` are added up first.
-  virtual void copy(nb::handle into, nb::handle from, nb::handle axes) const;
+  void copy(nb::handle into, nb::handle from, nb::handle axes) const { python().attr("copy")(into, from, axes); }
 };
 
 const Memory& of_numpy();
@@ -84,12 +84,10 @@ class Device final : public Memory {
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;
   ~Device() override;
-  nb::object empty(Dtype dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides) const override;
+  nb::object empty(const Dense& lying) const override;
   std::byte* data_of(nb::handle array) const override { return arrays::device_data(array, maker_); }
-  nb::object seen(nb::handle array, Dtype dtype, int ndim, const std::int64_t* shape,
-                  const std::int64_t* strides) const override;
+  nb::object seen(nb::handle array, const Extents& shape, const Extents& strides, int ndim) const override;
   nb::object of_view(const View& v) const override;
-  void copy(nb::handle into, nb::handle from, nb::handle axes) const override;
   void run(Job& job) const override;
   nb::object handed_over(nb::object array) const override;
   nb::object python() const override { return arrays_; }

@@ -18,32 +18,28 @@ enum Slot {
   // clang-format on
 };
 
-/// How a call is told from others by the value of an option: by the number that it is, as an object, or as True or
-/// False.
-enum class Type { number, object, flag };
-
 struct Row {
   const char* name;
   Slot slot;
-  Type type;
+  bool is_flag = false;  // True or False
 };
 
 inline constexpr Row kTable[] = {
-    {"eps", kEps, Type::number},
-    {"momentum", kMomentum, Type::number},
-    {"weight_offset", kWeightOffset, Type::number},
-    {"axis", kAxes, Type::number},
-    {"channel_axis", kAxes, Type::number},
-    {"num_groups", kNumGroups, Type::number},
-    {"activation", kActivation, Type::object},
-    {"out_dtype", kOutDtype, Type::object},
-    {"need", kNeed, Type::object},
-    {"use_input_stats", kUseInputStats, Type::flag},
-    {"training", kUseInputStats, Type::flag},
-    {"return_stats", kReturnStats, Type::flag},
-    {"return_residual", kReturnResidual, Type::flag},
-    {"center", kCenter, Type::flag},
-    {"rnorm", static_cast<Slot>(normkit::kRstd), Type::object},
+    {"eps", kEps},
+    {"momentum", kMomentum},
+    {"weight_offset", kWeightOffset},
+    {"axis", kAxes},
+    {"channel_axis", kAxes},
+    {"num_groups", kNumGroups},
+    {"activation", kActivation},
+    {"out_dtype", kOutDtype},
+    {"need", kNeed},
+    {"use_input_stats", kUseInputStats, true},
+    {"training", kUseInputStats, true},
+    {"return_stats", kReturnStats, true},
+    {"return_residual", kReturnResidual, true},
+    {"center", kCenter, true},
+    {"rnorm", static_cast<Slot>(normkit::kRstd)},
 };
 
 /// The kinds of normalization, by which a Spec is made. functional.py names them so too.

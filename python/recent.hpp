@@ -16,17 +16,17 @@ namespace recent {
 
 namespace nb = nanobind;
 
-/// All that a plan depends on, as words: two calls with the same words have the same plan. Of addresses that is whether they
-/// are multiples of the size of an element.
+/// All that a plan depends on but for addresses, as words: two calls with the same words have the same plan where a
+/// Placement allows theirs.
 class Key {
  public:
-  static constexpr int kMostArrays = 12, kMostOptions = 24;  // an option that is a number counts as two
+  static constexpr int kMostArrays = 12, kMostOptions = 24;  // one that is no flag counts as two
   static constexpr int kMostAxes = 8;
 
   void put(std::int64_t word) { words_[count_++] = word; }
 
-  /// Adds None, or of a NumPy array its dtype, extents, strides, whether it lies on its elements, and whether it may be
-  /// written. False for anything else, and for an array of more axes than a key has room for.
+  /// Adds None, or of a NumPy array its dtype, extents, strides, and whether it may be written. False for anything else,
+  /// and for an array of more axes than a key has room for.
   bool add_array(nb::handle h) {
     if (h.is_none()) return put(0), true;
     if (!PyArray_CheckExact(h.ptr())) return false;
@@ -34,7 +34,7 @@ class Key {
     const int ndim = PyArray_NDIM(a);
     if (ndim > kMostAxes) return false;
     put(reinterpret_cast<std::intptr_t>(PyArray_DESCR(a)));
-    put(4 * ndim + 2 * lies_on(PyArray_DATA(a), PyArray_ITEMSIZE(a)) + (PyArray_ISWRITEABLE(a) ? 1 : 0));
+    put(2 * ndim + (PyArray_ISWRITEABLE(a) ? 1 : 0));
     const npy_intp *dims = PyArray_DIMS(a), *strides = PyArray_STRIDES(a);
     for (int axis = 0; axis < ndim; ++axis) put(dims[axis]), put(strides[axis]);
     return true;
@@ -42,7 +42,7 @@ class Key {
   /// The same of an array that may be written.
   bool add_view(const normkit::Array& a) {
     if (a.ndim() > kMostAxes) return false;
-    put(static_cast<std::int64_t>(a.dtype) + 1), put(2 * a.ndim() + lies_on(a.data, normkit::size_of(a.dtype)));
+    put(static_cast<std::int64_t>(a.dtype) + 1), put(a.ndim());
     for (int axis = 0; axis < a.ndim(); ++axis) {
       const std::size_t k = static_cast<std::size_t>(axis);
       put(a.shape[k]), put(a.strides[k]);
@@ -60,7 +60,7 @@ class Key {
     return true;
   }
   /// Adds a number by its value, and anything else by its address.
-  void add_number(nb::handle h) {
+  void add_value(nb::handle h) {
     enum : std::int64_t { kObject, kFloat, kInteger };
     int overflows = 0;
     const long long integer = PyLong_CheckExact(h.ptr()) ? PyLong_AsLongLongAndOverflow(h.ptr(), &overflows) : 0;
@@ -84,10 +84,6 @@ class Key {
   }
 
  private:
-  static bool lies_on(const void* data, std::int64_t size) {
-    return (reinterpret_cast<std::uintptr_t>(data) & static_cast<std::uintptr_t>(size - 1)) == 0;
-  }
-
   static constexpr int kHashed = 10;
   std::array<std::int64_t, kMostArrays * (2 + 2 * kMostAxes) + kMostOptions> words_;
   int count_ = 0;
@@ -106,33 +102,35 @@ inline bool immutable(nb::handle h) {
   return true;
 }
 
+/// A call that was planned.
+struct Known {
+  normkit::Plan plan;
+  normkit::Placement placement;
+  std::vector<std::int64_t> words;  // of its key
+  std::vector<nb::object> held;     // which the key names: else another object could come to have the address of one
+};
+
 /// The last few calls: sets of places, of which the first array of a call chooses one. The interpreter lock guards it.
-template <class Plan> class Recent {
+class Recent {
  public:
-  /// The plan of a call with this key, or null. It is shared: while the caller works with it, another call may push it
-  /// out.
-  std::shared_ptr<const Plan> find(const Key& key) const {
-    for (const std::shared_ptr<Entry>& entry : sets_[key.hash() % kSets])
-      if (entry && key.same(entry->words)) return {entry, &entry->plan};
+  /// The call with this key, or null. It is shared: while the caller works with it, another call may push it out.
+  std::shared_ptr<const Known> find(const Key& key) const {
+    for (const std::shared_ptr<Known>& known : sets_[key.hash() % kSets])
+      if (known && key.same(known->words)) return known;
     return nullptr;
   }
-  /// Keeps a plan: fill(plan) makes it of whatever was in its place. `held` are the objects that the key names.
-  template <class Fill> void keep(const Key& key, std::vector<nb::object> held, Fill fill) {
-    std::shared_ptr<Entry>& entry = sets_[key.hash() % kSets][turn_++ % kPlaces];
-    if (!entry || entry.use_count() > 1) entry = std::make_shared<Entry>();
-    key.copy_to(entry->words);
-    fill(entry->plan);
-    entry->held.swap(held);  // what was there dies last, since that may run anything
+  void keep(const Key& key, const normkit::Plan& plan, const normkit::Placement& placement,
+            std::vector<nb::object> held) {
+    std::shared_ptr<Known>& known = sets_[key.hash() % kSets][turn_++ % kPlaces];
+    if (!known || known.use_count() > 1) known = std::make_shared<Known>();
+    key.copy_to(known->words);
+    known->plan = plan, known->placement = placement;
+    known->held.swap(held);  // what was there dies last, since that may run anything
   }
 
  private:
   static constexpr std::size_t kSets = 16, kPlaces = 4;
-  struct Entry {
-    std::vector<std::int64_t> words;
-    std::vector<nb::object> held;  // else another object could come to have the address of one
-    Plan plan;
-  };
-  std::array<std::array<std::shared_ptr<Entry>, kPlaces>, kSets> sets_;
+  std::array<std::array<std::shared_ptr<Known>, kPlaces>, kSets> sets_;
   std::size_t turn_ = 0;
 };
 

@@ -73,7 +73,7 @@ class Reader {
 /// address yet; they lie apart from each other.
 Plan planned(Args& args, const Spec& spec, Op op, OperandMask wanted) {
   for (int k = 0; k < normkit::kOperands; ++k)
-    (args.*kOperandTable[k].array).data = reinterpret_cast<std::byte*>(static_cast<std::uintptr_t>(k + 1) << 58);
+    kOperandTable[k].of(args).data = reinterpret_cast<std::byte*>(static_cast<std::uintptr_t>(k + 1) << 58);
   return normkit::plan(args, spec, op, wanted, false);
 }
 
@@ -90,7 +90,7 @@ Plan read(Reader& reader) {
     Reader::refuse();
   Args args;
   for (std::int64_t left = reader.next(); left > 0; --left) {
-    Array& a = args.*kOperandTable[reader.below(normkit::kOperands)].array;
+    Array& a = kOperandTable[reader.below(normkit::kOperands)].of(args);
     a.dtype = static_cast<normkit::Dtype>(reader.below(static_cast<int>(normkit::Dtype::other))), a.present = true;
     a.shape = reader.span(reader.next());
   }
@@ -182,10 +182,10 @@ nb::object description(Args args, const Spec& spec, Op op, OperandMask wanted) {
   const Call call{op, wanted, spec};
   for_each_field(call, [&](auto field) { put(number_of(field)); });
   std::int64_t count = 0;
-  for (const normkit::OperandRow& row : kOperandTable) count += (args.*row.array).present;
+  for (const normkit::OperandRow& row : kOperandTable) count += row.of(args).present;
   put(count);
   for (int k = 0; k < normkit::kOperands; ++k) {
-    Array& a = args.*kOperandTable[k].array;
+    Array& a = kOperandTable[k].of(args);
     if (!a.present) continue;
     a.strides = {};
     put(k), put(static_cast<std::int64_t>(a.dtype)), put(a.ndim());

@@ -46,6 +46,13 @@ def test_what_is_right_is_read(how, dtype):
     assert given_back(producer)
 
 
+@pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
+def test_python_sees_what_is_exported(dtype):
+    seen = views_of(x=Producer(x("int8").astype(dtype)))[0]["x"]
+    assert seen.dtype == dtype
+    assert (seen == x("int8").astype(dtype)).all()
+
+
 def test_an_offset_in_bytes():
     values = np.concatenate([np.full(4, 99, np.float32), x().ravel()])
     producer = Producer(values, shape=SHAPE, strides=(15, 5, 1), byte_offset=16)

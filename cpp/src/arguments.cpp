@@ -55,14 +55,14 @@ bool equal(std::span<const std::int64_t> a, std::span<const std::int64_t> b) {
 // ---- one array ---------------------------------------------------------------------------------------------------
 
 [[noreturn]] void bad_dtype(const std::string& name, const Array& a, const std::string& expected) {
-  const std::string given = a.dtype == Dtype::other ? std::string(a.other_dtype) : name_of(a.dtype);
+  const std::string given(name_of(a));
   const bool swapped = (given.starts_with('>') || given.starts_with('<')) && given.find_first_of("fiu") == 1;
   type_error(name + " has dtype " + given + ", expected " + (swapped ? "native byte order" : expected));
 }
 
 /// True where `a` has a floating type or integers, also where kernels do not read the type.
 bool is_real(const Array& a) {
-  const std::string_view name = a.dtype == Dtype::other ? a.other_dtype : name_of(a.dtype);
+  const std::string_view name = name_of(a);
   const bool swapped = name.starts_with('>') && name.find_first_of("fiu") == 1;
   return swapped || name.starts_with("float") || name.starts_with("int") || name.starts_with("uint");
 }
@@ -180,7 +180,7 @@ bool on_elements(const Array& a) {
 void check_on_elements(const std::string& name, const Array& a) {
   if (on_elements(a) || is_empty(a)) return;
   const std::int64_t size = element_bytes(a);
-  const std::string dtype = a.dtype == Dtype::other ? std::string(a.other_dtype) : name_of(a.dtype);
+  const std::string dtype(name_of(a));
   char address[2 * sizeof a.data + 1] = {};
   std::to_chars(std::begin(address), std::end(address), reinterpret_cast<std::uintptr_t>(a.data), 16);
   if (!begins_on(a, size))
@@ -236,7 +236,7 @@ OperandRow row_of(int operand, const Spec& spec) {
 
 void check_apart(const Args& args, const Spec& spec, Op op, int written, int other) {
   const OperandRow w = row_of(written, spec), o = row_of(other, spec);
-  const Array &a = args.*w.array, &b = args.*o.array;
+  const Array &a = w.of(args), &b = o.of(args);
   if (!must_lie_apart(written, other, op) || !b.present || a.dtype == Dtype::other || b.dtype == Dtype::other) return;
   const Reach p = reach_of(a), q = reach_of(b);
   if (p.first == p.last || q.first == q.last || !overlap(a.data, p, b.data, q)) return;
@@ -250,13 +250,13 @@ void check_apart(const Args& args, const Spec& spec, Op op, int written, int oth
 
 Placement::Placement(const Args& args, Op op) {
   for (int k = 0; k < kOperands; ++k) {
-    const Array& a = args.*kOperandTable[k].array;
+    const Array& a = kOperandTable[k].of(args);
     if (!a.present) continue;
     present_ |= operand_bit(k), reach_[k] = reach_of(a), same_[k] = 0;
     if (!contains(kOperandTable[k].writes, op)) continue;
     written_ |= operand_bit(k);
     for (int other = 0; other < kOperands; ++other) {
-      const Array& b = args.*kOperandTable[other].array;
+      const Array& b = kOperandTable[other].of(args);
       const bool may_be = kOperandTable[k].may_be & operand_bit(other);
       if (!must_lie_apart(k, other, op) || (may_be && b.present && lie_alike(a, b))) same_[k] |= operand_bit(other);
     }
@@ -330,7 +330,7 @@ Params judge_params(const Args& args, const Spec& spec) {
   AxisMask axes[3] = {};
   for (const int k : {kWeight, kBias, kSlopes}) {
     const OperandRow& row = kOperandTable[k];
-    const Array& a = args.*row.array;
+    const Array& a = row.of(args);
     if (!a.present) continue;
     check_wide_dtype(row.name, a, x.dtype);
     axes[k - kWeight] = match_params(row.name, a, x.shape, spec, k == kSlopes);
@@ -407,9 +407,9 @@ void check_running(const Args& args, const Spec& spec) {
   const std::int64_t channels[] = {x.shape[spec.channel_axis]};
   for (const int k : {kRunningMean, kRunningVar}) {
     const OperandRow& row = kOperandTable[k];
-    check_floating(row.name, args.*row.array);
-    check_shape(row.name, args.*row.array, channels, ": one element per channel of x");
-    if (spec.use_input_stats) check_writable(row.name, args.*row.array);
+    check_floating(row.name, row.of(args));
+    check_shape(row.name, row.of(args), channels, ": one element per channel of x");
+    if (spec.use_input_stats) check_writable(row.name, row.of(args));
   }
   std::int64_t members = 1;
   for (int axis = 0; axis < x.ndim(); ++axis)
@@ -421,7 +421,7 @@ void check_running(const Args& args, const Spec& spec) {
 /// Throws where an operand that is there has not the shape or the dtype that its role asks for.
 void check(const OperandRow& row, const Args& args, const Spec& spec, Op op, Dtype out_dtype,
            std::span<const std::int64_t> statistics) {
-  const Array &a = args.*row.array, &x = args.x;
+  const Array &a = row.of(args), &x = args.x;
   const bool written = contains(row.writes, op);
   switch (row.role) {
     case Role::like_x:
@@ -475,8 +475,7 @@ void judge_x(const Args& args, const Spec& spec, Op op) {
   const Array& x = args.x;
   if (!x.present) value_error("x is None, expected an array");
   for (const OperandRow& row : kOperandTable)
-    if ((args.*row.array).present && (contains(row.reads, op) || contains(row.writes, op)))
-      check_array(row.name, args.*row.array);
+    if (row.of(args).present && row.is_used(op)) check_array(row.name, row.of(args));
   if (x.dtype == Dtype::other || (is_backward(op) && !is_floating(x.dtype)))
     bad_dtype("x", x,
               is_backward(op) ? "float32, float64, float16 or bfloat16"
@@ -510,7 +509,7 @@ Params judge(const Args& args, const Spec& spec, Op op, OperandMask wanted, Dtyp
   if (has_slopes && !args.slopes.present)
     value_error("slopes is None, expected an array: the slope of prelu below zero for each parameter, or one for all");
   for (const int k : {kSlopes, kDslopes})
-    if (!has_slopes && (args.*kOperandTable[k].array).present)
+    if (!has_slopes && kOperandTable[k].of(args).present)
       value_error(std::string(kOperandTable[k].name) + " is given, expected None: the activation is not prelu");
   if (op == Op::double_backward && !args.ddx.present && !args.ddweight.present && !args.ddbias.present)
     value_error("ddx, ddweight and ddbias are None, expected an array for at least one of them");
@@ -521,16 +520,16 @@ Params judge(const Args& args, const Spec& spec, Op op, OperandMask wanted, Dtyp
   for (int k = 0; k < kOperands; ++k) {
     const OperandRow row = row_of(k, spec);
     const bool read = contains(row.reads, op), is_mean = k == kMean || k == kMeanLow;
-    const bool is_there = (args.*row.array).present || wanted & operand_bit(k);
+    const bool is_there = row.of(args).present || wanted & operand_bit(k);
     if (!is_there && contains(row.needs, op) && (spec.centered || !is_mean)) is_missing(row);
-    if (!(args.*row.array).present || !(read || contains(row.writes, op))) continue;
+    if (!row.of(args).present || !row.is_used(op)) continue;
     if (!is_mean || spec.centered || !read) check(row, args, spec, op, out_dtype, statistics);
   }
   for (int k = 0; k < kOperands; ++k) {
     const OperandRow& row = kOperandTable[k];
-    if (!(args.*row.array).present || !contains(row.writes, op)) continue;
+    if (!row.of(args).present || !contains(row.writes, op)) continue;
     if (row.role == Role::running && !spec.use_input_stats) continue;
-    if (row.role != Role::running) check_writable(row.name, args.*row.array);
+    if (row.role != Role::running) check_writable(row.name, row.of(args));
     for (int other = 0; other < kOperands; ++other) check_apart(args, spec, op, k, other);
   }
   return params;

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <string_view>
 
 #include "normkit/normkit.hpp"
 #include "operands.hpp"
@@ -28,6 +29,8 @@ void check_axes(const std::string& name, std::int64_t ndim);
 void check_groups(std::int64_t num_groups, std::int64_t channels, int ndim);
 constexpr AxisMask all_axes(int ndim) { return ndim >= kMaxAxes ? ~AxisMask{0} : axis_bit(ndim) - 1; }
 
+/// What the type of an array's elements is called.
+inline std::string_view name_of(const Array& a) { return a.dtype == Dtype::other ? a.other_dtype : name_of(a.dtype); }
 /// True where `a` has no elements.
 bool is_empty(const Array& a);
 bool same_strides(const Array& a, const Array& b);

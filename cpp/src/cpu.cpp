@@ -30,32 +30,31 @@ namespace {
 #define has(feature) __builtin_cpu_supports(feature)
 #endif
 
-struct Candidate {
-  const Isa* isa;
-  bool runs_here;
-};
-
-const std::vector<Candidate>& candidates() {
-  static const std::vector<Candidate> all = {
-#define NORMKIT_ISA(name, architecture, header, flags, test) {&isa_##name, static_cast<bool>(test)},
+/// The instruction sets that this processor has, the best first.
+const std::vector<const Isa*>& isas_here() {
+  static const std::vector<const Isa*> all = [] {
+    std::vector<const Isa*> found;
+#define NORMKIT_ISA(name, architecture, header, flags, test) \
+  if (test) found.push_back(&isa_##name);
 #include "isas_built.def"
 #undef NORMKIT_ISA
-  };
+    return found;
+  }();
   return all;
 }
 
-const Isa* find_isa(const char* name) {
-  for (const Candidate& c : candidates())
-    if (c.runs_here && (!name || std::strcmp(name, c.isa->name) == 0)) return c.isa;
+const Isa* find_isa(const std::string& name) {
+  for (const Isa* isa : isas_here())
+    if (name == isa->name) return isa;
   return nullptr;
 }
 
 const Isa* first_isa() {
+  if (isas_here().empty())
+    throw std::runtime_error("this processor has none of the instruction sets that normkit was built for");
   const char* wanted = std::getenv("NORMKIT_ISA");
-  const Isa* found = wanted && *wanted ? find_isa(wanted) : nullptr;
-  if (!found) found = find_isa(nullptr);
-  if (!found) throw std::runtime_error("this processor has none of the instruction sets that normkit was built for");
-  return found;
+  const Isa* found = wanted ? find_isa(wanted) : nullptr;
+  return found ? found : isas_here().front();
 }
 
 std::atomic<const Isa*>& chosen_isa() {
@@ -253,7 +252,7 @@ template <class F> void on_block(const Job& job, const Block& block, Phase pass,
     if (!whole.data) continue;
     if (use_of(t, kViewed[k], pass).reads)
       for_elements(t, block, [&](std::int64_t first, std::int64_t count, std::int64_t place) {
-        gather(job.views[static_cast<std::size_t>(whole.view)], whole.data, first, count, part[k] + place * bytes);
+        gather(job.view_of(whole), whole.data, first, count, part[k] + place * bytes);
       });
     Operand& seen = mine.*kViewed[k];
     if (interleaved(t)) seen.strides = {t.geometry.lanes * each, t.geometry.run, each, 1};
@@ -262,16 +261,15 @@ template <class F> void on_block(const Job& job, const Block& block, Phase pass,
     if ((kViewed[k] != &Task::x && kViewed[k] != &Task::dy) || t.traversal == Traversal::lanes || interleaved(t))
       continue;
     (kViewed[k] == &Task::x ? mine.walk.next_x : mine.walk.next_dy) =
-        distance_to_next(job.views[static_cast<std::size_t>(whole.view)], whole.data,
-                         (block.last - 1) * members_of(t) + block.end, (block.last - block.first) * each, part[k]);
+        distance_to_next(job.view_of(whole), whole.data, (block.last - 1) * members_of(t) + block.end,
+                         (block.last - block.first) * each, part[k]);
   }
   f(mine);
   for (std::size_t k = 0; k < part.size(); ++k) {
     const Operand& whole = t.*kViewed[k];
     if (whole.view < 0 || !whole.data || !use_of(t, kViewed[k], pass).writes) continue;
     for_elements(t, block, [&](std::int64_t first, std::int64_t count, std::int64_t place) {
-      scatter(job.views[static_cast<std::size_t>(whole.view)], whole.data, first, count,
-              part[k] + place * size_of(whole.dtype));
+      scatter(job.view_of(whole), whole.data, first, count, part[k] + place * size_of(whole.dtype));
     });
   }
 }
@@ -281,7 +279,7 @@ template <class F> void on_block(const Job& job, const Block& block, Phase pass,
 std::int64_t copy_chunk(const Gather& gather, std::int64_t statistic, std::int64_t begin, std::int64_t end) {
   const Job& job = *static_cast<const Job*>(gather.job);
   const Task& t = job.task;
-  const View& view = job.views[static_cast<std::size_t>(t.x.view)];
+  const View& view = job.view_of(t.x);
   const std::int64_t bytes = size_of(t.x.dtype);
   std::byte* const copy = gather.place(statistic) + begin * bytes;
   for_elements(t, {statistic, statistic + 1, begin, end},
@@ -581,13 +579,12 @@ std::string isa() { return chosen_isa().load()->name; }
 
 std::vector<std::string> isas() {
   std::vector<std::string> names;
-  for (const Candidate& c : candidates())
-    if (c.runs_here) names.emplace_back(c.isa->name);
+  for (const Isa* isa : isas_here()) names.emplace_back(isa->name);
   return names;
 }
 
 bool use_isa(const std::string& name) {
-  const Isa* found = find_isa(name.c_str());
+  const Isa* found = find_isa(name);
   if (found) chosen_isa().store(found);
   return found != nullptr;
 }
@@ -605,25 +602,22 @@ int count_in(const char* text, char separator) {
 /// NORMKIT_NUM_THREADS says how many threads a call may use; OMP_NUM_THREADS, which may go on with a comma and the
 /// threads of inner levels, says how many at most. A value that is no such number is ignored; where it is that of
 /// NORMKIT_NUM_THREADS, _config.py warns.
-void configure_threads() {
+int first_num_threads() {
   const char *mine = std::getenv("NORMKIT_NUM_THREADS"), *general = std::getenv("OMP_NUM_THREADS");
   const int wanted = mine ? count_in(mine, 0) : 0, most = general ? count_in(general, ',') : 0;
-  if (wanted) set_max_threads(wanted);
-  else if (most) set_max_threads(std::min(most, max_threads()));
+  if (wanted) return wanted;
+  return most ? std::min(most, usable_cpus()) : usable_cpus();
+}
+
+std::atomic<int>& thread_limit() {
+  static std::atomic<int> limit{first_num_threads()};
+  return limit;
 }
 
 }  // namespace
 
-int num_threads() {
-  static const bool configured = (configure_threads(), true);
-  static_cast<void>(configured);
-  return max_threads();
-}
-
-void set_num_threads(int n) {
-  num_threads();
-  set_max_threads(n);
-}
+int num_threads() { return thread_limit().load(std::memory_order_relaxed); }
+void set_num_threads(int n) { thread_limit().store(std::max(n, 1), std::memory_order_relaxed); }
 
 void merge_moments(double* into, const double* from, std::int64_t n, Dtype x) {
   current_isa().merge(into, from, n, compute_dtype(x));

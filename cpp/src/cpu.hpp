@@ -34,6 +34,8 @@ struct Job {
   Running running;
   ParamGradient dweight, dbias, dslopes;
   std::vector<View> views;  // of arrays that kernels do not take as they are; a GPU has none
+
+  const View& view_of(const Operand& a) const { return views[static_cast<std::size_t>(a.view)]; }
 };
 
 /// Calls f with the jobs that one job is made of, in their order. The gradient of slopes, a sum of dy * min(z, 0), has a job of its

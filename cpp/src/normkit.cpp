@@ -36,7 +36,7 @@ namespace {
     value_error(
         "where has strides that do not go with those of x, expected one element for each of x: expand it first");
   for (const OperandRow& row : kOperandTable) {
-    const Array& a = args.*row.array;
+    const Array& a = row.of(args);
     if (row.role == Role::like_x && a.present && (!same_strides(a, args.x) || !on_elements(a)))
       value_error(std::string(row.name) +
                   " has strides that do not go with those of x, expected the same: pack it first");
@@ -72,7 +72,7 @@ void write_of_nothing(const Args& args, const Spec& spec, Op op) {
     return is_mean ? 0 : rstd_of(Moments<double>{}, {spec.eps, spec.divides_by_norm});
   };
   for (const OperandRow& row : kOperandTable) {
-    const Array& a = args.*row.array;
+    const Array& a = row.of(args);
     if (!contains(row.writes, op) || row.role == Role::running || !a.present || is_empty(a)) continue;
     for_each_element(a, channel, [&](std::byte* to, std::int64_t k) {
       const double wide = row.role == Role::statistic ? statistic(row.array == &Args::mean, k) : 0;
@@ -86,10 +86,9 @@ void write_of_nothing(const Args& args, const Spec& spec, Op op) {
 void call(const Args& args, const Spec& spec, Op op) {
   OperandMask wanted = 0;
   for (const OperandRow& row : kOperandTable) {
-    if (contains(row.writes, op) && (args.*row.array).present)
-      wanted |= operand_bit(static_cast<int>(&row - kOperandTable));
+    if (contains(row.writes, op) && row.of(args).present) wanted |= operand_bit(static_cast<int>(&row - kOperandTable));
     const bool is_dparam = row.role == Role::param && contains(row.writes, Op::backward);
-    if (is_dparam && (args.*row.array).present && is_backward(op) && !contains(row.writes, op))
+    if (is_dparam && row.of(args).present && is_backward(op) && !contains(row.writes, op))
       value_error(std::string(row.name) + " is given, expected None: phases have no such gradient");
   }
   if (args.sum.present && !args.residual.present)
@@ -101,8 +100,8 @@ void call(const Args& args, const Spec& spec, Op op) {
     const Role role = kOperandTable[t.operand].role;
     if (role == Role::x || role == Role::like_x || role == Role::mask) bad_layout(args, spec, op, wanted);
   }
-  if (!p.temporaries.empty()) bad_order(args.*kOperandTable[p.temporaries[0].operand].array, p.temporaries[0]);
-  if (!p.shapes.empty) return run(p.job);
+  if (!p.temporaries.empty()) bad_order(kOperandTable[p.temporaries[0].operand].of(args), p.temporaries[0]);
+  if (!p.empty) return run(p.job);
   write_of_nothing(args, spec, op);
 }
 

@@ -53,6 +53,8 @@ enum class Role : std::uint8_t {
 
 /// Elements that an operand has for each statistic along an axis of its own, which is its last; 0: it has no such axis.
 constexpr int numbers_of(Role role) { return role == Role::sums ? 3 : role == Role::moments ? 4 : 0; }
+/// True where there is something for each statistic.
+constexpr bool is_of_statistics(Role role) { return role >= Role::statistic; }
 
 struct OperandRow {
   const char* name;
@@ -61,6 +63,10 @@ struct OperandRow {
   Ops reads, writes;
   Ops needs = 0;  // calls in which it must be there
   OperandMask may_be = 0;  // written elementwise, it may be one of these itself; it lies apart from all others
+
+  const Array& of(const Args& args) const { return args.*array; }
+  Array& of(Args& args) const { return args.*array; }
+  constexpr bool is_used(Op op) const { return contains(reads, op) || contains(writes, op); }
 };
 
 inline constexpr OperandRow kOperandTable[] = {

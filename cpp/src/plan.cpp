@@ -94,22 +94,42 @@ struct Walked {
   }
 };
 
-/// Fills in the shapes of outputs and statistics, and whether x has elements at all.
-void describe(const Array& x, const Blocks& blocks, const Walked& walked, Shapes& shapes) {
-  shapes.out_strides = dense_strides(x.shape, ~AxisMask{0}, walked.memory);
-  shapes.ndim = x.ndim(), shapes.empty = is_empty(x);
-  for (int axis = 0; axis < x.ndim(); ++axis) {
-    shapes.x_shape[axis] = x.shape[axis];
-    if (x.shape[axis] == 1) shapes.out_strides[axis] = 1;
+/// How the arrays lie that a call makes, and those that are given for each statistic.
+struct Shapes {
+  Dtype x_dtype;
+  Dense out;                       // y or dx: the memory order of x
+  Dense statistics;                // mean and rstd
+  std::array<Dense, 3> gradients;  // dweight, dbias and dslopes
+
+  Shapes(const Array& x, Dtype out_dtype, const Blocks& blocks, const Walked& walked)
+      : x_dtype(x.dtype), out{out_dtype, x.ndim(), {}, dense_strides(x.shape, ~AxisMask{0}, walked.memory)} {
+    for (int axis = 0; axis < x.ndim(); ++axis) {
+      out.shape[axis] = x.shape[axis];
+      if (x.shape[axis] == 1) out.strides[axis] = 1;
+    }
+    statistics.dtype = compute_dtype(x.dtype);
+    const Extents kept = dense_strides(blocks.extents(), ~blocks.reduce_axes, walked.layout.order);
+    for (int axis = 0; axis < blocks.ndim; ++axis) {
+      if (blocks.reduce_axes & axis_bit(axis)) continue;
+      statistics.shape[statistics.ndim] = blocks.shape[axis];
+      statistics.strides[statistics.ndim++] = blocks.shape[axis] == 1 ? 1 : kept[axis];
+    }
   }
-  const Extents kept = dense_strides(blocks.extents(), ~blocks.reduce_axes, walked.layout.order);
-  shapes.stat_ndim = 0;
-  for (int axis = 0; axis < blocks.ndim; ++axis) {
-    if (blocks.reduce_axes & axis_bit(axis)) continue;
-    shapes.stat_shape[shapes.stat_ndim] = blocks.shape[axis];
-    shapes.stat_strides[shapes.stat_ndim++] = blocks.shape[axis] == 1 ? 1 : kept[axis];
+  Dense& gradient(OperandIndex k) { return gradients[k - kDweight]; }
+  const Dense& gradient(OperandIndex k) const { return gradients[k - kDweight]; }
+  Dense of(OperandIndex k) const {
+    const Role role = kOperandTable[k].role;
+    if (k == kOut) return out;
+    if (role == Role::param) return gradient(k);
+    if (role == Role::like_x) return {x_dtype, out.ndim, out.shape, out.strides};
+    Dense each = statistics;
+    if (const int numbers = numbers_of(role)) {
+      for (int axis = 0; axis < each.ndim; ++axis) each.strides[axis] *= numbers;
+      each.dtype = Dtype::float64, each.shape[each.ndim] = numbers, each.strides[each.ndim++] = 1;
+    }
+    return each;
   }
-}
+};
 
 /// Strides in C order.
 Extents c_strides(std::span<const std::int64_t> shape) {
@@ -130,29 +150,32 @@ Extents byte_strides(const Array& a) {
   for (int axis = 0; axis < a.ndim(); ++axis) bytes[axis] = a.stride(axis);
   return bytes;
 }
-Extents byte_strides(const Shapes::Param& a) { return in_bytes(a.strides, a.ndim, a.dtype); }
+Extents byte_strides(const Dense& a) { return in_bytes(a.strides, a.ndim, a.dtype); }
 
-/// The strides of a parameter array that lies as the kernels count.
-void put_param_strides(const Array& x, const Array& a, AxisMask axes, const AxisOrder& order, Extents& out) {
+/// The strides of a parameter array of this shape that lies as the kernels count.
+Extents param_strides(const Array& x, std::span<const std::int64_t> shape, AxisMask axes, const AxisOrder& order) {
   const Extents strides = dense_strides(x.shape, axes, order);
-  for (int axis = 0; axis < a.ndim(); ++axis)
-    out[axis] = a.shape[axis] == 1 ? 1 : strides[param_axis(axes, x.ndim(), a.ndim(), axis)];
+  const int ndim = static_cast<int>(shape.size());
+  Extents found;
+  for (int axis = 0; axis < ndim; ++axis)
+    found[axis] = shape[axis] == 1 ? 1 : strides[param_axis(axes, x.ndim(), ndim, axis)];
+  return found;
 }
 
 /// Describes the gradient of a parameter that varies along `axes`: it is like `a`, or, where `a` is absent, has the
 /// extents of these axes.
-void describe_param(const Array& x, const Array& a, AxisMask axes, const AxisOrder& order, Shapes::Param& gradient) {
-  gradient.ndim = a.ndim(), gradient.dtype = a.present ? a.dtype : compute_dtype(x.dtype);
-  if (a.present) {
-    std::copy(a.shape.begin(), a.shape.end(), gradient.shape.begin());
-    return put_param_strides(x, a, axes, order, gradient.strides);
-  }
-  const Extents strides = dense_strides(x.shape, axes, order);
-  for (int axis = 0; axis < x.ndim(); ++axis)
-    if (axes & axis_bit(axis)) {
-      gradient.shape[gradient.ndim] = x.shape[axis];
-      gradient.strides[gradient.ndim++] = x.shape[axis] == 1 ? 1 : strides[axis];
-    }
+void describe_param(const Array& x, const Array& a, AxisMask axes, const AxisOrder& order, Dense& gradient) {
+  gradient.dtype = a.present ? a.dtype : compute_dtype(x.dtype), gradient.ndim = a.ndim();
+  std::copy(a.shape.begin(), a.shape.end(), gradient.shape.begin());
+  for (int axis = 0; !a.present && axis < x.ndim(); ++axis)
+    if (axes & axis_bit(axis)) gradient.shape[gradient.ndim++] = x.shape[axis];
+  gradient.strides = param_strides(x, gradient.extents(), axes, order);
+}
+
+/// The dtype of an array like x, also of one that is yet to be made.
+Dtype dtype_of(const Args& args, OperandIndex k, const Shapes& shapes) {
+  const Array& a = kOperandTable[k].of(args);
+  return a.present ? a.dtype : k == kOut ? shapes.out.dtype : shapes.x_dtype;
 }
 
 /// The dtype as which kernels see an operand, for an x of dtype `x`.
@@ -236,14 +259,14 @@ struct Seen {
   /// `seen`, in bytes. An operand that lies so already stays.
   void put(OperandIndex k, Dtype dtype, std::span<const std::int64_t> shape, const Extents& strides,
            const Extents& seen) {
-    Array& a = args.*kOperandTable[k].array;
+    Array& a = kOperandTable[k].of(args);
     if (a.present && a.dtype == dtype && a.shape.size() == shape.size() && has_strides(a, strides) &&
         std::equal(shape.begin(), shape.end(), a.shape.begin()))
       return;
     const int ndim = static_cast<int>(shape.size());
     Extents& extents = kept.emplace_back();
     std::copy(shape.begin(), shape.end(), extents.begin());
-    temporaries.push_back({k, dtype, ndim, extents, strides, seen});
+    temporaries.push_back({{dtype, ndim, extents, strides}, k, seen});
     const Extents& bytes = kept.emplace_back(in_bytes(strides, ndim, dtype));
     a = {nullptr, dtype, true, false, {extents.data(), shape.size()}, {bytes.data(), shape.size()}, {}};
   }
@@ -255,13 +278,14 @@ bool bias_counts(const Seen& s, Op op) {
 
 /// The strides of an array over the axes of x, in bytes: of one that is there, as it broadcasts against x, or of one that
 /// is to be made.
-Extents strides_over_x(const Args& args, OperandIndex k, Dtype dtype, const Shapes& shapes) {
-  const Array& a = args.*kOperandTable[k].array;
-  const int ndim = args.x.ndim(), shift = a.present ? ndim - a.ndim() : 0;
+Extents strides_over_x(const Args& args, OperandIndex k, const Shapes& shapes) {
+  const Array& a = kOperandTable[k].of(args);
+  const int ndim = args.x.ndim(), shift = ndim - a.ndim();
+  if (!a.present) return in_bytes(shapes.out.strides, ndim, dtype_of(args, k, shapes));
   Extents bytes;
   for (int axis = 0; axis < ndim; ++axis) {
-    const bool varies = a.present && axis >= shift && a.shape[axis - shift] == args.x.shape[axis];
-    bytes[axis] = varies ? a.stride(axis - shift) : a.present ? 0 : shapes.out_strides[axis] * size_of(dtype);
+    const bool varies = axis >= shift && a.shape[axis - shift] == args.x.shape[axis];
+    bytes[axis] = varies ? a.stride(axis - shift) : 0;
   }
   return bytes;
 }
@@ -270,19 +294,18 @@ Strides dense_strides(const Geometry& g) { return {g.steps * g.columns(), g.colu
 
 /// Puts the arrays that have the shape of x, and the mask, into the geometry, in which the traversal is chosen. An array
 /// that the kernels do not take as it is gets a view.
-void place(Plan& p, const Seen& seen, const Blocks& blocks, const Layout& layout) {
+void place(Plan& p, const Seen& seen, const Shapes& shapes, const Blocks& blocks, const Layout& layout) {
   const Args& args = seen.args;
-  const Shapes& shapes = p.shapes;
   Task& t = p.job.task;
   const Geometry& g = t.geometry;
   std::array<int, kOperands> view_of;
   view_of.fill(-1);
   t.geometry = layout.geometry, p.job.views.clear(), p.gathered = 0;
-  const auto operand = [&](OperandIndex k, Dtype dtype) -> Operand {
-    const Array& a = args.*kOperandTable[k].array;
-    const Dtype seen_as = seen_dtype(k, dtype, args.x.dtype);
+  const auto operand = [&](OperandIndex k) -> Operand {
+    const Array& a = kOperandTable[k].of(args);
+    const Dtype dtype = dtype_of(args, k, shapes), seen_as = seen_dtype(k, dtype, args.x.dtype);
     Extents bytes, elements;
-    blocks.split(strides_over_x(args, k, dtype, shapes), bytes);
+    blocks.split(strides_over_x(args, k, shapes), bytes);
     for (int axis = 0; axis < blocks.ndim; ++axis) elements[axis] = bytes[axis] / size_of(dtype);
     std::optional<Strides> lying = strides_in(layout, blocks.extents(), elements);
     const bool lies = lying && (!a.present || on_elements(a)) && takes(t, *lying, k == kWhere) &&
@@ -296,57 +319,54 @@ void place(Plan& p, const Seen& seen, const Blocks& blocks, const Layout& layout
     }
     return {nullptr, seen_as, dense_strides(g), view_of[k]};
   };
-  const Dtype dtype = args.x.dtype;
-  t.x = operand(kX, dtype);
+  t.x = operand(kX);
   if (is_backward(p.op)) {
-    t.dy = operand(kDy, dtype), t.dx = operand(kOut, dtype);
-    if (args.dresidual.present) t.residual = operand(kDresidual, dtype);
-    if (args.ddx.present) t.ddx = operand(kDdx, dtype);
-    if (t.twice) t.d_dy = operand(kDdy, dtype);
+    t.dy = operand(kDy), t.dx = operand(kOut);
+    if (args.dresidual.present) t.residual = operand(kDresidual);
+    if (args.ddx.present) t.ddx = operand(kDdx);
+    if (t.twice) t.d_dy = operand(kDdy);
   } else {
-    t.y = operand(kOut, args.out.present ? args.out.dtype : shapes.out_dtype);
+    t.y = operand(kOut);
     if (args.residual.present) {  // t.x is then the sum, see point()
-      t.source = t.x, t.residual = operand(kResidual, dtype);
-      t.x = operand(p.writes(kSum) ? kSum : kOut, dtype);
+      t.source = t.x, t.residual = operand(kResidual);
+      t.x = operand(p.writes(kSum) ? kSum : kOut);
     }
   }
-  if (args.where.present && (!t.frozen || is_backward(p.op))) t.where = operand(kWhere, Dtype::boolean);
+  if (args.where.present && (!t.frozen || is_backward(p.op))) t.where = operand(kWhere);
 }
 
 /// Has statistics and parameters lie in the order in which the kernels count them, which is dense.
 void put_in_order(Seen& seen, Op op, const AxisOrder& order, const Shapes& shapes) {
   const Args& args = seen.args;
-  for (int k = 0; k < kOperands; ++k) {
+  for (int operand = 0; operand < kOperands; ++operand) {
+    const OperandIndex k = static_cast<OperandIndex>(operand);
     const OperandRow& row = kOperandTable[k];
-    const Array& a = args.*row.array;
-    if (!a.present || !(contains(row.reads, op) || contains(row.writes, op))) continue;
+    const Array& a = row.of(args);
+    if (!a.present || !row.is_used(op)) continue;
     Extents strides;
     if (row.role == Role::param) {
       const bool is_of_slopes = k == kSlopes || k == kDslopes;
       if ((k == kBias && !bias_counts(seen, op)) || (is_of_slopes && seen.params.slopes_repeat)) continue;
-      put_param_strides(args.x, a, seen.params.of(k), order, strides);
-    } else if (const int numbers = numbers_of(row.role)) {
-      for (int axis = 0; axis < shapes.stat_ndim; ++axis) strides[axis] = numbers * shapes.stat_strides[axis];
-      strides[shapes.stat_ndim] = 1;
-    } else if (row.role == Role::statistic || row.role == Role::count) {
+      strides = param_strides(args.x, a.shape, seen.params.of(k), order);
+    } else if (is_of_statistics(row.role)) {
       if ((k == kMean || k == kMeanLow) && !seen.spec.centered) continue;
-      strides = shapes.stat_strides;
+      strides = shapes.of(k).strides;
     } else {
       continue;
     }
     Extents bytes;
-    for (int axis = 0; axis < shapes.stat_ndim; ++axis) bytes[axis] = 0;  // a number
+    for (int axis = 0; axis < shapes.statistics.ndim; ++axis) bytes[axis] = 0;  // a number
     for (int axis = 0; axis < a.ndim(); ++axis) bytes[axis] = a.stride(axis);
     const bool is_one_for_all = a.ndim() == 0 && row.role != Role::param;
-    seen.put(static_cast<OperandIndex>(k), row.role == Role::count ? Dtype::float64 : a.dtype,
-             is_one_for_all ? shapes.statistics() : a.shape, strides, bytes);
+    seen.put(k, row.role == Role::count ? Dtype::float64 : a.dtype,
+             is_one_for_all ? shapes.statistics.extents() : a.shape, strides, bytes);
   }
 }
 
 /// Slopes that lack axes of weight, and their gradient, have elements for those too.
-void repeat_slopes(Seen& seen, Plan& p, const AxisOrder& order) {
+void repeat_slopes(Seen& seen, const Plan& p, Shapes& shapes, const AxisOrder& order) {
   const Array &x = seen.args.x, slopes = seen.args.slopes;
-  Shapes::Param lying;
+  Dense lying;
   describe_param(x, {}, seen.params.axes, order, lying);
   const auto put = [&](OperandIndex k, Dtype dtype, const Extents& bytes) {
     const Extents all = repeated(x.ndim(), seen.params.slope_axes, slopes.shape, bytes);
@@ -356,7 +376,7 @@ void repeat_slopes(Seen& seen, Plan& p, const AxisOrder& order) {
     seen.put(k, dtype, lying.extents(), lying.strides, along);
   };
   put(kSlopes, slopes.dtype, byte_strides(slopes));
-  Shapes::Param& dslopes = p.shapes.of(kDslopes);
+  Dense& dslopes = shapes.gradient(kDslopes);
   dslopes.strides = c_strides(dslopes.extents());
   if (p.writes(kDslopes)) put(kDslopes, compute_dtype(x.dtype), byte_strides(dslopes));
 }
@@ -377,22 +397,24 @@ Running running_of(const Args& args, const Spec& spec, const AxisOrder& order) {
 }
 
 /// Makes the job that does the call on the arrays as they are seen; false where the kernels do not take the parameters.
-bool schedule(Plan& p, Seen& seen, const Blocks& blocks, const Walked& walked) {
+bool schedule(Plan& p, Seen& seen, Shapes& shapes, const Blocks& blocks, const Walked& walked) {
   const Args& args = seen.args;
   const Spec& spec = seen.spec;
   const bool backward = is_backward(p.op), has_slopes = args.slopes.present;
   const bool wants_params = p.writes(kDweight) || p.writes(kDbias) || p.writes(kDslopes);
-  Shapes& shapes = p.shapes;
   const AxisOrder& order = walked.order;
-  describe_param(args.x, args.weight, seen.params.axes, order, shapes.of(kDweight));
-  describe_param(args.x, args.bias.present ? args.bias : args.weight, seen.params.bias_axes, order, shapes.of(kDbias));
-  if (has_slopes) describe_param(args.x, args.slopes, seen.params.slope_axes, order, shapes.of(kDslopes));
-  shapes.of(kDbias).dtype = shapes.of(kDweight).dtype;
+  Dense &dweight = shapes.gradient(kDweight), &dbias = shapes.gradient(kDbias), &dslopes = shapes.gradient(kDslopes);
+  if (backward) {
+    describe_param(args.x, args.weight, seen.params.axes, order, dweight);
+    describe_param(args.x, args.bias.present ? args.bias : args.weight, seen.params.bias_axes, order, dbias);
+    if (has_slopes) describe_param(args.x, args.slopes, seen.params.slope_axes, order, dslopes);
+    dbias.dtype = dweight.dtype;
+  }
   p.job = Job{};
   Task& t = p.job.task;
   t.denominator = {spec.eps, spec.divides_by_norm};
   t.frozen = !spec.use_input_stats || p.op == Op::apply;
-  if (shapes.empty) return true;
+  if (p.empty) return true;
   if ((seen.params.differ && bias_counts(seen, p.op)) || (has_slopes && seen.params.slopes_stray)) return false;
 
   p.job.is_backward = backward, t.twice = p.op == Op::double_backward;
@@ -403,12 +425,12 @@ bool schedule(Plan& p, Seen& seen, const Blocks& blocks, const Walked& walked) {
   if (!place_params(blocks.extents(), blocks.split(seen.params.axes), layout)) return false;
   t.geometry = layout.geometry, t.traversal = traversal_of(t.geometry);
   if (!takes_params(t.geometry, t.traversal) || (backward && !choose_kind(t))) return false;
-  place(p, seen, blocks, layout);
+  place(p, seen, shapes, blocks, layout);
   // Kept axes that do not lie as one may lie as two. Rows whose gradients are summed together are counted in `outer`.
   for (int split = 1; p.gathered && t.kind != ParamKind::row; ++split) {
     Layout other = layout;
     const bool splits = other.geometry.outer == 1 && split_lanes(blocks.extents(), split, other);
-    place(p, seen, blocks, splits ? other : layout);
+    place(p, seen, shapes, blocks, splits ? other : layout);
     if (!splits) break;
   }
   if (!wants_params) t.kind = ParamKind::none;
@@ -419,10 +441,10 @@ bool schedule(Plan& p, Seen& seen, const Blocks& blocks, const Walked& walked) {
                false,   nullptr, args.mean_low.dtype};
   if (p.op == Op::forward && args.running_mean.present) p.job.running = running_of(args, spec, order);
   put_in_order(seen, p.op, order, shapes);
-  if (has_slopes && seen.params.slopes_repeat) repeat_slopes(seen, p, order);
-  p.job.dweight.dtype = args.dweight.present ? args.dweight.dtype : shapes.of(kDweight).dtype;
-  p.job.dbias.dtype = args.dbias.present ? args.dbias.dtype : shapes.of(kDbias).dtype;
-  p.job.dslopes.dtype = args.dslopes.present ? args.dslopes.dtype : shapes.of(kDslopes).dtype;
+  if (has_slopes && seen.params.slopes_repeat) repeat_slopes(seen, p, shapes, order);
+  p.job.dweight.dtype = args.dweight.present ? args.dweight.dtype : dweight.dtype;
+  p.job.dbias.dtype = args.dbias.present ? args.dbias.dtype : dbias.dtype;
+  p.job.dslopes.dtype = args.dslopes.present ? args.dslopes.dtype : dslopes.dtype;
   return true;
 }
 
@@ -433,9 +455,8 @@ void pack(Seen& seen, OperandMask packed, const Shapes& own, const Extents& stri
   const Array x = seen.args.x;
   for (OperandMask left = packed; left; left &= left - 1) {
     const OperandIndex k = static_cast<OperandIndex>(std::countr_zero(left));
-    const Array& a = seen.args.*kOperandTable[k].array;
-    const Dtype dtype = k == kWhere ? Dtype::boolean : a.present ? a.dtype : k == kOut ? own.out_dtype : x.dtype;
-    seen.put(k, seen_dtype(k, dtype, x.dtype), x.shape, strides, strides_over_x(seen.args, k, dtype, own));
+    const Dtype dtype = seen_dtype(k, dtype_of(seen.args, k, own), x.dtype);
+    seen.put(k, dtype, x.shape, strides, strides_over_x(seen.args, k, own));
   }
 }
 
@@ -486,41 +507,39 @@ void repeat_params(Seen& seen, const Plan& p, const Shapes& own, AxisMask axes, 
   };
   const bool wants_params = p.writes(kDweight) || p.writes(kDbias) || p.writes(kDslopes);
   for (const OperandIndex k : {kWeight, kBias, kSlopes, kDdweight, kDdbias}) {
-    const Array& a = given.*kOperandTable[k].array;
+    const Array& a = kOperandTable[k].of(given);
     if (a.present || (k == kWeight && wants_params)) put(k, a, a.shape, byte_strides(a));
   }
   if (!given.weight.present) seen.spec.weight_offset = 0;
   for (const OperandIndex k : {kDweight, kDbias, kDslopes}) {
-    Shapes::Param mine = own.of(k);
-    mine.strides = c_strides(mine.extents());
+    const Dense& mine = own.gradient(k);
     if (p.writes(k)) put(k, k == kDslopes ? given.slopes : given.weight, mine.extents(), byte_strides(mine));
   }
   seen.params = {axes, axes, axes, given.x};
 }
 
-/// Has the gradients of parameters come out in C order.
-void put_gradients_in_order(Seen& seen, Plan& p, const Shapes& own) {
+/// Has the gradients of parameters come out in C order, in which they are among `own`.
+void put_gradients_in_order(Seen& seen, const Plan& p, const Shapes& own, Shapes& shapes) {
   for (const OperandIndex k : {kDweight, kDbias, kDslopes}) {
-    Shapes::Param& gradient = p.shapes.of(k);
+    Dense& gradient = shapes.gradient(k);
     const Extents lying = gradient.strides;
-    gradient = own.of(k);
-    gradient.strides = c_strides(gradient.extents());
+    gradient = own.gradient(k);
     bool lies = true;
     for (int axis = 0; axis < gradient.ndim; ++axis)
       lies = lies && (gradient.shape[axis] == 1 || lying[axis] == gradient.strides[axis]);
-    if (p.writes(k) && !lies && !(seen.args.*kOperandTable[k].array).present)
+    if (p.writes(k) && !lies && !kOperandTable[k].of(seen.args).present)
       seen.put(k, gradient.dtype, gradient.extents(), lying, byte_strides(gradient));
   }
 }
 
 /// Has dy added up into dbias, beside the kernels: there is no activation, so that dbias is a sum of dy, and it is
 /// taken over other axes than dweight.
-void add_up_dy(Seen& seen, Plan& p) {
+void add_up_dy(Seen& seen, Shapes& shapes) {
   const Array& x = seen.args.x;
-  Shapes::Param& dbias = p.shapes.of(kDbias);
+  Dense& dbias = shapes.gradient(kDbias);
   dbias.strides = c_strides(dbias.extents());
   const Extents bytes = repeated(x.ndim(), seen.params.bias_axes, dbias.extents(), byte_strides(dbias));
-  seen.temporaries.push_back({kDbias, x.dtype, x.ndim(), p.shapes.x_shape, {}, bytes});
+  seen.temporaries.push_back({{x.dtype, x.ndim(), shapes.out.shape, {}}, kDbias, bytes});
 }
 
 }  // namespace
@@ -528,19 +547,18 @@ void add_up_dy(Seen& seen, Plan& p) {
 Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted, bool on_cpu) {
   Plan p;
   p.op = op, p.on_cpu = on_cpu, p.wanted = p.makes = wanted;
-  Shapes& shapes = p.shapes;
   const Array& x = args.x;
   judge_x(args, spec, op);
+  p.empty = is_empty(x);
   const Dtype like_x = is_floating(x.dtype) ? x.dtype : Dtype::float32;
-  shapes.x_dtype = x.dtype;
   const Dtype said =
       !args.out.present || is_floating(x.dtype) || !is_floating(args.out.dtype) ? like_x : args.out.dtype;
-  shapes.out_dtype = is_backward(op) ? like_x : args.out_dtype == Dtype::other ? said : args.out_dtype;
-  if (args.residual.present && (shapes.out_dtype != x.dtype || op == Op::moments)) p.makes |= operand_bit(kSum);
+  const Dtype out_dtype = is_backward(op) ? like_x : args.out_dtype == Dtype::other ? said : args.out_dtype;
+  if (args.residual.present && (out_dtype != x.dtype || op == Op::moments)) p.makes |= operand_bit(kSum);
   const Blocks blocks(x, spec);
   const Walked walked(x, spec, blocks);
-  describe(x, blocks, walked, shapes);
-  Params params = judge(args, spec, op, wanted, shapes.out_dtype, shapes.statistics());
+  Shapes shapes(x, out_dtype, blocks, walked);
+  Params params = judge(args, spec, op, wanted, out_dtype, shapes.statistics.extents());
   Seen seen = Seen{args, spec, params};
   if (is_backward(op) && !args.weight.present) {  // whatever is wanted, lest the bits of dx depend on it
     const AxisMask absent = axes_of_absent(spec);
@@ -549,27 +567,33 @@ Plan plan(const Args& args, const Spec& spec, Op op, OperandMask wanted, bool on
   }
   const bool adds_up_dy = p.writes(kDbias) && params.differ && !bias_counts(seen, op);
   if (adds_up_dy) p.makes &= ~operand_bit(kDbias);
+  const bool suit = schedule(p, seen, shapes, blocks, walked);
   Shapes own = shapes;
+  for (Dense& gradient : own.gradients) gradient.strides = c_strides(gradient.extents());
   const auto attempt = [&](AxisMask repeated, OperandMask packed) {
     seen = Seen{args, spec, params};
     if (repeated) repeat_params(seen, p, own, repeated, walked.order);
     pack(seen, packed, own, walked.strides);
-    return schedule(p, seen, blocks, walked);
+    return schedule(p, seen, shapes, blocks, walked);
   };
   AxisMask repeats = 0;
-  const bool suit = attempt(0, 0);
-  own = shapes;
   if (!suit && !attempt(repeats = axes_varying(params, spec, walked.order), 0) &&
       !attempt(repeats = axes_to_repeat(params, blocks, walked), 0))
     attempt(repeats = ~AxisMask{0}, 0);
   if (p.gathered && !(on_cpu && takes_views() && can_gather(p.job.task))) attempt(repeats, p.gathered);
-  if (repeats || !walked.is_memory_order) put_gradients_in_order(seen, p, own);
-  if (adds_up_dy) seen.params = params, add_up_dy(seen, p);
+  if (repeats || !walked.is_memory_order) put_gradients_in_order(seen, p, own, shapes);
+  if (adds_up_dy) seen.params = params, add_up_dy(seen, shapes);
   p.temporaries = std::move(seen.temporaries);
-  if (p.temporaries.empty() && !shapes.empty) {
+  OperandMask packed = 0;
+  for (const Temporary& t : p.temporaries) packed |= operand_bit(t.operand);
+  for (OperandMask left = p.wanted | (p.makes & ~packed); left; left &= left - 1) {
+    const OperandIndex k = static_cast<OperandIndex>(std::countr_zero(left));
+    p.outputs.emplace_back(k, shapes.of(k));
+  }
+  if (p.temporaries.empty() && !p.empty) {
     Addresses at{};
     for (int k = 0; k < kOperands; ++k)
-      if ((args.*kOperandTable[k].array).present) at[k] = (args.*kOperandTable[k].array).data;
+      if (kOperandTable[k].of(args).present) at[k] = kOperandTable[k].of(args).data;
     point(p.job, op, at);
   }
   return p;

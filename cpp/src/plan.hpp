@@ -1,10 +1,10 @@
 // Makes of what the caller passed the plan that a backend runs. arguments.hpp judges the single arguments.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "arguments.hpp"
@@ -14,51 +14,35 @@
 
 namespace normkit {
 
-/// The arrays that a call makes, and how they lie in memory: dense, with strides in elements.
-struct Shapes {
-  Dtype x_dtype = Dtype::float32, out_dtype = Dtype::float32;
-  Extents x_shape, out_strides;  // y or dx, and x + residual: the memory order of x
+/// A dense array that is to be made. Strides are in elements.
+struct Dense {
+  Dtype dtype = Dtype::float32;
   int ndim = 0;
-  Extents stat_shape, stat_strides;
-  int stat_ndim = 0;
-  struct Param {
-    Extents shape, strides;
-    int ndim = 0;
-    Dtype dtype = Dtype::float32;
+  Extents shape, strides;
 
-    std::span<const std::int64_t> extents() const { return {shape.data(), static_cast<std::size_t>(ndim)}; }
-  };
-  std::array<Param, 3> gradients;  // dweight, dbias and dslopes
-  bool empty = false;      // x has no elements: nothing to run
-
-  Param& of(OperandIndex gradient) { return gradients[gradient - kDweight]; }
-  const Param& of(OperandIndex gradient) const { return gradients[gradient - kDweight]; }
-  std::span<const std::int64_t> statistics() const { return {stat_shape.data(), static_cast<std::size_t>(stat_ndim)}; }
+  std::span<const std::int64_t> extents() const { return {shape.data(), static_cast<std::size_t>(ndim)}; }
 };
 
 /// An array that the kernels work on in the place of an operand which does not lie as they want it. Its elements are copied from
 /// the operand before, or into it afterwards, each rounded once; along axes where the operand repeats itself they are
 /// added up. A temporary of a dbias that the kernels do not write stands for dy, which is added up into dbias.
-struct Temporary {
+struct Temporary : Dense {
   OperandIndex operand;
-  Dtype dtype;
-  int ndim;
-  Extents shape, strides;  // dense, in elements
   /// Strides of the operand as it is seen in this shape, in bytes, 0 where it repeats itself; also of one that is yet
   /// to be made.
   Extents seen_strides;
 };
 
-/// How a call is done. `shapes` describes the arrays that are absent but wanted; point() puts the addresses of all
-/// arrays into the job. Everything else in a plan follows from what the arrays are, and is the same wherever they lie.
+/// How a call is done. point() puts the addresses of all arrays into the job. Everything else in a plan follows from what the arrays are, and is the same wherever they lie.
 struct Plan {
   Op op = Op::forward;
   bool on_cpu = true;
+  bool empty = false;  // x has no elements: nothing to run
   Job job;
-  Shapes shapes;
   OperandMask wanted = 0;  // what the caller wants, of the operands that `op` can write
   OperandMask makes = 0;  // what the kernels write: `wanted` and, where x + residual needs one, an array for it
   OperandMask gathered = 0;  // operands that have a view
+  std::vector<std::pair<OperandIndex, Dense>> outputs;  // as they are made where the caller passes none
   std::vector<Temporary> temporaries;
 
   bool writes(OperandIndex k) const { return makes & operand_bit(k); }

@@ -117,33 +117,21 @@ class Pool {
   std::vector<std::thread> workers_;
 };
 
-std::atomic<Pool*> current_pool{nullptr};
+/// The pool of this process. It is never destroyed: workers may outlive static destructors.
+Pool& pool() {
+  static Pool* const all = new Pool;
+  return *all;
+}
 
 #if !defined(_WIN32)
-Pool* held_by_fork = nullptr;
-
 void before_fork() {
-  held_by_fork = current_pool.load(std::memory_order_acquire);
-  if (!held_by_fork) return;
-  while (held_by_fork->busy.test_and_set(std::memory_order_acquire)) std::this_thread::yield();
-  held_by_fork->stop();
+  while (pool().busy.test_and_set(std::memory_order_acquire)) std::this_thread::yield();
+  pool().stop();
 }
-void after_fork() {
-  if (held_by_fork) held_by_fork->busy.clear(std::memory_order_release);
-}
+void after_fork() { pool().busy.clear(std::memory_order_release); }
 
 [[maybe_unused]] const int registered = pthread_atfork(before_fork, after_fork, after_fork);
 #endif
-
-/// The pool of this process. It is never destroyed: workers may outlive static destructors.
-Pool& pool() {
-  Pool* existing = current_pool.load(std::memory_order_acquire);
-  if (existing) return *existing;
-  Pool* fresh = new Pool;
-  if (current_pool.compare_exchange_strong(existing, fresh, std::memory_order_acq_rel)) return *fresh;
-  delete fresh;
-  return *existing;
-}
 
 /// CPUs that the cgroup of this process pays for; 0 where there is no quota.
 int quota_cpus() {
@@ -159,8 +147,6 @@ int quota_cpus() {
   return 0;
 }
 
-std::atomic<int> thread_limit{0};
-
 }  // namespace
 
 int usable_cpus() {
@@ -173,17 +159,6 @@ int usable_cpus() {
   if (quota > 0 && quota < cpus) cpus = quota;
   return cpus < 1 ? 1 : cpus;
 }
-
-int max_threads() {
-  int limit = thread_limit.load(std::memory_order_relaxed);
-  if (limit == 0) {
-    limit = usable_cpus();
-    thread_limit.store(limit, std::memory_order_relaxed);
-  }
-  return limit;
-}
-
-void set_max_threads(int n) { thread_limit.store(n < 1 ? 1 : n, std::memory_order_relaxed); }
 
 void parallel_for(std::int64_t tasks, int threads, void (*body)(void*, std::int64_t, int), void* context) {
   if (threads > tasks) threads = static_cast<int>(tasks);

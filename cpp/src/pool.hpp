@@ -12,10 +12,6 @@ namespace normkit {
 /// Threads that this process may use: the CPUs of its affinity mask, less where a cgroup quota allows less.
 int usable_cpus();
 
-/// How many threads a call may use, the calling one included; at least 1. The number starts at usable_cpus().
-int max_threads();
-void set_max_threads(int n);
-
 /// Runs body(context, task, slot) for each task, on up to `threads` threads; `slot` < threads tells them apart.
 /// Returns when all are done. Bodies must not throw.
 void parallel_for(std::int64_t tasks, int threads, void (*body)(void*, std::int64_t task, int slot), void* context);

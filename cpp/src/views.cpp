@@ -186,8 +186,8 @@ void copy_block(std::byte* to, Lattice to_step, const std::byte* from, Lattice f
     }
 }
 
-/// Calls f(place of the array in bytes, place in dense memory in bytes, step of a row, rows, columns) for the elements
-/// [first, first + count) of an array, as many rows of the fastest axis at a time as lie evenly.
+/// Calls f(place in the array, its steps, place in dense memory, steps there, rows, columns) for the elements [first, first + count)
+/// of an array, as many rows of the fastest axis at a time as lie evenly. Places are in bytes.
 template <class F> void for_blocks(const View& view, std::int64_t first, std::int64_t count, F f) {
   const std::size_t axes = view.axes.size();
   std::array<std::int64_t, kMaxAxes> index;
@@ -198,12 +198,14 @@ template <class F> void for_blocks(const View& view, std::int64_t first, std::in
     place += index[axis] * view.axes[axis].stride;
   }
   const std::size_t column = axes - 1;
-  const std::int64_t columns = view.axes[column].extent;
+  const std::int64_t columns = view.axes[column].extent, bytes = size_of(view.dtype);
+  const Lattice step{axes > 1 ? view.axes[axes - 2].stride : 0, view.axes[column].stride},
+      dense{columns * bytes, bytes};
   for (std::int64_t done = 0; done < count;) {
     std::int64_t rows = 1, n = std::min(columns - index[column], count - done);
     if (axes > 1 && n == columns)
       rows = std::min(view.axes[axes - 2].extent - index[axes - 2], (count - done) / columns);
-    f(place, done * size_of(view.dtype), axes > 1 ? view.axes[axes - 2].stride : 0, rows, n);
+    f(place, step, done * bytes, dense, rows, n);
     done += rows * n;
     // The next index: the columns end here, or all that is asked for does.
     place -= index[column] * view.axes[column].stride;
@@ -217,33 +219,26 @@ template <class F> void for_blocks(const View& view, std::int64_t first, std::in
   }
 }
 
-/// Calls f with the size of an element, as a type.
-template <class F> void visit_bytes(std::int64_t bytes, F f) {
-  switch (bytes) {
-    case 1: return f(std::integral_constant<int, 1>());
-    case 2: return f(std::integral_constant<int, 2>());
-    case 4: return f(std::integral_constant<int, 4>());
-    default: return f(std::integral_constant<int, 8>());
-  }
+using Copy = void (*)(std::byte* to, Lattice to_step, const std::byte* from, Lattice from_step, std::int64_t rows,
+                      std::int64_t columns);
+/// copy_block() for elements of a dtype.
+Copy copy_of(Dtype dtype) {
+  return visit(dtype, [](auto t) -> Copy { return copy_block<sizeof(typename decltype(t)::type)>; });
 }
 
 /// gather() and scatter() without a conversion.
 void read(const View& view, const std::byte* array, std::int64_t first, std::int64_t count, std::byte* to) {
-  visit_bytes(size_of(view.dtype), [&](auto bytes) {
-    const Lattice dense{view.axes.back().extent * bytes, bytes};
-    for_blocks(view, first, count,
-               [&](std::int64_t place, std::int64_t at, std::int64_t row, std::int64_t rows, std::int64_t columns) {
-      copy_block<bytes>(to + at, dense, array + place, {row, view.axes.back().stride}, rows, columns);
-    });
+  const Copy copy = copy_of(view.dtype);
+  for_blocks(view, first, count,
+             [&](std::int64_t place, Lattice step, std::int64_t at, Lattice dense, auto... extents) {
+    copy(to + at, dense, array + place, step, extents...);
   });
 }
 void write(const View& view, std::byte* array, std::int64_t first, std::int64_t count, const std::byte* from) {
-  visit_bytes(size_of(view.dtype), [&](auto bytes) {
-    const Lattice dense{view.axes.back().extent * bytes, bytes};
-    for_blocks(view, first, count,
-               [&](std::int64_t place, std::int64_t at, std::int64_t row, std::int64_t rows, std::int64_t columns) {
-      copy_block<bytes>(array + place, {row, view.axes.back().stride}, from + at, dense, rows, columns);
-    });
+  const Copy copy = copy_of(view.dtype);
+  for_blocks(view, first, count,
+             [&](std::int64_t place, Lattice step, std::int64_t at, Lattice dense, auto... extents) {
+    copy(array + place, step, from + at, dense, extents...);
   });
 }
 

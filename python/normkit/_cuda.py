@@ -67,8 +67,8 @@ class CuPy(Device):
         memory = self.xp.cuda.alloc(max(math.prod(shape), 1) * kind.itemsize)
         return self.xp.ndarray(shape, kind, memory, strides)
 
-    def seen(self, array: Any, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...]) -> Any:
-        return self.xp.ndarray(shape, dtype_named(dtype), array.data, strides)
+    def seen(self, array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+        return self.xp.ndarray(shape, array.dtype, array.data, strides)
 
     def workspace(self, size: int) -> int:
         """The address of a workspace. After the call the pool gives it to nothing but later work on the same stream."""
@@ -111,9 +111,8 @@ class Torch(Device):
         steps = [stride // size for stride in strides]
         return self.xp.empty_strided(shape, steps, dtype=getattr(self.xp, dtype), device=self._place)
 
-    def seen(self, array: Any, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...]) -> Any:
-        size = dtype_named(dtype).itemsize
-        return array.as_strided(shape, [stride // size for stride in strides], array.storage_offset())
+    def seen(self, array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+        return array.as_strided(shape, [step // array.element_size() for step in strides], array.storage_offset())
 
     def wide(self, array: Any) -> Any:
         return array.to(self.xp.float64, copy=True, memory_format=self.xp.contiguous_format)

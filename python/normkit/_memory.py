@@ -224,8 +224,8 @@ def namespace_of(array: Any) -> Any:
 def views_of(**arrays: Any) -> tuple[dict[str, Any], Memory]:
     """The arrays of a call as arrays that Python computes with, and their memory. The first array says which library
     and device that is of."""
-    views, memory = _core.views(**arrays)
-    return views, memory or NUMPY
+    found: tuple[dict[str, Any], Memory] = _core.views(**arrays)
+    return found
 
 
 def views_or_numbers(*names: str, **arrays: Any) -> tuple[dict[str, Any], Memory]:

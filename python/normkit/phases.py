@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import reduce
 from typing import Any
 
 import numpy as np
 
 from . import _core
 from ._compiled import body, compiled
-from ._memory import NUMPY, Memory, library_of, views_of
+from ._memory import Memory, library_of, views_of
 from ._types import Activation, Array, Axes, Flag, Float, Mask, Number, Statistics
 
 
@@ -91,9 +92,9 @@ class Moments:
         self._memory, self._centered, self._twofold = memory, mean is not None, mean_low is not None
 
     @classmethod
-    def _of(cls, numbers: Any, memory: Memory | None, centered: bool, twofold: bool) -> Moments:
+    def _of(cls, numbers: Any, memory: Memory, centered: bool, twofold: bool) -> Moments:
         found = cls.__new__(cls)
-        found._numbers, found._memory, found._centered, found._twofold = numbers, memory or NUMPY, centered, twofold
+        found._numbers, found._memory, found._centered, found._twofold = numbers, memory, centered, twofold
         return found
 
     def __repr__(self) -> str:
@@ -221,16 +222,11 @@ def merge(moments: Iterable[Moments]) -> Moments:
     for part in parts:
         if not isinstance(part, Moments):
             raise TypeError(f"moments has {part!r}, expected Moments")
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = whole.merge(part)
-    return whole
+    return reduce(Moments.merge, parts)
 
 
 @compiled("moments", "normalize")
-def _moments(
-    x: Array, *, axis: Axes, center: Flag = True, where: Mask | None = None
-) -> tuple[Any, Memory | None, bool]:
+def _moments(x: Array, *, axis: Axes, center: Flag = True, where: Mask | None = None) -> tuple[Any, Memory, bool]:
     """Mean, m2, count and mean_low of each statistic, their memory, and whether x is float64."""
     body()
 
