@@ -274,7 +274,9 @@ constexpr bool is_wide(int vectors) { return vectors >= 8; }
 constexpr bool can_hold_rows(int vectors) { return vectors >= 16; }
 
 /// True where weights vary from element to element of a run.
-[[gnu::always_inline]] constexpr bool follows_elements(const Geometry& g) { return g.params.stride == 1 && g.params.count > 1 && g.run > 1; }
+[[gnu::always_inline]] constexpr bool follows_elements(const Geometry& g) {
+  return g.params.stride == 1 && g.params.count > 1 && g.run > 1;
+}
 
 /// True where every row has the same weights, one for each element.
 constexpr bool weighs_elements(const Geometry& g) {
