@@ -418,24 +418,24 @@ std::byte* tensor_data(nb::handle tensor, const Exchange& exchange) {
   return static_cast<std::byte*>(t.data) + t.byte_offset;
 }
 
-nb::object new_tensor(Dtype dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides,
-                      const Exchange& exchange) {
+nb::object new_tensor(const normkit::Dense& lying, const Exchange& exchange) {
   constexpr std::size_t kLine = 64;
-  const std::size_t axes = static_cast<std::size_t>(ndim), head = sizeof(Owned) + 2 * axes * sizeof(std::int64_t);
+  const auto shape = lying.extents();
+  const std::size_t head = sizeof(Owned) + 2 * shape.size() * sizeof(std::int64_t);
   const std::int64_t size =
-      std::accumulate(shape, shape + ndim, std::int64_t{normkit::size_of(dtype)}, std::multiplies<>());
+      std::accumulate(shape.begin(), shape.end(), std::int64_t{normkit::size_of(lying.dtype)}, std::multiplies<>());
   const output_cache::Memory memory = output_cache::take(head + kLine + static_cast<std::size_t>(size));
   Owned* const owned = new (memory.data) Owned{{}, memory.is_cached};
   std::int64_t* const extents = reinterpret_cast<std::int64_t*>(owned + 1);
-  std::copy(strides, strides + ndim, std::copy(shape, shape + ndim, extents));
+  std::copy_n(lying.strides.data(), shape.size(), std::copy(shape.begin(), shape.end(), extents));
   const std::uintptr_t elements = (reinterpret_cast<std::uintptr_t>(owned) + head + kLine - 1) / kLine * kLine;
   owned->versioned.manager = owned, owned->versioned.deleter = Owned::free;
   owned->versioned.tensor = {reinterpret_cast<void*>(elements),
                              {nb::device::cpu::value, 0},
-                             ndim,
-                             dlpack_dtype(dtype),
+                             lying.ndim,
+                             dlpack_dtype(lying.dtype),
                              extents,
-                             extents + ndim,
+                             extents + lying.ndim,
                              0};
   void* tensor = nullptr;
   if (exchange.object_of(&owned->versioned, &tensor) != 0) throw nb::python_error();

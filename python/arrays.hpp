@@ -84,9 +84,8 @@ bool is_plain(nb::handle tensor, bool records);
 /// where another way to read it is to say what is wrong with it.
 bool view_tensor(nb::handle tensor, const Exchange* exchange, View& v);
 
-/// A new tensor on the CPU, dense with these strides in elements.
-nb::object new_tensor(Dtype dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides,
-                      const Exchange& exchange);
+/// A new tensor on the CPU that lies so.
+nb::object new_tensor(const normkit::Dense& lying, const Exchange& exchange);
 std::byte* tensor_data(nb::handle tensor, const Exchange& exchange);
 
 /// What CuPy and PyTorch tell of an array on a GPU.

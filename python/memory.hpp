@@ -67,9 +67,7 @@ class Other final : public Memory {
 class Tensors final : public Memory {
  public:
   explicit Tensors(const arrays::Exchange& exchange) : exchange_(exchange) {}
-  nb::object empty(Dtype dtype, int ndim, const std::int64_t* shape, const std::int64_t* strides) const override {
-    return arrays::new_tensor(dtype, ndim, shape, strides, exchange_);
-  }
+  nb::object empty(const Dense& lying) const override { return arrays::new_tensor(lying, exchange_); }
   std::byte* data_of(nb::handle array) const override { return arrays::tensor_data(array, exchange_); }
 
  private:
