@@ -149,7 +149,7 @@ MUTANTS = [
            "members are not counted", "where"),
     Mutant(LANES_BACKWARD, "mul_add(«-lanes.shift[j]», column_sums.g[k]", "0.0",
            "dweight is about a rounded mean", "values extremes"),
-    Mutant("cpp/src/backend.hpp", "g.params.count > 1 && «g.run > 1»; }", "true",
+    Mutant("cpp/src/backend.hpp", "g.params.count > 1 && «g.run > 1»;", "true",
            "the parameter of a row of one element is not that of a statistic", "promises"),
     Mutant(LANES_BACKWARD, "if (residual) v = «v + place.load(residual)»;", "v",
            "the gradient of the returned sum is dropped", "residual"),
