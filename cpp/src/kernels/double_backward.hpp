@@ -22,7 +22,7 @@ template <class R> struct WholeRegister {
   NORMKIT_LOCAL R where(const std::uint8_t* p, R v) const { return ::normkit::where(p + i, kWidth, v); }
   NORMKIT_LOCAL R keep(R v) const { return v; }
 };
-template <class X> [[gnu::noinline, gnu::cold]] void copy_few(const X* from, int n, X* to) {
+template <class X> [[gnu::noinline, gnu::cold, maybe_unused]] void copy_few(const X* from, int n, X* to) {
   for (int k = 0; k < n; ++k) to[k] = from[k];
 }
 template <class R> struct PartOfRegister {
@@ -30,14 +30,24 @@ template <class R> struct PartOfRegister {
   int n;
 
   template <class X> NORMKIT_LOCAL R load(const X* p) const {
-    X part[kRegLanes<R>] = {};
-    copy_few(p + i, n, part);
-    return WholeRegister<R>{0}.load(part);
+    if constexpr (requires { reg_load_part(p, n); }) {
+      const auto part = reg_load_part(p + i, n);
+      if constexpr (sizeof(X) == sizeof(typename R::Lane)) return {{part}};
+      else return {{widen_piece(&part, 0)}};
+    } else {
+      X part[kRegLanes<R>] = {};
+      copy_few(p + i, n, part);
+      return WholeRegister<R>{0}.load(part);
+    }
   }
   template <class X> NORMKIT_LOCAL void store(X* p, R v) const {
-    X part[kRegLanes<R>];
-    WholeRegister<R>{0}.store(part, v);
-    copy_few(part, n, p + i);
+    if constexpr (kMaskedParts) {
+      reg_store_part(p + i, v.r[0], n);
+    } else {
+      X part[kRegLanes<R>];
+      WholeRegister<R>{0}.store(part, v);
+      copy_few(part, n, p + i);
+    }
   }
   NORMKIT_LOCAL R where(const std::uint8_t* p, R v) const { return ::normkit::where(p + i, n, v); }
   NORMKIT_LOCAL R keep(R v) const { return ::normkit::keep(v, n); }
