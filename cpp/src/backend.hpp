@@ -130,7 +130,7 @@ constexpr bool writes_element_gradients(const Task& t) {
   return t.kind == ParamKind::row || t.kind == ParamKind::element;
 }
 /// True where the elements are walked once more when statistics are known: for y or dx, which nobody may want, or for such gradients.
-constexpr bool has_second_pass(const Task& t) {
+[[gnu::always_inline]] constexpr bool has_second_pass(const Task& t) {
   return t.phase != Phase::reduce && (t.y.data || t.dx.data || writes_element_gradients(t));
 }
 
@@ -181,7 +181,7 @@ constexpr std::int64_t near_ahead(std::int64_t run_bytes) { return run_bytes <= 
 /// ones it is what is written side by side.
 inline constexpr std::int64_t kMostBatchRows = 16;
 constexpr bool is_short(const Geometry& g, std::int64_t element_bytes) { return g.run * element_bytes <= 4096; }
-constexpr std::int64_t batch_rows(const Geometry& g, std::int64_t element_bytes) {
+[[gnu::always_inline]] constexpr std::int64_t batch_rows(const Geometry& g, std::int64_t element_bytes) {
   const std::int64_t row_bytes = g.run * element_bytes, most = element_bytes == 8 ? 8 : kMostBatchRows;
   if (g.steps != 1 || g.run > kChunk) return 0;
   if (!is_short(g, element_bytes)) return 4;
@@ -209,16 +209,20 @@ constexpr std::int64_t dparam_units(const Geometry& g, ParamKind kind) {
 }
 
 /// Columns of the table that apply goes round: where there are few columns, the table repeats them for several steps.
-constexpr std::int64_t table_period(const Geometry& g) { return ceil_div(64, g.columns()) * g.columns(); }
+[[gnu::always_inline]] constexpr std::int64_t table_period(const Geometry& g) {
+  return ceil_div(64, g.columns()) * g.columns();
+}
 
 /// Elements of an array of columns in scratch: whole vectors, and four vectors more, so that four may begin anywhere in
 /// the period. The four also keep neighboring arrays from lying whole pages apart.
 constexpr std::int64_t whole_vectors(std::int64_t columns) { return ceil_div(columns, 16) * 16; }
-constexpr std::int64_t array_of_columns(const Geometry& g) { return whole_vectors(table_period(g)) + 64; }
+[[gnu::always_inline]] constexpr std::int64_t array_of_columns(const Geometry& g) {
+  return whole_vectors(table_period(g)) + 64;
+}
 
 /// True where columns do not fill a vector of 64 bytes: several steps of them are turned, and summed together. Masks are turned
 /// into floats, which doubles do without.
-constexpr bool turns_columns(const Task& t) {
+[[gnu::always_inline]] constexpr bool turns_columns(const Task& t) {
   return t.x.dtype == Dtype::float64 ? t.geometry.columns() < 8 && !t.where.data : t.geometry.columns() < 16;
 }
 
@@ -254,7 +258,7 @@ constexpr std::int64_t column_doubles(const Geometry& g, Traversal traversal) {
 }
 
 /// Doubles for the rows of one batch.
-constexpr std::int64_t batch_doubles(const Geometry& g, std::int64_t element_bytes) {
+[[gnu::always_inline]] constexpr std::int64_t batch_doubles(const Geometry& g, std::int64_t element_bytes) {
   return batch_rows(g, element_bytes) * whole_vectors(g.run) * element_bytes / 8;
 }
 
@@ -279,7 +283,7 @@ constexpr bool can_hold_rows(int vectors) { return vectors >= 16; }
 }
 
 /// True where every row has the same weights, one for each element.
-constexpr bool weighs_elements(const Geometry& g) {
+[[gnu::always_inline]] constexpr bool weighs_elements(const Geometry& g) {
   return follows_elements(g) && g.params.count == g.run && g.params.outer == 0;
 }
 

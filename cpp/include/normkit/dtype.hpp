@@ -52,7 +52,7 @@ template <class F> constexpr auto visit(Dtype dtype, F&& f) {
 }
 
 /// Bytes of an element of `dtype`.
-constexpr int size_of(Dtype dtype) {
+[[gnu::always_inline]] constexpr int size_of(Dtype dtype) {
   return visit(dtype, [](auto t) { return static_cast<int>(sizeof(typename decltype(t)::type)); });
 }
 

@@ -39,7 +39,8 @@ struct ParamMap { std::int64_t outer = 0, stride = 1, count = 1; };
 /// the stride, or count is 1.
 class CyclicIndex {
  public:
-  constexpr CyclicIndex(std::int64_t offset, std::int64_t stride, std::int64_t count, std::int64_t each = 1)
+  [[gnu::always_inline]] constexpr CyclicIndex(std::int64_t offset, std::int64_t stride, std::int64_t count,
+                                               std::int64_t each = 1)
       : stride_(stride), count_(count), each_(each), index_(offset / stride % count), left_(stride - offset % stride) {}
 
   constexpr std::int64_t operator*() const { return index_; }
@@ -69,10 +70,11 @@ struct Geometry {
   constexpr std::int64_t statistics() const { return outer * lanes; }
   constexpr std::int64_t columns() const { return lanes * run; }
   constexpr std::int64_t size() const { return statistics() * members(); }
-  constexpr std::int64_t offset(std::int64_t o, std::int64_t step, std::int64_t lane, std::int64_t i) const {
+  [[gnu::always_inline]] constexpr std::int64_t offset(std::int64_t o, std::int64_t step, std::int64_t lane,
+                                                       std::int64_t i) const {
     return ((o * steps + step) * lanes + lane) * run + i;
   }
-  constexpr std::int64_t parameter(std::int64_t o, std::int64_t at) const {
+  [[gnu::always_inline]] constexpr std::int64_t parameter(std::int64_t o, std::int64_t at) const {
     return o * params.outer + (at / params.stride) % params.count;
   }
   /// How many parameters there are.
