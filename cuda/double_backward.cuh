@@ -186,16 +186,16 @@ struct SecondElement {
     const Task& t = work.task;
     const SecondKnown known = work.solved[p.o * t.geometry.lanes + p.lane];
     const SecondGradient<double>& k = known.gradient;
-    const SecondLine<double> line = second_line(k.origin, k.g, k.rp, element(t.weight, parameter, 1),
+    const SecondLine<double> line = second_line(k.g, k.rp, element(t.weight, parameter, 1),
                                                 element(t.ddweight, parameter, 0), element(t.ddbias, parameter, 0));
-    const double dy = p.read(t.dy), v = p.read(t.ddx), d = p.read(t.x) - known.mean;
-    SecondElement e{dy, line.d_dy.constant, dy * line.dy, v * k.rp.of_v};
-    if (!t.frozen || t.ddweight.data) e.d_dy = mul_add(d, line.d_dy.of_d, e.d_dy);
+    const double dy = p.read(t.dy), v = p.read(t.ddx), x_hat = forward(p.read(t.x), known.mean, k.rstd, k.origin);
+    SecondElement e{dy, line.d_dy.constant, k.rstd * (dy * line.dy), v * k.rp.of_v};
+    if (!t.frozen || t.ddweight.data) e.d_dy = mul_add(x_hat, line.d_dy.of_x, e.d_dy);
     e.d_dy = mul_add(v, line.d_dy.of_v, e.d_dy);
     if (t.frozen) return e;
-    e.rp = second_form(v, d, k.rp.of_v, k.rp.of_d, k.rp.constant);
+    e.rp = second_form(v, x_hat, k.rp.of_v, k.rp.of_x, k.rp.constant);
     if (p.is_member(t))
-      e.d_x = mul_add(dy, line.dy, second_form(v, d, k.through.of_v, k.through.of_d, k.through.constant));
+      e.d_x = k.rstd * mul_add(dy, line.dy, second_form(v, x_hat, k.through.of_v, k.through.of_x, k.through.constant));
     return e;
   }
 };

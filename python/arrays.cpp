@@ -1,10 +1,8 @@
 #include "arrays.hpp"
 
 #include <algorithm>
-#include <functional>
 #include <memory>
 #include <new>
-#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -221,22 +219,32 @@ bool is_number(nb::handle value) {
   return PyArray_IsScalar(v, Integer) && !PyArray_IsScalar(v, Timedelta);
 }
 
+namespace {
+
+/// True where elements lie in C order: where an axis has one, its stride says nothing.
+bool has_c_order(const normkit::Dense& lying) {
+  std::int64_t dense = 1;
+  for (int axis = lying.ndim - 1; axis >= 0; dense *= lying.shape[axis--])
+    if (lying.shape[axis] != 1 && lying.strides[axis] != dense) return false;
+  return true;
+}
+
+}  // namespace
+
 nb::object new_numpy(const normkit::Dense& lying) {
   PyArray_Descr* const descr = reinterpret_cast<PyArray_Descr*>(numpy_dtype(lying.dtype).release().ptr());
   npy_intp dims[NPY_MAXDIMS], bytes[NPY_MAXDIMS];
-  bool c_order = true;
   npy_intp dense = normkit::size_of(lying.dtype);
   for (int axis = lying.ndim - 1; axis >= 0; --axis) {
     dims[axis] = static_cast<npy_intp>(lying.shape[axis]);
     bytes[axis] = static_cast<npy_intp>(lying.strides[axis]) * normkit::size_of(lying.dtype);
-    if (dims[axis] != 1) c_order = c_order && bytes[axis] == dense;
     dense *= dims[axis];
   }
   PyObject* out = nullptr;
   {
     const CachedMemory cached(dense);
-    out = PyArray_NewFromDescr(&PyArray_Type, descr, lying.ndim, dims, c_order || dense == 0 ? nullptr : bytes, nullptr,
-                               0, nullptr);
+    out = PyArray_NewFromDescr(&PyArray_Type, descr, lying.ndim, dims,
+                               dense == 0 || has_c_order(lying) ? nullptr : bytes, nullptr, 0, nullptr);
   }
   if (!out) throw nb::python_error();
   return nb::steal(out);
@@ -422,12 +430,21 @@ nb::object new_tensor(const normkit::Dense& lying, const Exchange& exchange) {
   constexpr std::size_t kLine = 64;
   const auto shape = lying.extents();
   const std::size_t head = sizeof(Owned) + 2 * shape.size() * sizeof(std::int64_t);
-  const std::int64_t size =
-      std::accumulate(shape.begin(), shape.end(), std::int64_t{normkit::size_of(lying.dtype)}, std::multiplies<>());
-  const output_cache::Memory memory = output_cache::take(head + kLine + static_cast<std::size_t>(size));
+  std::int64_t size = normkit::size_of(lying.dtype);
+  bool can_be = true;
+  for (const std::int64_t extent : shape) can_be = can_be && !__builtin_mul_overflow(size, extent, &size);
+  const output_cache::Memory memory =
+      can_be ? output_cache::take(head + kLine + static_cast<std::size_t>(size)) : output_cache::Memory{};
+  if (!memory.data) {
+    new_numpy(lying);  // which says in words what there is no room for
+    throw std::bad_alloc();
+  }
   Owned* const owned = new (memory.data) Owned{{}, memory.is_cached};
   std::int64_t* const extents = reinterpret_cast<std::int64_t*>(owned + 1);
   std::copy_n(lying.strides.data(), shape.size(), std::copy(shape.begin(), shape.end(), extents));
+  if (std::int64_t* const strides = extents + lying.ndim;
+      has_c_order(lying))  // by every stride, as others make an array
+    for (std::int64_t axis = lying.ndim - 1, dense = 1; axis >= 0; dense *= extents[axis--]) strides[axis] = dense;
   const std::uintptr_t elements = (reinterpret_cast<std::uintptr_t>(owned) + head + kLine - 1) / kLine * kLine;
   owned->versioned.manager = owned, owned->versioned.deleter = Owned::free;
   owned->versioned.tensor = {reinterpret_cast<void*>(elements),

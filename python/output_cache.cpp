@@ -161,9 +161,7 @@ void* handler() { return &the_handler; }
 
 Memory take(std::size_t bytes) {
   const bool is_cached = bytes >= kLeastBytes && limit() > 0;
-  const Memory memory{is_cached ? allocate(nullptr, bytes) : std::malloc(bytes), is_cached};
-  if (!memory.data) throw std::bad_alloc();
-  return memory;
+  return {is_cached ? allocate(nullptr, bytes) : std::malloc(bytes), is_cached};
 }
 
 void give_back(void* data, bool is_cached) {

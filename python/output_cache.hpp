@@ -15,10 +15,11 @@ inline constexpr std::size_t kLeastBytes = std::size_t{1} << 20;
 /// A PyDataMem_Handler, for PyDataMem_SetHandler; called with or without the interpreter lock, from any thread.
 void* handler();
 
-/// Memory of an output that NumPy does not hold, from the cache or from malloc. Who gives it back needs no lock.
+/// Memory of an output that NumPy does not hold, from the cache or from malloc; null where there is none. Who gives it back needs
+/// no lock.
 struct Memory {
-  void* data;
-  bool is_cached;
+  void* data = nullptr;
+  bool is_cached = false;
 };
 Memory take(std::size_t bytes);
 void give_back(void* data, bool is_cached);

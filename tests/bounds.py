@@ -279,7 +279,7 @@ def dslopes(b: SimpleNamespace, dtype: Any, count: int) -> Any:
 
 def double_backward_roundings(elements: int, dtype: Any) -> float:
     """See double_backward()."""
-    return (5 * depth(elements, longest=BACKWARD) + 40) * DOUBLE + 8 * unit(dtype)
+    return (5 * depth(elements, longest=BACKWARD) + 40) * DOUBLE + 10 * unit(dtype)
 
 
 def double_backward(d: SimpleNamespace, dtype: Any) -> tuple[Any, Any, Any]:
@@ -290,8 +290,8 @@ def double_backward(d: SimpleNamespace, dtype: Any) -> tuple[Any, Any, Any]:
     any of its terms. Sums meet h roundings, of all elements where there is a mask. There are h + 5 behind x_hat, which
     is recentered; 2 h + 12 behind a mean of u * x_hat, whose sum is recentered too; 3 h + 20 behind a projection;
     h + 2 more behind a mean of that, 5 in the rest: 5 h + 40, with 8 to spare. Results are in the compute type: there
-    are 1 behind x - mean, 4 behind what is multiplied by it, of which 2 are those of a parameter and of what that is
-    multiplied by, and 2 in adding up: 8, with 1 to spare.
+    are 3 behind x_hat, 3 behind what is multiplied by it, of which 2 are those of a parameter and of what that is
+    multiplied by, 2 in adding up, and 1 in multiplying by rstd: 10, with 1 to spare.
     """
     elements = math.prod(d.x.shape[a] for a in d.axis)
     n = double_backward_roundings(elements, dtype)

@@ -253,9 +253,11 @@ MUTANTS = [
            "one of two equal terms is forgotten", "double_backward"),
     Mutant(DOUBLE, "mean_shift(t, s, weighted.sums.d, «t.frozen ? 1 : weighted.n»);", "weighted.n",
            "the rest of a rounded mean is forgotten where statistics are constants", "double_backward"),
+    Mutant(DOUBLE, "if (!t.ddx.data) row.v = kZeros<X>.value, «row.v_step = 0»;", "row.v_step = p.n",
+           "steps of a ddx that is not there go on", "double_backward"),
     Mutant(DOUBLE, "dy += dy_step, v += «v_step»,", "x_step",
            "ddx is taken to lie as x does", "double_backward"),
-    Mutant("cuda/double_backward.cuh", "if («p.is_member(t)»)\n      e.d_x = mul_add(dy", "false",
+    Mutant("cuda/double_backward.cuh", "if («p.is_member(t)»)\n      e.d_x = k.rstd", "false",
            "statistics are taken for constants", "double_backward"),
     # ---- bindings
     Mutant("python/recent.hpp", "+ «(PyArray_ISWRITEABLE(a) ? 1 : 0)»);", "0",

@@ -199,9 +199,13 @@ def test_frozen_statistics(op, weight, stats_dtype, offset, rng):
 @pytest.mark.parametrize("missing", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)], ids=str)
 @pytest.mark.parametrize("frozen", [False, True], ids=["moving", "frozen"])
 @pytest.mark.parametrize("weight", [False, True], ids=["plain", "weight"])
+@pytest.mark.parametrize(
+    "shape", [SMALL, (3, 130, 4, 8)], ids=["small", "wide"]
+)  # wide: many columns, of several steps
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
-def test_none_stands_for_zeros(op, weight, frozen, missing, rng):
-    dds, dy, x, weight = inputs(op, SMALL, rng, weight=weight)
+def test_none_stands_for_zeros(op, layout, shape, weight, frozen, missing, rng):
+    dds, dy, x, weight = inputs(op, shape, rng, weight=weight, layout=layout)
     stats = op.statistics(x)[1:]
     found, expected = (
         op.double_backward(
@@ -222,6 +226,14 @@ def test_offsets_cost_no_digits(op, offset, dtype, rng):
     """The bound knows an offset by how far the mean that was given is from that of x, and by nothing else."""
     dds, dy, x, weight = inputs(op, SMALL, rng, dtype=dtype, offset=offset)
     check(op, dds, dy, x, weight)
+
+
+@pytest.mark.parametrize("scale", [1e13, 1e-13])
+@pytest.mark.parametrize("op", REGISTRY, ids=repr)
+def test_scales_cost_no_digits(op, scale, rng):
+    """The square of 1/std is in the range of floats, as results are, and its third power is not."""
+    dds, dy, x, weight = inputs(op, SMALL, rng)
+    check(op, dds, dy, x * np.float32(scale), weight, eps=0.0)
 
 
 @pytest.mark.parametrize("op", [op for op in REGISTRY if op.center], ids=repr)

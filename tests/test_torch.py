@@ -360,3 +360,22 @@ def test_channels_of_one_member(name):
     with pytest.raises(ValueError, match="Expected more than 1"):
         case.theirs(x, None, None)
     assert torch.equal(case.ours(x), torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 8), (1, 8, 4, 4), (1, 1, 4), (3, 4, 1, 1), (1, 1, 1, 1)], ids=str)
+def test_calls_by_a_known_plan_return_the_strides_of_the_first(shape):
+    """Strides of axes with one element mean nothing, but PyTorch takes the layout of a convolution from them."""
+    x, weight = torch.randn(shape), torch.randn(1, shape[1], *(1 for _ in shape[2:]))
+    dense = [torch.empty(s).stride() for s in (shape, shape[:2], shape[:2], shape, weight.shape, weight.shape)]
+    for _ in range(3):
+        y, mean, rstd = normkit.instance_norm(x, weight, return_stats=True)
+        gradients = normkit.instance_norm_backward(x, x, mean, rstd, weight)
+        assert [a.stride() for a in (y, mean, rstd, *gradients)] == dense
+
+
+@pytest.mark.parametrize("shape", [(2**31, 2**31), (2**60, 4), (2**22, 2**22)], ids=str)
+def test_outputs_that_are_too_big_are_refused_in_words_each_time(shape):
+    x = torch.zeros(1).expand(shape)
+    for _ in range(3):
+        with pytest.raises((ValueError, MemoryError), match=r"array is too big|Unable to allocate"):
+            normkit.normalize(x, axis=1)

@@ -233,7 +233,7 @@ inline constexpr std::int64_t kTableColumns = 10;
 constexpr Dtype element_gradient_dtype(const Task& t) { return t.twice ? Dtype::float64 : compute_dtype(t.x.dtype); }
 
 /// For the gradient of a backward: sums of a statistic or of a column, and what is known of a column.
-inline constexpr int kSecondDoubles = 9, kSecondTable = 13;
+inline constexpr int kSecondDoubles = 9, kSecondTable = 14;
 
 /// Doubles of one entry of Task::partials: moments, or the sums of backward and the count, of a span; of all columns of
 /// one in the lanes traversal.
@@ -245,7 +245,7 @@ NORMKIT_HD constexpr std::int64_t partial_doubles(const Task& t, bool is_backwar
 
 /// Doubles of one entry of Task::solved: a Solved (runs), or the table of the columns of one outer index (lanes).
 NORMKIT_HD constexpr std::int64_t solved_doubles(const Task& t) {
-  if (t.twice) return t.traversal == Traversal::lanes ? kSecondTable * whole_vectors(t.geometry.columns()) : 8;
+  if (t.twice) return t.traversal == Traversal::lanes ? kSecondTable * whole_vectors(t.geometry.columns()) : 9;
   return t.traversal == Traversal::lanes ? kTableColumns * array_of_columns(t.geometry) : 6;
 }
 

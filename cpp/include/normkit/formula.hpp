@@ -228,22 +228,23 @@ NORMKIT_HD SecondSums<double> recenter(SecondSums<double> s, double shift) {
   return s;
 }
 
-/// The coefficients of v * of_v + d * of_d + constant.
-template <class V> struct SecondForm { V of_v, of_d, constant; };
-template <class V> NORMKIT_HD V second_form(V v, V d, V of_v, V of_d, V constant) {
-  return mul_add(v, of_v, mul_add(d, of_d, constant));
+/// The coefficients of v * of_v + x_hat * of_x + constant.
+template <class V> struct SecondForm { V of_v, of_x, constant; };
+template <class V> NORMKIT_HD V second_form(V v, V x_hat, V of_v, V of_x, V constant) {
+  return mul_add(v, of_v, mul_add(x_hat, of_x, constant));
 }
 
 /// What is known of the elements of a statistic: x_hat = d * rstd + origin, the form of rp = rstd * P(v), which has rstd as its
 /// of_v, and
 ///
 ///     d_dy = weight * rp + ddweight * x_hat + ddbias
-///     d_x = dy * (weight * g + ddweight * rstd) + through              `through` is another form, for members alone
+///     d_x = rstd * (dy * (weight * g + ddweight) + through)            `through` is another form, for members alone
 ///
 /// P(u) = u - mean(u) - x_hat * mean(u * x_hat), and dx = rstd * P(g). For h = q - rstd * (v * mean(g * x_hat) +
-/// g * mean(v * x_hat)), which is what x_hat gets, d_x = rstd * P(h) - rstd^2 * x_hat * mean(P(v) * g).
+/// g * mean(v * x_hat)), which is what x_hat gets, d_x = rstd * P(h) - rstd^2 * x_hat * mean(P(v) * g). No coefficient has a
+/// power of rstd that results have not: those of floats would run out of their range before.
 template <class V> struct SecondGradient {
-  V origin, g;
+  V rstd, origin, g;
   SecondForm<V> rp, through;
 };
 
@@ -251,36 +252,28 @@ template <class V> struct SecondGradient {
 NORMKIT_HD SecondGradient<double> second_gradient_of(double rstd, double shift, SecondSums<double> sums, double n,
                                                      bool centered) {
   const double origin = -shift * rstd;
-  if (n == 0) return {origin, 0, {rstd, 0, 0}, {0, 0, 0}};
+  if (n == 0) return {rstd, origin, 0, {rstd, 0, 0}, {0, 0, 0}};
   const double share = 1 / n, all = centered ? share : 0, along = rstd * share;
   const double v = all * sums.v, g = all * sums.g, q = all * sums.q;
   const double vx = along * sums.vd, gx = along * sums.gd, qx = along * sums.qd;
   const double h = q - rstd * (v * gx + g * vx), hx = qx - 2 * rstd * vx * gx, pvg = share * sums.vg - v * g - vx * gx;
-  // What x_hat is multiplied by in the two forms.
-  const double in_rp = -rstd * vx, in_through = -rstd * (hx + rstd * pvg);
-  return {origin,
-          -rstd * rstd * vx,
-          {rstd, in_rp * rstd, mul_add(in_rp, origin, -rstd * v)},
-          {-rstd * rstd * gx, in_through * rstd, mul_add(in_through, origin, -rstd * h)}};
+  return {rstd, origin, -rstd * vx, {rstd, -rstd * vx, -rstd * v}, {-rstd * gx, -(hx + rstd * pvg), -h}};
 }
 
-/// The form of d_dy, and what dy is multiplied by in d_x, of elements with these parameters.
+/// The form of d_dy, and what dy is multiplied by in d_x / rstd, of elements with these parameters.
 template <class V> struct SecondLine {
   SecondForm<V> d_dy;
   V dy;
 };
-template <class V>
-NORMKIT_HD SecondLine<V> second_line(V origin, V g, SecondForm<V> rp, V weight, V ddweight, V ddbias) {
-  const V of_x = ddweight * rp.of_v;
-  return {{weight * rp.of_v, mul_add(weight, rp.of_d, of_x),
-           mul_add(weight, rp.constant, mul_add(ddweight, origin, ddbias))},
-          mul_add(weight, g, of_x)};
+template <class V> NORMKIT_HD SecondLine<V> second_line(V g, SecondForm<V> rp, V weight, V ddweight, V ddbias) {
+  return {{weight * rp.of_v, mul_add(weight, rp.of_x, ddweight), mul_add(weight, rp.constant, ddbias)},
+          mul_add(weight, g, ddweight)};
 }
 
 /// The sum of dy * rp over some elements of a statistic, their part of d_weight, from sums in which dy stands for g and which
 /// are taken about the given mean.
 NORMKIT_HD double second_dweight(const SecondGradient<double>& k, SecondSums<double> sums) {
-  return k.rp.of_v * sums.vg + k.rp.of_d * sums.gd + k.rp.constant * sums.g;
+  return k.rp.of_v * sums.vg + k.rp.of_x * mul_add(k.rstd, sums.gd, k.origin * sums.g) + k.rp.constant * sums.g;
 }
 
 /// A running statistic r after another statistic s: r <- (1 - momentum) * r + momentum * s.

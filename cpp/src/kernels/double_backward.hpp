@@ -92,11 +92,12 @@ template <class X> class SecondElements {
     if (lie(t)) {
       row = second_in_place<X>(t, p);
     } else {
-      row.x = read(t.x, p, room_[0]), row.dy = read(t.dy, p, room_[1]), row.v = read(t.ddx, p, room_[2]);
+      row.x = read(t.x, p, room_[0]), row.dy = read(t.dy, p, room_[1]);
+      if (t.ddx.data) row.v = read(t.ddx, p, room_[2]);
       row.x_step = row.dy_step = row.v_step = p.n;
     }
     if (!results_lie(t)) row.d_dy = room_[3], row.d_x = room_[4], row.d_dy_step = row.d_x_step = p.n;
-    if (!t.ddx.data) row.v = read(t.ddx, p, room_[2]);
+    if (!t.ddx.data) row.v = kZeros<X>.value, row.v_step = 0;
   }
   static bool lie(const Task& t) { return t.x.dtype == kDtypeOf<X>; }
   static bool results_lie(const Task& t) { return lie(t) && !t.walk.stream_stores; }
@@ -126,9 +127,8 @@ template <class X> class SecondElements {
 
  private:
   static const X* read(const Operand& a, const SecondPlace& p, X* to) {
-    for (std::int64_t step = 0; a.data && step < p.steps; ++step)
+    for (std::int64_t step = 0; step < p.steps; ++step)
       read_all(second_address(a, p) + step * a.strides.step * size_of(a.dtype), a.dtype, p.n, to + step * p.n);
-    for (std::int64_t i = 0; !a.data && i < p.n * p.steps; ++i) to[i] = 0;
     return to;
   }
   alignas(64) X room_[5][kBuffer];
@@ -241,25 +241,25 @@ template <class X>
 // ---- results -----------------------------------------------------------------------------------------------------
 
 /// What is known of elements, of all of them or of each column: quantities that are `apart` numbers from each other. `line` is for
-/// parameters that do not follow the elements, rp, origin and g for others; `rp` for the terms of d_weight as well.
+/// parameters that do not follow the elements, rp and g for others; `rp` for the terms of d_weight as well.
 template <class X> struct SecondKnown {
-  static constexpr int kMean = 0, kThrough = 1, kRp = 4, kOrigin = 7, kG = 8, kLine = 9;
+  static constexpr int kMean = 0, kRstd = 1, kOrigin = 2, kG = 3, kRp = 4, kThrough = 7, kLine = 10;
   const X* of;
   std::int64_t apart;
 };
 
 /// Calls put(place of the first, values...) with what is known of a statistic.
 template <class X, class F> NORMKIT_LOCAL void put_second(X mean, const SecondGradient<double>& known, F put) {
-  const auto& [origin, g, rp, through] = known;
-  put(0, static_cast<double>(mean), through.of_v, through.of_d, through.constant, rp.of_v, rp.of_d, rp.constant, origin,
-      g);
+  const auto& [rstd, origin, g, rp, through] = known;
+  put(0, static_cast<double>(mean), rstd, origin, g, rp.of_v, rp.of_x, rp.constant, through.of_v, through.of_x,
+      through.constant);
 }
 /// With the parameters that the elements share.
 template <class F>
 NORMKIT_LOCAL void put_second_line(const SecondGradient<double>& k, double weight, double ddweight, double ddbias,
                                    F put) {
-  const SecondLine<double> line = second_line(k.origin, k.g, k.rp, weight, ddweight, ddbias);
-  put(SecondKnown<double>::kLine, line.d_dy.of_v, line.d_dy.of_d, line.d_dy.constant, line.dy);
+  const SecondLine<double> line = second_line(k.g, k.rp, weight, ddweight, ddbias);
+  put(SecondKnown<double>::kLine, line.d_dy.of_v, line.d_dy.of_x, line.d_dy.constant, line.dy);
 }
 
 /// Writes d_dy and d_x, and the terms of d_weight, dy * rp, where `terms` is not null. kColumns: what is known follows the
@@ -282,25 +282,25 @@ template <bool kColumns, bool kEach, bool kPlain, class X>
     const auto form = [&](int k) NORMKIT_INLINE_LAMBDA { return Form{of(k), of(k + 1), of(k + 2)}; };
     SecondLine<R> line;
     if constexpr (kEach)
-      line = second_line(of(Known::kOrigin), of(Known::kG), form(Known::kRp), place.load(p.weight),
-                         place.load(p.ddweight), place.load(p.ddbias));
+      line = second_line(of(Known::kG), form(Known::kRp), place.load(p.weight), place.load(p.ddweight),
+                         place.load(p.ddbias));
     else line = {form(Known::kLine), of(Known::kLine + 3)};
-    const R mean = of(Known::kMean);
+    const R mean = of(Known::kMean), rstd = of(Known::kRstd), origin = of(Known::kOrigin);
     const Form f = form(Known::kThrough);
     SecondRow<X> row = a;
     for (std::int64_t step = 0; step < (kColumns && kPlain ? steps : 1); ++step, row.next()) {
       if constexpr (kColumns && kPlain) fetch_second(row, place.i);
-      const R dy = place.load(row.dy), v = place.load(row.v), d = place.load(row.x) - mean;
+      const R dy = place.load(row.dy), v = place.load(row.v), x_hat = forward(place.load(row.x), mean, rstd, origin);
       R d_dy = line.d_dy.constant, d_x = dy * line.dy;
-      if (needs_x) d_dy = mul_add(d, line.d_dy.of_d, d_dy);
+      if (needs_x) d_dy = mul_add(x_hat, line.d_dy.of_x, d_dy);
       if (moves) {
-        const R through = second_form(v, d, f.of_v, f.of_d, f.constant);
+        const R through = second_form(v, x_hat, f.of_v, f.of_x, f.constant);
         d_x = mul_add(dy, line.dy, kPlain ? through : members.only(place, through));
       }
-      place.store(row.d_dy, mul_add(v, line.d_dy.of_v, d_dy)), place.store(row.d_x, d_x);
+      place.store(row.d_dy, mul_add(v, line.d_dy.of_v, d_dy)), place.store(row.d_x, rstd * d_x);
       if (!terms) continue;
       const Form rp = form(Known::kRp);
-      const R of_dy = moves ? second_form(v, d, rp.of_v, rp.of_d, rp.constant) : v * rp.of_v;
+      const R of_dy = moves ? second_form(v, x_hat, rp.of_v, rp.of_x, rp.constant) : v * rp.of_v;
       // From a zero on: the sign of a term that is none does not depend on a mask.
       R term = mul_add(dy, of_dy, broadcast<R>(X(0)));
       if constexpr (!kPlain) term = where(dy, term);
