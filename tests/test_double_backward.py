@@ -219,6 +219,16 @@ def test_none_stands_for_zeros(op, layout, shape, weight, frozen, missing, rng):
         assert ours is None or (ours == theirs).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("op", REGISTRY, ids=repr)
+def test_no_ddx_of_many_columns(op, dtype, rng):
+    """Several steps of them are taken at once, and all have the same zeros."""
+    (ddx, *others), dy, x, weight = inputs(op, (2, 600, 4, 4), rng, dtype=dtype, layout="channels-last")
+    stats = op.statistics(x)[1:]
+    found, expected = (op.double_backward((d, *others), dy, x, *stats, weight) for d in (None, np.zeros_like(ddx)))
+    assert all((ours == theirs).all() for ours, theirs in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("offset", [1e2, 1e4, 1e6])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
