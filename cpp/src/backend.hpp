@@ -232,8 +232,8 @@ inline constexpr std::int64_t kTableColumns = 10;
 /// The dtype in which gradients of parameters are kept that follow the elements.
 constexpr Dtype element_gradient_dtype(const Task& t) { return t.twice ? Dtype::float64 : compute_dtype(t.x.dtype); }
 
-/// For the gradient of a backward: sums of a statistic or of a column, and what is known of a column.
-inline constexpr int kSecondDoubles = 9, kSecondTable = 14;
+/// For the gradient of a backward: sums of a statistic or of a column, and what is known of a statistic and of a column.
+inline constexpr int kSecondDoubles = 9, kSecondSolved = 9, kSecondTable = 14;
 
 /// Doubles of one entry of Task::partials: moments, or the sums of backward and the count, of a span; of all columns of
 /// one in the lanes traversal.
@@ -245,7 +245,8 @@ NORMKIT_HD constexpr std::int64_t partial_doubles(const Task& t, bool is_backwar
 
 /// Doubles of one entry of Task::solved: a Solved (runs), or the table of the columns of one outer index (lanes).
 NORMKIT_HD constexpr std::int64_t solved_doubles(const Task& t) {
-  if (t.twice) return t.traversal == Traversal::lanes ? kSecondTable * whole_vectors(t.geometry.columns()) : 9;
+  if (t.twice)
+    return t.traversal == Traversal::lanes ? kSecondTable * whole_vectors(t.geometry.columns()) : kSecondSolved;
   return t.traversal == Traversal::lanes ? kTableColumns * array_of_columns(t.geometry) : 6;
 }
 

@@ -243,10 +243,12 @@ template <class X>
 /// What is known of elements, of all of them or of each column: quantities that are `apart` numbers from each other. `line` is for
 /// parameters that do not follow the elements, rp and g for others; `rp` for the terms of d_weight as well.
 template <class X> struct SecondKnown {
-  static constexpr int kMean = 0, kRstd = 1, kOrigin = 2, kG = 3, kRp = 4, kThrough = 7, kLine = 10;
+  static constexpr int kMean = 0, kRstd = 1, kOrigin = 2, kG = 3, kRp = 4, kThrough = 7, kLine = 10, kCount = 14;
   const X* of;
   std::int64_t apart;
 };
+static_assert(kSecondTable == SecondKnown<double>::kCount);
+static_assert(sizeof(SecondGradient<double>) == kSecondSolved * sizeof(double));
 
 /// Calls put(place of the first, values...) with what is known of a statistic.
 template <class X, class F> NORMKIT_LOCAL void put_second(X mean, const SecondGradient<double>& known, F put) {
