@@ -235,3 +235,20 @@ def test_few_channels_last_have_the_bits_that_they_have_among_many(dtype, channe
 
     for few, many in zip(found(np.s_[:channels]), found(np.s_[:]), strict=True):
         assert bits(few) == bits(many[:, :channels].copy())
+
+
+@pytest.mark.parametrize("order", [(2, 1, 3), (3, 1, 2), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize(("axis", "shape"), [((1,), (1, 5, 6)), ((2,), (4, 1, 6))], ids=["first", "middle"])
+def test_parameters_that_are_repeated_leave_a_sample_its_bits(axis, shape, order, isa, rng):
+    """Along axes on both sides of the reduced one; `order`: the axes of a sample, from the slowest in memory on."""
+    axes = (0, *order)
+    stored = uniform(rng, (2, *(np.array((3, 4, 5, 6))[list(axes)])), np.float32)
+    x, dy = stored.transpose(0, *(1 + np.argsort(axes)))
+    weight = uniform(rng, shape)
+
+    def found(x_, dy_):
+        y, mean, rstd = normkit.normalize(x_, weight, weight, axis=axis, return_stats=True)
+        return y, normkit.normalize_backward(dy_, x_, mean, rstd, weight, axis=axis, need=("dx",))[0]
+
+    for batch, alone in zip(found(x, dy), found(x[1:2], dy[1:2]), strict=True):
+        assert bits(batch[1:2]) == bits(alone)
