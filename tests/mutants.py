@@ -441,7 +441,7 @@ def main() -> int:
         build(kind)
     if args.unchanged and (failed := try_mutant(0)):
         raise SystemExit(f"without a mutant {failed} fails")
-    start, survivors = time.monotonic(), 0
+    start = time.monotonic()
     with ThreadPoolExecutor(args.jobs) as pool:
         running = {pool.submit(try_mutant, k): k for k in todo}
         for done, future in enumerate(as_completed(running), 1):
