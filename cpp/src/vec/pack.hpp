@@ -122,6 +122,21 @@ template <class T> NORMKIT_LOCAL void stream(T* p, VectorOf<T> v) {
   if constexpr (kRegs > 1) reg_stream(p + kStep, v.r[1]);
   if constexpr (kRegs > 2) reg_stream(p + 2 * kStep, v.r[2]), reg_stream(p + 3 * kStep, v.r[3]);
 }
+/// Copies the first and the last kBytes of n, which may overlap.
+template <int kBytes> NORMKIT_LOCAL void copy_ends(const char* from, int n, char* to) {
+  __builtin_memcpy(to, from, kBytes), __builtin_memcpy(to + n - kBytes, from + n - kBytes, kBytes);
+}
+/// Copies n bytes of a vector, 64 at most. A loop over elements becomes much more code, and is slower.
+[[gnu::noinline, maybe_unused]] void copy_part(const void* source, int n, void* target) {
+  const char* from = static_cast<const char*>(source);
+  char* to = static_cast<char*>(target);
+  if (n >= 32) copy_ends<32>(from, n, to);
+  else if (n >= 16) copy_ends<16>(from, n, to);
+  else if (n >= 8) copy_ends<8>(from, n, to);
+  else if (n >= 4) copy_ends<4>(from, n, to);
+  else if (n >= 2) copy_ends<2>(from, n, to);
+  else if (n == 1) *to = *from;
+}
 /// Loads the first n < kLanes elements, and never touches memory past them.
 template <class T> NORMKIT_LOCAL VectorOf<T> load(const T* p, int n) {
   using V = VectorOf<T>;
@@ -131,7 +146,7 @@ template <class T> NORMKIT_LOCAL VectorOf<T> load(const T* p, int n) {
     return v;
   } else {
     T part[kLanes<V>] = {};
-    for (int i = 0; i < n; ++i) part[i] = p[i];
+    copy_part(p, n * static_cast<int>(sizeof(T)), part);
     return load(part);
   }
 }
