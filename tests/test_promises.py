@@ -100,7 +100,7 @@ def test_two_phases_along_rows(weight_dtype, dtype, run, rows, isa, rng):
 @pytest.mark.parametrize("rows", [(1, 5, 3), (5, 7, 16), (3, 50, 49), (2, 33, 196), (4, 9, 400), (3, 5, 1023)], ids=str)
 @pytest.mark.parametrize("name", ["instance", "batch", "evaluation", "evaluation, channels slowest"])
 def test_rows_in_batches_are_rows_one_by_one(name, rows, activation, dtype, isa, rng):
-    """Short rows go in batches, but for one alone, and those with a mask, here one that names everyone."""
+    """Short rows go in batches, but for one alone, and those with a mask of whole rows. The masks name everyone."""
     dy, x = (uniform(rng, rows, dtype) + dtype.type(2) for _ in range(2))
     weight, bias, mean, deviation = rng.standard_normal((4, rows[1])).astype(np.float32)
     options = {"activation": activation}
@@ -116,11 +116,14 @@ def test_rows_in_batches_are_rows_one_by_one(name, rows, activation, dtype, isa,
         for n, c in np.ndindex(rows[:2]):
             assert bits(evaluated(slice(n, n + 1), slice(c, c + 1))) == bits(y[n : n + 1, c : c + 1])
         return
-    op, one_by_one = OPERATIONS[name], options | {"where": np.ones(rows, bool)}
-    found, expected = (op.statistics(x, weight=weight, bias=bias, **o) for o in (options, one_by_one))
-    assert [bits(a) for a in found] == [bits(a) for a in expected]
-    found, expected = (op.backward(dy, x, *found[1:], weight, bias=bias, **o) for o in (options, one_by_one))
-    assert [bits(a) for a in found] == [bits(a) for a in expected]
+    op, masks = OPERATIONS[name], ({"where": np.ones(mask, bool)} for mask in (rows, (*rows[:2], 1)))
+    found = op.statistics(x, weight=weight, bias=bias, **options)
+    gradients = op.backward(dy, x, *found[1:], weight, bias=bias, **options)
+    for mask in masks:
+        expected = op.statistics(x, weight=weight, bias=bias, **options, **mask)
+        assert [bits(a) for a in found] == [bits(a) for a in expected]
+        expected = op.backward(dy, x, *found[1:], weight, bias=bias, **options, **mask)
+        assert [bits(a) for a in gradients] == [bits(a) for a in expected]
 
 
 @pytest.mark.parametrize("seed", range(200))

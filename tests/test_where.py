@@ -327,7 +327,8 @@ def test_instruction_sets_agree(op, layout, mask, rng):
 
 
 @pytest.mark.parametrize("mask", ["random", "image-and-position"])
-@pytest.mark.parametrize("case", [((64, 16, 32, 32), "contiguous"), ((1, 2, 400, 300), "contiguous"),
+@pytest.mark.parametrize("case", [((64, 16, 32, 32), "contiguous"), ((64, 90, 14, 14), "contiguous"),
+                                  ((1, 2, 400, 300), "contiguous"),
                                   ((1, 24, 150, 60), "channels-last")], ids=str)  # fmt: skip
 def test_thread_counts_agree(case, mask, rng):
     shape, layout = case
@@ -338,6 +339,48 @@ def test_thread_counts_agree(case, mask, rng):
         with normkit.num_threads(count):
             found.append(everything(INSTANCE, dy, x, where))
     assert all(f == found[0] for f in found)
+
+
+# Around whole vectors and blocks of four, of floats and of doubles, and the longest that go in batches.
+RUNS = [1, 7, 8, 9, 15, 16, 17, 33, 63, 64, 65, 100, 196, 511, 512, 513, 1023, 1024, 1025]
+SHORT = {
+    "some": lambda rng, shape: rng.random(shape) < 0.8,
+    "shared": lambda rng, shape: rng.random((shape[0], 1, shape[2])) < 0.5,
+    "none-in-some-rows": lambda rng, shape: (rng.random(shape) < 0.9) & (np.arange(shape[1])[:, None] % 3 > 0),
+    "none-in-the-first-vector": lambda rng, shape: np.broadcast_to(np.arange(shape[2]) >= min(shape[2] - 1, 20), shape),
+    "one": lambda rng, shape: np.arange(shape[2]) == rng.integers(0, shape[2], (*shape[:2], 1)),
+}
+
+
+@pytest.mark.parametrize("mask", SHORT)
+@pytest.mark.parametrize("dtype", [*DTYPES.values(), np.uint8], ids=[*DTYPES, "uint8"])
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("run", RUNS)
+def test_short_rows_in_batches_are_rows_one_by_one(run, center, dtype, mask, isa, rng):
+    """The two phases take rows one by one. What is no member is NaN, some rows are constant, dx lies over x or dy."""
+    shape = (2, 19, run)
+    where, dy, x = SHORT[mask](rng, shape), uniform(rng, shape), uniform(rng, shape, dtype, offset=1.0)
+    x[0, ::4] = x[0, 0, :1]
+    if dtype != np.uint8:
+        x[~np.broadcast_to(where, shape)] = np.nan
+        dy = np.where(where, dy, 0).astype(dtype)
+    phase = {"axis": 2, "where": where}
+    options = phase | {"center": center}
+    y, *stats = normkit.normalize(x, return_stats=True, **options)
+    m = normkit.moments(x, **options)
+    mean, rstd = (stats[0] if center else None), stats[-1]
+    assert bits(m.rstd().astype(rstd.dtype)) == bits(rstd)
+    assert not center or bits(m.mean.astype(rstd.dtype)) == bits(mean)
+    assert bits(normkit.apply(x, m if center else None, m.rstd(), axis=2)) == bits(y)
+    if dtype == np.uint8:
+        return
+    dx = normkit.normalize_backward(dy, x, mean, rstd, **options)[0]
+    sums = normkit.backward_sums(dy, x, mean, rstd, **phase)
+    assert bits(normkit.apply_backward(dy, x, mean, rstd, sums, m.count, **phase)) == bits(dx)
+    over_x, over_dy = x.copy(), dy.copy()
+    assert bits(normkit.normalize(over_x, out=over_x, **options)) == bits(y)
+    assert bits(normkit.normalize_backward(over_dy, x, mean, rstd, out=over_dy, **options)[0]) == bits(dx)
+    assert bits(normkit.normalize_backward(dy, x, mean, rstd, out=x, **options)[0]) == bits(dx)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])

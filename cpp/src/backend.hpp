@@ -180,6 +180,8 @@ constexpr std::int64_t near_ahead(std::int64_t run_bytes) { return run_bytes <= 
 /// short runs, of 4 KB or less, is 32 KB, so that two and what is fetched for a third stay in the second-level cache; of longer
 /// ones it is what is written side by side.
 inline constexpr std::int64_t kMostBatchRows = 16;
+/// The longest row that goes in a batch with a mask: 16 additions to each of 4 vectors of 16 lanes, see pivot_sums().
+inline constexpr std::int64_t kMaskedRun = 1024;
 constexpr bool is_short(const Geometry& g, std::int64_t element_bytes) { return g.run * element_bytes <= 4096; }
 [[gnu::always_inline]] constexpr std::int64_t batch_rows(const Geometry& g, std::int64_t element_bytes) {
   const std::int64_t row_bytes = g.run * element_bytes, most = element_bytes == 8 ? 8 : kMostBatchRows;

@@ -96,8 +96,8 @@ bool has_tiles(const Task& t, const Operand& out, const Isa& isa) {
   const std::int64_t vector = t.x.dtype == Dtype::float64 ? 8 : 16;
   const bool gains = t.dy.data ? is_wide(isa.vectors) && !is_short(g, size_of(t.x.dtype))
                                : can_hold_rows(isa.vectors) && g.run > 8 * vector;
-  return gains && weighs_elements(g) && !t.frozen && !t.residual.data && !has_activation(t) && g.steps == 1 &&
-         t.x.dtype == out.dtype && rows_are_whole_lines(out, g);
+  return gains && weighs_elements(g) && !t.frozen && !t.where.data && !t.residual.data && !has_activation(t) &&
+         g.steps == 1 && t.x.dtype == out.dtype && rows_are_whole_lines(out, g);
 }
 
 /// True where rows go in batches: short rows, and longer rows that can be written side by side. Rows whose parameters
@@ -106,9 +106,11 @@ bool has_batches(const Task& t, const Operand& out, const Walk& walk) {
   const Geometry& g = t.geometry;
   const int element_bytes = size_of(t.x.dtype);
   const bool weighs = weighs_elements(g);
-  if (t.where.data || !out.data || !goes_in_batches(t.x.dtype, out.dtype) || batch_rows(g, element_bytes) == 0 ||
+  if (!out.data || !goes_in_batches(t.x.dtype, out.dtype) || batch_rows(g, element_bytes) == 0 ||
       !(weighs || constant_in_statistic(g)))
     return false;
+  // A mask has a byte for each element: of one that names whole rows, rows go one by one.
+  if (t.where.data && (t.where.strides.run == 0 || g.run > kMaskedRun)) return false;
   if (t.slopes.data || !(finds_statistics(t) || (t.frozen && !t.dy.data))) return false;
   // Long rows beyond the caches are faster one by one where a batch would have an activation to apply or sums to form: relu on runs
   // of 1024 takes 1.8 times as long in batches, layer norm (4096, 768) with a residual 1.15, evaluation of runs of 1024 1.25 (Zen 4).

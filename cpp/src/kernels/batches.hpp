@@ -3,7 +3,7 @@
 //
 //     rows -> two sums of each, in vectors -> a vector of all rows' sums -> moments, scale and shift of each -> outputs
 //
-// Given statistics are read in the place of sums. x + residual is formed where a batch begins, and an activation applied as its
+// With a mask, members are counted along with the sums; all elements are written. Given statistics are read in the place of sums. x + residual is formed where a batch begins, and an activation applied as its
 // rows are written.
 //
 // While one batch is written the next is summed, and a later one fetched: memory is never idle. Rows of whole lines of memory are
@@ -43,7 +43,9 @@ template <class Vector> struct Batch {
   double* room = nullptr;  // for the rows, where they are formed
   const std::byte* x[kRows];
   std::byte* y[kRows];
+  const std::uint8_t* mask[kRows];  // where there is one
   V sum[kRows], squares[kRows];  // of each row, about its pivot
+  V members[kRows];  // of each row with a mask, counted in each lane
   alignas(64) S pivot[kRows];
   alignas(64) S mean[kRows], scale[kRows], shift[kRows];
 };
@@ -61,6 +63,29 @@ template <class X> [[gnu::noinline]] void form_batch(const Task& t, BatchOf<X>& 
   }
 }
 
+/// True where a mask says which elements of a row are summed.
+NORMKIT_LOCAL bool asks_mask(const Task& t) { return t.where.data && !t.frozen; }
+
+/// How many members rows have, from what was counted in each lane.
+template <class V> [[gnu::noinline]] V count_members(const V (&members)[kLanes<V>]) { return sums_of(members); }
+
+/// The first_pivot() of each row of a batch with a mask, whose first vectors are in `sum`.
+template <class V> [[gnu::noinline]] void find_masked_pivots(const Task& t, int n, Batch<V>& batch) {
+  using S = typename V::Lane;
+  const Part begin{0, n};
+  for (int k = 0; k < batch.rows; ++k) {
+    batch.members[k] = begin.where(batch.mask[k], broadcast<V>(S(1)));
+    batch.sum[k] = where(batch.members[k], batch.sum[k]);
+  }
+  alignas(64) S members[kLanes<V>];
+  const V counts = count_members(batch.members);
+  store(members, counts), store(batch.pivot, sums_of(batch.sum) * (broadcast<V>(S(1)) / counts));
+  for (int k = 0; k < batch.rows; ++k)
+    if (members[k] == 0)
+      batch.pivot[k] =
+          static_cast<S>(first_member({batch.x[k], t.x.dtype, 1, 0, t.geometry.run}, Masked{batch.mask[k], 0, false}));
+}
+
 /// Statistics [first, end): where they lie, and a pivot of each, the mean of its first vector.
 template <class X>
 [[gnu::noinline]] void begin_batch(const Task& t, std::int64_t first, std::int64_t end, BatchOf<X>& batch) {
@@ -72,7 +97,7 @@ template <class X>
   const V zero = broadcast<V>(S(0));
   batch.first = first, batch.rows = static_cast<int>(end - first);
   if (batch.rows < kRows)
-    for (int k = 0; k < kRows; ++k) batch.sum[k] = batch.squares[k] = zero;
+    for (int k = 0; k < kRows; ++k) batch.sum[k] = batch.squares[k] = batch.members[k] = zero;
   const std::int64_t y_bytes = size_of(t.y.dtype);
   std::int64_t o = first / g.lanes, lane = first % g.lanes;
   for (int k = 0; k < batch.rows; ++k) {
@@ -82,11 +107,13 @@ template <class X>
   }
   if constexpr (kFloating<X>)
     if (t.residual.data) form_batch<X>(t, batch);
+  if (asks_mask(t)) find_masks(t, first, batch.rows, batch.mask);
   if (!t.centered || t.frozen) return store(batch.pivot, zero);
   for (int k = 0; k < batch.rows; ++k) {
     const X* x = at<X>(batch.x[k], 0);
     batch.sum[k] = n == kWidth ? load(x) : load(x, n);
   }
+  if (asks_mask(t)) return find_masked_pivots(t, n, batch);
   store(batch.pivot, sums_of(batch.sum) * broadcast<V>(S(1) / static_cast<S>(n)));
 }
 
@@ -122,6 +149,33 @@ NORMKIT_LOCAL void sum_row(Count<kVectors> vectors, std::int64_t n, int k, Fetch
   }
 }
 
+/// sum_row() with a mask, which counts the members. In a row of kMaskedRun elements at most no short sum of pivot_sums() ends before
+/// the row does: these are its sums without those it would add them to.
+template <class X> [[gnu::noinline]] void sum_masked_row(std::int64_t n, int k, Fetch fetch, BatchOf<X>& batch) {
+  using V = VectorOf<X>;
+  constexpr int kWidth = kLanes<V>;
+  const V p = broadcast<V>(batch.pivot[k]), zero = broadcast<V>(ScalarOf<X>(0));
+  const X* x = at<X>(batch.x[k], 0);
+  V s[4] = {zero, zero, zero, zero}, q[4] = {zero, zero, zero, zero}, members = zero;
+  const Counted<V> own{batch.mask[k], members};
+  const auto add = [&](V& sum, V& squares, auto place) NORMKIT_INLINE_LAMBDA {
+    const V d = own.keep(place, place.load(x) - p);
+    sum = sum + d;
+    squares = mul_add(d, d, squares);
+  };
+  std::int64_t i = 0;
+  for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
+    fetch.template block<4 * kWidth * sizeof(X)>(i * static_cast<std::int64_t>(sizeof(X)));
+    for (int j = 0; j < 4; ++j) add(s[j], q[j], Full{i + j * kWidth});
+  }
+  if (i + kWidth <= n) add(s[0], q[0], Full{i}), i += kWidth;
+  if (i + kWidth <= n) add(s[1], q[1], Full{i}), i += kWidth;
+  if (i + kWidth <= n) add(s[2], q[2], Full{i}), i += kWidth;
+  if (i < n) add(s[3], q[3], Part{i, static_cast<int>(n - i)});
+  batch.sum[k] = (s[0] + s[1]) + (s[2] + s[3]), batch.squares[k] = (q[0] + q[1]) + (q[2] + q[3]);
+  batch.members[k] = members;
+}
+
 /// The parameters of the rows of a batch, in `buffer` unless they are read where they lie.
 template <int kRows>
 NORMKIT_LOCAL void row_parameters(const Task& t, const Param& p, std::int64_t first, int rows, double absent,
@@ -144,30 +198,47 @@ template <class V>
 [[gnu::noinline]] void found_statistics(const Task& t, const Batch<V>& batch, RowStatistics<Batch<V>::kRows>& found) {
   using S = typename V::Lane;
   constexpr int kRows = Batch<V>::kRows;
-  const double n = static_cast<double>(t.geometry.run);
   auto& [mean, low, rstd] = found;
   alignas(64) S sums[kRows], squares[kRows];
-  alignas(64) double m2[kRows];
+  alignas(64) double n[kRows], m2[kRows], variance[kRows];
   // Without a mean, pivots are 0, and so are sums, as far as moments go: no loop need ask, and all become vectors.
   store(sums, t.centered ? sums_of(batch.sum) : broadcast<V>(S(0))), store(squares, sums_of(batch.squares));
+  const bool is_masked = asks_mask(t), is_norm = t.denominator.is_norm;
   int unsettled = 0;
-  for (int k = 0; k < kRows; ++k) {
-    const double s = static_cast<double>(sums[k]), q = static_cast<double>(squares[k]);
-    const Moments<S> m = from_pivot_of_some<S>(static_cast<double>(batch.pivot[k]), s, q, n);
-    mean[k] = m.mean, low[k] = low_of(m), m2[k] = m.m2;
-    unsettled += trustworthy<S>(s, q, n) ? 0 : 1;
+  const auto settle = [&](auto members) NORMKIT_INLINE_LAMBDA {
+    for (int k = 0; k < kRows; ++k) {
+      const double s = static_cast<double>(sums[k]), q = static_cast<double>(squares[k]);
+      const Moments<S> m = from_pivot_of_some<S>(static_cast<double>(batch.pivot[k]), s, q, members(k));
+      mean[k] = m.mean, low[k] = low_of(m), m2[k] = m.m2;
+      unsettled += trustworthy<S>(s, q, members(k)) ? 0 : 1;
+    }
+  };
+  const double run = static_cast<double>(t.geometry.run);
+  for (double& of_row : n) of_row = run;
+  if (is_masked) {
+    alignas(64) S members[kRows];
+    alignas(64) double some[kRows];
+    store(members, count_members(batch.members));
+    for (int k = 0; k < kRows; ++k) n[k] = static_cast<double>(members[k]), some[k] = n[k] == 0 ? 1 : n[k];
+    settle([&](int k) NORMKIT_INLINE_LAMBDA { return some[k]; });
+  } else {
+    settle([&](int) NORMKIT_INLINE_LAMBDA { return run; });
   }
   for (int k = 0; k < batch.rows && unsettled > kRows - batch.rows; ++k) {
     const double s = static_cast<double>(sums[k]), q = static_cast<double>(squares[k]);
-    if (trustworthy<S>(s, q, n)) continue;
-    const Moments<double> m =
-        unsettled_moments({batch.x[k], t.x.dtype, 1, 0, t.geometry.run}, static_cast<double>(batch.pivot[k]), q,
-                          t.centered, n, masked(Everyone{}));
+    if (n[k] > 0 && trustworthy<S>(s, q, n[k])) continue;
+    Moments<double> m;
+    if (n[k] > 0)
+      m = unsettled_moments({batch.x[k], t.x.dtype, 1, 0, t.geometry.run}, static_cast<double>(batch.pivot[k]), q,
+                            t.centered, n[k], is_masked ? Masked{batch.mask[k], 0, false} : masked(Everyone{}));
     mean[k] = m.mean, low[k] = m.mean_low, m2[k] = m.m2;
   }
-  find_rstd(t.denominator, n, m2, rstd);
+  for (int k = 0; is_masked && k < kRows; ++k) variance[k] = m2[k] / (is_norm || n[k] == 0 ? 1 : n[k]);
+  find_rstd(t.denominator, is_masked ? 1 : run, is_masked ? variance : m2, rstd);
+  for (int k = 0; is_masked && k < kRows; ++k) rstd[k] = is_norm || n[k] > 0 ? rstd[k] : 0;
   if (t.mean || t.rstd || t.moments)
-    for (int k = 0; k < batch.rows; ++k) publish(t, batch.first + k, moments_of<S>(mean[k], low[k], m2[k], n), rstd[k]);
+    for (int k = 0; k < batch.rows; ++k)
+      publish(t, batch.first + k, moments_of<S>(mean[k], low[k], m2[k], n[k]), rstd[k]);
 }
 
 /// Finds the factors of each row's outputs.
@@ -382,7 +453,7 @@ template <class X, class Y, int kVectors>
   // Copies: stores might change them, for all that is known.
   const bool is_given = t.frozen;
   const int rows = batch.rows, next_rows = is_given ? 0 : next.rows;
-  const bool is_active = has_activation(t);
+  const bool is_active = has_activation(t), is_masked = asks_mask(t);
   Nothing alone;
   for (int k = 0; k < rows || k < next_rows; ++k) {
     if constexpr (kVectors == 0 && kHoldsRows && kFloating<X> && __is_same(X, Y)) {
@@ -401,7 +472,8 @@ template <class X, class Y, int kVectors>
       }
     if (k < next_rows) {
       const char* const near = reinterpret_cast<const char*>(next.x[k]) + kBatchAhead;
-      sum_row<X>(vectors, n, k, Fetch{near, nullptr}, alone, next);
+      if (is_masked) sum_masked_row<X>(n, k, Fetch{near, nullptr}, next);
+      else sum_row<X>(vectors, n, k, Fetch{near, nullptr}, alone, next);
     }
     if (k >= rows) continue;
     if (is_active) write_activated(writer, batch, k);

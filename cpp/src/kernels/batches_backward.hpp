@@ -15,7 +15,9 @@ template <class X> struct BackwardBatch {
   const X *x[kRows], *dy[kRows];
   X* dx[kRows];
   S* row_sums[kRows];
+  const std::uint8_t* mask[kRows];  // where there is one
   V g[kRows], gx[kRows], d[kRows];  // Sums of each row, about the given mean
+  V members[kRows];  // of each row with a mask, counted in each lane
   RowStatistics<kRows> given;
   // The statistics of each row, at first as they are given, and the coefficients of its gradient, with its weight.
   alignas(64) S mean[kRows], mean_low[kRows], a[kRows], b[kRows], c[kRows];
@@ -54,12 +56,14 @@ template <class X>
       batch.row_sums[k] = reinterpret_cast<S*>(t.dparams + 2 * (o * row_groups(g) + lane / kRowGroup) * g.run);
     if (++lane == g.lanes) ++o, lane = 0;
   }
+  if (t.where.data) find_masks(t, first, batch.rows, batch.mask);
   given_statistics(t, first, batch.rows, batch.given);
   for (int k = 0; k < BackwardBatch<X>::kRows; ++k) batch.mean[k] = static_cast<S>(batch.given.mean[k]);
   if constexpr (__is_same(X, S))
     if (t.walk.forms_rows) reach_batch(t, batch);
   const V zero = broadcast<V>(S(0));
-  for (int k = batch.rows; k < BackwardBatch<X>::kRows; ++k) batch.g[k] = batch.gx[k] = batch.d[k] = zero;
+  for (int k = batch.rows; k < BackwardBatch<X>::kRows; ++k)
+    batch.g[k] = batch.gx[k] = batch.d[k] = batch.members[k] = zero;
 }
 
 template <class X, bool kLinear, class Beside>
@@ -69,6 +73,30 @@ NORMKIT_LOCAL void sum_row(std::int64_t n, int k, const ScalarOf<X>* weight, Ahe
   add_segments<X, kLinear>(sums, batch.dy[k], 0, batch.x[k], 0, 1, n, batch.mean[k], weight, ahead, beside);
   const Sums<VectorOf<X>> s = sums.all();
   batch.g[k] = s.g, batch.gx[k] = s.gx, batch.d[k] = s.d;
+}
+
+/// The gradient that reaches x_hat: dy, times weights along the row, if there are any.
+template <class X> struct Weighted {
+  const ScalarOf<X>* weight;
+  template <class P> NORMKIT_LOCAL VectorOf<X> operator()(P place, const X* dy, VectorOf<X>) const {
+    return weight ? place.load(dy) * place.load(weight) : place.load(dy);
+  }
+};
+
+/// sum_row() with a mask, which is fetched ahead and counts the members: only they have a part in the sum of x - mean.
+template <class X>
+[[gnu::noinline]] void sum_masked_row(std::int64_t n, int k, const ScalarOf<X>* weight, Ahead ahead,
+                                      BackwardBatch<X>& batch) {
+  using V = VectorOf<X>;
+  Nothing alone;
+  LaneSums<X> sums;
+  V members = broadcast<V>(ScalarOf<X>(0));
+  const char* const next = reinterpret_cast<const char*>(batch.mask[k]) + kBatchAhead;
+  for (std::int64_t line = 0; line < n; line += 64) prefetch_first(next + line);
+  add_segments<X, false>(sums, batch.dy[k], 0, batch.x[k], 0, 1, n, batch.mean[k], nullptr, ahead, alone,
+                         Weighted<X>{weight}, Counted<V>{batch.mask[k], members});
+  const Sums<V> s = sums.all();
+  batch.g[k] = s.g, batch.gx[k] = s.gx, batch.d[k] = s.d, batch.members[k] = members;
 }
 
 /// Finds what solve() does, of all rows of a batch.
@@ -85,14 +113,20 @@ template <class X> [[gnu::noinline]] void solve_batch(const Task& t, BackwardBat
     return Sums<double>{static_cast<double>(g[k]), static_cast<double>(gx[k]), static_cast<double>(d[k])};
   };
   const auto& rstd = batch.given.rstd;
-  solve_side_by_side(t, t.geometry.run,
-                     [&](int k, double n, bool centered, Denominator denominator) NORMKIT_INLINE_LAMBDA {
-    shift[k] = centered ? sums(k).d / n : 0;
+  const auto solve_row = [&](int k, double n, bool centered, Denominator denominator) NORMKIT_INLINE_LAMBDA {
+    shift[k] = centered && n != 0 ? sums(k).d / n : 0;
     const Statistic<S> given = batch.given.template at<S>(k);
     const Solved<S> known = solved_of(given, {sums(k), n}, shift[k], weight[k], centered, denominator);
     batch.mean[k] = known.statistic.mean, batch.mean_low[k] = known.statistic.mean_low, batch.rstd[k] = rstd[k];
     batch.a[k] = static_cast<S>(rstd[k] * weight[k]), batch.b[k] = known.gradient.b, batch.c[k] = known.gradient.c;
-  }, kRows);
+  };
+  if (t.where.data) {
+    alignas(64) S members[kRows];
+    store(members, count_members(batch.members));
+    for (int k = 0; k < batch.rows; ++k) solve_row(k, static_cast<double>(members[k]), t.centered, t.denominator);
+  } else {
+    solve_side_by_side(t, t.geometry.run, solve_row, kRows);
+  }
   if (t.kind == ParamKind::statistic)
     for (int k = 0; k < batch.rows; ++k) put_dparams(t, batch.first + k, rstd[k], recenter(sums(k), shift[k]));
 }
@@ -114,6 +148,29 @@ template <class X, bool kLinear, bool kSummed>
     if constexpr (kSummed) gradients.add_row(place, dy_v, x_v);
     return backward(kLinear ? dy_v * place.load(weight) : dy_v, a, through_statistics(x_v, mean, b, c));
   });
+}
+
+/// write_row() of a whole row with a mask; a buffer of the row, since each loop of map() would be so long.
+template <class X>
+[[gnu::noinline]] void write_masked_row(const Task& t, const BackwardBatch<X>& batch, int k, const ScalarOf<X>* weight,
+                                        Streamer<X>* streamer) {
+  using V = VectorOf<X>;
+  const X *x = batch.x[k], *dy = batch.dy[k];
+  const std::uint8_t* mask = batch.mask[k];
+  const V mean = broadcast<V>(batch.mean[k]), a = broadcast<V>(batch.a[k]);
+  const V b = broadcast<V>(batch.b[k]), c = broadcast<V>(batch.c[k]);
+  const FetchBoth fetch(x, dy, {t.walk, 0, t.walk.fetch_bytes});
+  const bool summed = t.kind == ParamKind::row;
+  const ElementGradients<X> gradients(t, summed ? batch.row_sums[k] : nullptr, 0, 0, batch.statistic(k));
+  alignas(64) ScalarOf<X> value[kMaskedRun];
+  for_positions<V>(t.geometry.run, [&](auto place) NORMKIT_INLINE_LAMBDA {
+    fetch.far_line(place.i * static_cast<std::int64_t>(sizeof(X)));
+    const V dy_v = place.load(dy), x_v = place.load(x);
+    if (summed) gradients.add(place, dy_v, x_v);
+    const V g = weight ? dy_v * place.load(weight) : dy_v;
+    store(value + place.i, backward(g, a, place.where(mask, through_statistics(x_v, mean, b, c))));
+  });
+  put_all<X, ScalarOf<X>>(value, batch.dx[k], t.geometry.run, streamer, Fetch{});
 }
 
 /// Rows that are written side by side: with 4 their factors no longer fit the registers.
@@ -182,6 +239,7 @@ template <class X, bool kLinear, bool kSummed>
                                   const BackwardBatch<X>& batch, BackwardBatch<X>& next) {
   const std::int64_t n = t.geometry.run;
   const int rows = batch.rows, next_rows = next.rows;
+  const bool is_masked = t.where.data;
   Nothing alone;
   const Ahead ahead(t.walk, kBatchAhead, 0);
   for (int k = 0; k < rows || k < next_rows; ++k) {
@@ -191,6 +249,11 @@ template <class X, bool kLinear, bool kSummed>
         k += kBackwardTile - 1;
         continue;
       }
+    }
+    if (is_masked) {
+      if (k < next_rows) sum_masked_row(n, k, weight, ahead, next);
+      if (k < rows) write_masked_row(t, batch, k, weight, streamer);
+      continue;
     }
     if (k < next_rows) sum_row<X, kLinear>(n, k, weight, ahead, alone, next);
     if (k < rows) write_row<X, kLinear, kSummed>(t, batch, k, 0, n, weight, streamer);

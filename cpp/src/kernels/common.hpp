@@ -369,6 +369,20 @@ struct Masked {
   }
 };
 
+/// The members of one row that a mask names, which has a byte for each element. Each lane of `count` counts those it kept.
+template <class V> struct Counted {
+  static constexpr bool kAll = false;
+  const std::uint8_t* byte;
+  V& count;
+
+  template <class P> NORMKIT_LOCAL V keep(P place, V v) const {
+    const V one = place.where(byte, broadcast<V>(typename V::Lane(1)));
+    count = count + one;
+    if constexpr (P::kWhole) return place.where(byte, v);
+    else return where(one, v);
+  }
+};
+
 /// A mask that names everyone, for code that is compiled for masks alone.
 constexpr std::uint8_t kMember = 1;
 NORMKIT_LOCAL Masked masked(Everyone) { return {&kMember, 0, true}; }
@@ -376,6 +390,15 @@ NORMKIT_LOCAL Masked masked(const Masked& members) { return members; }
 
 NORMKIT_LOCAL const std::uint8_t* mask_at(const Task& t, std::int64_t o, std::int64_t step, std::int64_t lane) {
   return reinterpret_cast<const std::uint8_t*>(at<std::uint8_t>(t.where, o, step, lane));
+}
+
+/// The masks of statistics [first, first + rows), of one run each.
+[[gnu::noinline]] void find_masks(const Task& t, std::int64_t first, int rows, const std::uint8_t** mask) {
+  std::int64_t o = first / t.geometry.lanes, lane = first % t.geometry.lanes;
+  for (int k = 0; k < rows; ++k) {
+    mask[k] = mask_at(t, o, 0, lane);
+    if (++lane == t.geometry.lanes) ++o, lane = 0;
+  }
 }
 
 /// Calls f with the members of a range of a row, and of those that follow it step by step.

@@ -94,11 +94,12 @@ NORMKIT_LOCAL VectorOf<X> incoming(const Task& t, const Preactivation<X>& z, P p
 }
 
 /// Adds `rows` segments of n elements of dy and x to s. kWeighted: what reaches z is multiplied by `weight`, which has one factor
-/// for each element.
-template <class X, bool kWeighted, class Beside, class Reaching = Straight<X>>
+/// for each element. x - mean is summed over `members` of one segment, or over Everyone.
+template <class X, bool kWeighted, class Beside, class Reaching = Straight<X>, class Members = Everyone>
 NORMKIT_LOCAL void add_segments(LaneSums<X>& sums, const X* dy, std::int64_t dy_stride, const X* x,
                                 std::int64_t x_stride, std::int64_t rows, std::int64_t n, ScalarOf<X> mean,
-                                const ScalarOf<X>* weight, Ahead ahead, Beside& beside, Reaching reaching = {}) {
+                                const ScalarOf<X>* weight, Ahead ahead, Beside& beside, Reaching reaching = {},
+                                Members members = {}) {
   using V = VectorOf<X>;
   constexpr int kWidth = kLanes<V>;
   const V m = broadcast<V>(mean);
@@ -111,7 +112,8 @@ NORMKIT_LOCAL void add_segments(LaneSums<X>& sums, const X* dy, std::int64_t dy_
     if constexpr (kWeighted) g = g * place.load(weight);
     part.g = part.g + g;
     part.gx = mul_add(g, kStraight ? d : where(g, d), part.gx);
-    part.d = part.d + d;
+    if constexpr (Members::kAll) part.d = part.d + d;
+    else part.d = part.d + members.keep(place, d);
   };
   for (std::int64_t row = 0; row < rows; ++row, x += x_stride, dy += dy_stride) {
     const FetchBoth fetch(x, dy, ahead);
