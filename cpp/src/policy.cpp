@@ -102,15 +102,15 @@ bool has_tiles(const Task& t, const Operand& out, const Isa& isa) {
 
 /// True where rows go in batches: short rows, and longer rows that can be written side by side. Rows whose parameters
 /// are constant are better off overlapped, one by one.
-bool has_batches(const Task& t, const Operand& out, const Walk& walk) {
+bool has_batches(const Task& t, const Operand& out, const Walk& walk, const Isa& isa) {
   const Geometry& g = t.geometry;
   const int element_bytes = size_of(t.x.dtype);
   const bool weighs = weighs_elements(g);
   if (!out.data || !goes_in_batches(t.x.dtype, out.dtype) || batch_rows(g, element_bytes) == 0 ||
       !(weighs || constant_in_statistic(g)))
     return false;
-  // A mask has a byte for each element: of one that names whole rows, rows go one by one.
-  if (t.where.data && (t.where.strides.run == 0 || g.run > kMaskedRun)) return false;
+  // A mask that names whole rows has no byte for each element.
+  if (t.where.data && (!is_wide(isa.vectors) || t.where.strides.run == 0 || g.run > kMaskedRun)) return false;
   if (t.slopes.data || !(finds_statistics(t) || (t.frozen && !t.dy.data))) return false;
   // Long rows beyond the caches are faster one by one where a batch would have an activation to apply or sums to form: relu on runs
   // of 1024 takes 1.8 times as long in batches, layer norm (4096, 768) with a residual 1.15, evaluation of runs of 1024 1.25 (Zen 4).
@@ -214,7 +214,7 @@ Policy policy_for(const Task& t, int threads, const Isa& isa) {
   p.walk.whole_lines = reinterpret_cast<std::uintptr_t>(out.data) % 64 == 0 && rows_are_whole_lines(out, g);
   p.walk.overlapped = p.walk.stream_stores && !p.split && overlaps(t, out, isa);
   p.walk.tiled = has_tiles(t, out, isa);
-  p.walk.batched = has_batches(t, out, p.walk);
+  p.walk.batched = has_batches(t, out, p.walk, isa);
   p.walk.forms_rows = p.walk.batched && (is_forward ? p.sum_row > 0 : has_activation(t));
   if (p.walk.batched) p.sum_row = 0;
   const std::int64_t place = gathered ? bytes_of_block(t, elements_of_unit(t)) : 0;

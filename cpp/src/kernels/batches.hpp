@@ -64,7 +64,7 @@ template <class X> [[gnu::noinline]] void form_batch(const Task& t, BatchOf<X>& 
 }
 
 /// True where a mask says which elements of a row are summed.
-NORMKIT_LOCAL bool asks_mask(const Task& t) { return t.where.data && !t.frozen; }
+NORMKIT_LOCAL bool asks_mask(const Task& t) { return kWide && t.where.data && !t.frozen; }
 
 /// How many members rows have, from what was counted in each lane.
 template <class V> [[gnu::noinline]] V count_members(const V (&members)[kLanes<V>]) { return sums_of(members); }

@@ -56,7 +56,7 @@ template <class X>
       batch.row_sums[k] = reinterpret_cast<S*>(t.dparams + 2 * (o * row_groups(g) + lane / kRowGroup) * g.run);
     if (++lane == g.lanes) ++o, lane = 0;
   }
-  if (t.where.data) find_masks(t, first, batch.rows, batch.mask);
+  if (asks_mask(t)) find_masks(t, first, batch.rows, batch.mask);
   given_statistics(t, first, batch.rows, batch.given);
   for (int k = 0; k < BackwardBatch<X>::kRows; ++k) batch.mean[k] = static_cast<S>(batch.given.mean[k]);
   if constexpr (__is_same(X, S))
@@ -120,7 +120,7 @@ template <class X> [[gnu::noinline]] void solve_batch(const Task& t, BackwardBat
     batch.mean[k] = known.statistic.mean, batch.mean_low[k] = known.statistic.mean_low, batch.rstd[k] = rstd[k];
     batch.a[k] = static_cast<S>(rstd[k] * weight[k]), batch.b[k] = known.gradient.b, batch.c[k] = known.gradient.c;
   };
-  if (t.where.data) {
+  if (asks_mask(t)) {
     alignas(64) S members[kRows];
     store(members, count_members(batch.members));
     for (int k = 0; k < batch.rows; ++k) solve_row(k, static_cast<double>(members[k]), t.centered, t.denominator);
@@ -239,7 +239,7 @@ template <class X, bool kLinear, bool kSummed>
                                   const BackwardBatch<X>& batch, BackwardBatch<X>& next) {
   const std::int64_t n = t.geometry.run;
   const int rows = batch.rows, next_rows = next.rows;
-  const bool is_masked = t.where.data;
+  const bool is_masked = asks_mask(t);
   Nothing alone;
   const Ahead ahead(t.walk, kBatchAhead, 0);
   for (int k = 0; k < rows || k < next_rows; ++k) {
