@@ -164,10 +164,12 @@ template <class S> void know_columns(const Task& t, std::int64_t o, S* mean, S* 
   if (active) repeat_columns(g, {mean, scale, shift, slope});
 }
 
-/// Statistics that are solved side by side: as they are given, their sums, and what solved_of() finds.
-template <class S> struct SolvedLanes {
+/// The sums of statistics that are solved side by side.
+struct ReducedLanes { alignas(64) double g[kSolved], gx[kSolved], d[kSolved], n[kSolved]; };
+/// These statistics: as they are given, their sums, and what solved_of() finds.
+template <class S> struct SolvedLanes : ReducedLanes {
   RowStatistics<kSolved> given;
-  alignas(64) double g[kSolved], gx[kSolved], d[kSolved], n[kSolved], shift[kSolved];
+  alignas(64) double shift[kSolved];
   alignas(64) S mean[kSolved], b[kSolved], c[kSolved], unit[kSolved], origin[kSolved];
 
   NORMKIT_LOCAL void take(int j, const Reduced& sums) {
@@ -182,16 +184,18 @@ template <class S> struct SolvedLanes {
 
 /// The sums of `count` statistics from `lane` on, each of `run` columns, from those of their columns, times their weights; where a
 /// column has several weights, its sums were taken with them. `parameter`: that of the first column, and then of the first
-/// one behind them.
-template <class S>
-NORMKIT_LOCAL void fold_column_sums(const Task& t, std::int64_t lane, int count, std::int64_t run, ColumnSums columns,
-                                    ColumnParameter& parameter, SolvedLanes<S>& lanes) {
+/// one behind them. The compiler makes vectors of loops if it knows how long they are: kCount and kRun are 0 where it does not.
+template <int kCount, int kRun>
+[[gnu::noinline]] void fold_column_sums(const Task& t, std::int64_t lane, int count, std::int64_t run,
+                                        ColumnSums columns, ColumnParameter& parameter, ReducedLanes& lanes) {
+  if constexpr (kCount > 0) count = kCount;
+  if constexpr (kRun > 0) run = kRun;
   alignas(64) double weight[kSolved], g[kSolved] = {}, gx[kSolved] = {}, d[kSolved] = {}, n[kSolved] = {};
   const auto add = [&](int j, std::int64_t i, double w) NORMKIT_INLINE_LAMBDA {
     const Reduced column = columns.at((lane + j) * run + i);
     g[j] += w * column.sums.g, gx[j] += w * column.sums.gx, d[j] += column.sums.d, n[j] += column.n;
   };
-  if (parameter.is_of_lanes(t.geometry)) {
+  if (kCount > 0 || parameter.is_of_lanes(t.geometry)) {
     parameter.of_lanes(t.geometry, count, t.weight, 1, weight), parameter.skip_lanes(t.geometry, count);
     for (std::int64_t i = 0; i < run; ++i)
       for (int j = 0; j < count; ++j) add(j, i, weight[j]);
@@ -199,7 +203,7 @@ NORMKIT_LOCAL void fold_column_sums(const Task& t, std::int64_t lane, int count,
     for (int j = 0; j < count; ++j)
       for (std::int64_t i = 0; i < run; ++i, parameter.next()) add(j, i, parameter.of(t.weight, 1));
   }
-  for (int j = 0; j < kSolved; ++j) lanes.take(j, {{g[j], gx[j], d[j]}, n[j]});
+  for (int j = 0; j < kSolved; ++j) lanes.g[j] = g[j], lanes.gx[j] = gx[j], lanes.d[j] = d[j], lanes.n[j] = n[j];
 }
 
 template <class S> [[gnu::noinline]] void solve_lanes(const Task& t, SolvedLanes<S>& lanes) {
@@ -231,10 +235,10 @@ template <class S> void lanes_solve(const Task& t, std::int64_t o, ColumnSums co
     const std::int64_t first = o * g.lanes + lane;
     SolvedLanes<S> lanes;
     given_statistics(t, first, count, lanes.given);
-    // The compiler makes vectors of loops if it knows how long they are and where their numbers lie.
-    if (count < kSolved) fold_column_sums(t, lane, count, g.run, column_sums, folded, lanes);
-    else if (g.run == 1) fold_column_sums(t, lane, kSolved, 1, column_sums, folded, lanes);
-    else fold_column_sums(t, lane, kSolved, g.run, column_sums, folded, lanes);
+    if (count < kSolved || !folded.is_of_lanes(g))
+      fold_column_sums<0, 0>(t, lane, count, g.run, column_sums, folded, lanes);
+    else if (g.run == 1) fold_column_sums<kSolved, 1>(t, lane, count, 1, column_sums, folded, lanes);
+    else fold_column_sums<kSolved, 0>(t, lane, count, g.run, column_sums, folded, lanes);
     for (int j = 0; j < count; ++j) {
       if (t.phase == Phase::apply) lanes.take(j, given_sums(t, first + j));
       if (t.phase == Phase::reduce) put_sums(t, first + j, {lanes.g[j], lanes.gx[j], lanes.d[j]}, 1);

@@ -157,7 +157,7 @@ template <class T> NORMKIT_LOCAL void store(T* p, VectorOf<T> v, int n) {
   } else {
     T part[kLanes<V>];
     store(part, v);
-    for (int i = 0; i < n; ++i) p[i] = part[i];
+    copy_part(part, n * static_cast<int>(sizeof(T)), p);
   }
 }
 
