@@ -264,8 +264,8 @@ void total_gradients(const Job& job, const Work& work, Stream stream) {
 // ---- the gradient of a backward ----------------------------------------------------------------------------------
 
 SecondWork carve_second(Carver& carver, const Job& job) {
-  SecondWork work{job.task, nullptr, nullptr, job.dweight};
-  work.partials = carver.take(kSecondDoubles * work.partial_count());
+  SecondWork work{job.task, nullptr, nullptr, job.dweight, job.dbias};
+  work.partials = carver.take(work.numbers() * work.partial_count());
   const std::int64_t each = sizeof(SecondKnown) / sizeof(double);
   work.solved = reinterpret_cast<SecondKnown*>(carver.take(each * job.task.geometry.statistics()));
   return work;
@@ -273,14 +273,16 @@ SecondWork carve_second(Carver& carver, const Job& job) {
 
 void run_second(const SecondWork& work, Stream stream) {
   const Geometry& g = work.task.geometry;
-  const SecondTileSums sums{work};
-  launch(sums, sums.grid(), stream);
+  const auto pass = [&](SecondPass::Part part) {
+    const SecondPass kernel{work, part};
+    launch(kernel, kernel.grid(), stream);
+  };
+  pass(SecondPass::Part::sums);
   Grid statistics = grid_for_items(g.statistics(), kWarp);
   statistics.shared_bytes = kGroupBytes;
   launch(SecondFinish{work}, statistics, stream);
-  const SecondRest results{work, false}, dweight{work, true};
-  launch(results, results.grid(), stream);
-  if (work.dweight.data) launch(dweight, dweight.grid(), stream);
+  pass(SecondPass::Part::results);
+  if (work.dweight.data || work.dbias.data) pass(SecondPass::Part::params);
 }
 
 Work work_for(const Job& job) {

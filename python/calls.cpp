@@ -252,7 +252,8 @@ constexpr OperandIndex kReturned[] = {normkit::kDdy,   normkit::kOut,     normki
 /// be wanted.
 nb::object returned(const Plan& plan, Results& results, bool alone) {
   OperandMask all = plan.wanted;  // and others, which are None
-  if (plan.op == Op::double_backward) all |= operand_bit(normkit::kDweight);
+  if (plan.op == Op::double_backward)
+    all |= operand_bit(normkit::kDweight) | (has_activation(plan.job.task) ? operand_bit(normkit::kDbias) : 0);
   if (plan.op == Op::backward && !alone)
     all |= operand_bit(normkit::kOut) | operand_bit(normkit::kDweight) | operand_bit(normkit::kDbias);
   if ((all & (all - 1)) == 0) return std::move(results[std::countr_zero(all)]);  // one

@@ -140,7 +140,8 @@ Spec spec_of(Kind kind, normkit::Op op, PyObject* const* values, const normkit::
     spec.momentum = number("momentum", values[kMomentum], "a number from 0 to 1");
   }
   spec.activation = activation_of(values[kActivation]);
-  if (spec.activation.kind == normkit::ActivationKind::prelu && values[normkit::kSlopes] == Py_None)
+  if (spec.activation.kind == normkit::ActivationKind::prelu && values[normkit::kSlopes] == Py_None &&
+      op != normkit::Op::double_backward)  // which refuses prelu
     throw Error(Error::Kind::type, "slopes is None, expected an array or a number: activation is ('prelu', slopes)");
   spec.weight_offset = number("weight_offset", values[kWeightOffset], "a finite number");
   return spec;
@@ -158,7 +159,9 @@ normkit::OperandMask wanted_of(normkit::Op op, PyObject* const* values) {
              bit(residual, kSum);
     case Op::moments: return operand_bit(kMoments);
     case Op::backward_sums: return operand_bit(kSums);
-    case Op::double_backward: return operand_bit(kOut) | operand_bit(kDdy) | bit(values[kWeight] != Py_None, kDweight);
+    case Op::double_backward:
+      return operand_bit(kOut) | operand_bit(kDdy) | bit(values[kWeight] != Py_None, kDweight) |
+             bit(values[kBias] != Py_None && values[kActivation] != Py_None, kDbias);
     case Op::backward: break;
     default: return operand_bit(kOut);
   }

@@ -9,12 +9,14 @@ e      distance of a statistic's mean from what it rounds to in the compute type
 All bounds are of first order in u, with each count of roundings rounded up to cover the second order.
 """
 
+import functools
 import math
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from activations import split
+from activations import curvature, split
+from activations import slope as activation_slope
 from cases import DTYPES
 from reference import compute, inside
 
@@ -282,8 +284,9 @@ def double_backward_roundings(elements: int, dtype: Any) -> float:
     return (5 * depth(elements, longest=BACKWARD) + 40) * DOUBLE + 10 * unit(dtype)
 
 
-def double_backward(d: SimpleNamespace, dtype: Any) -> tuple[Any, Any, Any]:
-    """The errors of d_dy, d_x and the terms of d_weight before they are rounded to their dtypes. `dtype` is that of x.
+def double_backward(d: SimpleNamespace, dtype: Any) -> tuple[Any, Any, Any, Any]:
+    """The errors of d_dy, d_x and the terms of d_weight and d_bias before they are rounded to their dtypes. `dtype` is
+    that of x.
 
     Sums are in double, where every operation, on numbers that are taken for positive, makes a relative error of one
     unit: so the error is the formula of absolute values, with + for every -, times the most roundings that stand behind
@@ -292,10 +295,13 @@ def double_backward(d: SimpleNamespace, dtype: Any) -> tuple[Any, Any, Any]:
     h + 2 more behind a mean of that, 5 in the rest: 5 h + 40, with 8 to spare. Results are in the compute type: there
     are 3 behind x_hat, 3 behind what is multiplied by it, of which 2 are those of a parameter and of what that is
     multiplied by, 2 in adding up, and 1 in multiplying by rstd: 10, with 1 to spare.
+
+    Through an activation dy is e = f'(z) dy, and all is linear in that: what e is off by itself goes through the same
+    formula. What f'' sends to z, dz = f''(z) dy D where D is d_dy before f'(z), goes through that of a backward.
     """
     elements = math.prod(d.x.shape[a] for a in d.axis)
     n = double_backward_roundings(elements, dtype)
-    (v, ddw, ddb), dy, w, rstd = map(np.abs, d.dds), np.abs(d.dy), np.abs(d.w), d.rstd
+    (v, ddw, ddb), w, rstd = map(np.abs, d.dds), np.abs(d.w), d.rstd
     x_hat = rstd * np.abs(d.x - d.mean)
     if not d.frozen and d.center:
         x_hat = x_hat + _average(inside(x_hat, d.where), d)
@@ -307,12 +313,63 @@ def double_backward(d: SimpleNamespace, dtype: Any) -> tuple[Any, Any, Any]:
         return u + inside(averages(u), d.where)
 
     of_v = inside(v, d.where)
-    g, q, along = dy * w, dy * ddw, v + averages(of_v)
-    d_x = rstd * projected(q)
-    if not d.frozen:
+    along = v + averages(of_v)
+    before = w * rstd * along + ddw * x_hat + ddb  # D
+
+    def of_dy(e: Any) -> Any:
+        g, q = e * w, e * ddw
+        d_x = rstd * projected(q)
+        if d.frozen:
+            return d_x
         a, b, c = (_average(u, d) for u in (g * x_hat, of_v * x_hat, along * g))
-        d_x = d_x + rstd**2 * (inside(c * x_hat, d.where) + b * projected(g) + a * projected(of_v))
-    return n * (w * rstd * along + ddw * x_hat + ddb), n * d_x, n * dy * rstd * along
+        return d_x + rstd**2 * (inside(c * x_hat, d.where) + b * projected(g) + a * projected(of_v))
+
+    if d.first.activation is None:
+        e = np.abs(d.dy)
+        return n * before, n * of_dy(e), n * e * rstd * along, np.zeros_like(d.x)
+    dy, e, (slope_off, bend_off) = np.abs(d.dy), np.abs(d.first.dz), _derivatives(d.first, dtype)
+    u = unit(dtype)
+    off_e = dy * slope_off + u * e
+    bend = dy * np.abs(curvature(d.first.z, d.first.activation))
+    off_bend = dy * bend_off + u * bend
+    dz, off_dz = bend * before, off_bend * before + (bend + off_bend) * (n + u) * before
+    slope = np.abs(activation_slope(d.first.z, d.first.activation)) + np.zeros_like(d.x)
+    d_x = n * of_dy(e + off_e) + of_dy(off_e) + rstd * projected(w * (n * dz + (1 + n) * off_dz))
+    of_weight = (n * (e + off_e) + off_e) * rstd * along + (n * dz + (1 + n) * off_dz) * x_hat
+    return (slope + slope_off) * (n + u) * before + slope_off * before, d_x, of_weight, n * dz + (1 + n) * off_dz
+
+
+def _derivatives(b: SimpleNamespace, dtype: Any) -> tuple[Any, Any]:
+    """What the first two derivatives of an activation are off: by themselves, relative to the steepest, and with z."""
+    first, second, kinks = steepest(b.activation)
+    off = _off_z(b, dtype) + np.zeros_like(b.x)
+    name = split(b.activation)[0]
+    jumps = BENDS.get(name, {}) if name != "elu" else {0: second}
+
+    def jump(of: dict[float, Any]) -> Any:
+        return sum(by * (np.abs(b.z - kink) <= off) for kink, by in of.items())
+
+    own = ACTIVATION * unit(dtype)
+    return (
+        second * off + jump(kinks) + own * first,
+        bending(b.activation) * off + jump(jumps) + own * second + TINY[compute(dtype).name],
+    )
+
+
+# Where a second derivative jumps, and by how much; that of elu jumps by its parameter, at 0.
+BENDS = {"hardswish": {-3: 1 / 3, 3: 1 / 3}}
+
+
+@functools.cache
+def bending(activation: Any) -> float:
+    """The steepest third derivative between kinks: the largest of those on a fine grid, and half as much again."""
+    z = np.linspace(-30, 30, 60001, dtype=np.longdouble)
+    step = np.longdouble(2.0**-9)
+    third = (curvature(z + step, activation) - curvature(z - step, activation)) / (2 * step)
+    name = split(activation)[0]
+    if name in ("elu", "hardswish"):
+        third = np.where((np.abs(z) < 0.1) | (np.abs(np.abs(z) - 3) < 0.1), 0, third)
+    return 1.5 * float(np.abs(third).max())
 
 
 def count_of(shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> int:

@@ -226,16 +226,17 @@ def adaptive(dtype: Any, layout: str) -> Any:
     )
 
 
-def double(op: Operation, dtype: Any, layout: str, weighted: bool, frozen: bool) -> Any:
+def double(op: Operation, dtype: Any, layout: str, weighted: bool, frozen: bool, activation: Any = None) -> Any:
     x, dy, ddx = (lay(data(seed, SHAPE, dtype), layout) for seed in (1, 2, 3))
     dds = [np.asarray(data(seed, op.weight_shape(SHAPE, "channel"))) for seed in (4, 5)]
     weight = np.asarray(data(6, op.weight_shape(SHAPE, "channel"))) if weighted else None
     if not weighted:
         dds = [np.asarray(data(seed, op.absent(SHAPE)[0])) for seed in (4, 5)]
     _, mean, rstd = op.statistics(x)
-    return op.double_backward(
-        (ddx, *dds), dy, x, mean, rstd, weight, use_input_stats=not frozen, weight_offset=0.5 * weighted
-    )
+    options = {"use_input_stats": not frozen, "weight_offset": 0.5 * weighted}
+    if activation:
+        options |= {"activation": activation, "bias": dds[1]}
+    return op.double_backward((ddx, *dds), dy, x, mean, rstd, weight, **options)
 
 
 def prelu(op: Operation, dtype: Any, layout: str, kind: str) -> Any:
@@ -270,6 +271,9 @@ def other_cells(layouts: list[str]) -> Iterator[tuple[str, str, Callable[[], Any
                 for weighted, frozen in ((True, False), (False, False), (True, True)):
                     call = partial(double, op, dtype, layout, weighted, frozen)
                     yield f"double {op} {name} weight={weighted} frozen={frozen}", layout, call
+                for kind in ("leaky_relu", "silu"):
+                    call = partial(double, op, dtype, layout, True, False, kind)
+                    yield f"double {op} {name} {kind}", layout, call
 
 
 # ---- cells of errors ---------------------------------------------------------------------------------------------

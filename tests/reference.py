@@ -368,23 +368,27 @@ class Operation:
         *,
         use_input_stats: bool = True,
         where: Any = None,
+        bias: Any = None,
         weight_offset: float = 0.0,
+        activation: Any = None,
     ) -> SimpleNamespace:
-        """The scalar sum(ddx * dx) + sum(ddweight * dweight) + sum(ddbias * dbias) as a function of dy, x and weight,
-        and the arguments it is differentiated at. All in the longest double.
+        """The scalar sum(ddx * dx) + sum(ddweight * dweight) + sum(ddbias * dbias) as a function of dy, x, weight and
+        bias, and the arguments it is differentiated at. All in the longest double.
 
         Statistics are functions of x. eps is what makes rstd at x that of the caller, to the last digit.
         """
         shape, real = x.shape, np.dtype(np.longdouble)
-        arguments = [np.asarray(a).astype(real) for a in (dy, x, np.ones(()) if weight is None else weight)]
-        absent = self.absent(shape)
-        own, aligned = absent if weight is None else (weight.shape, self.aligned(weight.shape, shape))
+        params = [np.ones(()) if weight is None else weight, np.zeros(()) if bias is None else bias]
+        arguments = [np.asarray(a).astype(real) for a in (dy, x, *params)]
 
-        def param(p: Any) -> Any:
-            return self._seen(np.zeros((), real) if p is None else p.astype(real).reshape(aligned), shape)
+        def param(p: Any, like: Any) -> Any:
+            if p is None:
+                return self._seen(np.zeros((), real), shape)
+            aligned = self.absent(shape)[1] if like is None else self.aligned(like.shape, shape)
+            return self._seen(p.astype(real).reshape(aligned), shape)
 
         ddx = self._seen(np.zeros((), real) if dds[0] is None else np.asarray(dds[0]).astype(real), shape)
-        ddweight, ddbias = param(dds[1]), param(dds[2])
+        ddweight, ddbias = param(dds[1], weight), param(dds[2], weight if bias is None else bias)
         axis, kept = self.reduced(shape), self._kept_shape(shape)
         mask = True if where is None else self._seen(where, shape)
         mean, rstd = (None if s is None else np.asarray(s).astype(real).reshape(kept) for s in (mean, rstd))
@@ -394,24 +398,44 @@ class Operation:
         with np.errstate(divide="ignore"):
             eps = 1 / rstd**2 - forward(self._seen(arguments[1], shape), 1, 0, axis, center=self.center, where=mask).var
 
-        def used(w: Any) -> Any:
-            return self._seen(w if weight is None else w.reshape(aligned) + weight_offset, shape)
+        def used(p: Any, given: Any, offset: float = 0.0) -> Any:
+            return self._seen(p if given is None else p.reshape(self.aligned(given.shape, shape)) + offset, shape)
 
-        def scalar(dy: Any, x: Any, w: Any) -> Any:
+        def first(dy: Any, x: Any, w: Any, b: Any) -> Any:
             x, dy = self._seen(x, shape), self._seen(dy, shape)
             options = {"center": self.center, "where": mask}
-            moving = forward(x, 1, 0, axis, eps=eps, **options).rstd if use_input_stats else rstd
-            b = backward(dy, x, used(w), axis, rstd=moving, mean=mean, use_input_stats=use_input_stats, **options)
+            moving = SimpleNamespace(mean=mean, rest=0, rstd=rstd)
+            if use_input_stats:
+                moving = forward(x, 1, 0, axis, eps=eps, **options)
+            held = moving.mean + moving.rest if self.center else None
+            return backward(
+                dy,
+                x,
+                used(w, weight, weight_offset),
+                axis,
+                rstd=moving.rstd,
+                mean=held,
+                use_input_stats=use_input_stats,
+                bias=used(b, bias),
+                activation=activation,
+                **options,
+            )
+
+        def scalar(*moved: Any) -> Any:
+            b = first(*moved)
             return (ddx * b.dx + ddweight * b.dweight + ddbias * b.dbias).sum()
 
-        dy, x, w = arguments
+        dy, x, w, _ = arguments
+        of_bounds = first(*arguments)
+        of_bounds.given = of_bounds.mean if mean is None else mean
         return SimpleNamespace(
             scalar=scalar,
             arguments=arguments,
             dds=(ddx, ddweight, ddbias),
+            first=of_bounds,
             dy=self._seen(dy, shape),
             x=self._seen(x, shape),
-            w=used(w),
+            w=used(w, weight, weight_offset),
             mean=np.zeros_like(rstd) if mean is None else mean,
             rstd=rstd,
             axis=axis,
@@ -419,7 +443,6 @@ class Operation:
             where=mask,
             frozen=not use_input_stats,
             center=self.center,
-            weight_shape=own,
         )
 
     def to_weight(self, terms: Any, shape: Shape, weight: Any) -> Any:

@@ -63,6 +63,48 @@ def slopes_of(activation, x):
     return INSTANCE.backward(np.ones_like(x), x, 0 * one, one, activation=activation, use_input_stats=False)[0]
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=name_of)
+def test_second_derivatives_of_the_activation_alone(activation, dtype, isa):
+    x = arguments(dtype)
+    x = x[x != 0].reshape(1, 1, -1)
+    z = wide(x)
+    truth = activations.curvature(z, activation)
+    steepest = bounds.steepest(activation)[1]
+    # The truth is a difference of slopes near 1, each with up to 8 roundings: 2 (45 + 9 + 1) / (60 steps) times those.
+    bound = bounds.ACTIVATION * bounds.unit(dtype) * steepest + 8 * 2.0**12 * float(np.finfo(z.dtype).eps)
+    found = curvatures_of(activation, x)
+    assert bounds.excess(found, truth, bound + bounds.stored(np.abs(truth) + bound, dtype)) <= 1
+
+
+def curvatures_of(activation, x):
+    """What a double backward sends to x at statistics that leave z = x, where dy and its own gradient are ones."""
+    one = np.ones((1, 1), compute(x.dtype))
+    call = INSTANCE.double_backward((None, None, one[0]), np.ones_like(x), x, 0 * one, one, use_input_stats=False)
+    assert (call[1] == 0).all()  # nothing is bent
+    return INSTANCE.double_backward(
+        (None, None, one[0]), np.ones_like(x), x, 0 * one, one, use_input_stats=False, activation=activation
+    )[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(("activation", "place", "curvature"), [
+    ("relu", 0, 0.0), ("leaky_relu", 0, 0.0), ("relu6", 6, 0.0), (("elu", 0.5), 0, 0.5), ("elu", 1, 0.0),
+    ("silu", 0, 0.5), ("sigmoid", 0, 0.0), ("tanh", 0, 0.0), ("hardswish", 3, 0.0), ("hardswish", -3, 0.0),
+    ("hardswish", 0, 1 / 3), ("softplus", 0, 0.25)], ids=str)  # fmt: skip
+def test_second_derivatives_at_kinks_and_zero(activation, place, curvature, dtype, isa):
+    found = curvatures_of(activation, np.full((1, 1, 5), place, dtype)).astype(np.float64)
+    assert (np.abs(found - curvature) <= bounds.stored(curvature, dtype) + 2.0**-24 * curvature).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=name_of)
+def test_nothing_is_bent_at_the_ends(activation, dtype, isa):
+    end = np.finfo(dtype).max if dtype.kind == "f" else bounds.LARGEST["bfloat16"]
+    x = np.array([-end, end]).astype(dtype).reshape(1, 1, -1)
+    assert (np.abs(curvatures_of(activation, x).astype(np.float64)) <= bounds.unit(dtype)).all()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("activation", ["mish", "softplus"])
 def test_derivatives_relative_to_themselves(activation, dtype, isa):

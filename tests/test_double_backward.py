@@ -4,6 +4,7 @@ import bounds
 import normkit
 import numpy as np
 import pytest
+from activations import ACTIVATIONS, name_of
 from cases import DTYPES, LAYOUTS, MASKS, SHARED_MEMORY, lay, uniform
 from checks import same_order, unchanged
 from reference import OPERATIONS, REGISTRY, compute, derivative_along, gradient
@@ -11,7 +12,7 @@ from reference import OPERATIONS, REGISTRY, compute, derivative_along, gradient
 SMALL = (2, 4, 3, 5)
 # Shapes of more than one block: with statistics along an inner and an outer axis, of few members and of many.
 LARGE = {"many-statistics": (3, 70, 11, 19), "many-members": (2, 4, 91, 89), "few-members": (70, 40, 4, 3)}
-NAMES = ("d_dy", "d_x", "d_weight")
+NAMES = ("d_dy", "d_x", "d_weight", "d_bias")
 
 
 def inputs(op, shape, rng, *, dtype=np.float32, layout="contiguous", kind="channel", offset=0.25, weight=True):
@@ -30,16 +31,25 @@ def check(op, dds, dy, x, weight=None, *, eps=1e-5, stats=None, directions=0, **
         found = op.double_backward(dds, dy, x, mean, rstd, weight, **options)
     truth = op.reference_double_backward(dds, dy, x, mean, rstd, weight, **options)
     assert [(f.shape, f.dtype) for f in found[:2]] == [(x.shape, x.dtype)] * 2
-    *errors, terms = bounds.double_backward(truth, x.dtype)
+    *errors, of_weight, of_bias = bounds.double_backward(truth, x.dtype)
     errors = [e.reshape(x.shape) for e in errors]
-    if weight is None:
-        assert found[2] is None
-    else:
-        assert (found[2].shape, found[2].dtype) == (weight.shape, weight.dtype)
-        count = bounds.count_of(x.shape, weight.shape)
-        terms = terms * (1 + count)  # a sum of so many, in any order, each with at least one rounding behind it
-        errors.append(op.to_weight(terms, x.shape, weight))
+    params = [(weight, weight, of_weight)]
+    if options.get("activation"):
+        params.append((options.get("bias"), weight if weight is not None else options.get("bias"), of_bias))
+    assert len(found) == 2 + len(params)
+    for (param, like, terms), ours in zip(params, found[2:], strict=True):
+        if param is None:
+            assert ours is None
+            errors.append(None)
+            continue
+        own = compute(x.dtype) if weight is None else like.dtype
+        assert (ours.shape, ours.dtype) == (param.shape, own)
+        count = bounds.count_of(x.shape, param.shape)
+        # A sum of so many, in any order, each with at least one rounding behind it.
+        errors.append(op.to_weight(terms * (1 + count), x.shape, param))
     for k, error in enumerate(errors):
+        if error is None:
+            continue
         values, dtype = found[k].astype(np.longdouble), found[k].dtype
         through = bounds.stored(np.abs(values) + error, np.float32) * (dtype.itemsize == 2)  # on the way to 16 bits
         bound = error + through + 2 * bounds.stored(np.abs(values) + error, dtype)
@@ -61,6 +71,46 @@ def check(op, dds, dy, x, weight=None, *, eps=1e-5, stats=None, directions=0, **
 def test_matches_the_reference(op, weight, dtype, rng):
     dds, dy, x, weight = inputs(op, SMALL, rng, dtype=dtype, weight=weight)
     check(op, dds, dy, x, weight)
+
+
+EVERY = [*ACTIVATIONS, ("leaky_relu", 0.0)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("activation", EVERY, ids=name_of)
+@pytest.mark.parametrize("op", REGISTRY, ids=repr)
+def test_activations(op, activation, dtype, rng):
+    dds, dy, x, weight = inputs(op, SMALL, rng, dtype=dtype)
+    bias = np.asarray(uniform(rng, weight.shape, weight.dtype))
+    check(op, dds, dy, x, weight, bias=bias, activation=activation, weight_offset=0.5)
+
+
+PARAMS = {"both": (0, 0), "weight": (0, None), "bias": (None, 0), "apart": (0, -1), "last": (-1, -1)}  # kinds of each
+
+
+@pytest.mark.parametrize("missing", [(), (0,), (1,)], ids=str)
+@pytest.mark.parametrize("statistics", ["moving", "masked", "frozen"])
+@pytest.mark.parametrize("params", PARAMS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "crop"])
+@pytest.mark.parametrize("activation", ["leaky_relu", "gelu"])
+@pytest.mark.parametrize("op", REGISTRY, ids=repr)
+def test_activations_of_any_call(op, activation, layout, params, statistics, missing, rng):
+    kinds = [*op.weights(SMALL)]
+    weight, bias = (
+        None if k is None else np.asarray(uniform(rng, op.weight_shape(SMALL, kinds[k]), np.float32))
+        for k in PARAMS[params]
+    )
+    ddx, dy = (lay(uniform(rng, SMALL, np.float32), layout) for _ in range(2))
+    x = lay(uniform(rng, SMALL, np.float32, offset=0.25), layout)
+    dds = [ddx]
+    for like in (weight, weight if bias is None else bias):
+        dds.append(uniform(rng, op.absent(SMALL)[0] if like is None else like.shape, np.float32))
+    dds = [None if k in missing else np.asarray(d) for k, d in enumerate(dds)]
+    options = {"activation": activation, "bias": bias, "use_input_stats": statistics != "frozen"}
+    if statistics == "masked":
+        options["where"] = MASKS["random"](rng, SMALL)
+    stats = op.statistics(x, where=options.get("where"))[1:]
+    check(op, dds, dy, x, weight, stats=stats, **options)
 
 
 SHAPES = [(4, 6), (3, 2, 1), (1, 1, 1), (2, 4, 1, 7), (2, 2, 3, 2, 3)]
@@ -90,15 +140,22 @@ def test_dtypes_mix(dtype, weight_dtype, rng):
     check(OPERATIONS["group"], (ddx, ddweight, ddbias), dy, x, weight)
 
 
+def through(activation, weight):
+    """The options of a call with this activation or None, and with a bias where there is one."""
+    return {} if activation is None else {"activation": activation, "bias": weight[::-1] / 2}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
-def test_layouts(op, layout, rng):
+def test_layouts(op, layout, activation, rng):
     """Any strides in, those of x out, and the values are those of a dense copy whose axes lie in the same order."""
     dds, dy, x, weight = inputs(op, SMALL, rng, layout=layout)
+    options = through(activation, weight)
     stats = op.statistics(x)[1:]
-    found = op.double_backward(dds, dy, x, *stats, weight)
+    found = op.double_backward(dds, dy, x, *stats, weight, **options)
     dense = [a.copy(order="K") for a in (*dds, dy, x, weight)]
-    expected = op.double_backward(dense[:3], *dense[3:5], *stats, dense[5])
+    expected = op.double_backward(dense[:3], *dense[3:5], *stats, dense[5], **options)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.tobytes() == theirs.tobytes()
     assert layout in SHARED_MEMORY or all(same_order(x, f) for f in found[:2])
@@ -120,26 +177,29 @@ def test_steps_of_one_operand_are_further_apart(op, other, rng):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last", "crop"])
 @pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE)
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
-def test_many_blocks(op, shape, layout, rng):
+def test_many_blocks(op, activation, shape, layout, rng):
     dds, dy, x, weight = inputs(op, shape, rng, layout=layout)
-    check(op, dds, dy, x, weight, directions=2)
+    check(op, dds, dy, x, weight, directions=2, **through(activation, weight))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
-def test_every_element_of_many_blocks(op, layout, rng):
+def test_every_element_of_many_blocks(op, activation, layout, rng):
     """d_dy and d_x belong to statistics, which a smaller batch has as well: to the bit, wherever a block begins."""
     shape = (7, 40, 11, 13)
     dds, dy, x, weight = inputs(op, shape, rng, layout=layout)
+    options = through(activation, weight)
     mean, rstd = op.statistics(x)[1:]
-    whole = op.double_backward(dds, dy, x, mean, rstd, weight)
+    whole = op.double_backward(dds, dy, x, mean, rstd, weight, **options)
     if 0 in op.reduced(shape) or (weight.ndim == len(shape) and weight.shape[0] > 1):
         return
     for n in range(shape[0]):
         one = slice(n, n + 1)
         stats = None if mean is None else mean[one], rstd[one]
-        found = op.double_backward((dds[0][one], *dds[1:]), dy[one], x[one], *stats, weight)
+        found = op.double_backward((dds[0][one], *dds[1:]), dy[one], x[one], *stats, weight, **options)
         assert [f.tobytes() for f in found[:2]] == [w[one].tobytes() for w in whole[:2]]
 
 
@@ -153,11 +213,15 @@ def test_masks(op, layout, mask, rng):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
-def test_a_mask_of_all_changes_no_bit(op, layout, rng):
+def test_a_mask_of_all_changes_no_bit(op, activation, layout, rng):
     dds, dy, x, weight = inputs(op, LARGE["many-statistics"], rng, layout=layout)
+    options = through(activation, weight)
     stats = op.statistics(x)[1:]
-    found, masked = (op.double_backward(dds, dy, x, *stats, weight, where=w) for w in (None, np.ones(x.shape, bool)))
+    found, masked = (
+        op.double_backward(dds, dy, x, *stats, weight, where=w, **options) for w in (None, np.ones(x.shape, bool))
+    )
     assert [f.tobytes() for f in found] == [m.tobytes() for m in masked]
 
 
@@ -170,18 +234,20 @@ def test_a_mask_over_many_blocks(op, rng):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
-def test_what_is_no_member_may_be_nan(op, layout, rng):
+def test_what_is_no_member_may_be_nan(op, activation, layout, rng):
     """Where no gradient reaches it: other elements have the bits that they have beside any number."""
     dds, dy, x, weight = inputs(op, SMALL, rng, layout=layout)
     where = MASKS["random"](rng, SMALL)
     dy[~where], x[~where] = 0, 1
     stats = op.statistics(x, where=where)[1:]
-    expected = op.double_backward(dds, dy, x, *stats, weight, where=where)
+    options = {"where": where} | through(activation, weight)
+    expected = op.double_backward(dds, dy, x, *stats, weight, **options)
     x[~where] = np.nan
-    d_dy, d_x, d_weight = op.double_backward(dds, dy, x, *stats, weight, where=where)
-    assert d_dy[where].tobytes() == expected[0][where].tobytes()
-    assert (d_x.tobytes(), d_weight.tobytes()) == (expected[1].tobytes(), expected[2].tobytes())
+    found = op.double_backward(dds, dy, x, *stats, weight, **options)
+    assert found[0][where].tobytes() == expected[0][where].tobytes()
+    assert [f.tobytes() for f in found[1:]] == [e.tobytes() for e in expected[1:]]
 
 
 @pytest.mark.parametrize("offset", [0.25, 3000.0])
@@ -368,7 +434,7 @@ def test_values_are_those_of_torch(torch, name, rng):
     truth = op.reference_double_backward(dds, dy, x, mean, rstd, weight)
     roundings = bounds.double_backward_roundings(truth.members, x.dtype)
     apart = 5 * bounds.rstd_error(op.reference(x), x.dtype).max() / roundings
-    *errors, terms = bounds.double_backward(truth, x.dtype)
+    *errors, terms, _ = bounds.double_backward(truth, x.dtype)
     errors.append(op.to_weight(terms * (1 + bounds.count_of(SMALL, weight.shape)), SMALL, weight))
     for ours, theirs, error in zip(found, expected, errors, strict=True):
         bound = (2 + float(apart)) * error.reshape(ours.shape) + 4 * bounds.stored(ours, x.dtype)
@@ -441,6 +507,13 @@ ERRORS = {
     ),
     "ddbias-shape": (
         instance, {"ddbias": f32(1)}, ValueError, "ddbias has shape (1,), expected (3,): the shape of weight",
+    ),
+    "ddbias-shape-with-bias": (
+        instance, {"bias": f32(2, 3)}, ValueError, "ddbias has shape (3,), expected (2, 3): the shape of bias",
+    ),
+    "prelu": (
+        instance, {"activation": ("prelu", 0.25)}, ValueError,
+        "activation is prelu, expected another: what slopes would be given is not computed",
     ),
     "ddweight-shape-without-weight": (
         instance, {"ddweight": f32(2, 3), "weight": None}, ValueError,

@@ -454,15 +454,15 @@ void check(const OperandRow& row, const Args& args, const Spec& spec, Op op, Dty
       const bool is_second = row.array == &Args::ddweight || row.array == &Args::ddbias;
       if (!written && !is_second) break;  // judged with the axes that they vary along
       is_second ? check_wide_dtype(row.name, a, x.dtype) : check_floating(row.name, a);
-      const bool is_of_bias = row.array == &Args::dbias && args.bias.present,
+      const bool is_of_bias = (row.array == &Args::dbias || row.array == &Args::ddbias) && args.bias.present,
                  is_of_slopes = row.array == &Args::dslopes;
       const Array& like = is_of_slopes ? args.slopes : is_of_bias ? args.bias : args.weight;
       const std::vector<std::int64_t> absent = extents_of(x.shape, axes_of_absent(spec));
       check_shape(row.name, a, like.present ? like.shape : absent,
-                  is_second      ? args.weight.present ? ": the shape of weight" : ": the shape of dweight"
-                  : is_of_slopes ? ", the shape of slopes"
-                  : is_of_bias   ? ", the shape of bias"
-                                 : ", the shape of weight");
+                  is_of_slopes   ? ", the shape of slopes"
+                  : is_of_bias   ? ": the shape of bias"
+                  : like.present ? ": the shape of weight"
+                                 : ": the shape of dweight");
       break;
     }
     default: break;
@@ -506,6 +506,8 @@ void judge_x(const Args& args, const Spec& spec, Op op) {
 Params judge(const Args& args, const Spec& spec, Op op, OperandMask wanted, Dtype out_dtype,
              std::span<const std::int64_t> statistics) {
   const bool has_slopes = spec.activation.kind == ActivationKind::prelu;
+  if (op == Op::double_backward && has_slopes)
+    value_error("activation is prelu, expected another: what slopes would be given is not computed");
   if (has_slopes && !args.slopes.present)
     value_error("slopes is None, expected an array: the slope of prelu below zero for each parameter, or one for all");
   for (const int k : {kSlopes, kDslopes})
@@ -513,6 +515,8 @@ Params judge(const Args& args, const Spec& spec, Op op, OperandMask wanted, Dtyp
       value_error(std::string(kOperandTable[k].name) + " is given, expected None: the activation is not prelu");
   if (op == Op::double_backward && !args.ddx.present && !args.ddweight.present && !args.ddbias.present)
     value_error("ddx, ddweight and ddbias are None, expected an array for at least one of them");
+  if (op == Op::double_backward && args.dbias.present && spec.activation.kind == ActivationKind::none)
+    value_error("dbias is given, expected None: without an activation nothing depends on bias");
   const Params params = judge_params(args, spec);
   if (op == Op::forward) check_running(args, spec);
   if (args.residual.present && !is_floating(args.x.dtype))

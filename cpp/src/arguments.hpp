@@ -83,7 +83,7 @@ struct Params {
   Params(AxisMask weight, AxisMask bias, AxisMask slopes, const Array& x);
   /// The axes of one of them, or of its gradient.
   AxisMask of(int k) const {
-    return k == kSlopes || k == kDslopes ? slope_axes : k == kBias || k == kDbias ? bias_axes : axes;
+    return k == kSlopes || k == kDslopes ? slope_axes : k == kBias || k == kDbias || k == kDdbias ? bias_axes : axes;
   }
 };
 

@@ -234,14 +234,36 @@ inline constexpr std::int64_t kTableColumns = 10;
 /// The dtype in which gradients of parameters are kept that follow the elements.
 constexpr Dtype element_gradient_dtype(const Task& t) { return t.twice ? Dtype::float64 : compute_dtype(t.x.dtype); }
 
-/// For the gradient of a backward: sums of a statistic or of a column, and what is known of a statistic and of a column.
-inline constexpr int kSecondDoubles = 9, kSecondSolved = 9, kSecondTable = 14;
+/// True where all members of a statistic share one parameter.
+NORMKIT_HD constexpr bool constant_in_statistic(const Geometry& g) {
+  const ParamMap& p = g.params;
+  if (p.count == 1) return true;
+  return p.stride % g.run == 0 &&
+         (g.steps == 1 || g.columns() % (p.stride * p.count) == 0 || p.stride % (g.steps * g.columns()) == 0);
+}
+
+/// True where the parameter of a column is the same on every step.
+NORMKIT_HD constexpr bool constant_in_column(const Geometry& g) {
+  const ParamMap& p = g.params;
+  return p.count == 1 || g.columns() % (p.stride * p.count) == 0 || p.stride % (g.steps * g.columns()) == 0;
+}
+
+/// For the gradient of a backward: sums of a statistic or of a column, those through a bent activation, of which a statistic has
+/// three sets, and what is known of a statistic and of a column.
+inline constexpr int kSecondDoubles = 9, kBendDoubles = 5, kSecondSolved = 9, kSecondTable = 17;
+
+/// Doubles of the sums of a statistic (runs) or of a column (lanes); the parameters of a column may be left for later.
+NORMKIT_HD constexpr int second_doubles(const Task& t) {
+  if (t.traversal == Traversal::runs) return kSecondDoubles + 3 * kBendDoubles;
+  if (!is_bent(t.activation.kind)) return kSecondDoubles;
+  return kSecondDoubles + (constant_in_column(t.geometry) ? 1 : 3) * kBendDoubles;
+}
 
 /// Doubles of one entry of Task::partials: moments, or the sums of backward and the count, of a span; of all columns of
 /// one in the lanes traversal.
 NORMKIT_HD constexpr std::int64_t partial_doubles(const Task& t, bool is_backward) {
   const bool four = is_backward || compute_dtype(t.x.dtype) == Dtype::float64;
-  const std::int64_t quantities = t.twice ? kSecondDoubles : four ? 4 : 3;
+  const std::int64_t quantities = t.twice ? second_doubles(t) : four ? 4 : 3;
   return t.traversal == Traversal::lanes ? quantities * whole_vectors(t.geometry.columns()) : quantities;
 }
 
@@ -255,9 +277,10 @@ NORMKIT_HD constexpr std::int64_t solved_doubles(const Task& t) {
 /// Doubles of scratch that a thread needs for one outer index of the lanes traversal: sums of all spans, of one and of its
 /// blocks, and the table, of which there are two where one outer index is written while the next is read; or a table and two
 /// sets of sums for the gradient of a backward.
-constexpr std::int64_t column_doubles(const Geometry& g, Traversal traversal) {
-  constexpr std::int64_t kOnce = 2 * 4 + 4 + 2 * kTableColumns, kTwice = kSecondTable + 2 * kSecondDoubles;
-  return traversal == Traversal::lanes ? (kOnce > kTwice ? kOnce : kTwice) * array_of_columns(g) : 0;
+constexpr std::int64_t column_doubles(const Task& t) {
+  if (t.traversal != Traversal::lanes) return 0;
+  return (t.twice ? kSecondTable + 2 * second_doubles(t) : 2 * 4 + 4 + 2 * kTableColumns) *
+         array_of_columns(t.geometry);
 }
 
 /// Doubles for the rows of one batch.
@@ -288,20 +311,6 @@ constexpr bool can_hold_rows(int vectors) { return vectors >= 16; }
 /// True where every row has the same weights, one for each element.
 [[gnu::always_inline]] constexpr bool weighs_elements(const Geometry& g) {
   return follows_elements(g) && g.params.count == g.run && g.params.outer == 0;
-}
-
-/// True where all members of a statistic share one parameter.
-NORMKIT_HD constexpr bool constant_in_statistic(const Geometry& g) {
-  const ParamMap& p = g.params;
-  if (p.count == 1) return true;
-  return p.stride % g.run == 0 &&
-         (g.steps == 1 || g.columns() % (p.stride * p.count) == 0 || p.stride % (g.steps * g.columns()) == 0);
-}
-
-/// True where the parameter of a column is the same on every step.
-NORMKIT_HD constexpr bool constant_in_column(const Geometry& g) {
-  const ParamMap& p = g.params;
-  return p.count == 1 || g.columns() % (p.stride * p.count) == 0 || p.stride % (g.steps * g.columns()) == 0;
 }
 
 /// The entry points of one direction. Fused: a range counts fused_units(), each read, solved and written while it

@@ -129,8 +129,7 @@ Space carve(Carver& carver, Job& job, const Policy& p) {
   Task& t = job.task;
   const Geometry& g = t.geometry;
   Space space{};
-  space.scratch_stride =
-      column_doubles(g, t.traversal) + (p.walk.forms_rows ? 2 * batch_doubles(g, size_of(t.x.dtype)) : 0);
+  space.scratch_stride = column_doubles(t) + (p.walk.forms_rows ? 2 * batch_doubles(g, size_of(t.x.dtype)) : 0);
   space.scratch = carver.take(space.scratch_stride * p.threads);
   space.buffers = reinterpret_cast<std::byte*>(carver.take(p.buffer / 8 * p.threads));
   if (p.split || p.by_spans) {

@@ -74,7 +74,7 @@ inline constexpr OperandRow kOperandTable[] = {
     {"x", &Args::x, Role::x, kForward | kBackward | kDouble, 0, kForward | kBackward | kDouble},
     {"dy", &Args::dy, Role::like_x, kBackward | kDouble, 0, kBackward | kDouble},
     {"weight", &Args::weight, Role::param, ops(Op::forward, Op::apply) | kBackward | kDouble, 0},
-    {"bias", &Args::bias, Role::param, ops(Op::forward, Op::apply) | kBackward, 0},
+    {"bias", &Args::bias, Role::param, ops(Op::forward, Op::apply) | kBackward | kDouble, 0},
     {"slopes", &Args::slopes, Role::param, ops(Op::forward, Op::apply) | kBackward, 0},
     {"running_mean", &Args::running_mean, Role::running, ops(Op::forward), ops(Op::forward)},
     {"running_var", &Args::running_var, Role::running, ops(Op::forward), ops(Op::forward)},
@@ -94,7 +94,7 @@ inline constexpr OperandRow kOperandTable[] = {
     {"sum", &Args::sum, Role::like_x, 0, ops(Op::forward, Op::moments), 0, operand_bit(kX) | operand_bit(kResidual)},
     {"moments", &Args::moments, Role::moments, 0, ops(Op::moments), ops(Op::moments)},
     {"dweight", &Args::dweight, Role::param, 0, ops(Op::backward) | kDouble},
-    {"dbias", &Args::dbias, Role::param, 0, ops(Op::backward)},
+    {"dbias", &Args::dbias, Role::param, 0, ops(Op::backward) | kDouble},
     {"dslopes", &Args::dslopes, Role::param, 0, ops(Op::backward)},
     {"d_dy", &Args::d_dy, Role::like_x, 0, kDouble, kDouble},
     // clang-format on

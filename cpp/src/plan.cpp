@@ -273,7 +273,8 @@ struct Seen {
 };
 
 bool bias_counts(const Seen& s, Op op) {
-  return s.args.bias.present && (!is_backward(op) || s.spec.activation.kind != ActivationKind::none);
+  return s.args.bias.present &&
+         (!is_backward(op) || s.spec.activation.kind != ActivationKind::none || s.args.ddbias.present);
 }
 
 /// The strides of an array over the axes of x, in bytes: of one that is there, as it broadcasts against x, or of one that
@@ -412,13 +413,13 @@ bool schedule(Plan& p, Seen& seen, Shapes& shapes, const Blocks& blocks, const W
   }
   p.job = Job{};
   Task& t = p.job.task;
-  t.denominator = {spec.eps, spec.divides_by_norm};
+  t.denominator = {spec.eps, spec.divides_by_norm}, t.activation = spec.activation;
   t.frozen = !spec.use_input_stats || p.op == Op::apply;
   if (p.empty) return true;
   if ((seen.params.differ && bias_counts(seen, p.op)) || (has_slopes && seen.params.slopes_stray)) return false;
 
   p.job.is_backward = backward, t.twice = p.op == Op::double_backward;
-  t.phase = phase_of(p.op), t.centered = spec.centered, t.activation = spec.activation;
+  t.phase = phase_of(p.op), t.centered = spec.centered;
   // Whether there are parameters, and whether their gradients are wanted, changes neither the traversal nor the order of
   // sums: bits depend neither on `need` nor on whether the phases are one call.
   Layout layout = walked.layout;

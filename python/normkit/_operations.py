@@ -88,7 +88,7 @@ def call_of(spec: Spec, phase: str) -> tuple[Callable[..., Any], dict[str, Any]]
     elif spec.frozen:
         options[row.learns or "use_input_stats"] = False
     has_slopes = spec.activation == "prelu" and spec.slope is None  # a tensor
-    if phase != "double_backward" and spec.activation and not has_slopes:
+    if spec.activation and not has_slopes:
         options["activation"] = spec.activation if spec.slope is None else (spec.activation, spec.slope)
     return getattr(row, phase), options
 

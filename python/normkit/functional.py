@@ -244,8 +244,10 @@ def instance_norm_double_backward(
     channel_axis: Integer = 1,
     use_input_stats: Flag = True,
     where: Mask | None = None,
+    bias: Array | None = None,
+    activation: Activation = None,
     weight_offset: Number = 0.0,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """The gradient of a scalar through `instance_norm_backward`, as a penalty on gradients needs it.
 
         P(u) = u - mean(u) - x_hat * mean(u * x_hat),    x_hat = (x - mean) * rstd
@@ -260,22 +262,33 @@ def instance_norm_double_backward(
     `mean` and `rstd` are functions of x here: d_x is the whole derivative. With ``use_input_stats=False`` they are
     constants: P(u) = u and d_x = rstd * q.
 
+    Through an activation f of z = x_hat * w + bias, ``f'(z) * dy`` stands for dy above, and what reaches z is added:
+
+        D        = w * rstd * P(ddx) + ddweight * x_hat + ddbias,    d_dy = f'(z) * D,    dz = f''(z) * dy * D
+        d_x      += rstd * P(w * dz),    d_weight += sum(dz * x_hat),    d_bias = sum(dz)
+
     Parameters
     ----------
     ddx : the shape of x, or None
         The gradient of the scalar with respect to dx, of the dtype of x. None stands for zeros; not all three of these
         may be.
-    ddweight, ddbias : the shape of weight, without one (C,), or None
-        Those with respect to dweight and dbias.
+    ddweight, ddbias : the shapes of weight and bias, or None
+        Those with respect to dweight and dbias. Without a bias ddbias is like weight, without both (C,).
     where : bool, broadcasts against x, optional
         As in the forward: of ddx averages are over members alone, else sums over all elements, divided by the number of
-        members, and only members have them in their d_x. There is no activation.
+        members, and only members have them in their d_x.
+    bias : as in the forward, optional
+        Gives ddbias its shape, and an activation depends on it.
+    activation
+        As in the forward, but not ("prelu", slopes), which is refused: `normkit.torch` differentiates that twice. At a
+        kink the derivative is that of the backward, and what jumps has no second one.
 
     Returns
     -------
-    (d_dy, d_x, d_weight)
-        Like dy, x and weight; d_weight is None without one. Sums over elements are taken in float64; what each element
-        then gets is computed in float32, or in float64 where x is of that, and rounded to the dtype of x.
+    (d_dy, d_x, d_weight), and d_bias with an activation
+        Like dy, x, weight and bias; d_weight is None without a weight, d_bias without a bias, and d_bias has the dtype
+        of weight where there is one. Sums over elements are taken in float64; what each element then gets is computed
+        in float32, or in float64 where x is of that, and rounded to the dtype of x.
 
     Examples
     --------
@@ -392,8 +405,10 @@ def group_norm_double_backward(
     channel_axis: Integer = 1,
     use_input_stats: Flag = True,
     where: Mask | None = None,
+    bias: Array | None = None,
+    activation: Activation = None,
     weight_offset: Number = 0.0,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """The gradient of a scalar through `group_norm_backward`.
 
     The formulas are those of `instance_norm_double_backward`.
@@ -521,8 +536,10 @@ def layer_norm_double_backward(
     axis: Axes = -1,
     use_input_stats: Flag = True,
     where: Mask | None = None,
+    bias: Array | None = None,
+    activation: Activation = None,
     weight_offset: Number = 0.0,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """The gradient of a scalar through `layer_norm_backward`.
 
     The formulas are those of `instance_norm_double_backward`.
@@ -651,8 +668,10 @@ def rms_norm_double_backward(
     axis: Axes = -1,
     use_input_stats: Flag = True,
     where: Mask | None = None,
+    bias: Array | None = None,
+    activation: Activation = None,
     weight_offset: Number = 0.0,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """The gradient of a scalar through `rms_norm_backward`.
 
     The formulas are those of `instance_norm_double_backward` with x_hat = x * rstd and
@@ -794,8 +813,10 @@ def batch_norm_double_backward(
     training: Flag = True,
     channel_axis: Integer = 1,
     where: Mask | None = None,
+    bias: Array | None = None,
+    activation: Activation = None,
     weight_offset: Number = 0.0,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """The gradient of a scalar through `batch_norm_backward`.
 
     The formulas are those of `instance_norm_double_backward`. With ``training=False`` the statistics are constants.
@@ -1235,8 +1256,10 @@ def normalize_double_backward(
     center: Flag = True,
     use_input_stats: Flag = True,
     where: Mask | None = None,
+    bias: Array | None = None,
+    activation: Activation = None,
     weight_offset: Number = 0.0,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """The gradient of a scalar through `normalize_backward`.
 
     The formulas are those of `instance_norm_double_backward`; without centering, those of `rms_norm_double_backward`.

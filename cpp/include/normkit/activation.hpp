@@ -245,6 +245,13 @@ template <class V> NORMKIT_HD V mish_slope(V z) {
   return mul_add(c * ((e + e) * inverse), (e + e + two) * inverse, n * inverse);
 }
 
+/// t (2 + z (q - 2 w e q)), where w = n / (n + 2) is the tanh, t = 4 e (1 + e) / (n + 2)^2 its derivative, and q = 1 / (1 + e).
+template <class V> NORMKIT_HD V mish_curvature(V z) {
+  const V c = at_least(at_most(z, kMishEnd), FormatOf<V>::lowest), one = constant(z, 1), two = constant(z, 2);
+  const V e = exp_of(c), n = e * (e + two), inverse = one / (n + two), q = one / (one + e), w = n * inverse;
+  return (e + e) * inverse * ((e + e + two) * inverse) * mul_add(c, q - (w + w) * (e * q), two);
+}
+
 /// log(1 + e), 0 <= e <= 1, as 2 atanh(s) with s = e / (e + 2) <= 1/3: the series s + s^3 / 3 + s^5 / 5 ..., up to where what
 /// follows is 0.26 and 0.17 units of roundoff of float and double, relative.
 template <class V> NORMKIT_HD V log1p_of(V e) {
@@ -281,6 +288,12 @@ template <class V> NORMKIT_HD V gelu_slope(V z) {
 /// The derivative of z * sigmoid(v(z)) from that of v.
 template <class V> NORMKIT_HD V gated_slope(V z, Sigmoid<V> s, V inner_slope) {
   return mul_add(s.value * s.opposite, z * inner_slope, s.value);
+}
+
+/// The second derivative of z * sigmoid(v(z)) from the first two of v.
+template <class V> NORMKIT_HD V gated_curvature(V z, Sigmoid<V> s, V inner_slope, V inner_curvature) {
+  const V around = mul_add(z, inner_slope * inner_slope * (s.opposite - s.value), z * inner_curvature);
+  return s.value * s.opposite * (inner_slope + inner_slope + around);
 }
 
 template <class V> NORMKIT_HD V activate(Activation a, V z) {
@@ -347,6 +360,51 @@ template <class V> NORMKIT_HD V activation_slope(Activation a, V z) {
     case ActivationKind::softplus: return sigmoid(z).value;
   }
   return constant(z, 1);
+}
+
+/// True where the second derivative is not 0 everywhere.
+NORMKIT_HD constexpr bool is_bent(ActivationKind kind) {
+  using enum ActivationKind;
+  return kind != none && kind != relu && kind != leaky_relu && kind != relu6 && kind != prelu && kind != negative_part;
+}
+
+/// The second derivative of activate() with respect to z; at a kink that of the side whose derivative activation_slope() has.
+template <class V> NORMKIT_HD V activation_curvature(Activation a, V z) {
+  using F = FormatOf<V>;
+  const V zero = constant(z, 0);
+  switch (a.kind) {
+    case ActivationKind::silu: {
+      const V c = at_least(at_most(z, F::highest), F::lowest);
+      return gated_curvature(c, sigmoid(c), constant(z, 1), zero);
+    }
+    case ActivationKind::gelu: {  // phi(z) (2 - z^2)
+      const NormalTail<V> t = normal_tail(z);
+      return t.density * mul_add(t.a * constant(z, -0.39894228040143268), t.a, constant(z, 0.79788456080286536));
+    }
+    case ActivationKind::gelu_tanh: {
+      const V c = at_least(at_most(z, kGeluTanhEnd), -kGeluTanhEnd);
+      return gated_curvature(c, sigmoid(gelu_inner(c)), gelu_inner_slope(c), constant(z, 0.42812889763560150) * c);
+    }
+    case ActivationKind::elu: return positive(z, zero, constant(z, a.parameter) * exp_of(at_least(z, F::lowest)));
+    case ActivationKind::sigmoid: {
+      const Sigmoid<V> s = sigmoid(z);
+      return s.value * s.opposite * (s.opposite - s.value);
+    }
+    case ActivationKind::tanh: {  // -2 tanh (1 - tanh^2)
+      const Sigmoid<V> s = sigmoid(z + z);
+      return constant(z, 8) * s.value * s.opposite * (s.opposite - s.value);
+    }
+    case ActivationKind::hardswish: {
+      const V three = constant(z, 3);
+      return positive(z + three, positive(three - z, constant(z, 1. / 3), zero), zero);
+    }
+    case ActivationKind::mish: return mish_curvature(z);
+    case ActivationKind::softplus: {
+      const Sigmoid<V> s = sigmoid(z);
+      return s.value * s.opposite;
+    }
+    default: return zero;
+  }
 }
 
 }  // namespace normkit

@@ -276,6 +276,54 @@ NORMKIT_HD double second_dweight(const SecondGradient<double>& k, SecondSums<dou
   return k.rp.of_v * sums.vg + k.rp.of_x * mul_add(k.rstd, sums.gd, k.origin * sums.g) + k.rp.constant * sums.g;
 }
 
+// Through an activation f of z = x_hat * weight + bias a backward takes f'(z) * dy in the place of dy. Then e = f'(z) * dy stands
+// for dy above, d_dy is f'(z) times what it was, D, and what reaches z is dz = bend * D, where bend = f''(z) * dy. A backward
+// takes that to x, weight and bias:
+//
+//     d_x += rstd * (weight * dz - mean(weight * dz) - x_hat * mean(weight * dz * x_hat))
+//     d_weight += sum(dz * x_hat)    d_bias = sum(dz)
+
+/// Sums over elements, where h is bend times some factor that D has, too.
+template <class V> struct BendSums { V hv, hvd, h, hd, hdd; };
+
+template <class V> NORMKIT_HD BendSums<V> operator+(BendSums<V> a, BendSums<V> b) {
+  return {a.hv + b.hv, a.hvd + b.hvd, a.h + b.h, a.hd + b.hd, a.hdd + b.hdd};
+}
+template <class V> NORMKIT_HD BendSums<V> operator*(V w, BendSums<V> a) {
+  return {w * a.hv, w * a.hvd, w * a.h, w * a.hd, w * a.hdd};
+}
+
+/// Sums of h * form, and of h * form * x_hat, which are those of dz, and of dz * x_hat, where `form` is D.
+struct BendGradient { double bias, weight; };
+NORMKIT_HD BendGradient operator+(BendGradient a, BendGradient b) { return {a.bias + b.bias, a.weight + b.weight}; }
+NORMKIT_HD BendGradient bend_gradient(double rstd, double origin, SecondForm<double> form, BendSums<double> b) {
+  const double hx = mul_add(rstd, b.hd, origin * b.h), hvx = mul_add(rstd, b.hvd, origin * b.hv);
+  const double hxx = rstd * mul_add(rstd, b.hdd, origin * b.hd) + origin * hx;
+  return {form.of_v * b.hv + form.of_x * hx + form.constant * b.h,
+          form.of_v * hvx + form.of_x * hxx + form.constant * hx};
+}
+
+/// The same over elements with any parameters: h is bend times weight^2, weight * ddweight and weight * ddbias in turn, so that
+/// the results are the sums of weight * dz and of weight * dz * x_hat.
+struct WeightedBends { BendSums<double> weight, ddweight, ddbias; };
+NORMKIT_HD WeightedBends operator+(WeightedBends a, WeightedBends b) {
+  return {a.weight + b.weight, a.ddweight + b.ddweight, a.ddbias + b.ddbias};
+}
+NORMKIT_HD WeightedBends weighted_bends(double weight, double ddweight, double ddbias, BendSums<double> b) {
+  const BendSums<double> once = weight * b;
+  return {weight * once, ddweight * once, ddbias * once};
+}
+/// Adds to `through` what comes through the statistics with dz.
+NORMKIT_HD SecondGradient<double> bent(SecondGradient<double> k, WeightedBends b, double n, bool centered) {
+  const BendGradient sums = bend_gradient(k.rstd, k.origin, k.rp, b.weight) +
+                            bend_gradient(k.rstd, k.origin, {0, 1, 0}, b.ddweight) +
+                            bend_gradient(k.rstd, k.origin, {0, 0, 1}, b.ddbias);
+  if (n == 0) return k;
+  k.through.of_x -= sums.weight / n;
+  if (centered) k.through.constant -= sums.bias / n;
+  return k;
+}
+
 /// A running statistic r after another statistic s: r <- (1 - momentum) * r + momentum * s.
 NORMKIT_HD double running(double r, double s, double momentum) { return (1 - momentum) * r + momentum * s; }
 

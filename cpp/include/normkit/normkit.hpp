@@ -130,11 +130,11 @@ Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 /// ```
 /// x                   all   any dtype (backward: floating), any strides; see forward() for what is refused; never absent
 /// dy                  bsd2  like x; never absent
-/// weight, bias        fabsd float32, float64 or the dtype of x; absent means 1 and 0. In backward bias says what shape dbias
+/// weight, bias        fabsd2 float32, float64 or the dtype of x; absent means 1 and 0. In backward bias says what shape dbias
 ///                           has, and counts where there is an activation
 /// slopes              fabsd like weight, of prelu alone; one element may stand for all
 /// ddx                 2     like x
-/// ddweight, ddbias    2     like weight, or, without one, of the shape that dweight has then
+/// ddweight, ddbias    2     of the shapes of weight and bias; without one of those of dweight and dbias then
 /// mean, rstd          absd2 float32 or float64, one element per statistic; shape: the kept axes of x; never absent, but
 ///                           for mean where spec.centered is false
 ///                     fm    of compute_dtype(x), written
@@ -154,7 +154,7 @@ Spec l2_spec(int ndim, std::span<const std::int64_t> axes);
 ///                           never absent
 /// dweight, dbias      b     the shapes of weight and bias, any floating dtype, written. Without bias dbias is like dweight; without
 ///                           weight dweight has the extents of the first form, or of the normalized axes
-///                     2     dweight: the gradient with respect to weight
+///                     2     the gradients with respect to weight and bias; dbias through an activation alone
 /// dslopes             b     the shape of slopes, any floating dtype, written
 /// d_dy                2     like x, written; `out` is the gradient with respect to x. Neither may be absent
 /// ```
@@ -236,7 +236,7 @@ void backward_sums(const Args& args, const Spec& spec);
 void apply_backward(const Args& args, const Spec& spec);
 
 /// The gradient of backward(): of a scalar that is a function of dx, dweight and dbias, and whose gradient with respect to
-/// these is ddx, ddweight and ddbias, with respect to dy, x and weight.
+/// these is ddx, ddweight and ddbias, with respect to dy, x, weight and bias.
 ///
 ///     P(u) = u - mean(u) - x_hat * mean(u * x_hat)    g = dy * weight    q = dy * ddweight
 ///     d_dy = weight * rstd * P(ddx) + ddweight * x_hat + ddbias
@@ -245,8 +245,12 @@ void apply_backward(const Args& args, const Spec& spec);
 ///
 /// Statistics are functions of x here, so that `out` is the whole derivative; with spec.use_input_stats false they are
 /// constants, and only rstd * q is left of it. With a mask, averages are sums divided by the number of members: over
-/// members alone of ddx, over all elements of the rest; what comes through the statistics is for members alone. There is no
-/// activation. All is computed in float64. Aliasing, allocation and errors are those of forward().
+/// members alone of ddx, over all elements of the rest; what comes through the statistics is for members alone.
+///
+/// Through an activation f of z = x_hat * weight + bias, f'(z) * dy stands for dy above, d_dy is f'(z) times what stands
+/// there, and f''(z) * dy times the same goes on to z, from where a backward takes it to x, weight and bias: without an
+/// activation nothing depends on bias. prelu is refused. Sums are taken in float64, the rest is computed in compute_dtype(x).
+/// Aliasing, allocation and errors are those of forward().
 void double_backward(const Args& args, const Spec& spec);
 
 /// Merges n moments of parts of x, four numbers each, into as many others (Chan, Golub and LeVeque, 1979): into[k] becomes

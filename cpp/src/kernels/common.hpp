@@ -447,20 +447,28 @@ template <class S>
     });
 }
 /// g <- g times the slope of the activation at z, likewise. Where g is 0 it stays so, even if z is NaN, as that of an element that is no
-/// member may be.
+/// member may be. Where `slope` is not null it gets the slope, and `bend`, which may be z, g times the second derivative of an
+/// activation that is bent.
 template <class S>
-[[gnu::noinline]] void multiply_by_slopes(const Activation& a, const S* slopes, const S* z, S* g, std::int64_t n) {
+[[gnu::noinline]] void multiply_by_slopes(const Activation& a, const S* slopes, const S* z, S* g, std::int64_t n,
+                                          S* slope = nullptr, S* bend = nullptr) {
   using One = RegisterOf<S>;
-  const auto multiply = [&](std::int64_t i, One slope) NORMKIT_INLINE_LAMBDA {
+  const auto multiply = [&](std::int64_t i, One by) NORMKIT_INLINE_LAMBDA {
     const auto before = reg_load(g + i);
-    reg_store(g + i, reg_where(before, reg_mul(before, slope.r[0])));
+    reg_store(g + i, reg_where(before, reg_mul(before, by.r[0])));
+    return One{{before}};
   };
   for (std::int64_t i = 0; slopes && i < n; i += kRegLanes<VectorOf<S>>)
     multiply(i, prelu_slope(One{{reg_load(z + i)}}, One{{reg_load(slopes + i)}}));
   if (!slopes)
     with_kind(a, [&](auto known) NORMKIT_INLINE_LAMBDA {
-      for (std::int64_t i = 0; i < n; i += kRegLanes<VectorOf<S>>)
-        multiply(i, activation_slope(known(), One{{reg_load(z + i)}}));
+      for (std::int64_t i = 0; i < n; i += kRegLanes<VectorOf<S>>) {
+        const One here{{reg_load(z + i)}}, first = activation_slope(known(), here), before = multiply(i, first);
+        if (!slope) continue;
+        reg_store(slope + i, first.r[0]);
+        if (is_bent(known().kind))
+          reg_store(bend + i, where(before, before * activation_curvature(known(), here)).r[0]);
+      }
     });
 }
 

@@ -92,13 +92,14 @@ def backward(
 
 def double_backward(
     ddx: Optional, ddweight: Optional, ddbias: Optional, dy: Tensor, x: Tensor, mean: Optional, rstd: Tensor,
-    weight: Optional, where: Optional, spec: Spec,
+    weight: Optional, bias: Optional, where: Optional, spec: Spec,
 ) -> list[Optional]:  # fmt: skip
-    """[d_dy, d_x, d_weight] of a call without an activation."""
+    """[d_dy, d_x, d_weight, d_bias] of a call whose activation is not prelu."""
     function, options = call_of(spec, "double_backward")
     if spec.kind != "rms":
         options = {"mean": mean, **options}
-    return [*function(ddx, ddweight, ddbias, dy, x, rstd=rstd, weight=weight, where=where, **options)]
+    found = function(ddx, ddweight, ddbias, dy, x, rstd=rstd, weight=weight, bias=bias, where=where, **options)
+    return [*found] if spec.activation else [*found, None]
 
 
 def deviation(style: Tensor, channel_axis: int, eps: float) -> tuple[Tensor, Tensor]:

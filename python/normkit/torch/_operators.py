@@ -23,7 +23,8 @@ _SCHEMAS = {
     f"Tensor? slopes, Tensor? dtotal, {SPEC_SCHEMA}, bool[] need) -> "
     "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dslopes)",
     "double_backward": "(Tensor? ddx, Tensor? ddweight, Tensor? ddbias, Tensor dy, Tensor x, Tensor? mean, "
-    f"Tensor rstd, Tensor? weight, Tensor? where, {SPEC_SCHEMA}) -> (Tensor d_dy, Tensor d_x, Tensor d_weight)",
+    f"Tensor rstd, Tensor? weight, Tensor? bias, Tensor? where, {SPEC_SCHEMA}) -> "
+    "(Tensor d_dy, Tensor d_x, Tensor d_weight, Tensor d_bias)",
     "deviation": "(Tensor style, int channel_axis, float eps) -> (Tensor std, Tensor mean)",
 }
 _PIECES = len(Spec._fields)
@@ -65,8 +66,8 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
 
 def _double_backward(*args: Any) -> tuple[Any, ...]:
     joined = [*args[:-_PIECES], _spec(args[-_PIECES:])]
-    d_dy, d_x, d_weight = phases.double_backward(*joined)
-    return d_dy, d_x, *_filled(args[4], [d_weight])
+    d_dy, d_x, *params = phases.double_backward(*joined)
+    return d_dy, d_x, *_filled(args[4], params)
 
 
 # ---- shapes and dtypes alone -------------------------------------------------------------------------------------
@@ -106,9 +107,11 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _double_backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    *_, x, _, _, weight, _ = args[:-_PIECES]
-    none = x.new_empty(0)
-    return torch.empty_like(x), torch.empty_like(x), none if weight is None else weight.new_empty(weight.shape)
+    *_, x, _, _, weight, bias, _ = args[:-_PIECES]
+    own = _compute_dtype(x) if weight is None else weight.dtype
+    params = (weight, bias if _spec(args[-_PIECES:]).activation else None)
+    found = (x.new_empty(0) if p is None else x.new_empty(p.shape, dtype=own) for p in params)
+    return torch.empty_like(x), torch.empty_like(x), *found
 
 
 def _deviation_fake(style: Tensor, channel_axis: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -128,7 +131,9 @@ def call_backward(*args: Any) -> list[Optional]:
 def call_double_backward(*args: Any) -> list[Optional]:
     """`phases.double_backward` through its operator."""
     *tensors, spec = args
-    return _or_none(call("double_backward", *tensors, *spec), (True, True, tensors[-2] is not None))
+    *_, weight, bias, _ = tensors
+    is_there = (True, True, weight is not None, bias is not None and spec.activation != "")
+    return _or_none(call("double_backward", *tensors, *spec), is_there)
 
 
 def _forward_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -181,8 +186,7 @@ def save_backward(ctx: Any, *args: Any) -> None:
 
 
 def gradients_of_backward(
-    ctx: Any, seconds: Sequence[Optional], double: Callable[..., Any],
-    otherwise: Callable[..., Any] = phases.second_gradients,
+    ctx: Any, seconds: Sequence[Optional], double: Callable[..., Any]
 ) -> list[Optional]:  # fmt: skip
     """Of dy, x, mean, rstd, weight, bias, where, slopes and dtotal; mean and rstd are functions of x."""
     dy, x, mean, rstd, weight, bias, where, slopes = ctx.saved_tensors
@@ -190,17 +194,14 @@ def gradients_of_backward(
     ddx, ddweight, ddbias, _ = seconds
     if all(second is None for second in seconds):
         return [None] * 9
-    own = Frame(spec, x.shape).absent_shape() if weight is None else weight.shape
+    if spec.activation == "prelu":
+        d_dy, d_x, d_weight, d_bias, d_slopes = phases.second_gradients(
+            seconds, dy, x, mean, rstd, weight, bias, where, slopes, spec
+        )
+    else:
+        d_dy, d_x, d_weight, d_bias = double(ddx, ddweight, ddbias, dy, x, mean, rstd, weight, bias, where, spec)
+        d_slopes = None
     d_dtotal = ddx if ctx.needs_input_grad[8] else None
-    fits = ddbias is None or tuple(ddbias.shape) == tuple(own)
-    if fits and not spec.activation:
-        d_dy, d_x, d_weight = double(ddx, ddweight, ddbias, dy, x, mean, rstd, weight, where, spec)
-        return [d_dy, d_x, None, None, d_weight, None, None, None, d_dtotal]
-    found = (otherwise if fits else phases.second_gradients)(
-        seconds, dy, x, mean, rstd, weight, bias, where, slopes, spec
-    )
-    d_dy, d_x, d_weight, d_bias, d_slopes = found
-    d_bias = None if bias is None else d_bias
     return [d_dy, d_x, None, None, d_weight, d_bias, None, d_slopes, d_dtotal]
 
 

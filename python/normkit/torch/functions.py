@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from .. import functional as core
-from .._operations import OPERATIONS, Spec, axes_of, heard
+from .._operations import OPERATIONS, Spec, axes_of
 from .._types import Activation
 from . import _operations as phases
 from ._operations import Optional
@@ -75,7 +75,7 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *seconds: Any) -> Any:
         call = _DoubleBackward.apply if torch.is_grad_enabled() else phases.double_backward
-        return *gradients_of_backward(ctx, seconds, call, _second_gradients), None, None
+        return *gradients_of_backward(ctx, seconds, call), None, None
 
 
 class _DoubleBackward(torch.autograd.Function):
@@ -86,49 +86,6 @@ class _DoubleBackward(torch.autograd.Function):
         return tuple(phases.double_backward(*args))
 
     backward = staticmethod(refuse_third)
-
-
-_PIECEWISE_LINEAR = frozenset(("relu", "leaky_relu", "relu6"))  # their second derivative is zero
-
-
-def _second_gradients(
-    seconds: Sequence[Optional], dy: Tensor, x: Tensor, mean: Optional, rstd: Tensor, weight: Optional, bias: Optional,
-    where: Optional, slopes: Optional, spec: Spec,
-) -> list[Optional]:  # fmt: skip
-    """`phases.second_gradients`, by the core what is of the normalization, and by PyTorch what is of the activation f.
-
-    Where z is the normalized x, a backward takes g = f'(z) dy to dx, dweight and dbias. What a double backward has for
-    g goes on to dy, and, by f'', to z, which a backward takes to x, weight and bias. What is returned for half types is
-    float32, which autograd rounds.
-    """
-    if spec.frozen or torch.is_grad_enabled():
-        return phases.second_gradients(seconds, dy, x, mean, rstd, weight, bias, where, slopes, spec)
-    x, own = heard(torch, x, dy, where)
-    plain = spec._replace(activation="", slope=None)
-    given: Any = (dy, x, weight, bias, slopes, *seconds)  # what lies between the two is not rounded to half types
-    dy, x, weight, bias, slopes, ddx, ddweight, ddbias, ddslopes = map(_float32, given)
-    if ddx is None and ddweight is None and ddbias is None:
-        ddx = torch.zeros_like(x)  # the slopes alone have a second gradient
-    z = phases.forward(x, weight, bias, None, where, *(None,) * 3, plain, with_stats=False, with_total=False)[0]
-    dy_, z_, *slopes_ = (leaf.detach().requires_grad_() for leaf in (dy, z, slopes) if leaf is not None)
-    with torch.enable_grad():
-        y = phases.activation_of(spec, z_, slopes_[0] if slopes_ else None)
-        firsts = torch.autograd.grad(y, [z_, *slopes_], dy_, create_graph=True)  # g, and dslopes
-    g = firsts[0].detach()
-    d_g, *found = phases.double_backward(ddx, ddweight, ddbias, g, x, mean, rstd, weight, where, plain)
-    is_bent = spec.activation in _PIECEWISE_LINEAR
-    used = 1 if ddslopes is None else 2
-    d_dy, *others = torch.autograd.grad(
-        firsts[:used], [dy_] if is_bent else [dy_, z_, *slopes_], [d_g, ddslopes][:used], allow_unused=True,
-        materialize_grads=True,
-    )  # fmt: skip
-    d_bias = None if bias is None else torch.zeros_like(bias)
-    if not is_bent:
-        need = (True, weight is not None, bias is not None, False)
-        d_z = others.pop(0)
-        *through_z, d_bias, _ = phases.backward(d_z, x, mean, rstd, weight, bias, where, None, None, plain, need)
-        found = [a if a is None or b is None else a + b for a, b in zip(found, through_z, strict=True)]
-    return [own(d_dy), *found, d_bias, others.pop() if others else None]
 
 
 class _Deviation(torch.autograd.Function):
