@@ -141,6 +141,7 @@ template <bool kColumns, bool kKinked, class X>
     }
   });
 }
+
 /// Results that go past the caches.
 template <class X> struct SecondStreamers { Streamer<X> d_dy, d_x; };
 
