@@ -140,8 +140,7 @@ Spec spec_of(Kind kind, normkit::Op op, PyObject* const* values, const normkit::
     spec.momentum = number("momentum", values[kMomentum], "a number from 0 to 1");
   }
   spec.activation = activation_of(values[kActivation]);
-  if (spec.activation.kind == normkit::ActivationKind::prelu && values[normkit::kSlopes] == Py_None &&
-      op != normkit::Op::double_backward)  // which refuses prelu
+  if (spec.activation.kind == normkit::ActivationKind::prelu && values[normkit::kSlopes] == Py_None)
     throw Error(Error::Kind::type, "slopes is None, expected an array or a number: activation is ('prelu', slopes)");
   spec.weight_offset = number("weight_offset", values[kWeightOffset], "a finite number");
   return spec;

@@ -407,7 +407,10 @@ class Operation:
             moving = SimpleNamespace(mean=mean, rest=0, rstd=rstd)
             if use_input_stats:
                 moving = forward(x, 1, 0, axis, eps=eps, **options)
-            held = moving.mean + moving.rest if self.center else None
+            held, ahead = None, 0.0
+            if self.center:  # an activation is where the given mean puts it, and moves as that of x does
+                held = moving.mean + moving.rest
+                ahead = ((held - mean) * moving.rstd * used(w, weight, weight_offset)).real
             return backward(
                 dy,
                 x,
@@ -416,7 +419,7 @@ class Operation:
                 rstd=moving.rstd,
                 mean=held,
                 use_input_stats=use_input_stats,
-                bias=used(b, bias),
+                bias=used(b, bias) + ahead,
                 activation=activation,
                 **options,
             )
@@ -427,7 +430,7 @@ class Operation:
 
         dy, x, w, _ = arguments
         of_bounds = first(*arguments)
-        of_bounds.given = of_bounds.mean if mean is None else mean
+        of_bounds.given = of_bounds.mean  # its z is at what was given
         return SimpleNamespace(
             scalar=scalar,
             arguments=arguments,

@@ -297,11 +297,12 @@ def test_no_ddx_of_many_columns(op, dtype, rng):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("offset", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
-def test_offsets_cost_no_digits(op, offset, dtype, rng):
+def test_offsets_cost_no_digits(op, activation, offset, dtype, rng):
     """The bound knows an offset by how far the mean that was given is from that of x, and by nothing else."""
     dds, dy, x, weight = inputs(op, SMALL, rng, dtype=dtype, offset=offset)
-    check(op, dds, dy, x, weight)
+    check(op, dds, dy, x, weight, **through(activation, weight))
 
 
 @pytest.mark.parametrize("scale", [1e13, 1e-13])
@@ -312,19 +313,22 @@ def test_scales_cost_no_digits(op, scale, rng):
     check(op, dds, dy, x * np.float32(scale), weight, eps=0.0)
 
 
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize("op", [op for op in REGISTRY if op.center], ids=repr)
-def test_a_rounded_mean_changes_nothing(op, rng):
+def test_a_rounded_mean_changes_nothing(op, activation, rng):
+    """But the place that an activation is at, which is that of the backward."""
     dds, dy, x, weight = inputs(op, SMALL, rng, offset=1e4)
     mean, rstd = op.statistics(x)[1:]
-    check(op, dds, dy, x, weight, stats=(mean + np.float32(0.01), rstd))
+    check(op, dds, dy, x, weight, stats=(mean + np.float32(0.01), rstd), **through(activation, weight))
 
 
 @pytest.mark.parametrize("eps", [1e-12, 0.5, 1e3])
+@pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
-def test_eps(op, eps, rng):
+def test_eps(op, activation, eps, rng):
     """A large eps makes the mean of x_hat squared less than 1."""
     dds, dy, x, weight = inputs(op, SMALL, rng)
-    check(op, dds, dy, x, weight, eps=eps)
+    check(op, dds, dy, x, weight, eps=eps, **through(activation, weight))
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0])

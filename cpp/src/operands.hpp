@@ -75,7 +75,7 @@ inline constexpr OperandRow kOperandTable[] = {
     {"dy", &Args::dy, Role::like_x, kBackward | kDouble, 0, kBackward | kDouble},
     {"weight", &Args::weight, Role::param, ops(Op::forward, Op::apply) | kBackward | kDouble, 0},
     {"bias", &Args::bias, Role::param, ops(Op::forward, Op::apply) | kBackward | kDouble, 0},
-    {"slopes", &Args::slopes, Role::param, ops(Op::forward, Op::apply) | kBackward, 0},
+    {"slopes", &Args::slopes, Role::param, ops(Op::forward, Op::apply) | kBackward | kDouble, 0},  // kDouble refuses it
     {"running_mean", &Args::running_mean, Role::running, ops(Op::forward), ops(Op::forward)},
     {"running_var", &Args::running_var, Role::running, ops(Op::forward), ops(Op::forward)},
     {"residual", &Args::residual, Role::like_x, ops(Op::forward, Op::moments), 0},
