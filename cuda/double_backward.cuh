@@ -111,8 +111,13 @@ struct SecondReduced {
     if (!p.is_member(t)) return;
     sums.v += v, sums.vd = mul_add(v, d, sums.vd), sums.d += d, n += 1;
   }
-  /// The k-th number.
-  NORMKIT_DEVICE double& operator[](int k) { return reinterpret_cast<double*>(this)[k]; }
+  /// Calls f with each of the numbers, which stay in registers as no index is looked up; with sums of bends where they are wanted.
+  template <class F> NORMKIT_DEVICE void each(bool is_bent, F f) {
+    f(sums.v), f(sums.vd), f(sums.g), f(sums.gd), f(sums.vg), f(sums.q), f(sums.qd), f(sums.d), f(n);
+    if (!is_bent) return;
+    const auto five = [&](BendSums<double>& b) { f(b.hv), f(b.hvd), f(b.h), f(b.hd), f(b.hdd); };
+    five(bends.weight), five(bends.ddweight), five(bends.ddbias);
+  }
 };
 static_assert(sizeof(SecondReduced) == (kSecondDoubles + 3 * kBendDoubles) * sizeof(double));
 
@@ -149,22 +154,21 @@ struct SecondFinish {
     const std::int64_t o = quotient(r, g.lanes), lane = r - o * g.lanes;
     const std::int64_t across = work.has_columns() ? g.run : 1;
     SecondReduced all;
+    const bool bends = is_bent(t.activation.kind);
     for (std::int64_t k = warp.rank; k < tiles * across; k += kWarp) {
       const std::int64_t tile = quotient(k, across), column = lane * g.run + (k - tile * across);
       const double* from =
           work.partials +
           work.numbers() * (work.has_columns() ? (o * tiles + tile) * g.columns() + column : r * tiles + k);
-      NORMKIT_ROLL
-      for (int j = 0; j < work.numbers(); ++j) all[j] += from[j];
+      all.each(bends, [&](double& v) { v += *from++; });
     }
-    NORMKIT_ROLL
-    for (int j = 0; j < work.numbers(); ++j) all[j] = second_warp_sum(all[j]);
+    all.each(bends, [](double& v) { v = second_warp_sum(v); });
     if (warp.rank != 0) return;
     const Statistic<double> s = given_statistic<double>(t, r);
     const double shift = t.centered && !t.frozen && all.n > 0 ? all.sums.d / all.n : 0;
     const double n = t.frozen ? 0 : all.n;
     const SecondGradient<double> known = second_gradient_of(s.rstd, shift, recenter(all.sums, shift), n, t.centered);
-    work.solved[r] = {s.mean, is_bent(t.activation.kind) ? bent(known, all.bends, n, t.centered) : known};
+    work.solved[r] = {s.mean, bends ? bent(known, all.bends, n, t.centered) : known};
   }
 };
 
@@ -247,13 +251,12 @@ struct SecondPass {
       reduced.add(t, {o, step, lane, has_columns ? i : at - step * g.run}, statistic);
     }
     const int abreast = work.has_columns() ? kWarp : 1;
-    double* const to = work.partials + work.numbers() * entry;
-    SecondReduced found = reduced;  // a copy, lest the sums themselves have addresses and leave the registers
-    NORMKIT_ROLL
-    for (int k = 0; k < work.numbers(); ++k) {
-      const double sum = second_joined(found[k], abreast);
-      if (writes) to[k] = sum;
-    }
+    double* to = work.partials + work.numbers() * entry;
+    reduced.each(is_bent(t.activation.kind), [&](double& v) {
+      const double sum = second_joined(v, abreast);
+      if (writes) *to = sum;
+      ++to;
+    });
   }
 
   constexpr int abreast() const { return work.task.geometry.params.stride == 1 ? kWarp : 1; }
