@@ -203,6 +203,21 @@ def test_every_element_of_many_blocks(op, activation, layout, rng):
         assert [f.tobytes() for f in found[:2]] == [w[one].tobytes() for w in whole[:2]]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("op", REGISTRY, ids=repr)
+def test_threads_change_no_bit(op, activation, layout, dtype, rng):
+    """Of a few large statistics, which are cut into spans where there are several threads."""
+    dds, dy, x, weight = inputs(op, (1, 2, 150, 151), rng, dtype=dtype, layout=layout)
+    stats = op.statistics(x)[1:]
+    found = []
+    for threads in (1, 3):
+        with normkit.num_threads(threads):
+            found.append(op.double_backward(dds, dy, x, *stats, weight, **through(activation, weight)))
+    assert [f.tobytes() for f in found[0]] == [f.tobytes() for f in found[1]]
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)

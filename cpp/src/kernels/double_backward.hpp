@@ -352,6 +352,8 @@ template <class X>
   const double mean = statistic.mean;
   SecondParamBuffers<X> params;
   SecondReduced total;
+  WeightedBends own;  // of this span: sums of spans are added up alike wherever they are taken
+  if (bends) own = kNoBends;
   X known[kSecondTable];
   if (t.frozen && t.kind != ParamKind::statistic) return total;
   for_second_pieces(t, o, lane, c, span, [&](std::int64_t step, Piece piece) {
@@ -368,9 +370,10 @@ template <class X>
                        : second_row_sums<false>(a.row, piece.n, mean, {}, members, fetches);
     });
     if (!each && !shares) part.sums = second_weighted(SecondShared::of(t, piece.parameter), part.sums);
-    if (bends) add_piece_bends(t, a.row, piece, mean, each ? &p : nullptr, *bends);
+    if (bends) add_piece_bends(t, a.row, piece, mean, each ? &p : nullptr, own);
     total = total + part;
   });
+  if (bends) *bends = *bends + own;
   return total;
 }
 
