@@ -144,7 +144,7 @@ def curvature(z: Any, activation: Any) -> Any:
     if name in PIECEWISE_LINEAR:
         return np.zeros_like(z)
     if name == "elu":
-        return np.where(z > 0, 0, z.dtype.type(parameter[0]) * np.exp(np.minimum(z, 0)))
+        return np.where(z < 0, z.dtype.type(parameter[0]) * np.exp(np.minimum(z, 0)), 0)
     if name == "hardswish":
         return np.where(np.abs(z) < 3, 1 / z.dtype.type(3), 0)
     step = z.dtype.type(2.0**-11)

@@ -13,6 +13,8 @@ SMALL = (2, 4, 3, 5)
 # Shapes of more than one block: with statistics along an inner and an outer axis, of few members and of many.
 LARGE = {"many-statistics": (3, 70, 11, 19), "many-members": (2, 4, 91, 89), "few-members": (70, 40, 4, 3)}
 NAMES = ("d_dy", "d_x", "d_weight", "d_bias")
+# Those that hold what two members with nearly one value give.
+WIDE_RANGE = {name: DTYPES[name] for name in ("bfloat16", "float32", "float64")}
 
 
 def inputs(op, shape, rng, *, dtype=np.float32, layout="contiguous", kind="channel", offset=0.25, weight=True):
@@ -162,10 +164,11 @@ def test_layouts(op, layout, activation, rng):
 
 
 @pytest.mark.parametrize("other", ["ddx", "dy"])
+@pytest.mark.parametrize("shape", [SMALL, (2, 4, 9, 11)], ids=str)
 @pytest.mark.parametrize("op", REGISTRY, ids=repr)
-def test_steps_of_one_operand_are_further_apart(op, other, rng):
+def test_steps_of_one_operand_are_further_apart(op, shape, other, rng):
     """Half the channels of a wider array with channels last: the bits of a dense copy."""
-    dds, dy, x, weight = inputs(op, SMALL, rng, layout="channels-last")
+    dds, dy, x, weight = inputs(op, shape, rng, layout="channels-last")
     stats = op.statistics(x)[1:]
     expected = op.double_backward(dds, dy, x, *stats, weight)
     last = np.moveaxis(dds[0] if other == "ddx" else dy, 1, -1)
@@ -182,6 +185,36 @@ def test_steps_of_one_operand_are_further_apart(op, other, rng):
 def test_many_blocks(op, activation, shape, layout, rng):
     dds, dy, x, weight = inputs(op, shape, rng, layout=layout)
     check(op, dds, dy, x, weight, directions=2, **through(activation, weight))
+
+
+@pytest.mark.parametrize("dtype", WIDE_RANGE.values(), ids=WIDE_RANGE)
+@pytest.mark.parametrize("channels", [2, 3, 5, 8, 9, 15])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("op", REGISTRY, ids=repr)
+def test_few_channels_last(op, activation, channels, dtype, rng):
+    """Several steps side by side fill a vector, and the last ones none; a mask takes them one by one."""
+    dds, dy, x, weight = inputs(op, (2, channels, 29, 19), rng, dtype=dtype, layout="channels-last")
+    options = through(activation, weight)
+    found = check(op, dds, dy, x, weight, directions=1, **options)
+    masked = op.double_backward(dds, dy, x, *op.statistics(x)[1:], weight, where=np.ones(x.shape, bool), **options)
+    assert [f.tobytes() for f in found] == [m.tobytes() for m in masked]
+
+
+@pytest.mark.parametrize("dtype", WIDE_RANGE.values(), ids=WIDE_RANGE)
+@pytest.mark.parametrize("run", [1, 3, 48, 101, 340, 1024, 1025])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("op", REGISTRY, ids=repr)
+def test_rows_of_any_length(op, activation, run, dtype, rng):
+    """Short ones go in batches, which end with the channels of an instance: it has its bits in any batch."""
+    dds, dy, x, weight = inputs(op, (2, 11, run), rng, dtype=dtype)
+    options = through(activation, weight)
+    found = check(op, dds, dy, x, weight, directions=1, **options)
+    if 0 in op.reduced(x.shape) or weight.shape[:1] == x.shape[:1]:
+        return
+    mean, rstd = op.statistics(x)[1:]
+    stats = None if mean is None else mean[1:], rstd[1:]
+    alone = op.double_backward((dds[0][1:], *dds[1:]), dy[1:], x[1:], *stats, weight, **options)
+    assert [f[1:].tobytes() for f in found[:2]] == [a.tobytes() for a in alone[:2]]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])

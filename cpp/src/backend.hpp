@@ -252,6 +252,14 @@ NORMKIT_HD constexpr bool constant_in_column(const Geometry& g) {
 /// three sets, and what is known of a statistic and of a column.
 inline constexpr int kSecondDoubles = 9, kBendDoubles = 5, kSecondSolved = 9, kSecondTable = 17;
 
+/// How many steps of few columns lie side by side in the gradient of a backward, as copies of the columns that fill vectors.
+NORMKIT_HD constexpr std::int64_t second_copies(const Geometry& g) {
+  std::int64_t copies = 1;
+  while (g.columns() < 16 && 2 * copies * g.columns() <= 64 && constant_in_column(g)) copies *= 2;
+  return copies;
+}
+constexpr std::int64_t whole_second_columns(const Geometry& g) { return whole_vectors(second_copies(g) * g.columns()); }
+
 /// Doubles of the sums of a statistic (runs) or of a column (lanes); the parameters of a column may be left for later.
 NORMKIT_HD constexpr int second_doubles(const Task& t) {
   if (t.traversal == Traversal::runs) return kSecondDoubles + 3 * kBendDoubles;
@@ -264,13 +272,13 @@ NORMKIT_HD constexpr int second_doubles(const Task& t) {
 NORMKIT_HD constexpr std::int64_t partial_doubles(const Task& t, bool is_backward) {
   const bool four = is_backward || compute_dtype(t.x.dtype) == Dtype::float64;
   const std::int64_t quantities = t.twice ? second_doubles(t) : four ? 4 : 3;
-  return t.traversal == Traversal::lanes ? quantities * whole_vectors(t.geometry.columns()) : quantities;
+  const std::int64_t columns = t.twice ? whole_second_columns(t.geometry) : whole_vectors(t.geometry.columns());
+  return t.traversal == Traversal::lanes ? quantities * columns : quantities;
 }
 
 /// Doubles of one entry of Task::solved: a Solved (runs), or the table of the columns of one outer index (lanes).
 NORMKIT_HD constexpr std::int64_t solved_doubles(const Task& t) {
-  if (t.twice)
-    return t.traversal == Traversal::lanes ? kSecondTable * whole_vectors(t.geometry.columns()) : kSecondSolved;
+  if (t.twice) return t.traversal == Traversal::lanes ? kSecondTable * whole_second_columns(t.geometry) : kSecondSolved;
   return t.traversal == Traversal::lanes ? kTableColumns * array_of_columns(t.geometry) : 6;
 }
 

@@ -197,10 +197,9 @@ Policy policy_for(const Task& t, int threads, const Isa& isa) {
   }
 
   if (t.twice) {
-    // Runs of 196 take 1.15 times as long with either.
-    const bool is_long = !gathered && (t.traversal == Traversal::lanes || g.run >= kOverlappedRun);
-    p.walk.stream_stores = is_long && t.x.dtype == Dtype::float32 && 5 * g.size() * x_bytes >= streamed_bytes();
-    p.walk.far_bytes = is_long ? kFarAhead : 0;
+    const std::int64_t read_and_written = gathered ? 0 : 5 * g.size() * x_bytes;
+    p.walk.stream_stores = t.x.dtype == Dtype::float32 && read_and_written >= streamed_bytes();
+    p.walk.far_bytes = read_and_written >= second_level_cache() ? kFarAhead : 0;
     return p;
   }
 

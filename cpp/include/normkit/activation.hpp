@@ -368,7 +368,8 @@ NORMKIT_HD constexpr bool is_bent(ActivationKind kind) {
   return kind != none && kind != relu && kind != leaky_relu && kind != relu6 && kind != prelu && kind != negative_part;
 }
 
-/// The second derivative of activate() with respect to z; at a kink that of the side whose derivative activation_slope() has.
+/// The second derivative of activate() with respect to z; at a kink that of the side whose derivative activation_slope() has. That of
+/// elu jumps at 0, where it is 0, as in PyTorch.
 template <class V> NORMKIT_HD V activation_curvature(Activation a, V z) {
   using F = FormatOf<V>;
   const V zero = constant(z, 0);
@@ -385,7 +386,10 @@ template <class V> NORMKIT_HD V activation_curvature(Activation a, V z) {
       const V c = at_least(at_most(z, kGeluTanhEnd), -kGeluTanhEnd);
       return gated_curvature(c, sigmoid(gelu_inner(c)), gelu_inner_slope(c), constant(z, 0.42812889763560150) * c);
     }
-    case ActivationKind::elu: return positive(z, zero, constant(z, a.parameter) * exp_of(at_least(z, F::lowest)));
+    case ActivationKind::elu: {
+      const V below = constant(z, a.parameter) * exp_of(at_least(z, F::lowest));
+      return positive(z, zero, positive(zero - z, below, z));  // NaN stays
+    }
     case ActivationKind::sigmoid: {
       const Sigmoid<V> s = sigmoid(z);
       return s.value * s.opposite * (s.opposite - s.value);

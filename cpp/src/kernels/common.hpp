@@ -187,9 +187,11 @@ NORMKIT_LOCAL void for_pieces(const Task& t, std::int64_t o, std::int64_t offset
 /// Parameters along the elements, in the compute type: where they lie already if they can be read there, else converted a
 /// buffer at a time.
 constexpr std::int64_t kBuffer = 512;
-/// One number kBuffer times.
+/// The most of them that are read at once.
+constexpr std::int64_t kMostParams = 1024;
+/// One number kMostParams times.
 template <class T> struct Filled {
-  T value[kBuffer];
+  T value[kMostParams];
   explicit constexpr Filled(T of) : value() {
     for (T& v : value) v = of;
   }
@@ -197,8 +199,9 @@ template <class T> struct Filled {
 template <class T> alignas(64) constexpr Filled<T> kZeros(0);
 template <class T> alignas(64) constexpr Filled<T> kOnes(1);
 
-template <class S> struct ParamBuffer {
-  alignas(64) S value[kBuffer];
+template <class S, std::int64_t kRoom = kBuffer> struct ParamBuffer {
+  static_assert(kRoom <= kMostParams);
+  alignas(64) S value[kRoom];
 
   /// True where any number of them can be read.
   static bool reads_in_place(const Param& p) {
@@ -280,7 +283,7 @@ NORMKIT_LOCAL void store_doubles(double* to, F32 v) {
   store(to, w.low), store(to + kLanes<F64>, w.high);
 }
 
-/// n elements of any type as doubles, or of a half type as floats; `to` has room for whole vectors.
+/// n elements of any type as doubles, or of a floating type as floats; `to` has room for whole vectors.
 [[gnu::noinline]] void read_all(const std::byte* from, Dtype dtype, std::int64_t n, double* to) {
   visit_read(dtype, [&](auto type) {
     using X = typename decltype(type)::type;
@@ -293,6 +296,7 @@ NORMKIT_LOCAL void store_doubles(double* to, F32 v) {
   const auto read = [&](const auto* x) {
     for_positions<F32>(n, [&](auto place) NORMKIT_INLINE_LAMBDA { store(to + place.i, place.load(x)); });
   };
+  if (dtype == Dtype::float32) return read(at<float>(from, 0));
   dtype == Dtype::float16 ? read(at<Half>(from, 0)) : read(at<Bfloat>(from, 0));
 }
 
