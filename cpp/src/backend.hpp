@@ -222,10 +222,12 @@ constexpr std::int64_t whole_vectors(std::int64_t columns) { return ceil_div(col
   return whole_vectors(table_period(g)) + 64;
 }
 
-/// True where columns do not fill a vector of 64 bytes: several steps of them are turned, and summed together. Masks are turned
-/// into floats, which doubles do without.
+/// True where columns fill so little of a vector of 64 bytes that several steps of them are turned, and summed together; 8 to 11 where
+/// a byte of the mask stands for a whole step. Masks are turned into floats, which doubles do without.
 [[gnu::always_inline]] constexpr bool turns_columns(const Task& t) {
-  return t.x.dtype == Dtype::float64 ? t.geometry.columns() < 8 && !t.where.data : t.geometry.columns() < 16;
+  const bool of_steps = t.where.data && t.where.strides.run == 0;
+  return t.x.dtype == Dtype::float64 ? t.geometry.columns() < 8 && !t.where.data
+                                     : t.geometry.columns() < (of_steps ? 12 : 8);
 }
 
 /// Arrays of columns in the table of the lanes traversal.

@@ -87,18 +87,21 @@ NORMKIT_LOCAL void add_block(const Task& t, std::int64_t o, std::int64_t step, s
   }
 }
 
-/// Adds blocks of n columns, few, to their sums.
-template <class S, class Members>
-[[gnu::noinline]] void add_turned(const Turned<S>& x, const Turned<S>& dy, std::int64_t n, const S* mean,
+/// Adds blocks of n columns, few, to their sums. kKinked: through an activation with a kink, `below` which its slope is that.
+template <bool kKinked, class S, class Members>
+[[gnu::noinline]] void add_turned(const Turned<S>& x, const Turned<S>& dy, std::int64_t n, Known<S> known, double below,
                                   const Members& members, ColumnSums out) {
   using V = VectorOf<S>;
   TurnedSums<S> all_g, all_gx, all_d, all_n;
   for (std::int64_t k = 0; k < n; ++k) {
-    const V m = broadcast<V>(mean[k]), zero = broadcast<V>(S(0)), one = broadcast<V>(S(1));
+    const V m = broadcast<V>(known.mean[k]), zero = broadcast<V>(S(0)), one = broadcast<V>(S(1));
+    const V scale = broadcast<V>(known.scale[k]), shift = broadcast<V>(known.shift[k]);
     Sums<V> s{zero, zero, zero};
     V count = zero;
     for (std::int64_t step = 0; step < kBlockSteps; ++step) {
-      const V dz = dy.at(step, k, n), d = x.at(step, k, n) - m;
+      const V x_v = x.at(step, k, n), d = x_v - m;
+      V dz = dy.at(step, k, n);
+      if constexpr (kKinked) dz = dz * kink_slope(forward(x_v, m, scale, shift), below);
       s.g = s.g + dz;
       s.gx = mul_add(dz, Members::kAll ? d : where(dz, d), s.gx);
       s.d = s.d + members.only(step, k, d);
@@ -108,6 +111,41 @@ template <class S, class Members>
   }
   all_g.add_to(out.g, n), all_gx.add_to(out.gx, n), all_d.add_to(out.d, n);
   if constexpr (!Members::kAll) all_n.add_to(out.n, n);
+}
+
+/// What reaches z through any activation in `steps` steps of few columns, side by side; `to` has room for a vector more.
+template <class X>
+[[gnu::noinline]] void reach_columns(const Task& t, std::int64_t o, std::int64_t begin, std::int64_t steps,
+                                     Known<ScalarOf<X>> known, ScalarOf<X>* to) {
+  using S = ScalarOf<X>;
+  const Geometry& g = t.geometry;
+  const bool curved = has_curved_slope(t.activation);
+  ParamBuffer<S> slopes;
+  alignas(64) S z_value[kBuffer];
+  for_walks(g, begin, begin + steps, one_walk(g, {&t.x, &t.dy}), curved,
+            [&](std::int64_t step, std::int64_t, std::int64_t n) NORMKIT_INLINE_LAMBDA {
+    const X *x = at<X>(t.x, o, step, 0), *dy = at<X>(t.dy, o, step, 0);
+    S* const reaching = to + (step - begin) * g.columns();
+    Round round{table_period(g)};
+    const auto z_of = [=](auto column) NORMKIT_INLINE_LAMBDA {
+      return Preactivation<X>{column.load(known.mean), column.load(known.scale), column.load(known.shift)};
+    };
+    const auto fill = [&](S* values, auto f) NORMKIT_INLINE_LAMBDA {
+      map(values, n, kPlain<S>, Fetch{}, [=] [[gnu::always_inline]] (auto place) mutable {
+        return f(place, z_of(round(place)), place.load(x));
+      });
+    };
+    if (!curved) {
+      return fill(reaching, [=, &t](auto place, const Preactivation<X>& z, VectorOf<X> x_v) NORMKIT_INLINE_LAMBDA {
+        return incoming(t, z, place, dy, x_v);
+      });
+    }
+    fill(z_value, [=](auto, const Preactivation<X>& z, VectorOf<X> x_v) NORMKIT_INLINE_LAMBDA {
+      return z.constant(x_v);
+    });
+    map(reaching, n, kPlain<S>, Fetch{}, [=](auto place) NORMKIT_INLINE_LAMBDA { return place.load(dy); });
+    multiply_by_slopes(t.activation, walk_slopes(t, known.slope, 0, n, slopes), z_value, reaching, n);
+  });
 }
 
 /// Sums over one span.
@@ -123,15 +161,27 @@ void span_column_sums(const Task& t, std::int64_t o, std::int64_t span, Known<Sc
   const bool kinked = has_kink_alone(t) && constant_in_column(g);
   const bool masked = t.where.data && !has_activation(t) && constant_in_column(g);
   std::int64_t first = begin;
-  if ((!detailed || masked) && turns_columns(t)) {
+  if (constant_in_column(g) && turns_columns(t)) {
     using T = Turned<ScalarOf<X>>;
     T x, dy;
+    alignas(64) ScalarOf<X> reaching[T::kMost + T::kWidth];
     for (; end - first >= T::kSteps; first += T::kSteps) {
       read_turned(at<X>(t.x, o, first, 0), t.x.strides.step, g.columns(), x);
-      read_turned(at<X>(t.dy, o, first, 0), t.dy.strides.step, g.columns(), dy);
+      if constexpr (kHasKinked<X>)
+        if (kinked) {
+          read_turned(at<X>(t.dy, o, first, 0), t.dy.strides.step, g.columns(), dy);
+          add_turned<true>(x, dy, g.columns(), known, slope_below(t.activation), TurnedEveryone{}, sums);
+          continue;
+        }
+      if (has_activation(t)) {
+        reach_columns<X>(t, o, first, T::kSteps, known, reaching);
+        read_turned(static_cast<const ScalarOf<X>*>(reaching), g.columns(), g.columns(), dy);
+      } else {
+        read_turned(at<X>(t.dy, o, first, 0), t.dy.strides.step, g.columns(), dy);
+      }
       with_members(t, o, first, 0, 0, [&](const auto& members) {
         with_turned<ScalarOf<X>>(members, g.columns(),
-                                 [&](const auto& those) { add_turned(x, dy, g.columns(), known.mean, those, sums); });
+                                 [&](const auto& those) { add_turned<false>(x, dy, g.columns(), known, 0, those, sums); });
       });
     }
   }
