@@ -27,18 +27,19 @@ template <class X> struct BackwardBatch {
   Statistic<S> statistic(int k) const { return {mean[k], mean_low[k], rstd[k]}; }
 };
 
-/// Has the rows of a batch what reaches them through an activation in the place of dy: X is the compute type, and each row has one
-/// weight and one bias.
+/// Has the rows of a batch what reaches them through an activation in the place of dy: X is the compute type.
 template <class X> [[gnu::noinline]] void reach_batch(const Task& t, BackwardBatch<X>& batch) {
   const Geometry& g = t.geometry;
-  ParamBuffers<X> unused;
+  const bool linear = weighs_elements(g);
+  ParamBuffers<X> params;
   X* to = reinterpret_cast<X*>(batch.room);
   for (int k = 0; k < batch.rows; ++k, to += whole_vectors(g.run)) {
-    const std::int64_t r = batch.first + k;
-    const Piece piece{0, g.run, g.parameter(g.outer == 1 ? 0 : r / g.lanes, r * g.run), false};
-    const Preactivation<X> z = activation_input<X>(t, piece, given_statistic<X>(t, r), unused);
-    for (std::int64_t begin = 0; begin < g.run; begin += kBuffer)
-      reach(t, z, batch.dy[k], batch.x[k], begin, least(g.run - begin, kBuffer), to + begin);
+    const std::int64_t r = batch.first + k, parameter = g.parameter(g.outer == 1 ? 0 : r / g.lanes, r * g.run);
+    for (std::int64_t begin = 0; begin < g.run; begin += kBuffer) {
+      const Piece piece{begin, least(g.run - begin, kBuffer), linear ? begin : parameter, linear};
+      const Preactivation<X> z = activation_input<X>(t, piece, given_statistic<X>(t, r), params);
+      reach(t, z, batch.dy[k] + begin, batch.x[k] + begin, 0, piece.n, to + begin);
+    }
     batch.dy[k] = to;
   }
 }

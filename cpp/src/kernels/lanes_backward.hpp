@@ -131,18 +131,15 @@ template <class X>
       return Preactivation<X>{column.load(known.mean), column.load(known.scale), column.load(known.shift)};
     };
     const auto fill = [&](S* values, auto f) NORMKIT_INLINE_LAMBDA {
-      map(values, n, kPlain<S>, Fetch{}, [=] [[gnu::always_inline]] (auto place) mutable {
-        return f(place, z_of(round(place)), place.load(x));
-      });
+      map(values, n, kPlain<S>, Fetch{},
+          [=] [[gnu::always_inline]] (auto place) mutable { return f(place, z_of(round(place)), place.load(x)); });
     };
     if (!curved) {
-      return fill(reaching, [=, &t](auto place, const Preactivation<X>& z, VectorOf<X> x_v) NORMKIT_INLINE_LAMBDA {
-        return incoming(t, z, place, dy, x_v);
-      });
+      return fill(reaching, [=, &t](auto place, const Preactivation<X>& z, VectorOf<X> x_v)
+                                NORMKIT_INLINE_LAMBDA { return incoming(t, z, place, dy, x_v); });
     }
-    fill(z_value, [=](auto, const Preactivation<X>& z, VectorOf<X> x_v) NORMKIT_INLINE_LAMBDA {
-      return z.constant(x_v);
-    });
+    fill(z_value,
+         [=](auto, const Preactivation<X>& z, VectorOf<X> x_v) NORMKIT_INLINE_LAMBDA { return z.constant(x_v); });
     map(reaching, n, kPlain<S>, Fetch{}, [=](auto place) NORMKIT_INLINE_LAMBDA { return place.load(dy); });
     multiply_by_slopes(t.activation, walk_slopes(t, known.slope, 0, n, slopes), z_value, reaching, n);
   });
@@ -180,8 +177,9 @@ void span_column_sums(const Task& t, std::int64_t o, std::int64_t span, Known<Sc
         read_turned(at<X>(t.dy, o, first, 0), t.dy.strides.step, g.columns(), dy);
       }
       with_members(t, o, first, 0, 0, [&](const auto& members) {
-        with_turned<ScalarOf<X>>(members, g.columns(),
-                                 [&](const auto& those) { add_turned<false>(x, dy, g.columns(), known, 0, those, sums); });
+        with_turned<ScalarOf<X>>(members, g.columns(), [&](const auto& those) {
+          add_turned<false>(x, dy, g.columns(), known, 0, those, sums);
+        });
       });
     }
   }
