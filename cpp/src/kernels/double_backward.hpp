@@ -78,7 +78,7 @@ template <class X> struct SecondRow {
 /// Numbers that buffers of elements have room for.
 constexpr std::int64_t kSecondRoom = 1024;
 /// Elements of a run from element `begin` on, in one row or in those of several lanes; or, from `column` on in tables, columns in one
-/// row or in several, each of one step or, all columns, of `steps` side by side.
+/// row or in several, each of one step or, of few columns, of `steps` that lie side by side.
 struct SecondPlace { std::int64_t o, step, lane, begin, n, rows = 1, steps = 1, column = 0; };
 /// From one lane (runs) or step (lanes) to the next.
 NORMKIT_LOCAL std::int64_t second_stride(const Task& t, const Operand& a) {
@@ -179,7 +179,7 @@ template <class X> class SecondElements {
 
   [[gnu::noinline, gnu::hot]] SecondElements(const Task& t, const SecondPlace& p) {
     row = second_in_place<X>(t, p);
-    if (!lie(t, p)) {
+    if (!lie(t)) {
       row.x = read(t, t.x, p, room_[0]), row.dy = read(t, t.dy, p, room_[1]);
       if (t.ddx.data) row.v = read(t, t.ddx, p, room_[2]);
       row.x_row = row.dy_row = row.v_row = p.n;
@@ -218,12 +218,8 @@ template <class X> class SecondElements {
   }
 
  private:
-  static bool joins(const Operand& a, const SecondPlace& p) { return !a.data || p.steps * a.strides.step == p.n; }
-  static bool lie(const Task& t, const SecondPlace& p) {
-    return t.x.dtype == kDtypeOf<X> && (p.steps == 1 || (joins(t.x, p) && joins(t.dy, p) && joins(t.ddx, p)));
-  }
-  /// Results are new arrays, whose steps are never apart.
-  static bool results_lie(const Task& t) { return t.x.dtype == kDtypeOf<X> && !t.walk.stream_stores; }
+  static bool lie(const Task& t) { return t.x.dtype == kDtypeOf<X>; }
+  static bool results_lie(const Task& t) { return lie(t) && !t.walk.stream_stores; }
   [[gnu::noinline, gnu::hot]] void write_rows(const Task& t, const SecondPlace& p,
                                               SecondStreamers<X>& streamers) const {
     for (const bool of_dy : {true, false}) {
