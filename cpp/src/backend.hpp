@@ -260,7 +260,9 @@ NORMKIT_HD constexpr std::int64_t second_copies(const Geometry& g) {
   while (g.columns() < 16 && 2 * copies * g.columns() <= 64 && constant_in_column(g)) copies *= 2;
   return copies;
 }
-constexpr std::int64_t whole_second_columns(const Geometry& g) { return whole_vectors(second_copies(g) * g.columns()); }
+NORMKIT_HD constexpr std::int64_t whole_second_columns(const Geometry& g) {
+  return whole_vectors(second_copies(g) * g.columns());
+}
 
 /// Doubles of the sums of a statistic (runs) or of a column (lanes); the parameters of a column may be left for later.
 NORMKIT_HD constexpr int second_doubles(const Task& t) {
