@@ -349,22 +349,29 @@ struct Schedule {
   }
 };
 
+/// A scalar of an array, which may lie anywhere in memory.
+template <class T> T load_as(const std::byte* p) {
+  T v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 double load_scalar(const std::byte* p, Dtype dtype) {
   switch (dtype) {
-    case Dtype::float64: return *reinterpret_cast<const double*>(p);
-    case Dtype::float16: return widen(*reinterpret_cast<const Half*>(p));
-    case Dtype::bfloat16: return widen(*reinterpret_cast<const Bfloat*>(p));
-    default: return *reinterpret_cast<const float*>(p);
+    case Dtype::float64: return load_as<double>(p);
+    case Dtype::float16: return widen(load_as<Half>(p));
+    case Dtype::bfloat16: return widen(load_as<Bfloat>(p));
+    default: return load_as<float>(p);
   }
 }
 
 void store_scalar(std::byte* p, Dtype dtype, double v) {
+  const auto store = [&](auto value) { std::memcpy(p, &value, sizeof value); };
   const float single = static_cast<float>(v);  // half types are rounded from it, as kernels round them
   switch (dtype) {
-    case Dtype::float64: *reinterpret_cast<double*>(p) = v; break;
-    case Dtype::float16: *reinterpret_cast<Half*>(p) = narrow(static_cast<Half*>(nullptr), single); break;
-    case Dtype::bfloat16: *reinterpret_cast<Bfloat*>(p) = narrow(static_cast<Bfloat*>(nullptr), single); break;
-    default: *reinterpret_cast<float*>(p) = single;
+    case Dtype::float64: return store(v);
+    case Dtype::float16: return store(narrow(static_cast<Half*>(nullptr), single));
+    case Dtype::bfloat16: return store(narrow(static_cast<Bfloat*>(nullptr), single));
+    default: return store(single);
   }
 }
 
