@@ -483,12 +483,14 @@ NORMKIT_LOCAL double second_total(const double* terms, std::int64_t n) {
   return sum(all);
 }
 
-/// Calls f with the SecondMode of elements. Doubles, and columns whose elements have parameters, are rare.
+/// Calls f with the SecondMode of elements. Doubles, and columns whose elements have parameters, are rare; registers that hold little
+/// gain nothing from a loop for kinks.
 template <SecondMode kValue> struct SecondModeOf { static constexpr SecondMode value = kValue; };
 template <class X, bool kRare, class F> NORMKIT_LOCAL void with_mode(const Task& t, F f) {
   if constexpr (sizeof(X) == 4 && !kRare) {
     if (!t.where.data && !t.frozen && !has_activation(t)) return f(SecondModeOf<SecondMode::plain>{});
-    if (!t.where.data && !t.frozen && has_kink(t.activation)) return f(SecondModeOf<SecondMode::kinked>{});
+    if constexpr (kWide)
+      if (!t.where.data && !t.frozen && has_kink(t.activation)) return f(SecondModeOf<SecondMode::kinked>{});
   }
   f(SecondModeOf<SecondMode::any>{});
 }
@@ -680,23 +682,22 @@ template <class X> class SecondRuns {
     for (std::int64_t k = 0; k < rows_; ++k, row.next()) {
       Masked members = masked(Everyone{});
       if constexpr (kMode == SecondMode::any) members = members_at(t, o_, p.step, lane_ + k, p.begin);
-      const auto write = [&](const SecondTerms& terms) {
-        second_row<false, kEach, kMode>(t, row, p.n, 1, {known_[k], 1}, p.params, members, terms);
-      };
-      has_second_terms(t) ? with_terms(p, lane_ + k, write) : write({});
+      const SecondTerms terms = has_second_terms(t) ? terms_of(p, lane_ + k) : SecondTerms{};
+      second_row<false, kEach, kMode>(t, row, p.n, 1, {known_[k], 1}, p.params, members, terms);
+      if (t.kind == ParamKind::piece) add_terms(p, lane_ + k);
     }
   }
-  /// Calls write(terms) with where the terms of d_weight and d_bias of a row go.
-  template <class F> [[gnu::cold]] void with_terms(const Place& p, std::int64_t lane, F write) {
-    const Geometry& g = t.geometry;
-    const std::int64_t offset = g.offset(o_, p.step, lane, p.begin);
-    if (t.kind != ParamKind::piece) return write(second_terms(t, o_, lane, offset, p.begin));
-    alignas(64) double weight[kSecondRoom], bias[kSecondRoom];
-    const bool bent = is_bent(t.activation.kind);
-    write({weight, bent ? bias : nullptr});
-    double* const to = t.dparams + 2 * (offset / g.params.stride);
-    to[0] += second_total(weight, p.n);
-    if (bent) to[1] += second_total(bias, p.n);
+  /// Where the terms of d_weight and d_bias of a row go.
+  [[gnu::noinline]] SecondTerms terms_of(const Place& p, std::int64_t lane) {
+    const std::int64_t offset = t.geometry.offset(o_, p.step, lane, p.begin);
+    if (t.kind == ParamKind::piece) return {terms_[0], is_bent(t.activation.kind) ? terms_[1] : nullptr};
+    return second_terms(t, o_, lane, offset, p.begin);
+  }
+  /// Adds up the terms of a piece.
+  [[gnu::noinline]] void add_terms(const Place& p, std::int64_t lane) {
+    double* const to = t.dparams + 2 * (t.geometry.offset(o_, p.step, lane, p.begin) / t.geometry.params.stride);
+    to[0] += second_total(terms_[0], p.n);
+    if (is_bent(t.activation.kind)) to[1] += second_total(terms_[1], p.n);
   }
 
   void fuse_rows() {
@@ -749,6 +750,7 @@ template <class X> class SecondRuns {
   WeightedBends bends_[kRows];
   SecondGradient<double> gradient_[kRows];
   alignas(64) X known_[kRows][kSecondTable];
+  alignas(64) double terms_[2][kSecondRoom];
   SecondParamBuffers<X> params_;
   SecondStreamers<X> streamers_;
 };

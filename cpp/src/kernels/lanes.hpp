@@ -221,6 +221,9 @@ template <class S> struct Turned {
   NORMKIT_LOCAL VectorOf<S> at(std::int64_t step, std::int64_t k, std::int64_t n) const {
     return load(value + (step * n + k) * kWidth);
   }
+  NORMKIT_LOCAL void set(std::int64_t step, std::int64_t k, std::int64_t n, VectorOf<S> v) {
+    store(value + (step * n + k) * kWidth, v);
+  }
 };
 
 /// Steps of n columns, `stride` apart, one behind the other: where they lie already, or else in `room`.

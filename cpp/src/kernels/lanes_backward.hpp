@@ -113,36 +113,24 @@ template <bool kKinked, class S, class Members>
   if constexpr (!Members::kAll) all_n.add_to(out.n, n);
 }
 
-/// What reaches z through any activation in `steps` steps of few columns, side by side; `to` has room for a vector more.
-template <class X>
-[[gnu::noinline]] void reach_columns(const Task& t, std::int64_t o, std::int64_t begin, std::int64_t steps,
-                                     Known<ScalarOf<X>> known, ScalarOf<X>* to) {
-  using S = ScalarOf<X>;
-  const Geometry& g = t.geometry;
-  const bool curved = has_curved_slope(t.activation);
-  ParamBuffer<S> slopes;
-  alignas(64) S z_value[kBuffer];
-  for_walks(g, begin, begin + steps, one_walk(g, {&t.x, &t.dy}), curved,
-            [&](std::int64_t step, std::int64_t, std::int64_t n) NORMKIT_INLINE_LAMBDA {
-    const X *x = at<X>(t.x, o, step, 0), *dy = at<X>(t.dy, o, step, 0);
-    S* const reaching = to + (step - begin) * g.columns();
-    Round round{table_period(g)};
-    const auto z_of = [=](auto column) NORMKIT_INLINE_LAMBDA {
-      return Preactivation<X>{column.load(known.mean), column.load(known.scale), column.load(known.shift)};
-    };
-    const auto fill = [&](S* values, auto f) NORMKIT_INLINE_LAMBDA {
-      map(values, n, kPlain<S>, Fetch{},
-          [=] [[gnu::always_inline]] (auto place) mutable { return f(place, z_of(round(place)), place.load(x)); });
-    };
-    if (!curved) {
-      return fill(reaching, [=, &t](auto place, const Preactivation<X>& z, VectorOf<X> x_v)
-                                NORMKIT_INLINE_LAMBDA { return incoming(t, z, place, dy, x_v); });
+/// Makes of blocks of dy, of n columns, what reaches z through any activation.
+template <class S>
+[[gnu::noinline]] void reach_turned(const Task& t, const Turned<S>& x, std::int64_t n, Known<S> known, Turned<S>& dy) {
+  using V = VectorOf<S>;
+  const bool kinked = has_kink(t.activation), own = t.slopes.data;
+  const double below = slope_below(t.activation);
+  Turned<S> z;
+  for (std::int64_t k = 0; k < n; ++k) {
+    const V mean = broadcast<V>(known.mean[k]), scale = broadcast<V>(known.scale[k]);
+    const V shift = broadcast<V>(known.shift[k]), slope = broadcast<V>(own ? known.slope[k] : static_cast<S>(below));
+    for (std::int64_t step = 0; step < kBlockSteps; ++step) {
+      const V z_v = forward(x.at(step, k, n), mean, scale, shift), g = dy.at(step, k, n);
+      z.set(step, k, n, z_v);
+      if (kinked || own) dy.set(step, k, n, where(g, g * prelu_slope(z_v, slope)));
     }
-    fill(z_value,
-         [=](auto, const Preactivation<X>& z, VectorOf<X> x_v) NORMKIT_INLINE_LAMBDA { return z.constant(x_v); });
-    map(reaching, n, kPlain<S>, Fetch{}, [=](auto place) NORMKIT_INLINE_LAMBDA { return place.load(dy); });
-    multiply_by_slopes(t.activation, walk_slopes(t, known.slope, 0, n, slopes), z_value, reaching, n);
-  });
+  }
+  if (!kinked && !own)
+    multiply_by_slopes<S>(t.activation, nullptr, z.value, dy.value, Turned<S>::kSteps * n);
 }
 
 /// Sums over one span.
@@ -161,21 +149,15 @@ void span_column_sums(const Task& t, std::int64_t o, std::int64_t span, Known<Sc
   if (constant_in_column(g) && turns_columns(t)) {
     using T = Turned<ScalarOf<X>>;
     T x, dy;
-    alignas(64) ScalarOf<X> reaching[T::kMost + T::kWidth];
     for (; end - first >= T::kSteps; first += T::kSteps) {
       read_turned(at<X>(t.x, o, first, 0), t.x.strides.step, g.columns(), x);
+      read_turned(at<X>(t.dy, o, first, 0), t.dy.strides.step, g.columns(), dy);
       if constexpr (kHasKinked<X>)
         if (kinked) {
-          read_turned(at<X>(t.dy, o, first, 0), t.dy.strides.step, g.columns(), dy);
           add_turned<true>(x, dy, g.columns(), known, slope_below(t.activation), TurnedEveryone{}, sums);
           continue;
         }
-      if (has_activation(t)) {
-        reach_columns<X>(t, o, first, T::kSteps, known, reaching);
-        read_turned(static_cast<const ScalarOf<X>*>(reaching), g.columns(), g.columns(), dy);
-      } else {
-        read_turned(at<X>(t.dy, o, first, 0), t.dy.strides.step, g.columns(), dy);
-      }
+      if (has_activation(t)) reach_turned(t, x, g.columns(), known, dy);
       with_members(t, o, first, 0, 0, [&](const auto& members) {
         with_turned<ScalarOf<X>>(members, g.columns(), [&](const auto& those) {
           add_turned<false>(x, dy, g.columns(), known, 0, those, sums);
