@@ -23,7 +23,6 @@ template <class R> struct WholeRegister {
   NORMKIT_LOCAL void store(typename R::Lane* p, R v) const { reg_store(p + i, v.r[0]); }
   NORMKIT_LOCAL R where(const std::uint8_t* p, R v) const { return ::normkit::where(p + i, kWidth, v); }
   NORMKIT_LOCAL R keep(R v) const { return v; }
-  static constexpr int size() { return kWidth; }
 };
 template <class R> struct PartOfRegister {
   std::int64_t i;
@@ -51,7 +50,6 @@ template <class R> struct PartOfRegister {
   }
   NORMKIT_LOCAL R where(const std::uint8_t* p, R v) const { return ::normkit::where(p + i, n, v); }
   NORMKIT_LOCAL R keep(R v) const { return ::normkit::keep(v, n); }
-  NORMKIT_LOCAL int size() const { return n; }
 };
 /// Calls f for every `stride`-th element and those that fill a register R with it.
 template <class R, class F>
@@ -376,15 +374,23 @@ struct SecondTerms {
   double *weight = nullptr, *bias = nullptr;
   bool adds = false;
 };
+template <class X> [[gnu::noinline]] void put_some_terms(double* to, const X* terms, int n, bool adds) {
+  for (int i = 0; i < n; ++i) to[i] = adds ? static_cast<double>(terms[i]) + to[i] : static_cast<double>(terms[i]);
+}
 template <class R, class P> NORMKIT_LOCAL void put_second_term(P place, double* to, R term, bool adds) {
-  const auto put = [&](auto at, R64 v) NORMKIT_INLINE_LAMBDA { at.store(to, adds ? v + at.load(to) : v); };
-  for (int k = 0; k * kLanes64 < place.size(); ++k) {
-    const std::int64_t i = place.i + k * kLanes64;
-    const int n = place.size() - k * kLanes64;
-    R64 v;
-    if constexpr (sizeof(typename R::Lane) == 8) v = term;
-    else v = {{widen_piece(term.r, k)}};
-    n >= kLanes64 ? put(WholeRegister<R64>{i}, v) : put(PartOfRegister<R64>{i, n}, v);
+  using X = typename R::Lane;
+  if constexpr (__is_same(P, PartOfRegister<R>)) {
+    X terms[kRegLanes<R>];
+    WholeRegister<R>{0}.store(terms, term);
+    put_some_terms(to + place.i, terms, place.n, adds);
+  } else {
+    for (int k = 0; k < kRegLanes<R> / kLanes64; ++k) {
+      const WholeRegister<R64> at{place.i + k * kLanes64};
+      R64 v;
+      if constexpr (sizeof(X) == 8) v = term;
+      else v = {{widen_piece(term.r, k)}};
+      at.store(to, adds ? v + at.load(to) : v);
+    }
   }
 }
 
@@ -563,7 +569,7 @@ template <class X> class SecondRuns {
     const Geometry& g = t.geometry;
     return g.steps == 1 && g.run <= kSecondRoom && (constant_in_statistic(g) || weighs_elements(g));
   }
-  void begin(std::int64_t r, std::int64_t rows) {
+  [[gnu::noinline]] void begin(std::int64_t r, std::int64_t rows) {
     const Geometry& g = t.geometry;
     first_ = r, rows_ = rows, o_ = r / g.lanes, lane_ = r % g.lanes;
     given_statistics(t, r, static_cast<int>(rows), given_);
@@ -596,20 +602,20 @@ template <class X> class SecondRuns {
     Piece piece;
     SecondParams<X> params;
   };
-  Place place_of(std::int64_t step, const Piece& piece) {
+  [[gnu::noinline]] Place place_of(std::int64_t step, const Piece& piece) {
     share(piece);
     return {{o_, step, lane_, piece.begin, piece.n, rows_},
             piece,
             piece.linear ? params_.read(t, piece.parameter, piece.n) : SecondParams<X>{}};
   }
   /// The first row of elements, which an activation was reached through.
-  SecondRow<X> reach(SecondElements<X>& a, const Place& p, std::int64_t ahead) {
+  [[gnu::noinline]] SecondRow<X> reach(SecondElements<X>& a, const Place& p, std::int64_t ahead) {
     if (!has_activation(t)) return a.row;
     know(p);
     return a.template reach<false>(t, p, {known_[0], 1}, kSecondTable, p.params, ahead);
   }
   /// Finds what makes z of x.
-  void know(const Place& p) {
+  [[gnu::noinline, gnu::cold]] void know(const Place& p) {
     for (std::int64_t k = 0; k < rows_; ++k) {
       const Affine<X> affine = forward_affine(given_.template at<X>(static_cast<int>(k)),
                                               p.piece.linear ? 1 : weight_[k], p.piece.linear ? 0 : bias_[k]);
@@ -618,7 +624,7 @@ template <class X> class SecondRuns {
   }
 
   /// Adds elements to the sums of their statistics. Where a statistic has one parameter, they are to be weighted yet.
-  void add(SecondRow<X> row, const Place& p, std::int64_t ahead) {
+  [[gnu::noinline]] void add(SecondRow<X> row, const Place& p, std::int64_t ahead) {
     const bool shares = constant_in_statistic(t.geometry), each = p.piece.linear && !shares;
     for (std::int64_t k = 0; k < rows_; ++k, row.next()) {
       SecondReduced part;
@@ -633,7 +639,8 @@ template <class X> class SecondRuns {
       if (row.bend) add_bends(k, row, p, each, shares);
     }
   }
-  void add_bends(std::int64_t k, const SecondRow<X>& row, const Place& p, bool each, bool shares) {
+  [[gnu::noinline, gnu::cold]] void add_bends(std::int64_t k, const SecondRow<X>& row, const Place& p, bool each,
+                                              bool shares) {
     const auto sums = [&](const X* a, const X* b) {
       return bend_row_sums(row, p.n, static_cast<double>(known_[k][Known::kMean]), a, b);
     };
@@ -648,7 +655,7 @@ template <class X> class SecondRuns {
   }
 
   /// Makes of the sums of a whole statistic what is known of its elements, and its share of d_weight and d_bias.
-  SecondGradient<double> solve(std::int64_t k) {
+  [[gnu::noinline]] SecondGradient<double> solve(std::int64_t k) {
     const SecondSums<double> sums = sums_[k].sums;
     const bool shares = constant_in_statistic(t.geometry);
     const BendSums<double> plain = bends(k) ? bends_[k].weight : kNoBends.weight;

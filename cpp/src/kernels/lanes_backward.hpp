@@ -129,8 +129,7 @@ template <class S>
       if (kinked || own) dy.set(step, k, n, where(g, g * prelu_slope(z_v, slope)));
     }
   }
-  if (!kinked && !own)
-    multiply_by_slopes<S>(t.activation, nullptr, z.value, dy.value, Turned<S>::kSteps * n);
+  if (!kinked && !own) multiply_by_slopes<S>(t.activation, nullptr, z.value, dy.value, Turned<S>::kSteps * n);
 }
 
 /// Sums over one span.
