@@ -211,6 +211,18 @@ def test_every_length(shape, layout, activation, isa, rng):
     check_backward(INSTANCE, dy, x, weight, bias=bias, activation=activation)
 
 
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("run", [33, 513, 1100])
+@pytest.mark.parametrize("name", ["layer", "rms"])
+def test_weights_along_rows(name, run, activation, isa, rng):
+    """Of rows in batches, through buffers that hold a part of a long one."""
+    op = OPERATIONS[name]
+    dy, x = (uniform(rng, (19, run)) for _ in range(2))
+    weight, bias = rng.standard_normal((2, *op.weight_shape(x.shape, "channel"))).astype(np.float32)
+    assert weight.size == run
+    check_backward(op, dy, x, weight, bias=bias, activation=activation)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("offset", [1e3, 1e6])
 def test_offsets_cost_backward_no_more_than_the_rounded_mean(offset, layout, isa, rng):
